@@ -1,0 +1,31 @@
+# Two commands for a newcomer, `make demo` and `make test`; both set up .venv the first time and reuse it after.
+PYTHON ?= python3
+BIN := .venv/bin
+MAKEFLAGS += --no-print-directory
+
+.PHONY: demo test test-slow lint types clean
+
+demo: .venv/installed
+	$(BIN)/python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q -n 2
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -q -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	$(BIN)/mypy flowmaps samplers training configs
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flowmaps needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

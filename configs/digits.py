@@ -1,0 +1,48 @@
+"""scikit-learn's 8x8 scanned digits, class-conditional: the data set of the demo.
+
+python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/digits
+"""
+
+from training.config import Config, Data, Decay, Optim, Optimizer, network, objective, select
+
+
+def base(method: str) -> Config:
+    return Config(
+        data=Data(name="digits"),
+        network=network(
+            "UNet",
+            image_size=8,
+            channels=1,
+            width=32,
+            channel_mult=(1, 2),
+            blocks=1,
+            attention_resolutions=(4,),
+            num_classes=10,
+        ),
+        objective=objective(method),
+        base_std=0.5,
+        optim=Optim(name=Optimizer.adamw, lr=2e-3, warmup=50, decay=Decay.cosine),
+        steps=500,
+        batch=128,
+        ema=(0.99,),
+        log_every=50,
+        sample_every=250,
+        checkpoint_every=250,
+    )
+
+
+def smoke(config: Config) -> None:
+    """Seconds on two cores: every part runs, nothing is learned."""
+    config.network.width = 16
+    config.steps, config.batch = 20, 16
+    config.log_every = config.sample_every = config.checkpoint_every = 5
+
+
+ROWS = {
+    "flow_matching": lambda: base("flow_matching"),
+    "lagrangian": lambda: base("lagrangian"),
+}
+
+
+def get_config(choice: str = "lagrangian") -> Config:
+    return select(choice, ROWS, {"smoke": smoke})

@@ -1,0 +1,83 @@
+"""Exact directional derivatives of a flow map: every rule about forward-mode differentiation lives here.
+
+The rules, each measured (torch 2.15):
+
+* ``torch.func.jvp`` over the velocity, closed over its weights; backward through the tangent is then exact.
+  Raw ``forward_ad`` breaks on softmax, and ``torch.func.linearize`` gives wrong gradients silently.
+* Scaled dot-product attention has a forward derivative only in its MATH kernel, on every device.
+* The derivative is taken in at least float32 with autocast off; float64 stays float64.
+* Only the arguments that move get a tangent: no spatial Jacobian when x stands still.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from samplers.callables import expand
+
+
+class TwoTime(Protocol):
+    """Anything with a two-time velocity: a FlowMap, or a closed form in a test."""
+
+    def velocity(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor: ...
+
+
+def velocity_jvp(
+    fm: TwoTime,
+    x: Tensor,
+    s: Tensor,
+    t: Tensor,
+    label: Tensor | None = None,
+    *,
+    dx: Tensor | None = None,
+    ds: float = 0.0,
+    dt: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """v_{s,t}(x) and its derivative along (dx, ds, dt): grad v . dx + ds d_s v + dt d_t v, both [B, ...].
+
+    ``x``, ``dx`` [B, ...]; ``s``, ``t`` [B]; ``ds``, ``dt`` the same rate for every sample.
+    """
+    at_least = torch.promote_types(x.dtype, torch.float32)
+    point = {"x": x.to(at_least), "s": s.to(at_least), "t": t.to(at_least)}
+    tangent = {}
+    if dx is not None:
+        tangent["x"] = dx.to(at_least)
+    for name, rate in (("s", ds), ("t", dt)):
+        if rate:
+            tangent[name] = torch.full_like(point[name], rate)
+
+    def velocity(*moving: Tensor) -> Tensor:
+        return fm.velocity(**(point | dict(zip(tangent, moving, strict=True))), label=label)
+
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False):
+        primals = tuple(point[name] for name in tangent)
+        v, dv = torch.func.jvp(velocity, primals, tuple(tangent.values()))
+    return v, dv
+
+
+def d_dt(fm: TwoTime, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """X_{s,t}(x) and d/dt X_{s,t}(x) = v + (t - s) d_t v."""
+    v, dv = velocity_jvp(fm, x, s, t, label, dt=1.0)
+    gap = expand(t - s, x)
+    return x + gap * v, v + gap * dv
+
+
+def d_ds(fm: TwoTime, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """X_{s,t}(x) and d/ds X_{s,t}(x) = -v + (t - s) d_s v."""
+    v, dv = velocity_jvp(fm, x, s, t, label, ds=1.0)
+    gap = expand(t - s, x)
+    return x + gap * v, gap * dv - v
+
+
+def transport(
+    fm: TwoTime, x: Tensor, s: Tensor, t: Tensor, w: Tensor, label: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """X_{s,t}(x) and its derivative when s moves at rate 1 and x along ``w``: d_s X + grad X . w.
+
+    In terms of v: w - v + (t - s) (d_s v + grad v . w). With w = b_s(x) it vanishes for the exact map (Eulerian identity).
+    """
+    v, dv = velocity_jvp(fm, x, s, t, label, dx=w, ds=1.0)
+    gap = expand(t - s, x)
+    return x + gap * v, w - v + gap * dv

@@ -1,0 +1,89 @@
+"""The exported directory: a diffusers pipeline of safetensors and JSON, read strictly and without running code.
+
+    model_index.json                            the pipeline's components, interpolant, base_std and FlowMapInfo
+    network/config.json                         the network's class and arguments
+    network/diffusion_pytorch_model.safetensors its weights
+    scheduler/scheduler_config.json             the time grid's conventions
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from flowmaps.errors import UserError
+from flowmaps.files import new_directory
+from flowmaps.flow_map import FlowMap, FlowMapInfo
+from flowmaps.networks import NETWORKS
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def save(fm: FlowMap, directory: Path) -> None:
+    """Write ``fm`` as a pipeline directory, complete or not at all; an existing one is replaced."""
+    from flowmaps.pipeline import FlowMapPipeline
+
+    with new_directory(directory) as beside:
+        FlowMapPipeline.from_flow_map(fm).save_pretrained(beside)
+
+
+def load(source: str | Path) -> FlowMap:
+    """Read a pipeline directory, or download one by its hub id; anything unexpected is refused by file name."""
+    directory = Path(source)
+    if not directory.is_dir():
+        directory = _download(str(source))
+    if not (directory / "model_index.json").exists() and (directory / "model").is_dir():
+        directory /= "model"  # a run directory
+    index = _read_json(directory / "model_index.json")
+    component = index.get("network")
+    if not isinstance(component, list) or len(component) != 2 or component[1] not in NETWORKS:
+        raise UserError(f"{directory}/model_index.json: network is {component}, expected one of {', '.join(NETWORKS)}")
+    network_class = NETWORKS[component[1]]
+    config = {k: v for k, v in _read_json(directory / "network" / "config.json").items() if not k.startswith("_")}
+    try:
+        network = network_class(**config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{directory}/network/config.json does not describe a {component[1]}: {error}") from None
+    weights = directory / "network" / WEIGHTS
+    try:
+        network.load_state_dict(load_file(weights))
+    except FileNotFoundError:
+        raise UserError(f"{weights} is missing: the checkpoint is incomplete") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights} is damaged ({error}): export or download it again") from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{weights} does not fit {directory}/network/config.json: {reason}") from None
+    try:
+        info = FlowMapInfo.from_dict(index["info"])
+        return FlowMap(network, index["interpolant"], index["base_std"], info).eval()
+    except KeyError as error:
+        raise UserError(f"{directory}/model_index.json has no {error}: not a flow map written by flowmaps") from None
+    except (UserError, TypeError) as error:
+        raise UserError(f"{directory}/model_index.json: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: give the directory that save_pretrained or train.py (model/) wrote") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): export or download it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return values
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
+    except HFValidationError:
+        raise UserError(f"no directory {hub_id}, and not a hub id (owner/name) either") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"no directory {hub_id}, and the hub gave none of that name: {reason}") from None

@@ -1,0 +1,115 @@
+"""The flow map: a two-time velocity network, the path it was trained on, and what is known about it."""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from flowmaps.errors import UserError
+from flowmaps.interpolants import INTERPOLANTS
+from flowmaps.rng import generator
+from samplers.callables import expand
+
+
+@dataclass(frozen=True)
+class FlowMapInfo:
+    """Facts that travel with the weights; a sampler refuses what they forbid."""
+
+    shape: tuple[int, ...] = ()  # of one sample: (channels, height, width) for images, (dim,) for points
+    num_classes: int = 0  # 0: unconditional; else labels 0 .. num_classes - 1, and num_classes means "no label"
+    kind: str = "map"  # "map": v_{s,t} is trained for s < t; "drift": only v_{t,t} is
+    data: str = ""  # the name of the training set
+    ema: float | None = None  # decay of the weights' moving average; None: the raw weights
+    images_seen: int = 0
+    guidance: float | None = None  # the guidance weight trained into the map, if any
+    schedules: dict[str, tuple[float, ...]] = field(default_factory=dict)  # step count -> times, 0 .. 1
+    t_range: tuple[float, float] = (0.0, 1.0)  # times on which the velocity is defined
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("map", "drift"):
+            raise UserError(f"FlowMapInfo.kind must be 'map' or 'drift', got {self.kind!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuild from ``to_dict`` (lists become tuples again); an unknown field is refused by name."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise UserError(f"unknown flow map facts {unknown}: the checkpoint is from a newer version of flowmaps")
+        frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        frozen["schedules"] = {k: tuple(v) for k, v in values.get("schedules", {}).items()}
+        return cls(**frozen)
+
+
+class FlowMap(nn.Module):
+    """X_{s,t}(x) = x + (t - s) v_{s,t}(x): jumps along the probability-flow ODE from time s to time t.
+
+    Boffi, Albergo and Vanden-Eijnden 2025 (arXiv 2505.18825), equation for the parametrisation in section 3; noise
+    is at time 0 and has standard deviation ``base_std``, data at time 1. In all methods ``x`` is [B, ...], times are
+    floats [B] with s <= t, and ``label`` is int64 [B] or None ("no label").
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        interpolant: str = "linear",
+        base_std: float = 1.0,
+        info: FlowMapInfo | None = None,
+    ) -> None:
+        super().__init__()
+        if interpolant not in INTERPOLANTS:
+            raise UserError(f"unknown interpolant {interpolant!r}: choose one of {', '.join(INTERPOLANTS)}")
+        if not base_std > 0:
+            raise UserError(f"base_std must be positive, got {base_std}")
+        self.network = network
+        self.interpolant_name = interpolant
+        self.interpolant = INTERPOLANTS[interpolant]
+        self.base_std = base_std
+        self.info = info or FlowMapInfo()
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """X_{s,t}(x), same shape as ``x``; refused for a network of kind "drift", where it was never trained."""
+        if self.info.kind == "drift":
+            raise UserError(
+                "this model is a drift (trained by flow matching alone) and has no map to jump with: "
+                "sample it with an ODE solver (--sampler=euler)"
+            )
+        return x + expand(t - s, x).to(x.dtype) * self.velocity(x, s, t, label)
+
+    def velocity(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """v_{s,t}(x), the average velocity between s and t: the network's output, verbatim."""
+        v: Tensor = self.network(x, s, t, label)
+        return v
+
+    def drift(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """b_t(x) = v_{t,t}(x), the velocity of the probability-flow ODE."""
+        return self.velocity(x, t, t, label)
+
+    def noise(self, n: int, seed: int, start: int = 0) -> Tensor:
+        """x0 of samples ``start`` .. ``start + n - 1``: [n, *shape], normal with standard deviation ``base_std``.
+
+        Sample i has the same noise whatever ``n``, the batch size or the number of processes.
+        """
+        if not self.info.shape:
+            raise UserError("FlowMapInfo.shape is empty: say what one sample looks like before drawing noise")
+        rows = [torch.randn(self.info.shape, generator=generator(seed, "noise", i)) for i in range(start, start + n)]
+        parameter = next(self.network.parameters(), torch.empty(0))  # a closed form has none
+        return self.base_std * torch.stack(rows).to(device=parameter.device, dtype=parameter.dtype)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a diffusers pipeline directory: safetensors and JSON only, complete or not at all."""
+        from flowmaps.export import save  # needs diffusers, which `import flowmaps` does not load
+
+        save(self, Path(directory))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "FlowMap":
+        """Read what ``save_pretrained`` wrote, from a directory or a Hugging Face hub id, in eval mode on the CPU."""
+        from flowmaps.export import load
+
+        return load(source)

@@ -1,0 +1,54 @@
+"""The one place where images become numbers and numbers become images."""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] to 0 .. 255 by rounding, out-of-range values clipped: the rounding of EDM, so that FIDs compare."""
+    return (x.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def from_uint8(x: Tensor) -> Tensor:
+    """0 .. 255 to [-1, 1] in float32; ``to_uint8`` is its exact inverse."""
+    return x.float() / 127.5 - 1
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A uint8 image [C, H, W], C = 1 or 3, as a PIL image."""
+    array = rearrange(image.cpu(), "c h w -> h w c").numpy()
+    return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
+
+
+def points_to_image(x: Tensor, size: int = 96, extent: float = 1.25) -> Tensor:
+    """Draw points [n, 2] as their density on [-extent, extent]^2: uint8 [1, size, size], white on black."""
+    cell = ((x.float().cpu() + extent) / (2 * extent) * size).long()
+    inside = ((cell >= 0) & (cell < size)).all(dim=1)
+    index = (size - 1 - cell[inside, 1]) * size + cell[inside, 0]  # the second axis points up
+    count = torch.bincount(index, minlength=size**2).view(1, size, size).float()
+    return (255 * (count / count.max().clamp(min=1)).sqrt()).to(torch.uint8)
+
+
+def grid(rows: Sequence[Tensor], scale: int = 1, gap: int = 2) -> Tensor:
+    """Arrange uint8 images, one row of the grid per entry [n, C, H, W]: uint8 [C, height, width].
+
+    Each pixel becomes ``scale`` x ``scale``, so that an 8x8 image can be seen.
+    """
+    lines = []
+    for row in rows:
+        cells = row.cpu().repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+        lines.append(rearrange(F.pad(cells, (gap, gap, gap, gap), value=64), "n c h w -> c h (n w)"))
+    width = max(line.shape[-1] for line in lines)
+    return torch.cat([F.pad(line, (0, width - line.shape[-1]), value=64) for line in lines], dim=1)
+
+
+def sample_grid(rows: Sequence[Tensor], columns: int = 16) -> Tensor:
+    """One row a sampler setting: samples [n, C, H, W] in [-1, 1], or points [n, 2] drawn as their density."""
+    if rows[0].ndim == 2:
+        return grid([points_to_image(row)[None] for row in rows])
+    return grid([to_uint8(row[:columns]) for row in rows], scale=max(1, 48 // rows[0].shape[-1]))

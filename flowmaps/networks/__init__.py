@@ -1,0 +1,11 @@
+"""Two-time velocity networks v(x, s, t, label), each a diffusers model with a frozen module path.
+
+The path ``flowmaps.networks.<module>`` and the class name are written into every exported checkpoint.
+"""
+
+from flowmaps.networks.mlp import MLP
+from flowmaps.networks.unet import UNet
+
+NETWORKS = {network.__name__: network for network in (MLP, UNet)}
+
+__all__ = ["MLP", "NETWORKS", "UNet"]

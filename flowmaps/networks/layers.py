@@ -1,0 +1,115 @@
+"""Layers shared by the networks, all safe under torch.func.jvp and torch.compile.
+
+Affine ``nn.GroupNorm``/``nn.LayerNorm`` stop torch.compile inside a jvp, and under autocast they hand a float32
+tangent to the next half-precision layer. So: normalise without weights, then scale and shift by hand in x's type.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@contextmanager
+def no_dropout(network: nn.Module) -> Iterator[None]:
+    """Switch dropout off inside the block, whatever the mode of ``network``."""
+    active = [m for m in network.modules() if isinstance(m, nn.Dropout) and m.training]
+    for module in active:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in active:
+            module.training = True
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """Set the weights of ``layer`` to zero, so that its branch starts as nothing."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class TimeFeatures(nn.Module):
+    """cos and sin of a time in [0, 1] at ``channels / 2`` frequencies, 1 to 32 radians, geometrically spaced: [B, channels].
+
+    The bandwidth is modest on purpose. With times scaled to 0 .. 1000, as diffusion models have it, the tangent of
+    the embedding is some hundred times its value and drowns the derivative of everything else.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        frequencies = torch.logspace(0, math.log2(32), channels // 2, base=2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        phase = t[:, None] * self.frequencies.to(t.dtype)
+        return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Embeds (s, t, label) as one vector [B, channels]: MLP(s) + MLP(t - s) + class vector.
+
+    The last layer of the MLP for t - s starts at zero: a network trained with one time, loaded into this one, is the
+    same function at s = t.
+    """
+
+    def __init__(self, channels: int, num_classes: int = 0) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.features = TimeFeatures(channels)
+        self.start = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, channels))
+        self.gap = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), zero(nn.Linear(channels, channels)))
+        self.label = nn.Embedding(num_classes + 1, channels) if num_classes else None
+
+    def forward(self, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        dtype = self.start[0].weight.dtype  # times keep their own precision until here
+        embedding: Tensor = self.start(self.features(s).to(dtype)) + self.gap(self.features(t - s).to(dtype))
+        if self.label is None:
+            if label is not None:
+                raise ValueError("this network is unconditional (num_classes=0): label must be None")
+            return embedding
+        if label is None:
+            label = torch.full((len(s),), self.num_classes, device=s.device)
+        classes: Tensor = self.label(label)
+        return embedding + classes
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation whose scale and shift are applied by hand, in the type of the activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.groups = math.gcd(32, channels // 4)  # at least 4 channels a group
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.group_norm(x, self.groups)
+        return x * self.weight.to(x.dtype)[:, None, None] + self.bias.to(x.dtype)[:, None, None]
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over the pixels of [B, C, H, W], added to its input; starts as the identity."""
+
+    def __init__(self, channels: int, head_channels: int = 64) -> None:
+        super().__init__()
+        if channels % min(channels, head_channels):
+            raise ValueError(f"attention needs channels ({channels}) divisible by head_channels ({head_channels})")
+        self.heads = max(1, channels // head_channels)
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (n heads c) h w -> n b heads (h w) c", n=3, heads=self.heads)
+        y = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.out(rearrange(y, "b heads (h w) c -> b (heads c) h w", h=h, w=w))
+        return x + out

@@ -1,0 +1,125 @@
+"""What all objectives share: random draws, the diagonal term, the weight and the reduction."""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from flowmaps.errors import UserError
+from flowmaps.flow_map import FlowMap
+from flowmaps.networks.layers import no_dropout
+from samplers.callables import Drift
+
+
+class Loss(NamedTuple):
+    """``value``: the scalar to minimise; ``terms``: unweighted mean squared residuals, detached, for the log."""
+
+    value: Tensor
+    terms: dict[str, Tensor]
+
+
+class Draws(NamedTuple):
+    """The random part of one step: noise x0 [B, ...] and times s <= t [B], diagonal rows (s = t) first."""
+
+    x0: Tensor
+    s: Tensor
+    t: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss for training a flow map by self-distillation: L = L_diagonal + L_off-diagonal.
+
+    The first ``floor(diagonal * B)`` rows of a batch have s = t and regress v_{t,t}(I_t) on dI_t/dt (flow matching);
+    the others have (s, t) uniform on the triangle s < t and get the method's own residual, without dropout. Rows with
+    s = t never enter a derivative. Boffi et al. 2025 (arXiv 2505.18825), algorithm 1, with the joint mean over all B
+    rows of the authors' code; squared residuals are averaged over a sample's dimensions.
+    """
+
+    kind: ClassVar[str] = "map"  # what FlowMapInfo.kind says of the trained network
+
+    diagonal: float = 0.75  # share of rows with s = t
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.diagonal <= 1:
+            raise UserError(f"objective.diagonal is a share and must lie in [0, 1], got {self.diagonal}")
+
+    def __call__(
+        self,
+        fm: FlowMap,
+        batch: Tensor,
+        label: Tensor | None = None,
+        *,
+        generator: torch.Generator,
+        teacher: Drift | None = None,
+        weight: nn.Module | None = None,
+    ) -> Loss:
+        """The loss on data ``batch`` [B, ...] with ``label`` [B] or None; all randomness is from ``generator``.
+
+        ``teacher``: the drift that the off-diagonal term distils, None for the live network itself.
+        ``weight``: a module w(s, t) -> [B], None for an unweighted loss. Dropout follows the network's mode.
+        """
+        return self.loss(fm, batch, label, self.draw(fm, batch, generator), teacher=teacher, weight=weight)
+
+    def diagonal_rows(self, batch_size: int) -> int:
+        """How many rows of a batch have s = t."""
+        return int(self.diagonal * batch_size)
+
+    def draw(self, fm: FlowMap, x1: Tensor, generator: torch.Generator) -> Draws:
+        """Noise and times for one batch; apart from the loss, so that the loss can be compiled."""
+        options = {"generator": generator, "device": x1.device, "dtype": x1.dtype}
+        x0 = fm.base_std * torch.randn(x1.shape, **options)
+        uniform = torch.rand(2, len(x1), **options)
+        s, t = uniform.amin(dim=0), uniform.amax(dim=0)
+        rows = self.diagonal_rows(len(x1))
+        u = uniform[0, :rows]
+        return Draws(x0, torch.cat([u, s[rows:]]), torch.cat([u, t[rows:]]))
+
+    def loss(
+        self,
+        fm: FlowMap,
+        x1: Tensor,
+        label: Tensor | None,
+        draws: Draws,
+        teacher: Drift | None = None,
+        weight: nn.Module | None = None,
+    ) -> Loss:
+        """The loss at given draws: no randomness but dropout."""
+        rows = self.diagonal_rows(len(x1))
+        x0, s, t = draws
+        x_s = fm.interpolant.point(x0, x1, s)
+        squared, terms = [], {}
+        if rows:
+            target = fm.interpolant.velocity(x0[:rows], x1[:rows], s[:rows])
+            residual = fm.drift(x_s[:rows], s[:rows], part(label, 0, rows)) - target
+            squared.append(mean_square(residual))
+            terms["diagonal"] = squared[-1].detach().mean()
+        if rows < len(x1):
+            with no_dropout(fm.network):
+                residual = self.residual(fm, x_s[rows:], s[rows:], t[rows:], part(label, rows, None), teacher)
+            squared.append(mean_square(residual))
+            terms["off_diagonal"] = squared[-1].detach().mean()
+        per_sample = torch.cat(squared)
+        if weight is not None:  # exp(-w) |r|^2 + w: w learns the log of the residual's variance
+            w = weight(s, t)
+            per_sample = torch.exp(-w) * per_sample + w
+            terms["weight_min"], terms["weight_max"] = w.detach().amin(), w.detach().amax()
+        return Loss(per_sample.mean(), terms)
+
+    def residual(
+        self, fm: FlowMap, x_s: Tensor, s: Tensor, t: Tensor, label: Tensor | None, teacher: Drift | None
+    ) -> Tensor:
+        """The off-diagonal residual [B, ...] at points ``x_s`` of the path, with the method's stop-gradients."""
+        raise NotImplementedError
+
+
+def part(label: Tensor | None, start: int, stop: int | None) -> Tensor | None:
+    """Rows ``start`` .. ``stop`` of an optional label."""
+    return None if label is None else label[start:stop]
+
+
+def mean_square(residual: Tensor) -> Tensor:
+    """Mean over a sample's dimensions of the squared residual, in at least float32: [B, ...] -> [B]."""
+    r = residual.to(torch.promote_types(residual.dtype, torch.float32))
+    return cast(Tensor, r.square().flatten(1).mean(dim=1))

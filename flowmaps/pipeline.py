@@ -1,0 +1,101 @@
+"""The diffusers side: a scheduler and a pipeline over a flow map, with noise at sigma = 1 and data at sigma = 0.
+
+Only this module knows of diffusers' direction of time. A network output v(x, s, t) is their u = -v at
+sigma = 1 - s, so that x + (t - s) v = x - (sigma_s - sigma_t) u.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+import flowmaps.networks  # noqa: F401  # diffusers resolves a network only from modules that are imported
+from flowmaps.errors import UserError
+from flowmaps.flow_map import FlowMap, FlowMapInfo
+from flowmaps.generate import labels_for
+from flowmaps.images import to_pil, to_uint8
+
+
+class FlowMapScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[misc]  # diffusers' bases are untyped
+    """z_r = z_t - (sigma_t - sigma_r) u over the grid of ``set_timesteps``: one map evaluation an interval."""
+
+
+class FlowMapPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers' bases are untyped
+    """Sample images (or points) from a flow map in ``num_inference_steps`` network evaluations.
+
+    A drift (``info["kind"] == "drift"``) is integrated by Euler steps on the same grid.
+    """
+
+    model_cpu_offload_seq = "network"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        scheduler: FlowMapScheduler,
+        interpolant: str = "linear",
+        base_std: float = 1.0,
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(network=network, scheduler=scheduler)
+        self.register_to_config(interpolant=interpolant, base_std=base_std, info=info)
+
+    @classmethod
+    def from_flow_map(cls, fm: FlowMap) -> "FlowMapPipeline":
+        """Wrap ``fm``; the pipeline shares its network."""
+        return cls(fm.network, FlowMapScheduler(), fm.interpolant_name, fm.base_std, fm.info.to_dict())
+
+    @property
+    def flow_map(self) -> FlowMap:
+        """The flow map inside, sharing this pipeline's network."""
+        info = FlowMapInfo.from_dict(dict(self.config.info))
+        return FlowMap(self.network, self.config.interpolant, self.config.base_std, info)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_images: int = 1,
+        num_inference_steps: int = 1,
+        sigmas: Sequence[float] | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate ``num_images`` samples, or one for each row of ``latents`` (noise of standard deviation base_std).
+
+        ``sigmas``: start points of the steps, decreasing from 1 (diffusers' direction); the final 0 is implied.
+        ``class_labels``: one label for all or one each; None cycles through the classes.
+        ``output_type``: "pil", "np" ([n, h, w, c] in 0 .. 1) or "pt" (the raw samples).
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise UserError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
+        fm, device = self.flow_map, self._execution_device
+        if latents is None:
+            shape = (num_images, *fm.info.shape)
+            latents = fm.base_std * randn_tensor(shape, generator=generator, device=device, dtype=self.network.dtype)
+        x = latents.to(device=device, dtype=self.network.dtype)
+        label = labels_for(fm.info, len(x), class_labels)
+        label = None if label is None else label.to(device)
+        if sigmas is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        else:
+            self.scheduler.set_timesteps(sigmas=list(sigmas), device=device)
+        grid = 1 - self.scheduler.sigmas.to(torch.float32)  # our times, 0 .. 1
+        for k, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            s, t = grid[k].expand(len(x)), grid[k + 1].expand(len(x))
+            v = fm.velocity(x, s, t if fm.info.kind == "map" else s, label)
+            x = self.scheduler.step(-v, timestep, x, return_dict=False)[0]
+        self.maybe_free_model_hooks()
+        images: Any = x
+        if output_type != "pt" and x.ndim != 4:
+            raise UserError(f"samples of shape {tuple(x.shape[1:])} are no images: use output_type='pt'")
+        if output_type == "pil":
+            images = [to_pil(image) for image in to_uint8(x)]
+        elif output_type == "np":
+            images = (x.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)

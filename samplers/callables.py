@@ -1,0 +1,37 @@
+"""The types samplers work on, and the one loop they share.
+
+A drift is ``b(x, t, label) -> dx/dt``; a map is ``X(x, s, t, label) -> x_t``. ``x`` has shape [B, ...], times have
+shape [B] and ``label`` is an int64 tensor [B] or None.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from samplers.grids import check_times
+
+Drift = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Map = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Callback = Callable[[int, Tensor, Tensor], None]  # called as callback(k, t_k, x_k) for k = 0 .. N
+
+
+def intervals(x: Tensor, times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (s, t) of each interval of the grid, each of shape [B], on the device of ``x``.
+
+    Times are kept in at least float32: rounding them to a bfloat16 sample's type would move the grid.
+    """
+    grid = check_times(times).to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    for s, t in zip(grid[:-1], grid[1:], strict=True):
+        yield s.expand(len(x)), t.expand(len(x))
+
+
+def report(callback: Callback | None, k: int, t: Tensor, x: Tensor) -> None:
+    """Call ``callback(k, t, x)`` with t a scalar tensor, if there is one."""
+    if callback is not None:
+        callback(k, t[0], x)
+
+
+def expand(value: Tensor, x: Tensor) -> Tensor:
+    """View a per-sample value [B] as [B, 1, ...] so that it broadcasts against ``x`` [B, ...]."""
+    return value.view(-1, *[1] * (x.ndim - 1))

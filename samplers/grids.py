@@ -1,0 +1,22 @@
+"""Time grids: 1-D tensors of increasing times in [0, 1]; N steps need N + 1 times."""
+
+import torch
+from torch import Tensor
+
+
+def uniform_times(steps: int) -> Tensor:
+    """``steps`` equal intervals from 0 (noise) to 1 (data): float64 tensor [steps + 1]."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
+
+
+def check_times(times: Tensor) -> Tensor:
+    """Return ``times`` if it is a usable grid: 1-D, at least two finite entries in [0, 1], strictly increasing."""
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"times must be a 1-D tensor of at least 2 entries, got shape {tuple(times.shape)}")
+    if not bool(((times >= 0) & (times <= 1)).all()):  # NaN fails this too
+        raise ValueError(f"times must lie in [0, 1] (0 = noise, 1 = data), got {times.tolist()}")
+    if not bool((times.diff() > 0).all()):
+        raise ValueError(f"times must increase strictly, got {times.tolist()}")
+    return times

@@ -1,0 +1,41 @@
+"""Train a flow map, or go on with a run: the same command resumes.
+
+python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/digits
+python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/digits --config.optim.lr=1e-3 --dry_run
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from flowmaps import UserError
+from flowmaps.files import writable_directory
+from training import cli
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "File and row: configs/digits.py:lagrangian[,smoke]")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is resumed")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build everything, do two steps on a few images, draw a grid, stop")
+
+
+def main() -> None:
+    from training.loop import dry_run, train
+
+    if CONFIG.value is None:
+        raise UserError("--config is missing: e.g. --config=configs/digits.py:lagrangian")
+    if WORKDIR.value is None and not DRY_RUN.value:
+        raise UserError("--workdir is missing: e.g. --workdir=runs/digits")
+    if not DRY_RUN.value:
+        train(CONFIG.value, WORKDIR.value)
+        return
+    facts, picture = dry_run(CONFIG.value)
+    for name, fact in facts.items():
+        print(f"{name}: {fact}")
+    if WORKDIR.value is not None:
+        path = writable_directory(Path(WORKDIR.value), "--workdir") / "dry-run.png"
+        picture.save(path)
+        print(f"grid: {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

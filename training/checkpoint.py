@@ -1,0 +1,98 @@
+"""Run checkpoints: everything a run needs to go on bit for bit, in safetensors and JSON.
+
+    checkpoints/step-00000500/network.safetensors  weight.safetensors  optimizer.safetensors  ema-0.999.safetensors
+                              state.json            step, images seen, and the SHA-256 of each file
+
+No random state is kept: every draw is keyed by the step (flowmaps.rng).
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowmaps.errors import UserError
+from flowmaps.files import new_directory, sha256
+from training.ema import EMA
+from training.loss_module import LossModule
+
+FORMAT = 1
+
+
+def save_checkpoint(
+    workdir: Path, step: int, images_seen: int, module: LossModule, optimizer: torch.optim.Optimizer, ema: EMA, keep: int
+) -> Path:
+    """Write ``checkpoints/step-*`` whole or not at all, then delete all but the last ``keep``."""
+    path = workdir / "checkpoints" / f"step-{step:08d}"
+    tensors = {"network": module.fm.network.state_dict(), "optimizer": _optimizer_tensors(optimizer)}
+    if module.weight is not None:
+        tensors["weight"] = module.weight.state_dict()
+    for decay in ema.shadows:
+        tensors[f"ema-{decay}"] = ema.state(decay)
+    with new_directory(path) as beside:
+        for name, state in tensors.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, beside / f"{name}.safetensors")
+        files = {file.name: sha256(file) for file in sorted(beside.iterdir())}
+        state = {"format": FORMAT, "step": step, "images_seen": images_seen, "files": files}
+        (beside / "state.json").write_text(json.dumps(state, indent=2))
+    for old in list_checkpoints(workdir)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def list_checkpoints(workdir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = (workdir / "checkpoints").glob("step-*")
+    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def load_checkpoint(path: Path, module: LossModule, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Any]:
+    """Restore ``module``, ``optimizer`` and ``ema`` in place; returns state.json. Damage is refused by file name."""
+    remedy = f"delete {path} to resume from the checkpoint before it"
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        files, version = state["files"], state["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}/state.json is missing or damaged ({error}): {remedy}") from None
+    if version != FORMAT:
+        raise UserError(f"{path} has checkpoint format {version}, this version reads {FORMAT}")
+    tensors = {}
+    for name, digest in files.items():
+        file = path / name
+        if not file.is_file() or sha256(file) != digest:
+            raise UserError(f"{file} is missing or damaged (its checksum differs): {remedy}")
+        tensors[file.stem if not name.startswith("ema-") else name.removesuffix(".safetensors")] = load_file(file)
+    wanted = {"network", "optimizer", *(f"ema-{decay}" for decay in ema.shadows)}
+    wanted |= {"weight"} if module.weight is not None else set()
+    if wanted != set(tensors):
+        raise UserError(f"{path} holds {sorted(tensors)}, but this config needs {sorted(wanted)}: use a new --workdir")
+    try:
+        module.fm.network.load_state_dict(tensors["network"])
+        if module.weight is not None:
+            module.weight.load_state_dict(tensors["weight"])
+        for decay in ema.shadows:
+            ema.load(decay, tensors[f"ema-{decay}"])
+        _restore_optimizer(optimizer, tensors["optimizer"])
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} does not fit this config ({reason}): use a new --workdir") from None
+    return state
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as flat tensors "parameter index/name"; its settings come from the config."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}/{name}": value for index, entry in state.items() for name, value in entry.items()}
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split("/")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

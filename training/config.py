@@ -1,0 +1,176 @@
+"""The run config: typed dataclasses that a file in configs/ fills and ``--config.a.b=value`` overrides.
+
+Closed choices are Enums (given by name on the command line). The sections ``network`` and ``objective`` have exactly
+the arguments of the class they configure, read from its signature, so that nothing is listed twice.
+"""
+# No `from __future__ import annotations` here: ml_collections reads the annotations as types.
+
+import dataclasses
+import enum
+import inspect
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from flowmaps.errors import UserError
+from flowmaps.flow_map import FlowMap, FlowMapInfo
+from flowmaps.interpolants import INTERPOLANTS
+from flowmaps.networks import NETWORKS
+from flowmaps.objectives import OBJECTIVES, Objective
+
+
+class Optimizer(enum.Enum):
+    radam = "radam"
+    adamw = "adamw"
+
+
+class Decay(enum.Enum):
+    constant = "constant"
+    cosine = "cosine"  # to zero at the last step
+    inverse_sqrt = "inverse_sqrt"  # lr / sqrt(max(step / decay_start, 1))
+
+
+@dataclass
+class Data:
+    name: str = "digits"  # a key of training.data.DATA
+
+
+@dataclass
+class Optim:
+    name: Optimizer = Optimizer.radam
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0  # global norm of the gradient
+    warmup: int = 100  # steps of linear warm-up
+    decay: Decay = Decay.constant
+    decay_start: int = 35_000  # steps, for inverse_sqrt
+
+
+@dataclass
+class Weight:
+    learned: bool = False  # log-variance weight w(s, t)
+    limit: float = 5.0  # |w| is clamped to this
+
+
+@dataclass
+class Section:
+    """Options of one class from a table: ``target`` is its key, the other fields are its arguments."""
+
+    target: str
+
+    def options(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "target"}
+
+
+@dataclass
+class Config:
+    network: Any  # network("UNet", width=...)
+    objective: Any  # objective("lagrangian", diagonal=...)
+    data: Data = field(default_factory=Data)
+    interpolant: str = "linear"
+    base_std: float = 0.5  # standard deviation of the noise; the paper takes that of the data
+    weight: Weight = field(default_factory=Weight)
+    optim: Optim = field(default_factory=Optim)
+    steps: int = 1000
+    batch: int = 128  # global batch, in images
+    seed: int = 0
+    ema: tuple[float, ...] = (0.999,)  # decays kept side by side; the first one is sampled and exported
+    log_every: int = 50
+    sample_every: int = 500
+    sample_steps: tuple[int, ...] = (1, 2, 4, 8)
+    checkpoint_every: int = 500
+    keep: int = 2  # checkpoints kept
+
+    def validate(self) -> None:
+        """Refuse what types cannot: each message names the flag."""
+        for name in ("steps", "batch", "log_every", "sample_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--config.{name} must be at least 1, got {getattr(self, name)}")
+        for name, value in (("base_std", self.base_std), ("optim.lr", self.optim.lr), ("optim.clip", self.optim.clip)):
+            if not 0 < value < float("inf"):
+                raise UserError(f"--config.{name} must be positive, got {value}")
+        for name, count in (("warmup", self.optim.warmup), ("decay_start", self.optim.decay_start)):
+            if count < (name == "decay_start"):
+                raise UserError(f"--config.optim.{name} must not be negative or divide by zero, got {count}")
+        if not self.ema or not all(0 <= decay < 1 for decay in self.ema) or len(set(self.ema)) < len(self.ema):
+            raise UserError(f"--config.ema must be one or more different decays in [0, 1), got {self.ema}")
+        if not self.sample_steps or min(self.sample_steps) < 1:
+            raise UserError(f"--config.sample_steps must be step counts of at least 1, got {self.sample_steps}")
+        if self.interpolant not in INTERPOLANTS:
+            raise UserError(f"--config.interpolant={self.interpolant}: choose one of {', '.join(INTERPOLANTS)}")
+        build_objective(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON (config.json of a run)."""
+        return _plain(dataclasses.asdict(self))  # type: ignore[no-any-return]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _section(target: str, cls: type, options: dict[str, Any]) -> Any:
+    """A mutable dataclass instance with the arguments of ``cls``, their types and defaults, and ``options`` set."""
+    hints = typing.get_type_hints(cls.__init__)
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    unknown = set(options) - {p.name for p in parameters}
+    if unknown:
+        raise UserError(f"{target} has no option {', '.join(sorted(unknown))}")
+    arguments = [(p.name, hints[p.name], field(default=p.default)) for p in parameters]
+    made = dataclasses.make_dataclass(f"{cls.__name__}Section", arguments, bases=(Section,))
+    return made(target, **options)
+
+
+def network(name: str, **options: Any) -> Any:
+    """The config section of a network from ``flowmaps.networks.NETWORKS``."""
+    return _section(name, inspect.unwrap(NETWORKS[name]), options)
+
+
+def objective(name: str, **options: Any) -> Any:
+    """The config section of an objective from ``flowmaps.objectives.OBJECTIVES``."""
+    return _section(name, OBJECTIVES[name], options)
+
+
+def build_network(config: Config) -> Any:
+    """The network that ``config.network`` describes, freshly initialised from torch's global generator."""
+    try:
+        return NETWORKS[config.network.target](**config.network.options())
+    except ValueError as error:
+        raise UserError(f"--config.network: {error}") from None
+
+
+def build_objective(config: Config) -> Objective:
+    """The objective that ``config.objective`` describes."""
+    return OBJECTIVES[config.objective.target](**config.objective.options())
+
+
+def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int) -> FlowMap:
+    """A flow map round a fresh network, for samples of ``shape``."""
+    classes = num_classes if getattr(config.network, "num_classes", 0) else 0
+    if classes and config.network.num_classes != num_classes:
+        raise UserError(
+            f"--config.network.num_classes={config.network.num_classes}, but {config.data.name} has {num_classes}"
+        )
+    kind = build_objective(config).kind
+    info = FlowMapInfo(shape=shape, num_classes=classes, kind=kind, data=config.data.name, ema=config.ema[0])
+    return FlowMap(build_network(config), config.interpolant, config.base_std, info)
+
+
+def select(
+    choice: str, rows: dict[str, typing.Callable[[], Config]], variants: dict[str, typing.Callable[[Config], None]]
+) -> Config:
+    """The config of ``"row"`` or ``"row,variant"``: what a file in configs/ returns from ``get_config``."""
+    row, *changes = choice.split(",")
+    if row not in rows:
+        raise UserError(f"unknown row {row!r}: choose one of {', '.join(rows)}")
+    config = rows[row]()
+    for change in changes:
+        if change not in variants:
+            raise UserError(f"unknown variant {change!r}: choose one of {', '.join(variants)}")
+        variants[change](config)
+    return config
