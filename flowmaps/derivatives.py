@@ -53,7 +53,7 @@ def velocity_jvp(
 
     with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False):
         primals = tuple(point[name] for name in tangent)
-        v, dv = torch.func.jvp(velocity, primals, tuple(tangent.values()))
+        v, dv = torch.func.jvp(velocity, primals, tuple(tangent.values()))[:2]
     return v, dv
 
 
@@ -76,7 +76,8 @@ def transport(
 ) -> tuple[Tensor, Tensor]:
     """X_{s,t}(x) and its derivative when s moves at rate 1 and x along ``w``: d_s X + grad X . w.
 
-    In terms of v: w - v + (t - s) (d_s v + grad v . w). With w = b_s(x) it vanishes for the exact map (Eulerian identity).
+    In terms of v: w - v + (t - s) (d_s v + grad v . w). With w = b_s(x) it vanishes for the
+    exact map (Eulerian identity).
     """
     v, dv = velocity_jvp(fm, x, s, t, label, dx=w, ds=1.0)
     gap = expand(t - s, x)

@@ -1,9 +1,9 @@
 """The exported directory: a diffusers pipeline of safetensors and JSON, read strictly and without running code.
 
-    model_index.json                            the pipeline's components, interpolant, base_std and FlowMapInfo
-    network/config.json                         the network's class and arguments
-    network/diffusion_pytorch_model.safetensors its weights
-    scheduler/scheduler_config.json             the time grid's conventions
+model_index.json                            the pipeline's components, interpolant, base_std and FlowMapInfo
+network/config.json                         the network's class and arguments
+network/diffusion_pytorch_model.safetensors its weights
+scheduler/scheduler_config.json             the time grid's conventions
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -71,7 +71,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: give the directory that save_pretrained or train.py (model/) wrote") from None
+        raise UserError(
+            f"{path} is missing: give the directory that save_pretrained or train.py (model/) wrote"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): export or download it again") from None
     if not isinstance(values, dict):

@@ -41,7 +41,7 @@ class FlowMapInfo:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise UserError(f"unknown flow map facts {unknown}: the checkpoint is from a newer version of flowmaps")
-        frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         frozen["schedules"] = {k: tuple(v) for k, v in values.get("schedules", {}).items()}
         return cls(**frozen)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -19,11 +19,11 @@ from flowmaps.generate import labels_for
 from flowmaps.images import to_pil, to_uint8
 
 
-class FlowMapScheduler(FlowMapEulerDiscreteScheduler):  # type: ignore[misc]  # diffusers' bases are untyped
+class FlowMapScheduler(FlowMapEulerDiscreteScheduler, SchedulerMixin):  # diffusers looks the mixin up in this module
     """z_r = z_t - (sigma_t - sigma_r) u over the grid of ``set_timesteps``: one map evaluation an interval."""
 
 
-class FlowMapPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers' bases are untyped
+class FlowMapPipeline(DiffusionPipeline):
     """Sample images (or points) from a flow map in ``num_inference_steps`` network evaluations.
 
     A drift (``info["kind"] == "drift"``) is integrated by Euler steps on the same grid.

@@ -5,6 +5,7 @@ shape [B] and ``label`` is an int64 tensor [B] or None.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def intervals(x: Tensor, times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     Times are kept in at least float32: rounding them to a bfloat16 sample's type would move the grid.
     """
     grid = check_times(times).to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-    for s, t in zip(grid[:-1], grid[1:], strict=True):
+    for s, t in pairwise(grid):
         yield s.expand(len(x)), t.expand(len(x))
 
 

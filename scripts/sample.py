@@ -39,7 +39,13 @@ def main() -> None:
     results = {}
     for count in counts:
         batches = generate(
-            fm, uniform_times(count), NUM.value, SEED.value, sampler=SAMPLER.value, label=LABEL.value, batch=BATCH.value
+            fm,
+            uniform_times(count),
+            NUM.value,
+            SEED.value,
+            sampler=SAMPLER.value,
+            label=LABEL.value,
+            batch=BATCH.value,
         )
         results[count] = list(batches)
     write_samples(results, writable_directory(Path(OUT.value), "--out"))

@@ -25,7 +25,13 @@ FORMAT = 1
 
 
 def save_checkpoint(
-    workdir: Path, step: int, images_seen: int, module: LossModule, optimizer: torch.optim.Optimizer, ema: EMA, keep: int
+    workdir: Path,
+    step: int,
+    images_seen: int,
+    module: LossModule,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA,
+    keep: int,
 ) -> Path:
     """Write ``checkpoints/step-*`` whole or not at all, then delete all but the last ``keep``."""
     path = workdir / "checkpoints" / f"step-{step:08d}"

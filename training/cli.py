@@ -40,7 +40,9 @@ def _check_config_file(argv: list[str]) -> None:
         if flag.startswith("-") and name == "config":
             path = Path((value or following).split(":")[0])
             if not path.is_file():
-                raise UserError(f"--config={path}: no such file; configs are in configs/, e.g. configs/digits.py:lagrangian")
+                raise UserError(
+                    f"--config={path}: no such file; configs are in configs/, e.g. configs/digits.py:lagrangian"
+                )
 
 
 def step_counts(values: list[str]) -> list[int]:

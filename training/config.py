@@ -87,7 +87,11 @@ class Config:
         for name in ("steps", "batch", "log_every", "sample_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"--config.{name} must be at least 1, got {getattr(self, name)}")
-        for name, value in (("base_std", self.base_std), ("optim.lr", self.optim.lr), ("optim.clip", self.optim.clip)):
+        for name, value in (
+            ("base_std", self.base_std),
+            ("optim.lr", self.optim.lr),
+            ("optim.clip", self.optim.clip),
+        ):
             if not 0 < value < float("inf"):
                 raise UserError(f"--config.{name} must be positive, got {value}")
         for name, count in (("warmup", self.optim.warmup), ("decay_start", self.optim.decay_start)):
@@ -114,10 +118,11 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _section(target: str, cls: type, options: dict[str, Any]) -> Any:
+def _section(target: str, cls: type[Any], options: dict[str, Any]) -> Any:
     """A mutable dataclass instance with the arguments of ``cls``, their types and defaults, and ``options`` set."""
-    hints = typing.get_type_hints(cls.__init__)
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    constructor = inspect.unwrap(vars(cls).get("__init__", cls))
+    hints = typing.get_type_hints(constructor)
+    parameters = [p for p in inspect.signature(constructor).parameters.values() if p.name != "self"]
     unknown = set(options) - {p.name for p in parameters}
     if unknown:
         raise UserError(f"{target} has no option {', '.join(sorted(unknown))}")
@@ -128,7 +133,7 @@ def _section(target: str, cls: type, options: dict[str, Any]) -> Any:
 
 def network(name: str, **options: Any) -> Any:
     """The config section of a network from ``flowmaps.networks.NETWORKS``."""
-    return _section(name, inspect.unwrap(NETWORKS[name]), options)
+    return _section(name, NETWORKS[name], options)
 
 
 def objective(name: str, **options: Any) -> Any:
@@ -162,7 +167,9 @@ def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int) -> 
 
 
 def select(
-    choice: str, rows: dict[str, typing.Callable[[], Config]], variants: dict[str, typing.Callable[[Config], None]]
+    choice: str,
+    rows: dict[str, typing.Callable[[], Config]],
+    variants: dict[str, typing.Callable[[Config], None]],
 ) -> Config:
     """The config of ``"row"`` or ``"row,variant"``: what a file in configs/ returns from ``get_config``."""
     row, *changes = choice.split(",")

@@ -2,40 +2,58 @@
 
 import json
 import sys
+import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 
 class Log:
     """Appends to ``workdir/log.jsonl``; shows a progress bar on a terminal, a line per interval otherwise.
 
-    Only the main process of a run makes one that writes.
+    Values of steps are summed where they are and read once an interval, so that no step waits for the device. In a run
+    of several processes only the main one writes (``enabled``).
     """
 
     def __init__(self, workdir: Path, steps: int, start: int, enabled: bool = True) -> None:
         self.enabled, self.steps = enabled, steps
         self.file = (workdir / "log.jsonl").open("a", buffering=1) if enabled else None
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (enabled and sys.stderr.isatty()))
+        self.clear()
 
-    def event(self, name: str, **facts: Any) -> None:
-        """Log something that happened, such as a resume."""
-        self._write({"event": name, **facts})
-        self._say(f"{name}: " + " ".join(f"{k}={v}" for k, v in facts.items()))
+    def clear(self) -> None:
+        """Start an interval now."""
+        self.sums: dict[str, Tensor | float] = defaultdict(float)
+        self.count, self.clock = 0, time.perf_counter()
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Log the means of an interval that ended after ``step`` steps."""
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Take in the values of one step."""
+        for name, value in values.items():
+            self.sums[name] += value
+        self.count += 1
+        self.bar.update()
+
+    def interval(self, step: int, batch: int, **facts: float) -> dict[str, float]:
+        """End the interval after ``step`` steps: log and return the means over its steps, and ``facts``."""
+        means = {name: float(total) / self.count for name, total in self.sums.items()}
+        seconds = time.perf_counter() - self.clock
+        values = means | facts | {"images_per_second": self.count * batch / seconds}
         self._write({"step": step, **values})
         shown = " ".join(f"{k}={v:.4g}" for k, v in values.items())
         if self.bar.disable:
             self._say(f"step {step}/{self.steps} {shown}")
         else:
             self.bar.set_postfix_str(shown)
+        self.clear()
+        return values
 
-    def advance(self) -> None:
-        """One more step is done."""
-        self.bar.update()
+    def event(self, name: str, **facts: Any) -> None:
+        """Log something that happened, such as a resume."""
+        self._write({"event": name, **facts})
+        self._say(f"{name}: " + " ".join(f"{k}={v}" for k, v in facts.items()))
 
     def close(self) -> None:
         self.bar.close()

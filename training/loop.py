@@ -3,8 +3,6 @@
 import json
 import math
 import signal
-import time
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -19,7 +17,7 @@ from flowmaps.files import writable_directory, write_file
 from flowmaps.objectives import LogVariance
 from flowmaps.rng import generator
 from training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from training.config import Config, build_flow_map, build_objective
+from training.config import Config, Decay, build_flow_map, build_objective
 from training.data import ArrayData, Order, load_data
 from training.ema import EMA
 from training.evaluation import grid_image
@@ -27,8 +25,9 @@ from training.log import Log
 from training.loss_module import LossModule
 from training.optim import build_optimizer, learning_rate
 
-# What may differ between a run's config.json and the config that resumes it: nothing that changes the steps done.
-MAY_CHANGE = {"steps", "log_every", "sample_every", "sample_steps", "checkpoint_every", "keep"}
+# What may differ between a run's config.json and the config that resumes it: nothing that changes the steps done
+# (and ``steps`` itself, unless the learning rate follows it).
+MAY_CHANGE = {"log_every", "sample_every", "sample_steps", "checkpoint_every", "keep"}
 
 
 @dataclass
@@ -61,7 +60,17 @@ class Trainer:
         optimizer = build_optimizer(config.optim, module.parameters())
         wrapped, prepared = accelerator.prepare(module, optimizer)
         ema = EMA(fm.network, config.ema)
-        return cls(config, data, accelerator, module, wrapped, optimizer, prepared, ema, Order(len(data), config.seed))
+        return cls(
+            config,
+            data,
+            accelerator,
+            module,
+            wrapped,
+            optimizer,
+            prepared,
+            ema,
+            Order(len(data), config.seed),
+        )
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Optimiser step ``step`` = 0, 1, ...; returns what to log, still on the device."""
@@ -83,11 +92,23 @@ class Trainer:
         self.ema.update(step + 1)
         return {"loss": loss.value.detach(), **loss.terms, "grad_norm": norm}
 
-    def averaged(self, images_seen: int) -> FlowMap:
-        """A copy of the flow map with the first moving average of the weights, in eval mode."""
+    def averaged(self, done: int) -> FlowMap:
+        """A copy of the flow map with the first moving average of the weights after ``done`` steps, in eval mode."""
         fm, decay = self.module.fm, self.config.ema[0]
-        info = replace(fm.info, images_seen=images_seen)
+        info = replace(fm.info, images_seen=done * self.config.batch)
         return FlowMap(self.ema.network(decay), fm.interpolant_name, fm.base_std, info).eval()
+
+    def save(self, workdir: Path, done: int) -> None:
+        """Write the checkpoint after ``done`` steps and export the averaged model."""
+        images_seen = done * self.config.batch
+        save_checkpoint(workdir, done, images_seen, self.module, self.optimizer, self.ema, self.config.keep)
+        self.averaged(done).save_pretrained(workdir / "model")
+
+    def draw(self, workdir: Path, done: int) -> None:
+        """Write the sample grid of the averaged model."""
+        (workdir / "samples").mkdir(exist_ok=True)
+        image = grid_image(self.averaged(done), self.config.sample_steps, self.config.seed)
+        image.save(workdir / "samples" / f"step-{done:08d}.png")
 
 
 def train(config: Config, workdir: str | Path) -> FlowMap:
@@ -105,45 +126,30 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
         start = load_checkpoint(checkpoints[-1], trainer.module, trainer.optimizer, trainer.ema)["step"]
     if main:
         write_file(workdir / "config.json", json.dumps(config.to_dict(), indent=2).encode())
-        (workdir / "samples").mkdir(exist_ok=True)
     log = Log(workdir, config.steps, start, enabled=main)
     if start:
         log.event("resume", step=start)
-    sums: dict[str, Tensor | float] = defaultdict(float)
-    clock = time.perf_counter()
+    done = start
     with _Stop() as stop:
-        for step in range(start, config.steps):
-            for name, value in trainer.step(step).items():
-                sums[name] += value
-            done = step + 1
-            log.advance()
-            if done % config.log_every == 0 or done == config.steps:
-                interval = (done - 1) % config.log_every + 1
-                interval = min(interval, done - start)  # the first interval after a resume may be shorter
-                now = time.perf_counter()
-                values = {name: float(total) / interval for name, total in sums.items()}
+        last = done == config.steps
+        while not last:
+            log.add(trainer.step(done))
+            done += 1
+            last = done == config.steps or bool(stop.asked)  # asked once a step: the last one saves
+            if last or done % config.log_every == 0:
+                values = log.interval(done, config.batch, lr=trainer.optimizer.param_groups[0]["lr"])
                 if not math.isfinite(values["loss"]):
                     raise UserError(f"the loss is {values['loss']} at step {done}: lower --config.optim.lr")
-                values["lr"] = trainer.optimizer.param_groups[0]["lr"]
-                values["images_per_second"] = interval * config.batch / (now - clock)
-                log.metrics(done, values)
-                sums.clear()
-                clock = now
-            last = done == config.steps or stop.asked
-            if main and (done % config.checkpoint_every == 0 or last):
-                images = done * config.batch
-                save_checkpoint(
-                    workdir, done, images, trainer.module, trainer.optimizer, trainer.ema, config.keep
-                )
-                trainer.averaged(images).save_pretrained(workdir / "model")
-            if main and (done % config.sample_every == 0 or done == config.steps):
-                image = grid_image(trainer.averaged(done * config.batch), config.sample_steps, config.seed)
-                image.save(workdir / "samples" / f"step-{done:08d}.png")
-            if stop.asked:
-                log.event("stopped", step=done, signal=stop.asked)
-                break
+            if main and (last or done % config.checkpoint_every == 0):
+                trainer.save(workdir, done)
+            if main and (done == config.steps or done % config.sample_every == 0):
+                trainer.draw(workdir, done)
+            if last or done % config.checkpoint_every == 0 or done % config.sample_every == 0:
+                log.clear()  # writing is not training time
+    if stop.asked:
+        log.event("stopped", step=done, signal=stop.asked)
     log.close()
-    return trainer.averaged(config.steps * config.batch)
+    return trainer.averaged(done)
 
 
 def dry_run(config: Config, batch: int = 16) -> tuple[dict[str, Any], Any]:
@@ -158,7 +164,7 @@ def dry_run(config: Config, batch: int = 16) -> tuple[dict[str, Any], Any]:
         "device": str(trainer.accelerator.device),
         "loss of two steps": losses,
     }
-    return facts, grid_image(trainer.averaged(2 * config.batch), config.sample_steps, config.seed)
+    return facts, grid_image(trainer.averaged(2), config.sample_steps, config.seed)
 
 
 class _Stop:
@@ -185,13 +191,18 @@ def _same_run(config: Config, path: Path) -> None:
         stored = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): cannot tell whether the run is the same") from None
-    changed = [key for key in _differences(stored, json.loads(json.dumps(config.to_dict()))) if key not in MAY_CHANGE]
+    allowed = MAY_CHANGE | ({"steps"} if config.optim.decay is not Decay.cosine else set())
+    changed = [key for key in _differences(stored, config.to_dict()) if key not in allowed]
     if changed:
-        raise UserError(f"--config.{changed[0]} differs from the run in {path.parent}: use its value or a new --workdir")
+        raise UserError(
+            f"--config.{changed[0]} differs from the run in {path.parent}: use its value or a new --workdir"
+        )
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
     """Dotted keys at which two JSON values differ."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [d for k in sorted(a.keys() | b.keys()) for d in _differences(a.get(k), b.get(k), f"{prefix}.{k}".strip("."))]
+        return [
+            d for k in sorted(a.keys() | b.keys()) for d in _differences(a.get(k), b.get(k), f"{prefix}.{k}".strip("."))
+        ]
     return [] if a == b else [prefix]

@@ -11,6 +11,7 @@ from training.config import Decay, Optim, Optimizer
 
 def build_optimizer(config: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """RAdam (the paper's) or AdamW over ``parameters``."""
+    cls: type[torch.optim.RAdam] | type[torch.optim.AdamW]
     cls = {Optimizer.radam: torch.optim.RAdam, Optimizer.adamw: torch.optim.AdamW}[config.name]
     return cls(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 

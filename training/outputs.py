@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ def write_samples(results: dict[int, list[tuple[Tensor, Tensor | None]]], out: P
     for count, batches in results.items():
         x = torch.cat([x for x, _ in batches]).cpu()
         labels = [label for _, label in batches if label is not None]
-        arrays = {"label": torch.cat(labels).cpu().numpy()} if labels else {}
+        arrays: dict[str, Any] = {"label": torch.cat(labels).cpu().numpy()} if labels else {}
         if x.ndim == 4:
             images = to_uint8(x)
             arrays["samples"] = rearrange(images, "n c h w -> n h w c").numpy()

@@ -35,7 +35,7 @@ def zero(layer: nn.Module) -> nn.Module:
 
 
 class TimeFeatures(nn.Module):
-    """cos and sin of a time in [0, 1] at ``channels / 2`` frequencies, 1 to 32 radians, geometrically spaced: [B, channels].
+    """cos and sin of a time in [0, 1] at ``channels / 2`` geometrically spaced frequencies, 1 to 32: [B, channels].
 
     The bandwidth is modest on purpose. With times scaled to 0 .. 1000, as diffusion models have it, the tangent of
     the embedding is some hundred times its value and drowns the derivative of everything else.

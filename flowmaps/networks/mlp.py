@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 
-class MLP(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' bases are untyped
+class MLP(ModelMixin, ConfigMixin):
     """v(x, s, t) for points x [B, dim]: the checkerboard network of Boffi et al. 2025 (arXiv 2505.18825, appendix).
 
     Input (s, t, x / data_std), ``depth`` hidden layers of ``width`` with GELU, output times ``data_std``; no time

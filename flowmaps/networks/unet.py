@@ -33,7 +33,7 @@ class Block(nn.Module):
         return out
 
 
-class UNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' bases are untyped
+class UNet(ModelMixin, ConfigMixin):
     """v(x, s, t, label) for images x [B, channels, image_size, image_size], from 8x8 up.
 
     ``patch`` > 1 folds patch x patch pixels into channels first, which is what a small image on a CPU wants.

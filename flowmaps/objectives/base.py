@@ -1,7 +1,7 @@
 """What all objectives share: random draws, the diagonal term, the weight and the reduction."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class Objective:
 
     def draw(self, fm: FlowMap, x1: Tensor, generator: torch.Generator) -> Draws:
         """Noise and times for one batch; apart from the loss, so that the loss can be compiled."""
-        options = {"generator": generator, "device": x1.device, "dtype": x1.dtype}
+        options: dict[str, Any] = {"generator": generator, "device": x1.device, "dtype": x1.dtype}
         x0 = fm.base_std * torch.randn(x1.shape, **options)
         uniform = torch.rand(2, len(x1), **options)
         s, t = uniform.amin(dim=0), uniform.amax(dim=0)
@@ -122,4 +122,4 @@ def part(label: Tensor | None, start: int, stop: int | None) -> Tensor | None:
 def mean_square(residual: Tensor) -> Tensor:
     """Mean over a sample's dimensions of the squared residual, in at least float32: [B, ...] -> [B]."""
     r = residual.to(torch.promote_types(residual.dtype, torch.float32))
-    return cast(Tensor, r.square().flatten(1).mean(dim=1))
+    return r.square().flatten(1).mean(dim=1)

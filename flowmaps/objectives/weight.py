@@ -11,9 +11,9 @@ class LogVariance(nn.Module):
 
     Karras et al. 2024 (EDM2, arXiv 2312.02696), equation 21; in two times as Boffi et al. 2025. At its optimum w is
     the log of the mean squared residual at (s, t), so every (s, t) pulls equally hard, relative to its own size.
-    On the diagonal that size is bounded below by the spread of dI_t/dt given I_t. Off the diagonal it goes to 0 as the
-    map becomes consistent, w follows it down and the pull of the off-diagonal term grows without bound: hence the clamp,
-    and hence no weight by default (docs/maths.md, "The learned weight").
+    On the diagonal that size is bounded below by the spread of dI_t/dt given I_t. Off the diagonal it goes to 0 as
+    the map becomes consistent, w follows it down and the pull of the off-diagonal term grows without bound: hence the
+    clamp, and hence no weight by default (docs/maths.md, "The learned weight").
     """
 
     def __init__(self, channels: int = 128, limit: float = 5.0) -> None:

@@ -1,0 +1,94 @@
+"""The shape of the package: who may import whom, and the public names that must not drift."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+import flowmaps
+import flowmaps.networks
+import flowmaps.objectives
+import samplers
+import training
+
+MAY_IMPORT = {
+    "samplers": {"samplers"},
+    "flowmaps": {"samplers", "flowmaps"},
+    "training": {"samplers", "flowmaps", "training"},
+    "configs": {"training"},
+    "scripts": {"samplers", "flowmaps", "training"},
+}
+OURS = {"samplers", "flowmaps", "training", "configs", "scripts", "tests"}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            yield node.module
+
+
+@pytest.mark.parametrize("layer", MAY_IMPORT)
+def test_imports_go_one_way(layer):
+    files = list((ROOT / layer).rglob("*.py"))
+    assert files
+    for path in files:
+        wrong = {name.split(".")[0] for name in imported(path)} & OURS - MAY_IMPORT[layer]
+        assert not wrong, f"{path} imports {wrong}"
+
+
+def test_samplers_need_torch_alone():
+    tops = {name.split(".")[0] for path in (ROOT / "samplers").rglob("*.py") for name in imported(path)}
+    assert tops - set(sys.stdlib_module_names) <= {"torch", "samplers"}
+
+
+@pytest.mark.parametrize("package", ["flowmaps", "samplers"])
+def test_import_is_light(package):
+    code = (
+        f"import sys, {package}; print([m for m in ('diffusers', 'torch_fidelity', 'accelerate') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+FROZEN = {
+    flowmaps: {"FlowMap", "FlowMapInfo", "UserError", "__version__"},
+    flowmaps.networks: {"MLP", "NETWORKS", "UNet"},
+    flowmaps.objectives: {"OBJECTIVES", "Draws", "FlowMatching", "Lagrangian", "LogVariance", "Loss", "Objective"},
+    samplers: {"check_times", "euler", "rollout", "uniform_times"},
+    training: {"Config", "build_network", "train"},
+}
+
+FLAGS = {
+    "train.py": {"config", "workdir", "dry_run"},
+    "sample.py": {"checkpoint", "steps", "num", "seed", "out", "sampler", "label", "batch"},
+}
+
+
+@pytest.mark.parametrize("module", FROZEN, ids=lambda m: m.__name__)
+def test_public_names(module):
+    assert set(module.__all__) == FROZEN[module]
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_flags():
+    for script in (ROOT / "scripts").glob("*.py"):
+        calls = [n for n in ast.walk(ast.parse(script.read_text())) if isinstance(n, ast.Call)]
+        defined = {
+            n.args[0].value for n in calls if isinstance(n.func, ast.Attribute) and n.func.attr.startswith("DEFINE_")
+        }
+        assert defined == FLAGS[script.name], script.name
+
+
+def test_module_paths_written_into_checkpoints_stay():
+    paths = {name: cls.__module__ for name, cls in flowmaps.networks.NETWORKS.items()}
+    assert paths == {"MLP": "flowmaps.networks.mlp", "UNet": "flowmaps.networks.unet"}
+
+
+def test_scripts_are_thin():
+    for path in (ROOT / "scripts").glob("*.py"):
+        assert len(path.read_text().splitlines()) < 100, path

@@ -1,0 +1,107 @@
+"""Exact derivatives against closed forms, central differences and the identities of the flow map."""
+
+import pytest
+import torch
+from helpers import CASES, gaussian_data, gaussian_map
+
+from flowmaps import FlowMap
+from flowmaps.derivatives import d_ds, d_dt, transport, velocity_jvp
+from flowmaps.networks import MLP, UNet
+
+NETWORKS = {
+    "mlp": (lambda: MLP(dim=2, width=16, depth=2, fourier_features=4), (2,), None),
+    "unet": (
+        lambda: UNet(image_size=8, channels=1, width=8, channel_mult=(1, 2), blocks=1, attention_resolutions=(4, 8)),
+        (1, 8, 8),
+        None,
+    ),
+    "unet_classes": (
+        lambda: UNet(
+            image_size=8,
+            channels=2,
+            width=8,
+            channel_mult=(2,),
+            blocks=1,
+            attention_resolutions=(4,),
+            num_classes=3,
+            patch=2,
+        ),
+        (2, 8, 8),
+        3,
+    ),
+}
+
+
+def random_flow_map(name):
+    """A float64 network with every weight random, so that no zero-initialised branch hides an error."""
+    torch.manual_seed(0)
+    build, shape, classes = NETWORKS[name]
+    network = build().double()
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x = torch.randn(5, *shape, dtype=torch.float64)
+    s, t = torch.rand(2, 5, dtype=torch.float64).sort(dim=0).values
+    label = None if classes is None else torch.tensor([0, 1, 2, 3, 0])
+    return FlowMap(network), x, s, t, label
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_identities_hold_for_the_exact_map(case):
+    """Lagrangian: d_t X = b_t(X). Eulerian: d_s X + grad X . b_s = 0."""
+    fm = gaussian_map(*case)
+    x, label = gaussian_data(fm, 100)
+    s, t = torch.rand(2, 100, dtype=torch.float64).sort(dim=0).values
+    x_t, dx_dt = d_dt(fm, x, s, t, label)
+    torch.testing.assert_close(x_t, fm(x, s, t, label))
+    torch.testing.assert_close(dx_dt, fm.drift(x_t, t, label), atol=1e-9, rtol=1e-9)
+    _, moved = transport(fm, x, s, t, fm.drift(x, s, label), label)
+    torch.testing.assert_close(moved, torch.zeros_like(moved), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_derivatives_match_central_differences(name):
+    fm, x, s, t, label = random_flow_map(name)
+    w, h = torch.randn_like(x), 1e-5
+
+    def difference(x_plus, s_plus, t_plus, x_minus, s_minus, t_minus):
+        return (fm(x_plus, s_plus, t_plus, label) - fm(x_minus, s_minus, t_minus, label)) / (2 * h)
+
+    expected = {
+        d_dt: difference(x, s, t + h, x, s, t - h),
+        d_ds: difference(x, s + h, t, x, s - h, t),
+        transport: difference(x + h * w, s + h, t, x - h * w, s - h, t),
+    }
+    for derivative, value in expected.items():
+        arguments = (w, label) if derivative is transport else (label,)
+        x_t, dx = derivative(fm, x, s, t, *arguments)
+        torch.testing.assert_close(x_t, fm(x, s, t, label))
+        torch.testing.assert_close(dx, value, rtol=1e-6, atol=1e-7)
+        assert dx.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradient_through_the_tangent_matches_double_backward(name):
+    """d/dtheta of d_t X by reverse-over-forward equals reverse-over-reverse."""
+    fm, x, s, t, label = random_flow_map(name)
+    weights = list(fm.parameters())
+    w = torch.randn_like(x)
+
+    _, dx_dt = d_dt(fm, x, s, t, label)
+    forward = torch.autograd.grad((dx_dt * w).sum(), weights, allow_unused=True)
+
+    t_leaf = t.clone().requires_grad_()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        v = (fm(x, s, t_leaf, label) * w).flatten(1).sum(dim=1)
+        (by_t,) = torch.autograd.grad(v.sum(), t_leaf, create_graph=True)
+        reverse = torch.autograd.grad(by_t.sum(), weights, allow_unused=True)
+    for a, b in zip(forward, reverse, strict=True):
+        torch.testing.assert_close(a, b if b is not None else torch.zeros_like(a), rtol=1e-8, atol=1e-10)
+
+
+def test_half_precision_input_is_differentiated_in_float32():
+    torch.manual_seed(0)
+    fm = FlowMap(MLP(dim=2, width=16, depth=2))
+    s, t = torch.tensor([0.1, 0.2]), torch.tensor([0.5, 0.9])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        v, dv = velocity_jvp(fm, torch.randn(2, 2, dtype=torch.bfloat16), s, t, dt=1.0)
+    assert v.dtype == dv.dtype == torch.float32

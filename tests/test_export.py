@@ -1,0 +1,161 @@
+"""Export: native and pipeline round trips are bit-equal; damage is refused by file name."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.networks import MLP, UNet
+from flowmaps.pipeline import FlowMapPipeline
+from samplers import euler, rollout, uniform_times
+
+WEIGHTS = "network/diffusion_pytorch_model.safetensors"
+
+
+def build(kind="map"):
+    torch.manual_seed(0)
+    network = UNet(
+        image_size=8, channels=1, width=8, channel_mult=(1,), blocks=1, attention_resolutions=(8,), num_classes=4
+    )
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    info = FlowMapInfo(shape=(1, 8, 8), num_classes=4, kind=kind, data="digits", ema=0.99, images_seen=12)
+    return FlowMap(network.eval(), "trigonometric", 0.5, info)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    fm = build()
+    fm.save_pretrained(tmp_path / "model")
+    return fm, tmp_path / "model"
+
+
+def test_native_round_trip(saved):
+    fm, path = saved
+    again = FlowMap.from_pretrained(path)
+    assert again.info == fm.info and again.base_std == fm.base_std
+    assert again.interpolant_name == fm.interpolant_name and not again.training
+    x, label = fm.noise(5, 0), torch.arange(5) % 4
+    assert torch.equal(rollout(again, x, uniform_times(2), label), rollout(fm, x, uniform_times(2), label))
+    assert not [p for p in path.rglob("*") if p.suffix not in (".json", ".safetensors") and p.is_file()]
+
+
+def test_points_export_the_same_way(tmp_path):
+    fm = FlowMap(MLP(width=8, depth=1, fourier_features=2), info=FlowMapInfo(shape=(2,)))
+    fm.save_pretrained(tmp_path / "model")
+    x = fm.noise(5, 0)
+    assert torch.equal(
+        rollout(FlowMap.from_pretrained(tmp_path / "model"), x, uniform_times(2)), rollout(fm, x, uniform_times(2))
+    )
+    pipeline = FlowMapPipeline.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(pipeline(latents=x, output_type="pt").images, rollout(fm, x, uniform_times(1)))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ["map", "drift"])
+def test_pipeline_equals_native_sampler(tmp_path, kind, steps):
+    fm = build(kind)
+    fm.save_pretrained(tmp_path / "model")
+    pipeline = FlowMapPipeline.from_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    x, label = fm.noise(6, 0), torch.arange(6) % 4
+    with torch.no_grad():
+        times = uniform_times(steps)
+        native = rollout(fm, x, times, label) if kind == "map" else euler(fm.drift, x, times, label)
+    images = pipeline(latents=x, num_inference_steps=steps, class_labels=label, output_type="pt").images
+    torch.testing.assert_close(images, native, rtol=0, atol=1e-6)
+
+
+def test_pipeline_takes_a_step_table_and_gives_images(saved):
+    fm, path = saved
+    pipeline = FlowMapPipeline.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    x, label = fm.noise(3, 0), torch.arange(3)
+    with torch.no_grad():
+        native = rollout(fm, x, torch.tensor([0.0, 0.7, 1.0]), label)
+    images = pipeline(latents=x, sigmas=[1.0, 0.3], class_labels=label, output_type="pt").images
+    torch.testing.assert_close(images, native, rtol=0, atol=1e-6)
+    assert pipeline(3).images[0].size == (8, 8)
+    assert pipeline(3, output_type="np").images.shape == (3, 8, 8, 1)
+    with pytest.raises(UserError, match="label"):
+        pipeline(2, class_labels=9)
+
+
+def test_an_interrupted_export_leaves_the_old_one(saved, monkeypatch):
+    _, path = saved
+    monkeypatch.setattr(FlowMapPipeline, "save_pretrained", lambda self, d: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        build().save_pretrained(path)
+    monkeypatch.undo()
+    FlowMap.from_pretrained(path)
+    assert [p.name for p in path.parent.iterdir()] == ["model"]
+
+
+def break_truncate(path):
+    (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-100])
+    return WEIGHTS
+
+
+def break_empty(path):
+    (path / WEIGHTS).write_bytes(b"")
+    return WEIGHTS
+
+
+def break_missing(path):
+    (path / WEIGHTS).unlink()
+    return WEIGHTS
+
+
+def break_pickle(path):
+    torch.save({"a": 1}, path / WEIGHTS)
+    return WEIGHTS
+
+
+def break_shape(path):
+    tensors = load_file(path / WEIGHTS)
+    tensors["stem.weight"] = tensors["stem.weight"][:1]
+    save_file(tensors, path / WEIGHTS)
+    return WEIGHTS
+
+
+def edit(path, file, **changes):
+    values = json.loads((path / file).read_text())
+    (path / file).write_text(json.dumps({k: v for k, v in (values | changes).items() if v != "delete"}))
+    return file
+
+
+DAMAGE = [
+    break_truncate,
+    break_empty,
+    break_missing,
+    break_pickle,
+    break_shape,
+    lambda path: edit(path, "model_index.json", network=["os", "system"]),
+    lambda path: edit(path, "model_index.json", network="delete"),
+    lambda path: edit(path, "model_index.json", info={"colour": 1}),
+    lambda path: edit(path, "model_index.json", info=3),
+    lambda path: edit(path, "model_index.json", info="delete"),
+    lambda path: edit(path, "model_index.json", interpolant="cubic"),
+    lambda path: edit(path, "model_index.json", base_std="wide"),
+    lambda path: edit(path, "network/config.json", bogus=1),
+    lambda path: edit(path, "network/config.json", image_size="big"),
+    lambda path: [(path / "network/config.json").write_text("{"), "network/config.json"][1],
+    lambda path: [(path / "model_index.json").write_text("[]"), "model_index.json"][1],
+    lambda path: [(path / "model_index.json").unlink(), "model_index.json"][1],
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_refused_in_one_line_that_names_the_file(saved, damage):
+    _, path = saved
+    file = damage(path)
+    with pytest.raises(UserError, match=file) as error:
+        FlowMap.from_pretrained(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_directory_and_bad_hub_id():
+    with pytest.raises(UserError, match="no directory"):
+        FlowMap.from_pretrained("runs/nowhere/at/all")

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from helpers import CASES, gaussian_data, gaussian_map
+
+from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.rng import generator
+from samplers import euler, rollout, uniform_times
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gaussian_map_is_a_flow_map(case):
+    """The fixture itself: identity on the diagonal, semigroup, and it carries noise to data."""
+    fm = gaussian_map(*case)
+    x1, label = gaussian_data(fm, 200)
+    s, u, t = torch.rand(3, 200, dtype=torch.float64).sort(dim=0).values
+    torch.testing.assert_close(fm(x1, s, s, label), x1)
+    torch.testing.assert_close(fm(fm(x1, s, u, label), u, t, label), fm(x1, s, t, label))
+    zero, one = torch.zeros_like(s), torch.ones_like(s)
+    noise = fm.base_std * torch.randn_like(x1)
+    mean = fm.network.mean if label is None else fm.network.mean[label]
+    torch.testing.assert_close(fm(noise, zero, one, label), mean + fm.network.std / fm.base_std * noise)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_drift_generates_the_map(case):
+    """Fine Euler steps of v_{t,t}, extrapolated to step size 0, end where the map ends."""
+    fm = gaussian_map(*case)
+    x, label = gaussian_data(fm, 20)
+    coarse, fine = (euler(fm.drift, x, uniform_times(n), label) for n in (1000, 2000))
+    torch.testing.assert_close(2 * fine - coarse, rollout(fm, x, uniform_times(1), label), rtol=1e-4, atol=1e-4)
+
+
+def test_noise_of_a_sample_depends_on_seed_and_index_alone():
+    fm = FlowMap(torch.nn.Linear(1, 1), base_std=0.5, info=FlowMapInfo(shape=(2, 4, 4)))
+    whole = fm.noise(7, seed=3)
+    torch.testing.assert_close(torch.cat([fm.noise(3, seed=3), fm.noise(4, seed=3, start=3)]), whole, rtol=0, atol=0)
+    assert not torch.equal(whole, fm.noise(7, seed=4))
+    many = fm.noise(2000, seed=0)
+    assert len(many.flatten(1).unique(dim=0)) == 2000
+    assert abs(many.std().item() - 0.5) < 0.005
+
+
+def test_generators_differ_in_every_part_of_their_key():
+    keys = [(0, "a", 0, 0), (1, "a", 0, 0), (0, "b", 0, 0), (0, "a", 1, 0), (0, "a", 0, 1)]
+    draws = [torch.rand(1, generator=generator(*key)).item() for key in keys]
+    assert len(set(draws)) == len(keys)
+    seeds = {generator(0, "noise", i).initial_seed() % 2**32 for i in range(20_000)}
+    assert len(seeds) == 20_000  # torch's CPU engine keeps 32 bits
+
+
+def test_a_drift_refuses_to_jump():
+    fm = gaussian_map()
+    drift = FlowMap(fm.network, info=FlowMapInfo(shape=(3,), kind="drift"))
+    x = drift.noise(2, 0)
+    assert euler(drift.drift, x, uniform_times(2)).shape == x.shape
+    with pytest.raises(UserError, match="euler"):
+        rollout(drift, x, uniform_times(1))
+
+
+@pytest.mark.parametrize("wrong", [{"interpolant": "cubic"}, {"base_std": 0.0}])
+def test_bad_arguments_are_named(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        FlowMap(torch.nn.Linear(1, 1), **wrong)
+
+
+def test_info_round_trip_and_unknown_field():
+    info = FlowMapInfo(shape=(1, 8, 8), num_classes=10, schedules={"2": (0.0, 0.4, 1.0)}, images_seen=7)
+    assert FlowMapInfo.from_dict(info.to_dict()) == info
+    with pytest.raises(UserError, match="newer"):
+        FlowMapInfo.from_dict({"colour": "red"})
