@@ -90,14 +90,16 @@ class FlowMap(nn.Module):
         """b_t(x) = v_{t,t}(x), the velocity of the probability-flow ODE."""
         return self.velocity(x, t, t, label)
 
-    def noise(self, n: int, seed: int, start: int = 0) -> Tensor:
+    def noise(self, n: int, seed: int, start: int = 0, draw: int = 0) -> Tensor:
         """x0 of samples ``start`` .. ``start + n - 1``: [n, *shape], normal with standard deviation ``base_std``.
 
-        Sample i has the same noise whatever ``n``, the batch size or the number of processes.
+        Sample i has the same noise whatever ``n``, the batch size or the number of processes. ``draw`` 1, 2, ... is
+        further noise of the same samples, for samplers that need it.
         """
         if not self.info.shape:
             raise UserError("FlowMapInfo.shape is empty: say what one sample looks like before drawing noise")
-        rows = [torch.randn(self.info.shape, generator=generator(seed, "noise", i)) for i in range(start, start + n)]
+        streams = (generator(seed, "noise", i, draw) for i in range(start, start + n))
+        rows = [torch.randn(self.info.shape, generator=stream) for stream in streams]
         parameter = next(self.network.parameters(), torch.empty(0))  # a closed form has none
         return self.base_std * torch.stack(rows).to(device=parameter.device, dtype=parameter.dtype)
 

@@ -1,20 +1,27 @@
 """From a flow map to samples: noise and label by sample index, batch by batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap, FlowMapInfo
-from samplers import euler, rollout
+from samplers import euler, heun, rollout, stochastic
 
-Sampler = Callable[[FlowMap, Tensor, Tensor, Tensor | None], Tensor]  # (fm, x0, times, label) -> samples
+Renoise = Callable[[int], Tensor]  # k -> fresh noise for step k
 
-SAMPLERS: dict[str, Sampler] = {
-    "map": lambda fm, x, times, label: rollout(fm, x, times, label),
-    "euler": lambda fm, x, times, label: euler(fm.drift, x, times, label),
+# name -> sampler(fm, x0, times, label, renoise, gamma)
+SAMPLERS: dict[str, Callable[[FlowMap, Tensor, Tensor, Tensor | None, Renoise, float], Tensor]] = {
+    "map": lambda fm, x, times, label, renoise, gamma: rollout(fm, x, times, label),
+    "euler": lambda fm, x, times, label, renoise, gamma: euler(fm.drift, x, times, label),
+    "heun": lambda fm, x, times, label, renoise, gamma: heun(fm.drift, x, times, label),
+    "stochastic": lambda fm, x, times, label, renoise, gamma: stochastic(
+        fm, x, times, label, path=fm.interpolant, noise=renoise, gamma=gamma
+    ),
 }
+EVALUATIONS_PER_STEP = {"map": 1, "euler": 1, "heun": 2, "stochastic": 1}
 
 
 def labels_for(
@@ -46,15 +53,21 @@ def generate(
     *,
     sampler: str = "map",
     label: int | None = None,
+    gamma: float = 1.0,
     batch: int = 500,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield (samples [b, *shape], label [b] or None) until ``n`` samples are made with the grid ``times``.
 
-    Sample i depends on (``seed``, i) alone, whatever ``batch`` (to rounding).
+    Sample i depends on (``seed``, i) alone, whatever ``batch`` (to rounding). ``gamma``: for "stochastic" only.
     """
     device = next(fm.parameters()).device
     for start in range(0, n, batch):
         size = min(batch, n - start)
         y = labels_for(fm.info, size, label, start)
         y = None if y is None else y.to(device)
-        yield SAMPLERS[sampler](fm, fm.noise(size, seed, start), times, y), y
+        x0, renoise = fm.noise(size, seed, start), partial(_renoise, fm, size, seed, start)
+        yield SAMPLERS[sampler](fm, x0, times, y, renoise, gamma), y
+
+
+def _renoise(fm: FlowMap, n: int, seed: int, start: int, step: int) -> Tensor:
+    return fm.noise(n, seed, start, draw=step + 1)

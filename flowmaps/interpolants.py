@@ -12,7 +12,8 @@ from samplers.callables import expand
 class Interpolant:
     """A path from noise to data: alpha(0) = beta(1) = 1 and alpha(1) = beta(0) = 0.
 
-    Boffi et al. 2025 (arXiv 2505.18825), section 2. The four coefficients map times of any shape to the same shape.
+    Boffi et al. 2025 (arXiv 2505.18825), section 2. The coefficients map times of any
+    shape to the same shape.
     """
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -25,6 +26,10 @@ class Interpolant:
         raise NotImplementedError
 
     def d_beta(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def time(self, ratio: Tensor) -> Tensor:
+        """The t at which alpha(t) / beta(t) = ratio; 0 gives 1, infinity gives 0."""
         raise NotImplementedError
 
     def point(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
@@ -52,6 +57,9 @@ class Linear(Interpolant):
     def d_beta(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
+    def time(self, ratio: Tensor) -> Tensor:
+        return 1 / (1 + ratio)
+
 
 @dataclass(frozen=True)
 class Trigonometric(Interpolant):
@@ -68,6 +76,9 @@ class Trigonometric(Interpolant):
 
     def d_beta(self, t: Tensor) -> Tensor:
         return math.pi / 2 * torch.cos(t * math.pi / 2)
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return 1 - torch.atan(ratio) * 2 / math.pi
 
 
 INTERPOLANTS: dict[str, Interpolant] = {"linear": Linear(), "trigonometric": Trigonometric()}

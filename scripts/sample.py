@@ -24,6 +24,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Sample i depends on (seed, i) alone")
 OUT = flags.DEFINE_string("out", None, "Directory to write to")
 SAMPLER = flags.DEFINE_enum("sampler", "map", list(SAMPLERS), "map: jump; others integrate the drift")
 LABEL = flags.DEFINE_integer("label", None, "Class of all samples; without it, sample i has class i mod classes")
+GAMMA = flags.DEFINE_float("gamma", 1.0, "Share of noise that --sampler=stochastic renews at each step", 0.0, 1.0)
 BATCH = flags.DEFINE_integer("batch", 500, "Samples at a time", lower_bound=1)
 
 

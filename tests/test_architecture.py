@@ -59,13 +59,13 @@ FROZEN = {
     flowmaps: {"FlowMap", "FlowMapInfo", "UserError", "__version__"},
     flowmaps.networks: {"MLP", "NETWORKS", "UNet"},
     flowmaps.objectives: {"OBJECTIVES", "Draws", "FlowMatching", "Lagrangian", "LogVariance", "Loss", "Objective"},
-    samplers: {"check_times", "euler", "rollout", "uniform_times"},
+    samplers: {"check_times", "euler", "heun", "rollout", "stochastic", "uniform_times"},
     training: {"Config", "build_network", "train"},
 }
 
 FLAGS = {
     "train.py": {"config", "workdir", "dry_run"},
-    "sample.py": {"checkpoint", "steps", "num", "seed", "out", "sampler", "label", "batch"},
+    "sample.py": {"checkpoint", "steps", "num", "seed", "out", "sampler", "label", "gamma", "batch"},
 }
 
 

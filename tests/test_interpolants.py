@@ -20,3 +20,9 @@ def test_velocity_is_the_time_derivative(name):
     t = torch.rand(50, dtype=torch.float64)
     difference = (path.point(x0, x1, t + h) - path.point(x0, x1, t - h)) / (2 * h)
     torch.testing.assert_close(path.velocity(x0, x1, t), difference, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", INTERPOLANTS)
+def test_time_inverts_the_noise_to_data_ratio(name):
+    path, t = INTERPOLANTS[name], torch.linspace(0.01, 1, 50, dtype=torch.float64)
+    torch.testing.assert_close(path.time(path.alpha(t) / path.beta(t)), t)

@@ -2,11 +2,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import gaussian_data, gaussian_map
+from helpers import CASES, gaussian_data, gaussian_map
 
-from samplers import euler, rollout, uniform_times
+from flowmaps import FlowMap, FlowMapInfo
+from flowmaps.generate import EVALUATIONS_PER_STEP, SAMPLERS, generate
+from samplers import euler, heun, rollout, stochastic, uniform_times
 
-ORDERS = {euler: 1}
+ORDERS = {euler: 1, heun: 2}
 
 
 @pytest.mark.parametrize("solver", ORDERS)
@@ -33,7 +35,7 @@ def test_rollout_composes_the_map_over_the_grid(steps):
     assert torch.equal(rollout(fm, x, times), expected)
 
 
-@pytest.mark.parametrize("solver", [rollout, euler])
+@pytest.mark.parametrize("solver", [rollout, euler, heun])
 def test_callback_sees_every_state_once(solver):
     fm = gaussian_map()
     x, _ = gaussian_data(fm, 4)
@@ -45,15 +47,60 @@ def test_callback_sees_every_state_once(solver):
     assert torch.equal(seen[0][2], x) and torch.equal(seen[-1][2], end)
 
 
-def test_evaluations_are_one_a_step():
+@pytest.mark.parametrize("case", CASES)
+def test_stochastic_keeps_the_marginals_of_the_exact_map(case):
+    """With any gamma the mean and covariance at data time are those of the data; gamma = 0 is the rollout."""
+    fm = gaussian_map(*case[:2])
+    x0 = fm.base_std * torch.randn(100_000, 3, dtype=torch.float64)
+    for gamma in (0.0, 0.6, 1.0):
+        g = torch.Generator().manual_seed(1)
+
+        def noise(k, g=g):
+            return fm.base_std * torch.randn(x0.shape, dtype=torch.float64, generator=g)
+
+        with torch.no_grad():
+            x = stochastic(fm, x0, uniform_times(4), path=fm.interpolant, noise=noise, gamma=gamma)
+            if gamma == 0:
+                torch.testing.assert_close(x, rollout(fm, x0, uniform_times(4)))
+        assert (x.mean(dim=0) - fm.network.mean).abs().max() < 0.03  # standard error 0.006 on the widest axis
+        assert (x.std(dim=0) / fm.network.std - 1).abs().max() < 0.012
+
+
+def test_stochastic_is_markov_with_full_renoising():
+    """gamma = 1 forgets the noise it started from but through the first jump: new noise, another sample."""
+    fm = gaussian_map()
+    x0 = torch.randn(5, 3, dtype=torch.float64)
+    a, b = (
+        stochastic(fm, x0, uniform_times(3), path=fm.interpolant, noise=lambda k, s=s: torch.full_like(x0, s))
+        for s in (0.0, 1.0)
+    )
+    assert (a - b).abs().min() > 0.01
+    with pytest.raises(ValueError, match="gamma"):
+        stochastic(fm, x0, uniform_times(3), path=fm.interpolant, noise=lambda k: x0, gamma=1.5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_evaluations_per_step(name):
+    """The table's number of network evaluations is the true one."""
     calls = []
 
-    def drift(x, t, label):
-        calls.append(t)
-        return x
+    class Counter(torch.nn.Linear):
+        def forward(self, x, s, t, label=None):
+            calls.append(s)
+            return x
 
-    euler(drift, torch.zeros(2, 3), uniform_times(5))
-    assert len(calls) == 5
+    fm = FlowMap(Counter(1, 1), info=FlowMapInfo(shape=(3,)))
+    list(generate(fm, uniform_times(5), 2, 0, sampler=name))
+    assert len(calls) == 5 * EVALUATIONS_PER_STEP[name]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samples_do_not_depend_on_the_batch_size(name):
+    fm = gaussian_map("trigonometric", 0.7, classes=True)
+    whole, parts = (
+        torch.cat([x for x, _ in generate(fm, uniform_times(3), 7, 0, sampler=name, batch=b)]) for b in (7, 3)
+    )
+    torch.testing.assert_close(whole, parts)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ class Decay(enum.Enum):
 @dataclass
 class Data:
     name: str = "digits"  # a key of training.data.DATA
+    root: str = "data"  # folder of the data set's files, where it has any
 
 
 @dataclass

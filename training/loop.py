@@ -48,7 +48,7 @@ class Trainer:
     def build(cls, config: Config) -> "Trainer":
         """Data, network, optimiser and averages at step 0; a function of the config alone."""
         config.validate()
-        data = load_data(config.data.name)
+        data = load_data(config.data.name, root=config.data.root)
         accelerator = Accelerator()
         if config.batch % accelerator.num_processes:
             raise UserError(f"--config.batch={config.batch} is not divisible by {accelerator.num_processes} processes")

@@ -1,0 +1,158 @@
+"""Feature extractors by name: uint8 images in, features out. Only ``inception``'s Fréchet distance is called FID."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import flowmaps
+from flowmaps.errors import UserError
+from flowmaps.files import sha256
+from flowmaps.images import from_uint8
+from flowmaps.metrics.stats import FeatureStats, Origin
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity releases and caches it
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier; its features are the last hidden layer, before the ReLU.
+
+    Trained by ``scripts/train_extractor.py``. Images [n, channels, size, size] in [-1, 1].
+    """
+
+    def __init__(self, channels: int, size: int, classes: int, width: int, features: int) -> None:
+        super().__init__()
+
+        def stage(inputs: int, outputs: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(),
+                nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2),
+            )  # fmt: skip
+
+        widths = [channels, width]
+        while size // 2 ** (len(widths)) >= 2:  # down to 2 x 2, or 3 x 3
+            widths.append(min(2 * widths[-1], 4 * width))
+        self.stages = nn.Sequential(*[stage(a, b) for a, b in pairwise(widths)])
+        side = size // 2 ** (len(widths) - 1)
+        self.features = nn.Linear(widths[-1] * side**2, features)
+        self.head = nn.Linear(features, classes)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Features [n, features]."""
+        return cast(Tensor, self.features(self.stages(x).flatten(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits [n, classes]."""
+        return cast(Tensor, self.head(torch.relu(self.embed(x))))
+
+
+CLASSIFIERS: dict[str, dict[str, int]] = {
+    "digits": {"channels": 1, "size": 8, "classes": 10, "width": 32, "features": 64},
+    "fashion_mnist": {"channels": 1, "size": 32, "classes": 10, "width": 16, "features": 64},
+}
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A named feature function: ``embed`` maps uint8 images [n, C, H, W] to features [n, dim]."""
+
+    embed: Callable[[Tensor], Tensor]
+    dim: int
+    origin: Origin  # extractor name, weight hash, resize
+
+    @property
+    def metric(self) -> str:
+        """What the Fréchet distance on these features is called."""
+        return "FID" if self.origin.extractor == "inception" else f"FD-{self.origin.extractor}"
+
+    @torch.no_grad()
+    def stats(self, batches: Iterable[Tensor], data: str = "", split: str = "") -> FeatureStats:
+        """Moments of the features of uint8 image batches, streamed."""
+        stats = FeatureStats(self.dim, replace(self.origin, data=data, split=split))
+        for images in batches:
+            stats.update(self.embed(images))
+        return stats
+
+
+def extractor_file(name: str) -> Path:
+    """The weight file that ships with this package: beside the code in a wheel, in assets/ in a checkout."""
+    package = Path(flowmaps.__file__).parent
+    for folder in (package, package.parent):
+        file = folder / "assets" / "extractors" / f"{name}.safetensors"
+        if file.is_file():
+            return file
+    raise UserError(f"the weights of the extractor {name!r} are not installed: give them by --weights=FILE")
+
+
+def _classifier(name: str, weights: Path | None, device: torch.device) -> Extractor:
+    file, options = weights or extractor_file(name), CLASSIFIERS[name]
+    network = Classifier(**options)
+    try:
+        network.load_state_dict(load_file(file))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"--weights={file} is no weight file of {name!r}: {' '.join(str(error).split())[:200]}"
+        ) from None
+    network.to(device).eval().requires_grad_(False)
+    shape = (options["channels"], options["size"], options["size"])
+
+    def embed(images: Tensor) -> Tensor:
+        if images.shape[1:] != shape:
+            raise UserError(f"the extractor {name!r} takes images of shape {shape}, got {tuple(images.shape[1:])}")
+        return network.embed(from_uint8(images.to(device)))
+
+    return Extractor(embed, options["features"], Origin(extractor=name, weights=sha256(file), resize="none"))
+
+
+def _inception(name: str, weights: Path | None, device: torch.device) -> Extractor:
+    """torch-fidelity's port of the 2015 Inception graph, pool features (2048), with its own TF1 bilinear resize."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    from torch_fidelity.utils import create_feature_extractor
+
+    file = weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if not file.is_file() and weights is None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), progress=os.isatty(2))
+        except OSError as error:
+            raise UserError(
+                f"the Inception weights are not in {file} and cannot be downloaded ({error}): "
+                f"fetch {URL_INCEPTION_V3} where there is a network and give it by --weights=FILE"
+            ) from None
+    try:  # the library would unpickle anything; this refuses all but tensors first
+        torch.load(file, weights_only=True, map_location="cpu")
+        network: Any = create_feature_extractor(
+            "inception-v3-compat", ["2048"], cuda=False, feature_extractor_weights_path=str(file)
+        )
+    except Exception as error:  # torch.load and load_state_dict raise a dozen types on a wrong file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--weights={file} is no Inception weight file of torch-fidelity: {reason}") from None
+    network.to(device)
+
+    def embed(images: Tensor) -> Tensor:
+        rgb = images.to(device).expand(-1, 3, -1, -1)  # grey counts as three equal channels
+        return cast(Tensor, network(rgb)[0])
+
+    return Extractor(embed, 2048, Origin(extractor=name, weights=sha256(file), resize="inception (TF1 bilinear, 299)"))
+
+
+EXTRACTORS: dict[str, Callable[[str, Path | None, torch.device], Extractor]] = {
+    "inception": _inception,
+    **dict.fromkeys(CLASSIFIERS, _classifier),
+}
+
+
+def load_extractor(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
+    """An extractor from the table, with its own weights or those in the file ``weights``."""
+    if name not in EXTRACTORS:
+        raise UserError(f"--extractor={name}: choose one of {', '.join(EXTRACTORS)}")
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"--weights={weights}: no such file")
+    return EXTRACTORS[name](name, None if weights is None else Path(weights), torch.device(device))

@@ -1,0 +1,66 @@
+"""Train one of the small classifiers whose features score small data sets (assets/extractors/).
+
+python scripts/train_extractor.py --data=digits --out=assets/extractors/digits.safetensors
+python scripts/train_extractor.py --data=fashion_mnist --epochs=3 --out=assets/extractors/fashion_mnist.safetensors
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from absl import flags
+from safetensors.torch import save
+
+from flowmaps import UserError
+from flowmaps.files import writable_directory, write_file
+from flowmaps.metrics.extractors import CLASSIFIERS, Classifier
+from training import cli
+from training.data import ArrayData, Order, load_data
+
+DATA = flags.DEFINE_enum("data", None, list(CLASSIFIERS), "Data set", required=False)
+ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
+OUT = flags.DEFINE_string("out", None, "Weight file to write (.safetensors)")
+EPOCHS = flags.DEFINE_integer("epochs", 60, "Passes over the training split", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Initialisation, order and shifts")
+BATCH = 128
+
+
+def accuracy(network: Classifier, data: ArrayData) -> float:
+    network.eval()
+    right = 0
+    with torch.no_grad():
+        for index in torch.arange(len(data)).split(1000):
+            x, label = data.fetch(index)
+            right += int((network(x).argmax(dim=1) == label).sum())
+    return right / len(data)
+
+
+def main() -> None:
+    for flag in (DATA, OUT):
+        if flag.value is None:
+            raise UserError(f"--{flag.name} is missing")
+    out = Path(OUT.value)
+    writable_directory(out.parent, "--out")
+    train, heldout = (load_data(DATA.value, split, ROOT.value) for split in ("train", "heldout"))
+    torch.manual_seed(SEED.value)
+    network, order = Classifier(**CLASSIFIERS[DATA.value]), Order(len(train), SEED.value)
+    steps = EPOCHS.value * (len(train) // BATCH)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for step in range(steps):
+        network.train()
+        x, label = train.fetch(order.indices(step * BATCH, BATCH))
+        shift = torch.randint(-1, 2, (2,)).tolist()  # the features should not mind one pixel
+        loss = F.cross_entropy(network(x.roll(shift, dims=(2, 3))), label, label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % max(1, steps // 10) == 0:
+            print(f"step {step + 1}/{steps} loss {loss.item():.3f} held-out accuracy {accuracy(network, heldout):.4f}")
+    write_file(out, save({k: v.contiguous() for k, v in network.eval().state_dict().items()}))
+    print(f"{out}: held-out accuracy {accuracy(network, heldout):.4f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
