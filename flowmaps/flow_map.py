@@ -1,5 +1,6 @@
 """The flow map: a two-time velocity network, the path it was trained on, and what is known about it."""
 
+import hashlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -102,6 +103,15 @@ class FlowMap(nn.Module):
         rows = [torch.randn(self.info.shape, generator=stream) for stream in streams]
         parameter = next(self.network.parameters(), torch.empty(0))  # a closed form has none
         return self.base_std * torch.stack(rows).to(device=parameter.device, dtype=parameter.dtype)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the network's weights by name: what a record or a schedule says it was made with."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(
+                name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
+        return digest.hexdigest()
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a diffusers pipeline directory: safetensors and JSON only, complete or not at all."""

@@ -13,6 +13,9 @@ from flowmaps.errors import UserError
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Parse the flags, call ``main`` and exit with its value: 0 success, 1 failed gate, 2 the user's mistake."""
     script = Path(sys.argv[0]).name
+    if {"--help", "-h", "-help"} & set(sys.argv[1:]):
+        print(usage(sys.modules["__main__"].__doc__ or ""))
+        sys.exit(0)
     try:
         _check_config_file(sys.argv)
         rest = flags.FLAGS(sys.argv)[1:]
@@ -24,6 +27,17 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(main() or 0)
     except UserError as error:
         fail(script, error)
+
+
+def usage(doc: str) -> str:
+    """The script's docstring and its flags, absl's own left out."""
+    ours = {m: f for m, f in flags.FLAGS.flags_by_module_dict().items() if not m.startswith(("absl", "ml_collections"))}
+    lines = [
+        f"  --{flag.name}  {flag.help}" + (f" [{flag.default_as_str}]" if flag.default is not None else "")
+        for of_module in ours.values()
+        for flag in of_module
+    ]
+    return f"{doc.strip()}\n\nFlags:\n" + "\n".join(sorted(lines))
 
 
 def fail(script: str, error: BaseException) -> NoReturn:
@@ -43,14 +57,3 @@ def _check_config_file(argv: list[str]) -> None:
                 raise UserError(
                     f"--config={path}: no such file; configs are in configs/, e.g. configs/digits.py:lagrangian"
                 )
-
-
-def step_counts(values: list[str]) -> list[int]:
-    """The step counts of ``--steps=1,2,4``."""
-    try:
-        counts = [int(v) for v in values]
-    except ValueError:
-        raise UserError(f"--steps={','.join(values)}: give whole numbers, e.g. --steps=1,2,4,8") from None
-    if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
-        raise UserError(f"--steps={','.join(values)}: give different step counts of at least 1")
-    return counts

@@ -51,7 +51,7 @@ class Optim:
 @dataclass
 class Weight:
     learned: bool = False  # log-variance weight w(s, t)
-    limit: float = 5.0  # |w| is clamped to this
+    limit: float = 2.0  # |w| is clamped to this
 
 
 @dataclass

@@ -16,7 +16,7 @@ class LogVariance(nn.Module):
     clamp, and hence no weight by default (docs/maths.md, "The learned weight").
     """
 
-    def __init__(self, channels: int = 128, limit: float = 5.0) -> None:
+    def __init__(self, channels: int = 128, limit: float = 2.0) -> None:
         super().__init__()
         self.limit = limit
         self.features = TimeFeatures(channels)

@@ -1,0 +1,64 @@
+"""The flags that sample.py and fid.py share, and what they mean."""
+
+from collections.abc import Iterator
+
+from absl import flags
+from torch import Tensor
+from tqdm import tqdm
+
+from flowmaps import FlowMap, UserError
+from flowmaps.generate import SAMPLERS, generate, labels_for
+from samplers import uniform_times
+from training.outputs import pick_device
+
+
+class SamplingFlags:
+    """Defines ``--checkpoint --steps --num --seed --sampler --label --gamma --batch`` and samples as they say."""
+
+    def __init__(self, num: int) -> None:
+        self.checkpoint = flags.DEFINE_string("checkpoint", None, "Exported directory, run directory or hub id")
+        self.steps = flags.DEFINE_list("steps", ["1", "2", "4", "8"], "Step counts")
+        self.num = flags.DEFINE_integer("num", num, "Samples for each step count", lower_bound=1)
+        self.seed = flags.DEFINE_integer("seed", 0, "Sample i depends on (seed, i) alone")
+        self.sampler = flags.DEFINE_enum(
+            "sampler", "map", list(SAMPLERS), "map: jump; euler, heun: integrate the drift"
+        )
+        self.label = flags.DEFINE_integer("label", None, "Class of all samples; without it sample i has i mod classes")
+        self.gamma = flags.DEFINE_float("gamma", 1.0, "Share of noise --sampler=stochastic renews a step", 0.0, 1.0)
+        self.batch = flags.DEFINE_integer("batch", 500, "Samples at a time", lower_bound=1)
+
+    def counts(self) -> list[int]:
+        """The step counts of ``--steps``, checked."""
+        try:
+            counts = [int(v) for v in self.steps.value]
+        except ValueError:
+            counts = []
+        if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
+            raise UserError(f"--steps={','.join(self.steps.value)}: give different whole numbers of at least 1")
+        return counts
+
+    def load(self) -> FlowMap:
+        """The flow map of ``--checkpoint``, on the accelerator if there is one, checked against the other flags."""
+        if self.checkpoint.value is None:
+            raise UserError("--checkpoint is missing: a run directory, an exported directory or a hub id")
+        self.counts()
+        fm = FlowMap.from_pretrained(self.checkpoint.value)
+        labels_for(fm.info, 1, self.label.value)  # refuse a wrong label before any work
+        return fm.to(pick_device())
+
+    def batches(self, fm: FlowMap, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Samples and labels, batch by batch, in ``count`` uniform steps; a progress bar on a terminal."""
+        made = generate(
+            fm,
+            uniform_times(count),
+            self.num.value,
+            self.seed.value,
+            sampler=self.sampler.value,
+            label=self.label.value,
+            gamma=self.gamma.value,
+            batch=self.batch.value,
+        )
+        with tqdm(total=self.num.value, desc=f"{count} steps", unit="sample", disable=None, leave=False) as bar:
+            for x, label in made:
+                bar.update(len(x))
+                yield x, label
