@@ -6,7 +6,7 @@ MAKEFLAGS += --no-print-directory
 .PHONY: demo test test-slow lint types clean
 
 demo: .venv/installed
-	$(BIN)/python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/demo
+	$(BIN)/python scripts/demo.py --workdir=runs/demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 2

@@ -72,7 +72,7 @@ FLAGS = {
     "stats.py": SCORING | {"data", "out"},
     "fid.py": SAMPLING | SCORING | {"samples", "reference", "max_fid", "json", "memorisation"},
     "train_extractor.py": {"data", "root", "out", "epochs", "seed"},
-    "demo.py": {"workdir"},
+    "demo.py": {"workdir", "steps"},
 }
 
 

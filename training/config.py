@@ -8,8 +8,10 @@ the arguments of the class they configure, read from its signature, so that noth
 import dataclasses
 import enum
 import inspect
+import runpy
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from flowmaps.errors import UserError
@@ -181,4 +183,13 @@ def select(
         if change not in variants:
             raise UserError(f"unknown variant {change!r}: choose one of {', '.join(variants)}")
         variants[change](config)
+    return config
+
+
+def load_row(file: str, choice: str) -> Config:
+    """The config that ``--config=file:choice`` means."""
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"{file}: no such config file (run from the repository's root)")
+    config: Config = runpy.run_path(str(path))["get_config"](choice)
     return config
