@@ -1,6 +1,7 @@
 """The command lines as a user types them: what they write, and how they refuse."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -126,9 +127,11 @@ def start_training(workdir, *extra):
         CHECKER,
         "--config.steps=400",
         "--config.checkpoint_every=20",
+        "--config.sample_every=400",
         *extra,
     ]
-    return subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, stderr=subprocess.DEVNULL, env=environment)
 
 
 def wait_for_checkpoint(workdir, process):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers import write_fashion_mnist
 
 from flowmaps import UserError
 from flowmaps.images import from_uint8, grid, points_to_image, to_uint8
@@ -17,16 +18,46 @@ def test_order_visits_every_item_once_an_epoch_and_depends_on_position_alone():
     assert not torch.equal(Order(10, seed=4).indices(0, 35), whole)
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A root with the files of every data set that has any."""
+    root = tmp_path_factory.mktemp("data")
+    write_fashion_mnist(root)
+    return str(root)
+
+
 @pytest.mark.parametrize("name", DATA)
-def test_splits_are_fixed_and_disjoint(name):
-    train, heldout = load_data(name), load_data(name, "heldout")
-    assert torch.equal(train.x, load_data(name).x)
+def test_splits_are_fixed_and_disjoint(name, files):
+    train, heldout = load_data(name, root=files), load_data(name, "heldout", files)
+    assert torch.equal(train.x, load_data(name, root=files).x)
     assert train.shape == heldout.shape and train.num_classes == heldout.num_classes
+    seen = {x.numpy().tobytes() for x in train.x[:2000]}
+    assert not any(x.numpy().tobytes() in seen for x in heldout.x[:2000])
     x, label = train.fetch(torch.arange(500))
     assert x.dtype == torch.float32 and x.abs().max() <= 1
     assert (label is None) == (train.num_classes == 0)
     if label is not None:
         assert label.dtype == torch.int64 and 0 <= label.min() and label.max() < train.num_classes
+
+
+def test_fashion_mnist_packed_or_not_and_padded(files, tmp_path):
+    write_fashion_mnist(tmp_path, packed=False)
+    packed, plain = load_data("fashion_mnist", root=files), load_data("fashion_mnist", root=str(tmp_path))
+    assert torch.equal(packed.x, plain.x) and torch.equal(packed.label, plain.label)
+    assert packed.shape == (1, 32, 32) and len(packed) == 600
+    assert packed.x[..., :2, :].max() == 0 and packed.x[..., 2:30, 2:30].max() == 255
+
+
+def test_damaged_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="--config\\.data\\.root"):
+        load_data("fashion_mnist", root=str(tmp_path))
+    write_fashion_mnist(tmp_path)
+    file = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    content = file.read_bytes()
+    for broken in (content[:1000], b"", b"no gzip at all"):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match="train-images-idx3-ubyte is damaged"):
+            load_data("fashion_mnist", root=str(tmp_path))
 
 
 def test_digits_are_the_real_scans():

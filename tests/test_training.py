@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, name, flip):
 
 
 def test_loss_falls_and_every_term_is_logged(tmp_path):
-    config = tiny(steps=150, log_every=50, checkpoint_every=150)
+    config = tiny(steps=150, log_every=10, checkpoint_every=150)
     config.optim.warmup = 10
     train(config, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

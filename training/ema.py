@@ -15,10 +15,7 @@ class EMA:
 
     def __init__(self, network: nn.Module, decays: tuple[float, ...]) -> None:
         self.live = network
-        start = {k: v.detach().clone() for k, v in network.state_dict().items()}
-        self.shadows = {
-            decay: {k: v.float() if v.is_floating_point() else v.clone() for k, v in start.items()} for decay in decays
-        }
+        self.shadows = {decay: {k: _shadow(v) for k, v in network.state_dict().items()} for decay in decays}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -46,3 +43,8 @@ class EMA:
         averaged = copy.deepcopy(self.live).requires_grad_(False).eval()
         averaged.load_state_dict(self.shadows[decay])
         return averaged
+
+
+def _shadow(tensor: Tensor) -> Tensor:
+    """A copy, in float32 if it is a float of any kind."""
+    return tensor.detach().to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)

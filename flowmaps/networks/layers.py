@@ -81,18 +81,22 @@ class TimeEmbedding(nn.Module):
         return embedding + classes
 
 
+def normalise(x: Tensor) -> Tensor:
+    """Group normalisation of [B, C, H, W] without weights: up to 32 groups of at least 4 channels."""
+    return F.group_norm(x, math.gcd(32, x.shape[1] // 4))
+
+
 class GroupNorm(nn.Module):
     """Group normalisation whose scale and shift are applied by hand, in the type of the activation."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.groups = math.gcd(32, channels // 4)  # at least 4 channels a group
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.group_norm(x, self.groups)
-        return x * self.weight.to(x.dtype)[:, None, None] + self.bias.to(x.dtype)[:, None, None]
+        scale, shift = self.weight.to(x.dtype)[:, None, None], self.bias.to(x.dtype)[:, None, None]
+        return torch.addcmul(shift, normalise(x), scale)
 
 
 class SelfAttention(nn.Module):

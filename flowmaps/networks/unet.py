@@ -7,7 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from flowmaps.networks.layers import GroupNorm, SelfAttention, TimeEmbedding, zero
+from flowmaps.networks.layers import GroupNorm, SelfAttention, TimeEmbedding, normalise, zero
 
 
 class Block(nn.Module):
@@ -17,8 +17,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = GroupNorm(inputs)
         self.conv1 = nn.Conv2d(inputs, channels, 3, padding=1)
-        self.modulation = nn.Linear(embedding, 2 * channels)
-        self.norm2 = GroupNorm(channels)
+        self.modulation = nn.Linear(embedding, 2 * channels)  # its bias is the affine part of the second norm
+        nn.init.ones_(self.modulation.bias[:channels])
+        nn.init.zeros_(self.modulation.bias[channels:])
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
         self.skip = nn.Conv2d(inputs, channels, 1) if inputs != channels else nn.Identity()
@@ -27,7 +28,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.modulation(embedding)[:, :, None, None].to(y.dtype).chunk(2, dim=1)
-        y = F.silu(self.norm2(y) * (1 + scale) + shift)
+        y = F.silu(torch.addcmul(shift, normalise(y), scale))
         y = self.conv2(self.dropout(y))
         out: Tensor = self.attention(self.skip(x) + y)
         return out

@@ -1,0 +1,97 @@
+"""Experiments that the documents quote: train rows of a config with several seeds, score them, make a table."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from flowmaps import FlowMap, UserError
+from flowmaps.images import to_uint8
+from flowmaps.metrics import board_kl, frechet_distance, sliced_w2
+from training.config import Config, load_row
+from training.data import load_data
+from training.evaluation import samples
+from training.loop import Trainer
+from training.scoring import pick_extractor, small_set_checks, source_stats
+
+Scores = dict[str, float]  # "KL, 4 steps" -> value
+CALIBRATION = 30  # steps timed to turn CPU minutes into a number of steps
+
+
+def fit(config: Config, cpu_minutes: float | None) -> tuple[FlowMap, dict[str, Any]]:
+    """Train in this process without writing anything; ``cpu_minutes`` of process time decide the steps, if given."""
+    if cpu_minutes:
+        trial = Trainer.build(config)
+        trial.step(0)
+        start = time.process_time()
+        for step in range(1, CALIBRATION + 1):
+            trial.step(step)
+        config.steps = max(1, int(60 * cpu_minutes / ((time.process_time() - start) / CALIBRATION)))
+    trainer = Trainer.build(config)
+    start = time.process_time()
+    for step in range(config.steps):
+        trainer.step(step)
+    facts = {"train_steps": config.steps, "cpu_minutes": round((time.process_time() - start) / 60, 2)}
+    return trainer.averaged(config.steps), facts
+
+
+def checkerboard_scores(fm: FlowMap) -> Scores:
+    """KL and sliced W2 of 32,768 samples at 1 .. 16 steps: the map's, or Euler's for a drift."""
+    true = load_data("checkerboard", "heldout").x[:32768]
+    scores = {}
+    for count in (1, 2, 4, 8, 16):
+        x = samples(fm, count, len(true), seed=1)
+        scores[f"KL@{count}"], scores[f"W2@{count}"] = board_kl(x), sliced_w2(x, true)
+    return scores
+
+
+def digits_scores(fm: FlowMap) -> Scores:
+    """FD-digits of 2000 samples to the held-out digits, by the map and by the same network's own drift."""
+    extractor = pick_extractor(None, None, "digits", torch.device("cpu"))
+    heldout = source_stats("digits:heldout", extractor, "", "--data")
+    scores, images = {}, torch.empty(0)
+    for sampler, counts in (("euler", (1, 4, 64)), ("map", (1, 2, 4, 8))):
+        if sampler == "map" and fm.info.kind == "drift":
+            continue
+        for count in counts:
+            images = to_uint8(samples(fm, count, 2000, 1, sampler))
+            scores[f"{sampler}@{count}"] = frechet_distance(extractor.stats(torch.split(images, 500)), heldout)
+    return scores | small_set_checks(images, "digits", extractor, "")
+
+
+SUITES: dict[str, tuple[str, Callable[[FlowMap], Scores]]] = {
+    "checkerboard": ("configs/checkerboard.py", checkerboard_scores),
+    "digits": ("configs/digits.py", digits_scores),
+}
+
+
+def run(
+    suite: str, rows: list[str], seeds: list[int], train_steps: int | None, cpu_minutes: float | None
+) -> Iterator[dict[str, Any]]:
+    """Yield one record a (row, seed): what was trained, for how long, and its scores."""
+    if suite not in SUITES:
+        raise UserError(f"--suite={suite}: choose one of {', '.join(SUITES)}")
+    file, score = SUITES[suite]
+    for row in rows:
+        for seed in seeds:
+            config = load_row(file, row)
+            config.seed, config.steps = seed, train_steps or config.steps
+            fm, facts = fit(config, cpu_minutes)
+            yield {"row": row, "seed": seed, **facts, "scores": score(fm)}
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """A Markdown table, one line a row: mean over seeds and half the range, of every score."""
+    names = list(dict.fromkeys(name for record in records for name in record["scores"]))
+    lines = ["| | steps | CPU min | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    for row in dict.fromkeys(record["row"] for record in records):
+        mine = [record for record in records if record["row"] == row]
+        cells = [row, *(f"{statistics.mean(r[key] for r in mine):.4g}" for key in ("train_steps", "cpu_minutes"))]
+        for name in names:
+            values = [r["scores"][name] for r in mine if name in r["scores"]]
+            spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3g}{spread}" if values else "–")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
