@@ -92,6 +92,6 @@ def markdown(records: list[dict[str, Any]]) -> str:
         for name in names:
             values = [r["scores"][name] for r in mine if name in r["scores"]]
             spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3g}{spread}" if values else "–")
+            cells.append(f"{statistics.mean(values):.3g}{spread}" if values else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -99,10 +100,10 @@ class Trainer:
         return FlowMap(self.ema.network(decay), fm.interpolant_name, fm.base_std, info).eval()
 
     def save(self, workdir: Path, done: int) -> None:
-        """Write the checkpoint after ``done`` steps and export the averaged model."""
+        """Export the averaged model after ``done`` steps, then write the checkpoint, which makes the step final."""
+        self.averaged(done).save_pretrained(workdir / "model")
         images_seen = done * self.config.batch
         save_checkpoint(workdir, done, images_seen, self.module, self.optimizer, self.ema, self.config.keep)
-        self.averaged(done).save_pretrained(workdir / "model")
 
     def draw(self, workdir: Path, done: int) -> None:
         """Write the sample grid of the averaged model."""
@@ -117,21 +118,19 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
     Writes config.json, log.jsonl, samples/, checkpoints/ and model/. If ``workdir`` has a checkpoint, the run resumes
     from it and ends with bit for bit the weights of a run that never stopped. SIGTERM or Ctrl-C writes a checkpoint.
     """
-    workdir = writable_directory(Path(workdir), "--workdir")
     trainer = Trainer.build(config)
+    workdir = writable_directory(Path(workdir), "--workdir")
     main = trainer.accelerator.is_main_process
-    start = 0
+    done = 0
     if checkpoints := list_checkpoints(workdir):
         _same_run(config, workdir / "config.json")
-        start = load_checkpoint(checkpoints[-1], trainer.module, trainer.optimizer, trainer.ema)["step"]
+        done = load_checkpoint(checkpoints[-1], trainer.module, trainer.optimizer, trainer.ema)["step"]
     if main:
         write_file(workdir / "config.json", json.dumps(config.to_dict(), indent=2).encode())
-    log = Log(workdir, config.steps, start, enabled=main)
-    if start:
-        log.event("resume", step=start)
-    done = start
-    with _Stop() as stop:
-        last = done == config.steps
+    with _Stop() as stop, closing(Log(workdir, config.steps, done, enabled=main)) as log:
+        if done:
+            log.event("resume", step=done)
+        last = done >= config.steps
         while not last:
             log.add(trainer.step(done))
             done += 1
@@ -140,15 +139,16 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
                 values = log.interval(done, config.batch, lr=trainer.optimizer.param_groups[0]["lr"])
                 if not math.isfinite(values["loss"]):
                     raise UserError(f"the loss is {values['loss']} at step {done}: lower --config.optim.lr")
-            if main and (last or done % config.checkpoint_every == 0):
-                trainer.save(workdir, done)
-            if main and (done == config.steps or done % config.sample_every == 0):
+            draw = done == config.steps or done % config.sample_every == 0
+            save = last or done % config.checkpoint_every == 0
+            if main and draw:
                 trainer.draw(workdir, done)
-            if last or done % config.checkpoint_every == 0 or done % config.sample_every == 0:
+            if main and save:
+                trainer.save(workdir, done)
+            if draw or save:
                 log.clear()  # writing is not training time
-    if stop.asked:
-        log.event("stopped", step=done, signal=stop.asked)
-    log.close()
+        if stop.asked:
+            log.event("stopped", step=done, signal=stop.asked)
     return trainer.averaged(done)
 
 
@@ -168,17 +168,19 @@ def dry_run(config: Config, batch: int = 16) -> tuple[dict[str, Any], Any]:
 
 
 class _Stop:
-    """Turns SIGTERM and SIGINT into a request, ``asked``, that the loop honours between two steps."""
+    """Turns SIGTERM and SIGINT into a request, ``asked``, that the loop honours between two steps.
 
-    def __init__(self) -> None:
+    Only the first signal: after it the handlers are what they were, so that a second Ctrl-C stops at once.
+    """
+
+    def __enter__(self) -> "_Stop":
         self.asked = ""
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
-
-    def __enter__(self) -> "_Stop":
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
+        self.__exit__()
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():

@@ -1,0 +1,40 @@
+"""The demo and the benchmark, end to end with a handful of training steps."""
+
+import json
+import re
+
+from helpers import run_script
+from PIL import Image
+
+
+def test_demo_writes_a_self_contained_report(tmp_path):
+    done = run_script("scripts/demo.py", f"--workdir={tmp_path}", "--steps=3", check=True)
+    assert "FD-digits" in done.stdout and "floor" in done.stdout
+    assert Image.open(tmp_path / "grid.png").width > 300 and Image.open(tmp_path / "distance.png").width > 300
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)  # nothing is fetched
+    assert "scripts/sample.py" in page and "&quot;steps&quot;: 3" in page and "FD-digits" in page
+    again = run_script("scripts/demo.py", f"--workdir={tmp_path}", "--steps=3", check=True)
+    assert again.stdout == done.stdout  # finished runs are used again
+
+
+def test_benchmark_tables(tmp_path):
+    short = ["--suite=checkerboard", "--seeds=0,1", "--train_steps=2"]
+    done = run_script("scripts/benchmark.py", *short, f"--json={tmp_path}/b.json", check=True)
+    records = json.loads((tmp_path / "b.json").read_text())["records"]
+    assert [(r["row"], r["seed"], r["train_steps"]) for r in records] == [
+        ("flow_matching", 0, 2), ("flow_matching", 1, 2), ("lagrangian", 0, 2), ("lagrangian", 1, 2),
+    ]  # fmt: skip
+    table = done.stdout.strip().splitlines()[-4:]
+    assert "KL@1" in table[0] and table[2].startswith("| flow_matching | 2 |") and "±" in table[3]
+
+
+def test_benchmark_mistakes():
+    for arguments, named in (
+        (["--suite=nothing"], "--suite"),
+        (["--suite=digits", "--seeds=x"], "--seeds"),
+        ([], "--suite"),
+    ):
+        done = run_script("scripts/benchmark.py", *arguments)
+        assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1
