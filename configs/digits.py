@@ -22,12 +22,12 @@ def base(method: str) -> Config:
         objective=objective(method),
         base_std=0.5,
         optim=Optim(name=Optimizer.adamw, lr=2e-3, warmup=50, decay=Decay.cosine),
-        steps=600,
+        steps=1500,
         batch=64,
         ema=(0.99,),
         log_every=50,
-        sample_every=200,
-        checkpoint_every=200,
+        sample_every=500,
+        checkpoint_every=500,
     )
 
 
