@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from flowmaps.errors import UserError
@@ -40,16 +41,23 @@ def load(source: str | Path) -> FlowMap:
         directory /= "model"  # a run directory
     index = _read_json(directory / "model_index.json")
     component = index.get("network")
-    if not isinstance(component, list) or len(component) != 2 or component[1] not in NETWORKS:
+    if not isinstance(component, list) or len(component) != 2 or str(component[1]) not in NETWORKS:
         raise UserError(f"{directory}/model_index.json: network is {component}, expected one of {', '.join(NETWORKS)}")
     network_class = NETWORKS[component[1]]
     config = {k: v for k, v in _read_json(directory / "network" / "config.json").items() if not k.startswith("_")}
-    try:
-        network = network_class(**config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{directory}/network/config.json does not describe a {component[1]}: {error}") from None
     weights = directory / "network" / WEIGHTS
     try:
+        with torch.device("meta"):  # costs nothing, however large a hostile config is
+            expected = {k: list(v.shape) for k, v in network_class(**config).state_dict().items()}
+    except Exception as error:  # anything can be wrong with the arguments in a file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{directory}/network/config.json does not describe a {component[1]}: {reason}") from None
+    try:
+        with safe_open(weights, "pt") as file:
+            found = {k: file.get_slice(k).get_shape() for k in file.keys()}  # not a dict
+        if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
+            raise RuntimeError(f"{wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
+        network = network_class(**config)
         network.load_state_dict(load_file(weights))
     except FileNotFoundError:
         raise UserError(f"{weights} is missing: the checkpoint is incomplete") from None
@@ -63,7 +71,7 @@ def load(source: str | Path) -> FlowMap:
         return FlowMap(network, index["interpolant"], index["base_std"], info).eval()
     except KeyError as error:
         raise UserError(f"{directory}/model_index.json has no {error}: not a flow map written by flowmaps") from None
-    except (UserError, TypeError) as error:
+    except (UserError, TypeError, AttributeError) as error:
         raise UserError(f"{directory}/model_index.json: {error}") from None
 
 
@@ -83,7 +91,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _download(hub_id: str) -> Path:
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
+        patterns = ["model_index.json", "scheduler/*.json", "network/*.json", f"network/{WEIGHTS}"]
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except HFValidationError:
         raise UserError(f"no directory {hub_id}, and not a hub id (owner/name) either") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

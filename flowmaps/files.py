@@ -3,9 +3,14 @@
 import hashlib
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from flowmaps.errors import UserError
 
@@ -33,6 +38,8 @@ def write_file(path: Path, content: bytes) -> None:
 def new_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that takes the place of ``path`` when the block ends without an error."""
     beside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():  # killed between the two renames below
+        old.replace(path)
     for leftover in (beside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -46,6 +53,8 @@ def new_directory(path: Path) -> Iterator[Path]:
         beside.replace(path)
         _sync(path.parent)
     finally:
+        if old.exists() and not path.exists():
+            old.replace(path)
         for leftover in (beside, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -54,7 +63,7 @@ def writable_directory(path: Path, flag: str) -> Path:
     """Create ``path`` if need be and check that a file can be written there; ``flag`` is named in the error."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".write-test"
+        probe = path / f".write-test-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -66,3 +75,29 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def writable_file(path: Path, flag: str) -> Path:
+    """Check, before any work, that the file ``path`` can be written; ``flag`` is named in the error."""
+    if path.is_dir():
+        raise UserError(f"{flag}={path} is a directory: name a file")
+    writable_directory(path.parent, flag)
+    return path
+
+
+def read_npz(path: str | Path, remedy: str) -> dict[str, Any]:
+    """All arrays of an .npz, nothing unpickled; a damaged or foreign file is refused by name, with ``remedy``."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise UserError(f"{path} is no readable .npz ({error}): {remedy}") from None

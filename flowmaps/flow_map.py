@@ -1,6 +1,7 @@
 """The flow map: a two-time velocity network, the path it was trained on, and what is known about it."""
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +28,7 @@ class FlowMapInfo:
     guidance: float | None = None  # the guidance weight trained into the map, if any
     schedules: dict[str, tuple[float, ...]] = field(default_factory=dict)  # step count -> times, 0 .. 1
     t_range: tuple[float, float] = (0.0, 1.0)  # times on which the velocity is defined
+    label_dropout: float = 0.0  # share of training rows without a label; 0: "no label" was never trained
 
     def __post_init__(self) -> None:
         if self.kind not in ("map", "drift"):
@@ -43,8 +45,15 @@ class FlowMapInfo:
         if unknown:
             raise UserError(f"unknown flow map facts {unknown}: the checkpoint is from a newer version of flowmaps")
         frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        frozen["schedules"] = {k: tuple(v) for k, v in values.get("schedules", {}).items()}
-        return cls(**frozen)
+        try:
+            frozen["schedules"] = {str(k): tuple(map(float, v)) for k, v in values.get("schedules", {}).items()}
+            info = cls(**frozen)
+            whole = (*info.shape, info.num_classes, info.images_seen)
+            if not all(isinstance(v, int) and v >= 0 for v in whole) or len(info.t_range) != 2:
+                raise TypeError("shape, num_classes, images_seen or t_range")
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"flow map facts of the wrong type: {error}") from None
+        return info
 
 
 class FlowMap(nn.Module):
@@ -105,8 +114,9 @@ class FlowMap(nn.Module):
         return self.base_std * torch.stack(rows).to(device=parameter.device, dtype=parameter.dtype)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the network's weights by name: what a record or a schedule says it was made with."""
-        digest = hashlib.sha256()
+        """SHA-256 over the network's config and its weights by name: what a record says it was made with."""
+        config = {k: v for k, v in getattr(self.network, "config", {}).items() if not k.startswith("_")}
+        digest = hashlib.sha256(json.dumps([config, self.interpolant_name, self.base_std], sort_keys=True).encode())
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(
                 name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

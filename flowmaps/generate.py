@@ -29,7 +29,7 @@ def labels_for(
 ) -> Tensor | None:
     """Labels int64 [n] of samples ``start`` .. ``start + n - 1``: those given, else sample index mod classes.
 
-    None for an unconditional model; label ``num_classes`` asks a conditional one for "no label".
+    None for an unconditional model; label ``num_classes`` asks one trained with label dropout for "no label".
     """
     classes = info.num_classes
     if not classes:
@@ -39,8 +39,10 @@ def labels_for(
     if label is None:
         return torch.arange(start, start + n) % classes
     wanted = torch.as_tensor(label, dtype=torch.int64)
-    if bool(((wanted < 0) | (wanted > classes)).any()):
-        raise UserError(f"label must be 0 .. {classes - 1}, or {classes} for no label, got {label}")
+    most = classes if info.label_dropout else classes - 1
+    if bool(((wanted < 0) | (wanted > most)).any()):
+        no_label = f", or {classes} for no label" if info.label_dropout else ""
+        raise UserError(f"label must be 0 .. {classes - 1}{no_label}, got {label}")
     return wanted.expand(n)
 
 

@@ -43,7 +43,7 @@ def stochastic(
         u = path.time((1 - gamma**2) ** 0.5 * path.alpha(t) / path.beta(t))
         x_u = fm(x, s, u, label)
         x = expand(path.beta(t) / path.beta(u), x).to(x.dtype) * x_u
-        if k < len(times) - 2 and gamma:
+        if gamma and bool(t[0] < 1):  # data has no noise to renew
             x = x + gamma * expand(path.alpha(t), x).to(x.dtype) * noise(k)
     report(callback, len(times) - 1, t, x)
     return x

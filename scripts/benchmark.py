@@ -14,7 +14,7 @@ import torch
 from absl import flags
 
 from flowmaps import UserError
-from flowmaps.files import writable_directory, write_file
+from flowmaps.files import writable_file, write_file
 from training import cli
 
 SUITE = flags.DEFINE_string("suite", None, "checkerboard or digits")
@@ -34,7 +34,7 @@ def main() -> None:
     if not all(seed.lstrip("-").isdigit() for seed in SEEDS.value):
         raise UserError(f"--seeds={','.join(SEEDS.value)}: give whole numbers")
     if JSON.value:
-        writable_directory(Path(JSON.value).parent, "--json")
+        writable_file(Path(JSON.value), "--json")
     if THREADS.value:
         torch.set_num_threads(THREADS.value)
     machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from absl import flags
 
-from flowmaps.metrics import frechet_distance
+from flowmaps import UserError
 from training import cli
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory to write to; finished runs in it are used again")
-STEPS = flags.DEFINE_integer("steps", None, "Training steps of each model, instead of the config's", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 600, "Training steps of each model", lower_bound=1)
 
 CONFIG = "configs/digits.py"
 COUNTS = (1, 2, 4, 8)
@@ -23,12 +23,12 @@ NEXT = """\
 python scripts/sample.py --checkpoint={map} --steps=1,2,4,8 --num=256 --out=runs/samples
 # its distance to held-out digits, with the floor and a check for memorised images
 python scripts/fid.py --checkpoint={map} --reference=digits:heldout --steps=1,2,4,8 --num=2000 --memorisation
-# the same with ten times the training
-python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/long --config.steps=6000"""
+# the same with more training
+python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/long"""
 
 
 def main() -> None:
-    from training import report
+    from training import report, scoring
     from training.config import load_row
     from training.loop import train
     from training.outputs import pick_device
@@ -38,11 +38,14 @@ def main() -> None:
     models, configs = {}, {}
     for name, row in (("flow map", "lagrangian"), ("Euler", "flow_matching")):
         config = configs[row] = load_row(CONFIG, row)
-        config.steps = STEPS.value or config.steps
-        models[name] = train(config, workdir / row)
+        config.steps = STEPS.value
+        try:
+            models[name] = train(config, workdir / row)
+        except UserError as error:
+            raise UserError(f"{workdir}: {error} (for the demo: --steps, or delete {workdir})") from None
     extractor = pick_extractor(None, None, "digits", pick_device())
-    heldout, seen = (source_stats(f"digits:{split}", extractor, "", "--data") for split in ("heldout", "train"))
-    floor = frechet_distance(seen, heldout)
+    heldout = source_stats("digits:heldout", extractor, "", "--data")
+    floor = scoring.floor("digits", extractor, "")
     counts = {"flow map": COUNTS, "Euler": (*COUNTS, 32)}
     results = report.compare(models, counts, heldout, extractor, n=1000, seed=1)
     pictures = {

@@ -15,7 +15,7 @@ import torch
 from absl import flags
 
 from flowmaps import UserError
-from flowmaps.files import writable_directory, write_file
+from flowmaps.files import writable_file, write_file
 from flowmaps.generate import EVALUATIONS_PER_STEP
 from flowmaps.metrics import frechet_distance
 from training import cli, scoring
@@ -41,7 +41,7 @@ def main() -> int:
     if MEMORISATION.value and not scoring.is_data_set(REFERENCE.value):
         raise UserError("--memorisation needs a data set with a held-out split, e.g. --reference=digits:heldout")
     if JSON.value:
-        writable_directory(Path(JSON.value).parent, "--json")
+        writable_file(Path(JSON.value), "--json")
     fm = SAMPLING.load() if SAMPLING.checkpoint.value else None
     stats, extractor = scoring.reference_stats(
         REFERENCE.value, EXTRACTOR.value, WEIGHTS.value, ROOT.value, pick_device()
@@ -49,6 +49,8 @@ def main() -> int:
     facts = {k: getattr(SAMPLING, k).value for k in ("seed", "sampler", "label", "gamma")} if fm else {}
     facts |= {"source": SAMPLING.checkpoint.value or SAMPLES.value, "weights": fm.fingerprint() if fm else None}
     report = scoring.record(stats, extractor, fm, facts)
+    data = REFERENCE.value.partition(":")[0]
+    floor = scoring.floor(data, extractor, ROOT.value) if MEMORISATION.value else None
     for count in SAMPLING.counts() if fm else [None]:
         if fm is not None and count is not None:
             made = scoring.generated(SAMPLING.batches(fm, count))
@@ -59,8 +61,7 @@ def main() -> int:
         ours = extractor.stats(kept)
         row |= {"num": ours.n, extractor.metric: frechet_distance(ours, stats)}
         if MEMORISATION.value:
-            data = REFERENCE.value.partition(":")[0]
-            row |= scoring.small_set_checks(torch.cat(list(kept)), data, extractor, ROOT.value)
+            row |= {"floor": floor} | scoring.neighbours(torch.cat(list(kept)), data, ROOT.value)
         report["results"].append(row)
     print(scoring.table(report["results"]))
     if JSON.value:

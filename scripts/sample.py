@@ -13,6 +13,7 @@ from absl import flags
 
 from flowmaps import UserError
 from flowmaps.files import writable_directory
+from flowmaps.images import sample_grid, to_pil
 from training import cli
 from training.outputs import write_samples
 from training.sampling_flags import SamplingFlags
@@ -25,8 +26,9 @@ def main() -> None:
     if OUT.value is None:
         raise UserError("--out is missing: the directory to write to")
     fm = SAMPLING.load()
-    results = {count: list(SAMPLING.batches(fm, count)) for count in SAMPLING.counts()}
-    write_samples(results, writable_directory(Path(OUT.value), "--out"))
+    out = writable_directory(Path(OUT.value), "--out")
+    rows = [write_samples(SAMPLING.batches(fm, count), out, count) for count in SAMPLING.counts()]
+    to_pil(sample_grid(rows)).save(out / "grid.png")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from flowmaps import UserError
-from flowmaps.files import writable_directory
+from flowmaps.files import writable_file
 from training import cli
 from training.outputs import pick_device
 from training.scoring import check_source, pick_extractor, source_stats
@@ -26,10 +26,9 @@ def main() -> None:
         if flag.value is None:
             raise UserError(f"--{flag.name} is missing")
     check_source(DATA.value, "--data")
+    out = writable_file(Path(OUT.value), "--out")
     extractor = pick_extractor(EXTRACTOR.value, WEIGHTS.value, DATA.value, pick_device())
     stats = source_stats(DATA.value, extractor, ROOT.value, "--data")
-    out = Path(OUT.value)
-    writable_directory(out.parent, "--out")
     stats.save(out)
     print(f"{out}: {stats.n} images of {DATA.value}, extractor {extractor.origin.extractor}, {stats.dim} features")
 

@@ -12,7 +12,7 @@ from absl import flags
 from safetensors.torch import save
 
 from flowmaps import UserError
-from flowmaps.files import writable_directory, write_file
+from flowmaps.files import writable_file, write_file
 from flowmaps.metrics.extractors import CLASSIFIERS, Classifier
 from training import cli
 from training.data import ArrayData, Order, load_data
@@ -39,8 +39,7 @@ def main() -> None:
     for flag in (DATA, OUT):
         if flag.value is None:
             raise UserError(f"--{flag.name} is missing")
-    out = Path(OUT.value)
-    writable_directory(out.parent, "--out")
+    out = writable_file(Path(OUT.value), "--out")
     train, heldout = (load_data(DATA.value, split, ROOT.value) for split in ("train", "heldout"))
     torch.manual_seed(SEED.value)
     network, order = Classifier(**CLASSIFIERS[DATA.value]), Order(len(train), SEED.value)

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from helpers import ROOT, run_script
@@ -13,6 +14,7 @@ import flowmaps.networks
 import flowmaps.objectives
 import samplers
 import training
+from flowmaps.metrics.extractors import CLASSIFIERS
 
 MAY_IMPORT = {
     "samplers": {"samplers"},
@@ -45,6 +47,15 @@ def test_imports_go_one_way(layer):
 def test_samplers_need_torch_alone():
     tops = {name.split(".")[0] for path in (ROOT / "samplers").rglob("*.py") for name in imported(path)}
     assert tops - set(sys.stdlib_module_names) <= {"torch", "samplers"}
+
+
+def test_wheel_holds_the_packages_types_and_extractors(tmp_path):
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    assert {"flowmaps/py.typed", "samplers/py.typed", "training/py.typed"} <= names
+    assert {f"flowmaps/assets/extractors/{name}.safetensors" for name in CLASSIFIERS} <= names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"flowmaps", "samplers", "training"}
 
 
 @pytest.mark.parametrize("package", ["flowmaps", "samplers"])

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.files import new_directory
 from flowmaps.networks import MLP, UNet
 from flowmaps.pipeline import FlowMapPipeline
 from samplers import euler, rollout, uniform_times
@@ -93,6 +94,15 @@ def test_an_interrupted_export_leaves_the_old_one(saved, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["model"]
 
 
+def test_a_kill_between_the_two_renames_is_repaired(saved):
+    """The old export waits under another name; the next write puts it back before it begins."""
+    fm, path = saved
+    path.rename(path.with_name(f".{path.name}.old"))
+    with pytest.raises(KeyError), new_directory(path):
+        raise KeyError
+    assert FlowMap.from_pretrained(path).info == fm.info
+
+
 def break_truncate(path):
     (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-100])
     return WEIGHTS
@@ -139,6 +149,13 @@ DAMAGE = [
     lambda path: edit(path, "model_index.json", info="delete"),
     lambda path: edit(path, "model_index.json", interpolant="cubic"),
     lambda path: edit(path, "model_index.json", base_std="wide"),
+    lambda path: edit(path, "model_index.json", info=[]),
+    lambda path: edit(path, "model_index.json", info={"schedules": 3}),
+    lambda path: edit(path, "model_index.json", info={"shape": 3, "num_classes": "ten"}),
+    lambda path: edit(path, "model_index.json", network=["a", []]),
+    lambda path: edit(path, "network/config.json", width=10_000_000),
+    lambda path: edit(path, "network/config.json", patch=0),
+    lambda path: edit(path, "network/config.json", data_std=None),
     lambda path: edit(path, "network/config.json", bogus=1),
     lambda path: edit(path, "network/config.json", image_size="big"),
     lambda path: [(path / "network/config.json").write_text("{"), "network/config.json"][1],

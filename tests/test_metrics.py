@@ -143,10 +143,20 @@ def test_broken_statistics_are_refused_by_name(tmp_path):
         "missing": {k: v for k, v in good.items() if k != "sigma"},
         "shape": good | {"sigma": np.eye(4)},
         "nan": good | {"mu": np.full(3, np.nan)},
+        "asymmetric": good | {"sigma": np.array([[1.0, 0.5, 0], [0, 1, 0], [0, 0, 1]])},
+        "negative": good | {"sigma": -np.eye(3)},
+        "words": good | {"n": "many"},
+        "none": good | {"n": 0},
+        "strings": good | {"mu": np.array(["a", "b", "c"])},
         "pickle": good | {"mu": np.array([object()], dtype=object)},
     }
     for name, arrays in broken.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
+    np.savez(tmp_path / "whole.npz", **good)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:-50])
+    (tmp_path / "whole.npz").unlink()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     (tmp_path / "text.npz").write_text("no archive")
     (tmp_path / "empty.npz").touch()
     for file in tmp_path.iterdir():

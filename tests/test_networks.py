@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from flowmaps.networks import MLP, NETWORKS, UNet
+from flowmaps.networks.layers import normalise
 
 UNET = {"channel_mult": (1, 2), "blocks": 2, "attention_resolutions": (4,), "num_classes": 4}
 SMALL = {
@@ -62,6 +63,12 @@ def test_unet_starts_as_a_one_time_network():
             torch.nn.init.normal_(p, std=0.2)
     x, s = torch.randn(3, 1, 8, 8), torch.full((3,), 0.3)
     assert torch.equal(network(x, s, s), network(x, s, torch.full((3,), 0.9)))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 9, 17, 18, 36, 64, 192])
+def test_normalise_takes_any_number_of_channels(channels):
+    y = normalise(3 + 5 * torch.randn(2, channels, 8, 8))
+    assert y.mean().abs() < 0.01 and abs(y.std() - 1) < 0.01
 
 
 @pytest.mark.parametrize("options", [{"image_size": 8, "channel_mult": (1, 1, 1, 1, 1)}, {"image_size": 9, "patch": 2}])

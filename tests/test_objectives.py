@@ -133,10 +133,11 @@ def test_learned_weight_leaves_the_logged_terms_alone(name):
     plain = OBJECTIVES[name]()(fm, x1, generator=generator())
     torch.nn.init.constant_(weight.linear.bias, 1.0)
     weighted = OBJECTIVES[name]()(fm, x1, generator=generator(), weight=weight)
-    torch.testing.assert_close(weighted.value, plain.value * torch.exp(torch.tensor(-1.0)) + 1)
+    w = 2 * torch.tanh(torch.tensor(0.5))
+    torch.testing.assert_close(weighted.value, plain.value * torch.exp(-w) + w)
     assert weighted.terms["diagonal"] == plain.terms["diagonal"]
-    torch.nn.init.constant_(weight.linear.bias, -9.0)
-    assert weight(torch.rand(3), torch.rand(3)).tolist() == [-2.0] * 3  # clamped
+    torch.nn.init.constant_(weight.linear.bias, -99.0)
+    assert weight(torch.rand(3), torch.rand(3)).tolist() == [-2.0] * 3  # the limit
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

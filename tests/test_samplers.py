@@ -66,6 +66,15 @@ def test_stochastic_keeps_the_marginals_of_the_exact_map(case):
         assert (x.std(dim=0) / fm.network.std - 1).abs().max() < 0.012
 
 
+def test_stochastic_keeps_the_marginal_of_a_grid_that_ends_early():
+    fm = gaussian_map()
+    x0 = torch.randn(100_000, 3, dtype=torch.float64)
+    with torch.no_grad():
+        x = stochastic(fm, x0, torch.tensor([0.0, 0.3, 0.6]), path=fm.interpolant, noise=lambda k: torch.randn_like(x0))
+    std = (0.4**2 + 0.6**2 * fm.network.std**2).sqrt()
+    assert (x.std(dim=0) / std - 1).abs().max() < 0.012
+
+
 def test_stochastic_is_markov_with_full_renoising():
     """gamma = 1 forgets the noise it started from but through the first jump: new noise, another sample."""
     fm = gaussian_map()

@@ -45,6 +45,8 @@ def place(tmp_path_factory):
     np.savez(base / "keys.npz", mu=arrays["mu"], sigma=arrays["sigma"])
     np.savez(base / "other.npz", **(arrays | {"weights": "0" * 64}))
     np.savez(base / "nanstats.npz", **(arrays | {"mu": np.full(64, np.nan)}))
+    (base / "cut.npz").write_bytes((base / "ref.npz").read_bytes()[:-100])
+    (base / "cutsamples.npz").write_bytes((base / "real.npz").read_bytes()[:-100])
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(base / "odd.png")
     return base
 
@@ -131,6 +133,8 @@ def test_gate(place):
 
 MISTAKES = {
     "feature size": (["--samples={base}/real.npz", "--reference={base}/size.npz"], "size"),
+    "truncated reference": (["--samples={base}/real.npz", "--reference={base}/cut.npz"], "cut.npz"),
+    "truncated samples": (["--samples={base}/cutsamples.npz", "--reference={base}/ref.npz"], "cutsamples.npz"),
     "missing keys": (["--samples={base}/real.npz", "--reference={base}/keys.npz"], "extractor"),
     "other weights": (["--samples={base}/real.npz", "--reference={base}/other.npz"], "weights"),
     "other extractor": (
@@ -149,7 +153,7 @@ MISTAKES = {
     "both": (["--samples={base}/real.npz", "--checkpoint={base}/map", "--reference={base}/ref.npz"], "either"),
     "no reference": (["--samples={base}/real.npz"], "--reference"),
     "drift as map": (["--checkpoint={base}/drift", "--reference={base}/ref.npz", "--steps=1", "--num=9"], "euler"),
-    "missing data": (["--samples={base}/real.npz", "--reference=fashion_mnist", "--root={base}"], "--config.data.root"),
+    "missing data": (["--samples={base}/real.npz", "--reference=fashion_mnist", "--root={base}"], "--root"),
     "wrong shape": (["--samples={base}/real.npz", "--reference=digits", "--extractor=fashion_mnist"], "shape"),
     "memorisation": (["--samples={base}/real.npz", "--reference={base}/ref.npz", "--memorisation"], "--memorisation"),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from training.config import Config, load_row
 from training.data import load_data
 from training.evaluation import samples
 from training.loop import Trainer
-from training.scoring import pick_extractor, small_set_checks, source_stats
+from training.scoring import floor, neighbours, pick_extractor, source_stats
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
 CALIBRATION = 30  # steps timed to turn CPU minutes into a number of steps
@@ -58,7 +58,7 @@ def digits_scores(fm: FlowMap) -> Scores:
         for count in counts:
             images = to_uint8(samples(fm, count, 2000, 1, sampler))
             scores[f"{sampler}@{count}"] = frechet_distance(extractor.stats(torch.split(images, 500)), heldout)
-    return scores | small_set_checks(images, "digits", extractor, "")
+    return scores | {"floor": floor("digits", extractor, "")} | neighbours(images, "digits", "")
 
 
 SUITES: dict[str, tuple[str, Callable[[FlowMap], Scores]]] = {

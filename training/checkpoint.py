@@ -62,7 +62,9 @@ def load_checkpoint(path: Path, module: LossModule, optimizer: torch.optim.Optim
     remedy = f"delete {path} to resume from the checkpoint before it"
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        files, version = state["files"], state["format"]
+        files, version = dict(state["files"]), state["format"]
+        if path.name != f"step-{state['step']:08d}":
+            raise ValueError(f"it says step {state['step']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}/state.json is missing or damaged ({error}): {remedy}") from None
     if version != FORMAT:

@@ -1,18 +1,24 @@
 """How every script starts: flags in, one line and exit code 2 for a user's mistake, no traceback."""
 
 import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from absl import flags
 
-from flowmaps.errors import UserError
+from flowmaps.errors import Stopped, UserError
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Parse the flags, call ``main`` and exit with its value: 0 success, 1 failed gate, 2 the user's mistake."""
+    """Parse the flags, call ``main`` and exit with its value.
+
+    0 success (or stopped politely), 1 failed gate, 2 the user's mistake in one line, 3 a bug with its traceback.
+    """
     script = Path(sys.argv[0]).name
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")  # torch's own, at the first jvp
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
         print(usage(sys.modules["__main__"].__doc__ or ""))
         sys.exit(0)
@@ -27,6 +33,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(main() or 0)
     except UserError as error:
         fail(script, error)
+    except Stopped as stopped:
+        print(f"{script}: {stopped}", file=sys.stderr)
+        sys.exit(0)
+    except Exception:  # a bug must not look like a failed gate
+        traceback.print_exc()
+        sys.exit(3)
 
 
 def usage(doc: str) -> str:

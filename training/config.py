@@ -32,6 +32,11 @@ class Decay(enum.Enum):
     inverse_sqrt = "inverse_sqrt"  # lr / sqrt(max(step / decay_start, 1))
 
 
+class Precision(enum.Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"  # autocast of the primal; derivatives stay float32
+
+
 @dataclass
 class Data:
     name: str = "digits"  # a key of training.data.DATA
@@ -53,7 +58,7 @@ class Optim:
 @dataclass
 class Weight:
     learned: bool = False  # log-variance weight w(s, t)
-    limit: float = 2.0  # |w| is clamped to this
+    limit: float = 2.0  # |w| stays below this
 
 
 @dataclass
@@ -77,6 +82,11 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     steps: int = 1000
     batch: int = 128  # global batch, in images
+    accumulate: int = 1  # micro-steps a step: divides the memory, not the result
+    precision: Precision = Precision.fp32
+    compile: bool = False  # torch.compile of the loss module
+    channels_last: bool = False  # memory format of convolutions
+    max_skipped_steps: int = 10  # steps with a non-finite gradient are skipped; after this many the run stops
     seed: int = 0
     ema: tuple[float, ...] = (0.999,)  # decays kept side by side; the first one is sampled and exported
     log_every: int = 50
@@ -87,7 +97,7 @@ class Config:
 
     def validate(self) -> None:
         """Refuse what types cannot: each message names the flag."""
-        for name in ("steps", "batch", "log_every", "sample_every", "checkpoint_every", "keep"):
+        for name in ("steps", "batch", "accumulate", "log_every", "sample_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"--config.{name} must be at least 1, got {getattr(self, name)}")
         for name, value in (
@@ -97,6 +107,12 @@ class Config:
         ):
             if not 0 < value < float("inf"):
                 raise UserError(f"--config.{name} must be positive, got {value}")
+        if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
+            raise UserError(f"--config.optim.betas must be two numbers in [0, 1), got {self.optim.betas}")
+        if self.optim.weight_decay < 0:
+            raise UserError(f"--config.optim.weight_decay must not be negative, got {self.optim.weight_decay}")
+        if not self.weight.limit > 0:
+            raise UserError(f"--config.weight.limit must be positive, got {self.weight.limit}")
         for name, count in (("warmup", self.optim.warmup), ("decay_start", self.optim.decay_start)):
             if count < (name == "decay_start"):
                 raise UserError(f"--config.optim.{name} must not be negative or divide by zero, got {count}")
@@ -146,19 +162,30 @@ def objective(name: str, **options: Any) -> Any:
 
 def build_network(config: Config) -> Any:
     """The network that ``config.network`` describes, freshly initialised from torch's global generator."""
-    try:
-        return NETWORKS[config.network.target](**config.network.options())
-    except ValueError as error:
-        raise UserError(f"--config.network: {error}") from None
+    return _build(NETWORKS, config.network, "network")
 
 
 def build_objective(config: Config) -> Objective:
     """The objective that ``config.objective`` describes."""
-    return OBJECTIVES[config.objective.target](**config.objective.options())
+    built: Objective = _build(OBJECTIVES, config.objective, "objective")
+    return built
+
+
+def _build(table: dict[str, Any], section: Section, name: str) -> Any:
+    if section.target not in table:
+        raise UserError(f"--config.{name}.target={section.target}: choose one of {', '.join(table)}")
+    try:
+        return table[section.target](**section.options())
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--config.{name}: {error}") from None
 
 
 def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int) -> FlowMap:
     """A flow map round a fresh network, for samples of ``shape``."""
+    wants = config.network
+    expected = (wants.dim,) if hasattr(wants, "dim") else (wants.channels, wants.image_size, wants.image_size)
+    if expected != shape:
+        raise UserError(f"--config.network is made for samples of shape {expected}, {config.data.name} has {shape}")
     classes = num_classes if getattr(config.network, "num_classes", 0) else 0
     if classes and config.network.num_classes != num_classes:
         raise UserError(

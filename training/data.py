@@ -84,7 +84,7 @@ def _idx(path: Path) -> Tensor:
         array = np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
     except FileNotFoundError:
         raise UserError(
-            f"{path}[.gz] is missing: point --config.data.root at a folder with torchvision's layout"
+            f"{path}[.gz] is missing: give the data root (--root; in training --config.data.root)"
         ) from None
     except (OSError, EOFError, IndexError, struct.error, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): fetch the data set again") from None
@@ -101,7 +101,7 @@ DATA: dict[str, Callable[[str, str], ArrayData]] = {
 def load_data(name: str, split: str = "train", root: str = "data") -> ArrayData:
     """A data set of the table ``DATA``, split "train" or "heldout"; ``root`` is where its files are."""
     if name not in DATA:
-        raise UserError(f"unknown data set {name!r} (--config.data.name): choose one of {', '.join(DATA)}")
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATA)}")
     if split not in ("train", "heldout"):
         raise UserError(f"unknown split {split!r} of {name}: choose train or heldout")
     return DATA[name](split, root)

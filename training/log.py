@@ -4,11 +4,15 @@ import json
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
+
+from flowmaps.files import write_file
 
 
 class Log:
@@ -20,9 +24,20 @@ class Log:
 
     def __init__(self, workdir: Path, steps: int, start: int, enabled: bool = True) -> None:
         self.enabled, self.steps = enabled, steps
-        self.file = (workdir / "log.jsonl").open("a", buffering=1) if enabled else None
+        self.file = None
+        if enabled:
+            kept = _rows_until(workdir / "log.jsonl", start)
+            write_file(workdir / "log.jsonl", kept.encode())
+            self.file = (workdir / "log.jsonl").open("a", buffering=1)
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (enabled and sys.stderr.isatty()))
         self.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep what happens inside out of the interval's time: writing is not training."""
+        before = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - before
 
     def clear(self) -> None:
         """Start an interval now."""
@@ -67,3 +82,17 @@ class Log:
     def _say(self, line: str) -> None:
         if self.enabled:
             tqdm.write(line, file=sys.stderr)
+
+
+def _rows_until(path: Path, step: int) -> str:
+    """The lines of a log that were written up to ``step``: what a killed run logged after its checkpoint goes."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    kept = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the kill cut the last line
+            continue
+        if row["step"] <= step and step:
+            kept.append(line + "\n")
+    return "".join(kept)

@@ -1,9 +1,8 @@
 """The training loop."""
 
 import json
-import math
 import signal
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -11,14 +10,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
 from flowmaps import FlowMap, UserError
+from flowmaps.errors import Stopped
 from flowmaps.files import writable_directory, write_file
-from flowmaps.objectives import LogVariance
+from flowmaps.objectives import LogVariance, Loss
 from flowmaps.rng import generator
 from training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from training.config import Config, Decay, build_flow_map, build_objective
+from training.config import Config, Decay, Precision, build_flow_map, build_objective
 from training.data import ArrayData, Order, load_data
 from training.ema import EMA
 from training.evaluation import grid_image
@@ -50,14 +51,25 @@ class Trainer:
         """Data, network, optimiser and averages at step 0; a function of the config alone."""
         config.validate()
         data = load_data(config.data.name, root=config.data.root)
-        accelerator = Accelerator()
-        if config.batch % accelerator.num_processes:
-            raise UserError(f"--config.batch={config.batch} is not divisible by {accelerator.num_processes} processes")
+        accelerator = Accelerator(  # nothing is left to the environment: no fp16, no other accumulation
+            mixed_precision="bf16" if config.precision is Precision.bf16 else "no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
+        shards = accelerator.num_processes * config.accumulate
+        if config.batch % shards:
+            raise UserError(
+                f"--config.batch={config.batch} is not divisible by {accelerator.num_processes} processes x "
+                f"--config.accumulate={config.accumulate}"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             fm = build_flow_map(config, data.shape, data.num_classes)
             weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
         module = LossModule(fm, build_objective(config), weight).to(accelerator.device)
+        if config.channels_last:
+            module = module.to(memory_format=torch.channels_last)
+        if config.compile:
+            module.compile()  # in place: parameter names stay
         optimizer = build_optimizer(config.optim, module.parameters())
         wrapped, prepared = accelerator.prepare(module, optimizer)
         ema = EMA(fm.network, config.ema)
@@ -73,25 +85,63 @@ class Trainer:
             Order(len(data), config.seed),
         )
 
+    skipped: int = 0  # steps with a non-finite gradient since the start or resume
+
     def step(self, step: int) -> dict[str, Tensor]:
-        """Optimiser step ``step`` = 0, 1, ...; returns what to log, still on the device."""
-        config, fm, shard = self.config, self.module.fm, self.accelerator.process_index
-        size = config.batch // self.accelerator.num_processes
-        x1, label = self.data.fetch(self.order.indices(step * config.batch + shard * size, size))
-        x1 = x1.to(self.accelerator.device)
-        label = label.to(x1.device) if label is not None and fm.info.num_classes else None
-        draws = self.module.objective.draw(fm, x1, generator(config.seed, "draws", step, shard, x1.device))
-        with torch.random.fork_rng(enabled=True):
-            torch.manual_seed(generator(config.seed, "dropout", step, shard).initial_seed())
-            loss = self.wrapped(x1, label, draws)
-        self.accelerator.backward(loss.value)
+        """Optimiser step ``step`` = 0, 1, ...; returns what to log, still on the device.
+
+        Shard i = rank * accumulate + micro-step of the global batch has the same samples and draws however the shards
+        are spread over processes and micro-steps.
+        """
+        config, micro_steps = self.config, self.config.accumulate
+        logged: dict[str, Tensor] = {}
+        for micro in range(micro_steps):
+            shard = self.accelerator.process_index * micro_steps + micro
+            synchronise = nullcontext() if micro == micro_steps - 1 else self.accelerator.no_sync(self.wrapped)
+            with synchronise:
+                loss = self.shard_loss(step, shard)
+                self.accelerator.backward(loss.value / micro_steps)
+            for name, value in {"loss": loss.value.detach(), **loss.terms}.items():
+                logged[name] = logged.get(name, 0) + value / micro_steps
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), config.optim.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, step, config.steps)
-        self.prepared.step()
+        if bool(torch.isfinite(norm)):
+            self.prepared.step()
+            self.ema.update(step + 1)
+        else:
+            self._skip(step, norm)
         self.prepared.zero_grad(set_to_none=True)
-        self.ema.update(step + 1)
-        return {"loss": loss.value.detach(), **loss.terms, "grad_norm": norm}
+        return {**logged, "grad_norm": norm, "skipped": torch.tensor(float(self.skipped))}
+
+    def shard_loss(self, step: int, shard: int) -> Loss:
+        """The loss of one shard of step ``step``'s global batch."""
+        config, fm, device = self.config, self.module.fm, self.accelerator.device
+        size = config.batch // (self.accelerator.num_processes * config.accumulate)
+        x1, label = self.data.fetch(self.order.indices(step * config.batch + shard * size, size))
+        x1 = x1.to(device)
+        if config.channels_last and x1.ndim == 4:
+            x1 = x1.to(memory_format=torch.channels_last)
+        label = label.to(device) if label is not None and fm.info.num_classes else None
+        draws = self.module.objective.draw(fm, x1, generator(config.seed, "draws", step, shard, device))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(generator(config.seed, "dropout", step, shard).initial_seed())
+            loss: Loss = self.wrapped(x1, label, draws)
+        return loss
+
+    def _skip(self, step: int, norm: Tensor) -> None:
+        self.skipped += 1
+        if self.skipped > self.config.max_skipped_steps:
+            raise UserError(
+                f"the gradient norm is {norm.item()} at step {step + 1}, the {self.skipped}th time: lower "
+                f"--config.optim.lr, or raise --config.max_skipped_steps={self.config.max_skipped_steps}"
+            )
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process, so that all leave the loop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device)).any())
 
     def averaged(self, done: int) -> FlowMap:
         """A copy of the flow map with the first moving average of the weights after ``done`` steps, in eval mode."""
@@ -116,7 +166,8 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
     """Train, or go on training, the run in ``workdir``; returns the flow map with averaged weights.
 
     Writes config.json, log.jsonl, samples/, checkpoints/ and model/. If ``workdir`` has a checkpoint, the run resumes
-    from it and ends with bit for bit the weights of a run that never stopped. SIGTERM or Ctrl-C writes a checkpoint.
+    from it and ends with bit for bit the weights of a run that never stopped (on a GPU: to the determinism of its
+    kernels). SIGTERM or Ctrl-C writes a checkpoint and raises ``Stopped``.
     """
     trainer = Trainer.build(config)
     workdir = writable_directory(Path(workdir), "--workdir")
@@ -128,33 +179,30 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
     if main:
         write_file(workdir / "config.json", json.dumps(config.to_dict(), indent=2).encode())
     with _Stop() as stop, closing(Log(workdir, config.steps, done, enabled=main)) as log:
-        if done:
-            log.event("resume", step=done)
         last = done >= config.steps
+        if done and not last:
+            log.event("resume", step=done)
         while not last:
             log.add(trainer.step(done))
             done += 1
-            last = done == config.steps or bool(stop.asked)  # asked once a step: the last one saves
+            last = done == config.steps or trainer.any_process(bool(stop.asked))  # asked once a step
             if last or done % config.log_every == 0:
-                values = log.interval(done, config.batch, lr=trainer.optimizer.param_groups[0]["lr"])
-                if not math.isfinite(values["loss"]):
-                    raise UserError(f"the loss is {values['loss']} at step {done}: lower --config.optim.lr")
-            draw = done == config.steps or done % config.sample_every == 0
-            save = last or done % config.checkpoint_every == 0
-            if main and draw:
-                trainer.draw(workdir, done)
-            if main and save:
-                trainer.save(workdir, done)
-            if draw or save:
-                log.clear()  # writing is not training time
-        if stop.asked:
+                log.interval(done, config.batch, lr=trainer.optimizer.param_groups[0]["lr"])
+            with log.paused():
+                if main and (done == config.steps or done % config.sample_every == 0):
+                    trainer.draw(workdir, done)
+                if main and (last or done % config.checkpoint_every == 0):
+                    trainer.save(workdir, done)
+        if done < config.steps:
             log.event("stopped", step=done, signal=stop.asked)
+            raise Stopped(f"stopped by {stop.asked or 'a signal to another process'} at step {done}; resume any time")
     return trainer.averaged(done)
 
 
 def dry_run(config: Config, batch: int = 16) -> tuple[dict[str, Any], Any]:
     """Build everything, do two steps on at most ``batch`` images and draw a grid; returns (facts, picture)."""
-    config = replace(config, batch=min(config.batch, batch))
+    micro_batch = max(1, min(config.batch, batch) // config.accumulate)
+    config = replace(config, batch=micro_batch * config.accumulate)
     trainer = Trainer.build(config)
     losses = [float(trainer.step(step)["loss"]) for step in range(2)]
     parameters = sum(p.numel() for p in trainer.module.fm.network.parameters())

@@ -1,16 +1,19 @@
 """Writing samples to a directory."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from flowmaps.files import write_file
-from flowmaps.images import sample_grid, to_pil, to_uint8
+from flowmaps.errors import UserError
+from flowmaps.files import new_directory, write_file
+from flowmaps.images import to_pil, to_uint8
+
+GRID = 8192  # samples that a grid may look at: a point cloud needs many
 
 
 def pick_device() -> torch.device:
@@ -18,24 +21,36 @@ def pick_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def write_samples(results: dict[int, list[tuple[Tensor, Tensor | None]]], out: Path) -> None:
-    """Write the (samples, labels) batches of each step count: steps-N/*.png, samples-N.npz and grid.png."""
-    rows = []
-    for count, batches in results.items():
-        x = torch.cat([x for x, _ in batches]).cpu()
-        labels = [label for _, label in batches if label is not None]
-        arrays: dict[str, Any] = {"label": torch.cat(labels).cpu().numpy()} if labels else {}
-        if x.ndim == 4:
-            images = to_uint8(x)
-            arrays["samples"] = rearrange(images, "n c h w -> n h w c").numpy()
-            folder = out / f"steps-{count}"
-            folder.mkdir(exist_ok=True)
-            for i, image in enumerate(images):
-                to_pil(image).save(folder / f"{i:06d}.png")
-        else:
-            arrays["samples"] = x.numpy()
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        write_file(out / f"samples-{count}.npz", buffer.getvalue())
-        rows.append(x)
-    to_pil(sample_grid(rows)).save(out / "grid.png")
+def write_samples(batches: Iterable[tuple[Tensor, Tensor | None]], out: Path, count: int) -> Tensor:
+    """Write the samples of one step count as they are made, steps-N/*.png and samples-N.npz; returns some for the grid.
+
+    A folder of an earlier call is replaced, so that it never holds a mix.
+    """
+    samples: list[Tensor] = []
+    labels: list[Tensor] = []
+    shown: list[Tensor] = []
+    done = 0
+    with new_directory(out / f"steps-{count}") as folder:
+        for x, label in batches:
+            if not bool(torch.isfinite(x).all()):
+                raise UserError(f"the model's samples in {count} steps hold NaN or infinity: nothing is written")
+            x = x.cpu()
+            if done < GRID:
+                shown.append(x)
+            if x.ndim == 4:
+                x = to_uint8(x)
+                for i, image in enumerate(x):
+                    to_pil(image).save(folder / f"{done + i:06d}.png")
+            samples.append(x)
+            done += len(x)
+            labels += [] if label is None else [label.cpu()]
+    made = torch.cat(samples)
+    if made.ndim != 4:
+        (out / f"steps-{count}").rmdir()  # points have no pictures of their own
+    arrays: dict[str, Any] = {"samples": made.movedim(1, -1).numpy() if made.ndim == 4 else made.numpy()}
+    if labels:
+        arrays["label"] = torch.cat(labels).numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_file(out / f"samples-{count}.npz", buffer.getvalue())
+    return torch.cat(shown)

@@ -44,6 +44,11 @@ class SamplingFlags:
         self.counts()
         fm = FlowMap.from_pretrained(self.checkpoint.value)
         labels_for(fm.info, 1, self.label.value)  # refuse a wrong label before any work
+        if fm.info.kind == "drift" and self.sampler.value not in ("euler", "heun"):
+            raise UserError(
+                f"--sampler={self.sampler.value}, but this model is a drift (trained by flow matching alone) and has "
+                "no map to jump with: add --sampler=euler or --sampler=heun"
+            )
         return fm.to(pick_device())
 
     def batches(self, fm: FlowMap, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 import flowmaps
 from flowmaps import FlowMap, UserError
+from flowmaps.files import read_npz
 from flowmaps.images import to_uint8
 from flowmaps.metrics import FeatureStats, frechet_distance
 from flowmaps.metrics.extractors import CLASSIFIERS, Extractor, load_extractor
 from flowmaps.metrics.neighbours import memorisation
 from training.data import DATA, load_data
+from training.outputs import pick_device
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
@@ -65,18 +67,14 @@ def _read_image(file: Path) -> Tensor:
     try:
         with Image.open(file) as image:
             array = np.asarray(image.convert("L" if image.mode in ("L", "1") else "RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{file} is no readable image ({error})") from None
     return torch.from_numpy(np.atleast_3d(array).copy()).permute(2, 0, 1)
 
 
 def _archive(file: Path, flag: str) -> Tensor:
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            key = next((k for k in ("samples", "arr_0") if k in archive.files), None)
-            array = archive[key] if key else None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{flag}={file} is no readable .npz ({error})") from None
+    arrays = read_npz(file, f"{flag} takes what sample.py wrote")
+    array = arrays.get("samples", arrays.get("arr_0"))
     if array is None:
         raise UserError(f"{flag}={file} has neither 'samples' nor 'arr_0': sample.py writes samples-N.npz")
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
@@ -110,11 +108,7 @@ def reference_stats(
 
 def _has_moments(file: str) -> bool:
     """Whether an .npz is meant as statistics: all but those of images."""
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return not {"samples", "arr_0"} & set(archive.files)
-    except (OSError, ValueError, EOFError):
-        return True  # FeatureStats.load says what is wrong
+    return not {"samples", "arr_0"} & set(read_npz(file, "make reference statistics with stats.py"))
 
 
 def source_stats(source: str, extractor: Extractor, root: str, flag: str) -> FeatureStats:
@@ -134,12 +128,17 @@ def generated(batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tenso
         yield to_uint8(x)
 
 
-def small_set_checks(images: Tensor, data: str, extractor: Extractor, root: str) -> dict[str, float]:
-    """For a small data set: the floor (train against held-out) and nearest-neighbour distances of ``images``."""
+def floor(data: str, extractor: Extractor, root: str) -> float:
+    """The distance between a data set's training and held-out images: what a perfect model would score."""
     train, heldout = (source_stats(f"{data}:{split}", extractor, root, "--reference") for split in ("train", "heldout"))
+    return frechet_distance(train, heldout)
+
+
+def neighbours(images: Tensor, data: str, root: str) -> dict[str, float]:
+    """Nearest-neighbour distances between uint8 ``images`` and both splits of a small data set, as a row of results."""
     pixels = [load_data(data, split, root).x.float() / 127.5 for split in ("train", "heldout")]
     found = memorisation(images.float().cpu() / 127.5, *pixels)
-    return {"floor": frechet_distance(train, heldout), **vars(found), "memorisation_ratio": found.ratio}
+    return {**vars(found), "memorisation_ratio": found.ratio}
 
 
 def record(stats: FeatureStats, extractor: Extractor, fm: FlowMap | None, facts: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +146,8 @@ def record(stats: FeatureStats, extractor: Extractor, fm: FlowMap | None, facts:
     from importlib.metadata import version
 
     model = {} if fm is None else {k: getattr(fm.info, k) for k in ("data", "kind", "ema", "images_seen", "guidance")}
+    if fm is not None:
+        model |= {"interpolant": fm.interpolant_name, "base_std": fm.base_std, "time_grid": "uniform"}
     packages = {name: version(name) for name in ("torch", "torchvision", "torch-fidelity", "numpy")}
     return {
         "metric": extractor.metric,
@@ -154,6 +155,7 @@ def record(stats: FeatureStats, extractor: Extractor, fm: FlowMap | None, facts:
         "reference": {"data": stats.origin.data, "split": stats.origin.split, "n": stats.n, "sha256": stats.sha256()},
         "model": model,
         **facts,
+        "device": str(pick_device()),
         "versions": {"flowmaps": flowmaps.__version__, "python": platform.python_version(), **packages},
         "results": [],
     }

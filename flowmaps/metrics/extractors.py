@@ -120,8 +120,8 @@ def _inception(name: str, weights: Path | None, device: torch.device) -> Extract
     if not file.is_file() and weights is None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), progress=os.isatty(2))
-        except OSError as error:
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix="6726825d", progress=os.isatty(2))
+        except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
             raise UserError(
                 f"the Inception weights are not in {file} and cannot be downloaded ({error}): "
                 f"fetch {URL_INCEPTION_V3} where there is a network and give it by --weights=FILE"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowmaps.errors import UserError
-from flowmaps.files import write_file
+from flowmaps.files import read_npz, write_file
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,23 @@ class FeatureStats:
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStats":
         """Read a file of ``save``; one that lacks a key, or holds NaN, is refused by name."""
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                values = {key: archive[key] for key in archive.files}
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} is no readable .npz of statistics ({error}): make one with stats.py") from None
+        values = read_npz(path, "make reference statistics with stats.py")
         wanted = ["mu", "sigma", "n", *vars(Origin())]
         if missing := [key for key in wanted if key not in values]:
             raise UserError(f"{path} has no {', '.join(missing)}: make reference statistics with stats.py")
-        mu, sigma = (torch.tensor(values[key], dtype=torch.float64) for key in ("mu", "sigma"))
+        try:
+            mu, sigma = (torch.tensor(values[key], dtype=torch.float64) for key in ("mu", "sigma"))
+            n = int(values["n"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: mu, sigma and n must be numbers ({error}): make it again with stats.py") from None
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
             raise UserError(f"{path}: mu of shape {tuple(mu.shape)} and sigma of shape {tuple(sigma.shape)} do not fit")
         if not bool(torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
             raise UserError(f"{path} holds NaN or infinity: make it again with stats.py")
+        if n < 2 or not torch.allclose(sigma, sigma.T) or bool((sigma.diagonal() < 0).any()):
+            raise UserError(f"{path}: sigma is no covariance of n = {n} samples: make it again with stats.py")
         stats = cls(len(mu), Origin(**{key: str(values[key]) for key in vars(Origin())}))
-        stats.n, stats.mean = int(values["n"]), mu
+        stats.n, stats.mean = n, mu
         stats.scatter = sigma * (stats.n - 1)
         return stats
 

@@ -82,8 +82,10 @@ class TimeEmbedding(nn.Module):
 
 
 def normalise(x: Tensor) -> Tensor:
-    """Group normalisation of [B, C, H, W] without weights: up to 32 groups of at least 4 channels."""
-    return F.group_norm(x, math.gcd(32, x.shape[1] // 4))
+    """Group normalisation of [B, C, H, W] without weights: up to 32 groups of at least 4 channels, if C divides so."""
+    channels = x.shape[1]
+    most = max(1, min(32, channels // 4))
+    return F.group_norm(x, next(groups for groups in range(most, 0, -1) if channels % groups == 0))
 
 
 class GroupNorm(nn.Module):

@@ -27,6 +27,8 @@ class MLP(ModelMixin, ConfigMixin):
         fourier_scale: float = 2.5,
     ) -> None:
         super().__init__()
+        if min(dim, width, depth) < 1 or fourier_features < 0 or not data_std > 0:
+            raise ValueError("dim, width and depth must be at least 1, fourier_features at least 0, data_std positive")
         self.data_std = data_std
         self.projection: Tensor | None
         projection = torch.randn(fourier_features, dim) * fourier_scale if fourier_features else None

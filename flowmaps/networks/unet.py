@@ -59,6 +59,10 @@ class UNet(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         levels = len(channel_mult)
+        if not channel_mult or min(image_size, channels, width, blocks, patch, *channel_mult) < 1:
+            raise ValueError("image_size, channels, width, channel_mult, blocks and patch must be at least 1")
+        if width % 2 or not data_std > 0 or not 0 <= dropout < 1 or num_classes < 0:
+            raise ValueError("width must be even, data_std positive, dropout in [0, 1) and num_classes not negative")
         if image_size % (patch * 2 ** (levels - 1)):
             raise ValueError(
                 f"image_size {image_size} cannot be folded by patch={patch} and halved {levels - 1} times: "

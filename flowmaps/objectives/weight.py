@@ -7,13 +7,13 @@ from flowmaps.networks.layers import TimeFeatures, zero
 
 
 class LogVariance(nn.Module):
-    """w(s, t), clamped to [-limit, limit]: a sample's loss is exp(-w) |r|^2 + w.
+    """w(s, t), kept within [-limit, limit] by a tanh: a sample's loss is exp(-w) |r|^2 + w.
 
     Karras et al. 2024 (EDM2, arXiv 2312.02696), equation 21; in two times as Boffi et al. 2025. At its optimum w is
     the log of the mean squared residual at (s, t), so every (s, t) pulls equally hard, relative to its own size.
     On the diagonal that size is bounded below by the spread of dI_t/dt given I_t. Off the diagonal it goes to 0 as
     the map becomes consistent, w follows it down and the pull of the off-diagonal term grows without bound: hence the
-    clamp, and hence no weight by default (docs/maths.md, "The learned weight").
+    limit, and hence no weight by default (docs/maths.md, "The learned weight").
     """
 
     def __init__(self, channels: int = 128, limit: float = 2.0) -> None:
@@ -25,4 +25,4 @@ class LogVariance(nn.Module):
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
         features = torch.cat([self.features(s.float()), self.features(t.float())], dim=1)
         w: Tensor = self.linear(features)[:, 0]
-        return w.clamp(-self.limit, self.limit)
+        return self.limit * torch.tanh(w / self.limit)
