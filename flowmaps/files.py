@@ -88,7 +88,7 @@ def writable_file(path: Path, flag: str) -> Path:
 def read_npz(path: str | Path, remedy: str) -> dict[str, Any]:
     """All arrays of an .npz, nothing unpickled; a damaged or foreign file is refused by name, with ``remedy``."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except (
         OSError,

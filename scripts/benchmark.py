@@ -22,6 +22,7 @@ ROWS = flags.DEFINE_list("rows", ["flow_matching", "lagrangian"], "Rows of the s
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds")
 TRAIN_STEPS = flags.DEFINE_integer("train_steps", None, "Training steps, instead of the config's", lower_bound=1)
 CPU_MINUTES = flags.DEFINE_float("cpu_minutes", None, "Process time to train for, instead of steps", 0.01)
+NUM = flags.DEFINE_integer("num", None, "Samples to score: 32768 points or 2000 images by default", lower_bound=2)
 THREADS = flags.DEFINE_integer("threads", None, "Threads that torch may use", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "File for the records, written after each one")
 
@@ -39,7 +40,8 @@ def main() -> None:
         torch.set_num_threads(THREADS.value)
     machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     records = []
-    for record in run(SUITE.value, ROWS.value, [int(s) for s in SEEDS.value], TRAIN_STEPS.value, CPU_MINUTES.value):
+    seeds = [int(seed) for seed in SEEDS.value]
+    for record in run(SUITE.value, ROWS.value, seeds, TRAIN_STEPS.value, CPU_MINUTES.value, NUM.value):
         records.append(record)
         print(json.dumps(record), flush=True)
         if JSON.value:

@@ -15,6 +15,7 @@ from training import cli
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory to write to; finished runs in it are used again")
 STEPS = flags.DEFINE_integer("steps", 600, "Training steps of each model", lower_bound=1)
+NUM = flags.DEFINE_integer("num", 1000, "Samples that a distance is taken of", lower_bound=2)
 
 CONFIG = "configs/digits.py"
 COUNTS = (1, 2, 4, 8)
@@ -47,7 +48,7 @@ def main() -> None:
     heldout = source_stats("digits:heldout", extractor, "", "--data")
     floor = scoring.floor("digits", extractor, "")
     counts = {"flow map": COUNTS, "Euler": (*COUNTS, 32)}
-    results = report.compare(models, counts, heldout, extractor, n=1000, seed=1)
+    results = report.compare(models, counts, heldout, extractor, n=NUM.value, seed=1)
     pictures = {
         "grid": report.grid_of(models, COUNTS, columns=12, seed=0),
         "distance": report.plot(results, extractor.metric, floor),
@@ -56,7 +57,7 @@ def main() -> None:
     summary = (
         f"Two networks of the same size saw the same {images:,} scanned digits (8 x 8, with repeats). Above: the flow "
         f"map, which jumps; below: flow matching, which Euler's method integrates. {extractor.metric} is the Fréchet "
-        f"distance of 1000 samples to {heldout.n} held-out digits, on features of a small digit classifier (it is not "
+        f"distance of {NUM.value} samples to {heldout.n} held-out digits, on features of a small digit classifier (it is not "
         f"FID). Training images themselves score {floor:.2f}: the floor."
     )
     numbers = table(results)

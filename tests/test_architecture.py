@@ -83,8 +83,8 @@ FLAGS = {
     "stats.py": SCORING | {"data", "out"},
     "fid.py": SAMPLING | SCORING | {"samples", "reference", "max_fid", "json", "memorisation"},
     "train_extractor.py": {"data", "root", "out", "epochs", "seed"},
-    "benchmark.py": {"suite", "rows", "seeds", "train_steps", "cpu_minutes", "threads", "json"},
-    "demo.py": {"workdir", "steps"},
+    "benchmark.py": {"suite", "rows", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json"},
+    "demo.py": {"workdir", "steps", "num"},
 }
 
 

@@ -8,19 +8,24 @@ from PIL import Image
 
 
 def test_demo_writes_a_self_contained_report(tmp_path):
-    done = run_script("scripts/demo.py", f"--workdir={tmp_path}", "--steps=3", check=True)
+    command = ["scripts/demo.py", f"--workdir={tmp_path}", "--steps=3", "--num=80"]
+    done = run_script(*command, check=True)
     assert "FD-digits" in done.stdout and "floor" in done.stdout
-    assert Image.open(tmp_path / "grid.png").width > 300 and Image.open(tmp_path / "distance.png").width > 300
+    for picture in ("grid.png", "distance.png"):
+        with Image.open(tmp_path / picture) as image:
+            assert image.width > 300
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert not re.findall(r'(?:src|href)="(?!data:)', page)  # nothing is fetched
     assert "scripts/sample.py" in page and "&quot;steps&quot;: 3" in page and "FD-digits" in page
-    again = run_script("scripts/demo.py", f"--workdir={tmp_path}", "--steps=3", check=True)
-    assert again.stdout == done.stdout  # finished runs are used again
+    again = run_script(*command, check=True)
+    assert again.stdout == done.stdout and "step" not in again.stderr  # finished runs are used again
+    other = run_script(*command, "--steps=4")
+    assert other.returncode == 2 and "--steps" in other.stderr and len(other.stderr.strip().splitlines()) == 1
 
 
 def test_benchmark_tables(tmp_path):
-    short = ["--suite=checkerboard", "--seeds=0,1", "--train_steps=2"]
+    short = ["--suite=checkerboard", "--seeds=0,1", "--train_steps=2", "--num=500"]
     done = run_script("scripts/benchmark.py", *short, f"--json={tmp_path}/b.json", check=True)
     records = json.loads((tmp_path / "b.json").read_text())["records"]
     assert [(r["row"], r["seed"], r["train_steps"]) for r in records] == [

@@ -37,18 +37,18 @@ def fit(config: Config, cpu_minutes: float | None) -> tuple[FlowMap, dict[str, A
     return trainer.averaged(config.steps), facts
 
 
-def checkerboard_scores(fm: FlowMap) -> Scores:
-    """KL and sliced W2 of 32,768 samples at 1 .. 16 steps: the map's, or Euler's for a drift."""
-    true = load_data("checkerboard", "heldout").x[:32768]
+def checkerboard_scores(fm: FlowMap, n: int = 32_768) -> Scores:
+    """KL and sliced W2 of ``n`` samples at 1 .. 16 steps: the map's, or Euler's for a drift."""
+    true = load_data("checkerboard", "heldout").x[:n]
     scores = {}
     for count in (1, 2, 4, 8, 16):
-        x = samples(fm, count, len(true), seed=1)
+        x = samples(fm, count, n, seed=1)
         scores[f"KL@{count}"], scores[f"W2@{count}"] = board_kl(x), sliced_w2(x, true)
     return scores
 
 
-def digits_scores(fm: FlowMap) -> Scores:
-    """FD-digits of 2000 samples to the held-out digits, by the map and by the same network's own drift."""
+def digits_scores(fm: FlowMap, n: int = 2000) -> Scores:
+    """FD-digits of ``n`` samples to the held-out digits, by the map and by the same network's own drift."""
     extractor = pick_extractor(None, None, "digits", torch.device("cpu"))
     heldout = source_stats("digits:heldout", extractor, "", "--data")
     scores, images = {}, torch.empty(0)
@@ -56,19 +56,24 @@ def digits_scores(fm: FlowMap) -> Scores:
         if sampler == "map" and fm.info.kind == "drift":
             continue
         for count in counts:
-            images = to_uint8(samples(fm, count, 2000, 1, sampler))
+            images = to_uint8(samples(fm, count, n, 1, sampler))
             scores[f"{sampler}@{count}"] = frechet_distance(extractor.stats(torch.split(images, 500)), heldout)
     return scores | {"floor": floor("digits", extractor, "")} | neighbours(images, "digits", "")
 
 
-SUITES: dict[str, tuple[str, Callable[[FlowMap], Scores]]] = {
+SUITES: dict[str, tuple[str, Callable[..., Scores]]] = {
     "checkerboard": ("configs/checkerboard.py", checkerboard_scores),
     "digits": ("configs/digits.py", digits_scores),
 }
 
 
 def run(
-    suite: str, rows: list[str], seeds: list[int], train_steps: int | None, cpu_minutes: float | None
+    suite: str,
+    rows: list[str],
+    seeds: list[int],
+    train_steps: int | None = None,
+    cpu_minutes: float | None = None,
+    num: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield one record a (row, seed): what was trained, for how long, and its scores."""
     if suite not in SUITES:
@@ -79,7 +84,7 @@ def run(
             config = load_row(file, row)
             config.seed, config.steps = seed, train_steps or config.steps
             fm, facts = fit(config, cpu_minutes)
-            yield {"row": row, "seed": seed, **facts, "scores": score(fm)}
+            yield {"row": row, "seed": seed, **facts, "scores": score(fm, num) if num else score(fm)}
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
