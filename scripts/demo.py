@@ -57,8 +57,8 @@ def main() -> None:
     summary = (
         f"Two networks of the same size saw the same {images:,} scanned digits (8 x 8, with repeats). Above: the flow "
         f"map, which jumps; below: flow matching, which Euler's method integrates. {extractor.metric} is the Fréchet "
-        f"distance of {NUM.value} samples to {heldout.n} held-out digits, on features of a small digit classifier (it is not "
-        f"FID). Training images themselves score {floor:.2f}: the floor."
+        f"distance of {NUM.value} samples to {heldout.n} held-out digits, on features of a small classifier (it is "
+        f"not FID). Training images themselves score {floor:.2f}: the floor."
     )
     numbers = table(results)
     report.write_report(
