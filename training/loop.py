@@ -29,7 +29,7 @@ from training.optim import build_optimizer, learning_rate
 
 # What may differ between a run's config.json and the config that resumes it: nothing that changes the steps done
 # (and ``steps`` itself, unless the learning rate follows it).
-MAY_CHANGE = {"log_every", "sample_every", "sample_steps", "checkpoint_every", "keep"}
+MAY_CHANGE = {"log_every", "sample_every", "sample_steps", "checkpoint_every", "keep", "max_skipped_steps", "data.root"}
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Trainer:
     prepared: Any  # as accelerate wants it called
     ema: EMA
     order: Order
+    skipped: int = 0  # steps with a non-finite gradient since the start or resume
 
     @classmethod
     def build(cls, config: Config) -> "Trainer":
@@ -73,19 +74,8 @@ class Trainer:
         optimizer = build_optimizer(config.optim, module.parameters())
         wrapped, prepared = accelerator.prepare(module, optimizer)
         ema = EMA(fm.network, config.ema)
-        return cls(
-            config,
-            data,
-            accelerator,
-            module,
-            wrapped,
-            optimizer,
-            prepared,
-            ema,
-            Order(len(data), config.seed),
-        )
-
-    skipped: int = 0  # steps with a non-finite gradient since the start or resume
+        order = Order(len(data), config.seed)
+        return cls(config, data, accelerator, module, wrapped, optimizer, prepared, ema, order)
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Optimiser step ``step`` = 0, 1, ...; returns what to log, still on the device.
