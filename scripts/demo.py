@@ -14,7 +14,7 @@ from flowmaps import UserError
 from training import cli
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory to write to; finished runs in it are used again")
-STEPS = flags.DEFINE_integer("steps", 600, "Training steps of each model", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 500, "Training steps of each model", lower_bound=1)
 NUM = flags.DEFINE_integer("num", 1000, "Samples that a distance is taken of", lower_bound=2)
 
 CONFIG = "configs/digits.py"

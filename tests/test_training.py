@@ -200,17 +200,6 @@ def test_bfloat16_is_close_to_float32_and_keeps_the_derivative_exact():
     assert half["off_diagonal"] == pytest.approx(exact["off_diagonal"], rel=0.1)
 
 
-def test_channels_last_changes_nothing_but_the_layout():
-    from configs.digits import get_config as digits
-
-    losses = []
-    for channels_last in (False, True):
-        config = digits("lagrangian,smoke")
-        config.channels_last = channels_last
-        losses.append(Trainer.build(config).shard_loss(0, 0).value.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
 @pytest.mark.slow
 def test_compiled_run_equals_eager(tmp_path):
     from configs.digits import get_config as digits

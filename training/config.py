@@ -85,7 +85,6 @@ class Config:
     accumulate: int = 1  # micro-steps a step: divides the memory, not the result
     precision: Precision = Precision.fp32
     compile: bool = False  # torch.compile of the loss module
-    channels_last: bool = False  # memory format of convolutions
     max_skipped_steps: int = 10  # steps with a non-finite gradient are skipped; after this many the run stops
     seed: int = 0
     ema: tuple[float, ...] = (0.999,)  # decays kept side by side; the first one is sampled and exported

@@ -67,8 +67,6 @@ class Trainer:
             fm = build_flow_map(config, data.shape, data.num_classes)
             weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
         module = LossModule(fm, build_objective(config), weight).to(accelerator.device)
-        if config.channels_last:
-            module = module.to(memory_format=torch.channels_last)
         if config.compile:
             module.compile()  # in place: parameter names stay
         optimizer = build_optimizer(config.optim, module.parameters())
@@ -110,8 +108,6 @@ class Trainer:
         size = config.batch // (self.accelerator.num_processes * config.accumulate)
         x1, label = self.data.fetch(self.order.indices(step * config.batch + shard * size, size))
         x1 = x1.to(device)
-        if config.channels_last and x1.ndim == 4:
-            x1 = x1.to(memory_format=torch.channels_last)
         label = label.to(device) if label is not None and fm.info.num_classes else None
         draws = self.module.objective.draw(fm, x1, generator(config.seed, "draws", step, shard, device))
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
