@@ -32,11 +32,15 @@ def refused(done):
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == 1, done.stderr
     assert "error:" in lines[0] and not done.stdout
+    assert "Traceback" not in lines[0] and len(lines[0]) < 400
     return lines[0]
 
 
 TRAIN_MISTAKES = {
-    "unknown key": (["--config=configs/digits.py:lagrangian", "--config.optim.lrr=1", "--workdir={tmp}/a"], "lrr"),
+    "unknown key": (
+        ["--config=configs/digits.py:lagrangian", "--config.optim.lrr=1", "--workdir={tmp}/a"],
+        "--config.optim.lrr:",
+    ),
     "unknown row": (["--config=configs/digits.py:nonsense", "--workdir={tmp}/a"], "lagrangian"),
     "unknown variant": (["--config=configs/digits.py:lagrangian,fast", "--workdir={tmp}/a"], "smoke"),
     "missing file": (["--config=configs/nothing.py:lagrangian", "--workdir={tmp}/a"], "configs/nothing.py"),

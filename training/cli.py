@@ -1,5 +1,6 @@
 """How every script starts: flags in, one line and exit code 2 for a user's mistake, no traceback."""
 
+import re
 import sys
 import traceback
 import warnings
@@ -55,6 +56,11 @@ def usage(doc: str) -> str:
 def fail(script: str, error: BaseException) -> NoReturn:
     """Print one line and exit with code 2."""
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if "Traceback (most recent call last)" in message:  # ml_collections wraps what a config file raised
+        message = message.strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+    if unknown := re.match(r"Field (\w+) not found on dataclass .*?(\w+)'>", message):
+        flag = next((a for a in sys.argv if a.partition("=")[0].endswith(f".{unknown[1]}")), unknown[1])
+        message = f"{flag.partition('=')[0]}: {unknown[2].removesuffix('Section')} has no such field; config.json of a run lists them all"
     print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
