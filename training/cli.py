@@ -60,7 +60,8 @@ def fail(script: str, error: BaseException) -> NoReturn:
         message = message.strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
     if unknown := re.match(r"Field (\w+) not found on dataclass .*?(\w+)'>", message):
         flag = next((a for a in sys.argv if a.partition("=")[0].endswith(f".{unknown[1]}")), unknown[1])
-        message = f"{flag.partition('=')[0]}: {unknown[2].removesuffix('Section')} has no such field; config.json of a run lists them all"
+        section = unknown[2].removesuffix("Section")
+        message = f"{flag.partition('=')[0]}: {section} has no such field; config.json of a run lists them all"
     print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
