@@ -1,7 +1,7 @@
 """Feature statistics of a data set or folder, the reference of fid.py.
 
 python scripts/stats.py --data=digits:heldout --out=heldout.npz
-python scripts/stats.py --data=my/images --out=mine.npz --extractor=inception --weights=inception.pth
+python scripts/stats.py --data=my/images --size=64 --out=mine.npz --extractor=inception --weights=inception.pth
 """
 
 from pathlib import Path
@@ -11,14 +11,18 @@ from absl import flags
 from flowmaps import UserError
 from flowmaps.files import writable_file
 from training import cli
+from training.data import download
 from training.outputs import pick_device
 from training.scoring import check_source, pick_extractor, source_stats
 
-DATA = flags.DEFINE_string("data", None, "Data set NAME[:split], folder of images, or .npz of images")
+DATA = flags.DEFINE_string("data", None, "Data set NAME[:split], folder or zip of images, or .npz of images")
 OUT = flags.DEFINE_string("out", None, "Statistics file to write (.npz)")
 EXTRACTOR = flags.DEFINE_string("extractor", None, "Feature extractor; by default the data set's own, else inception")
 WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor")
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
+DOWNLOAD = flags.DEFINE_bool("download", False, "Fetch the data set's files into --root first")
+SIZE = flags.DEFINE_integer("size", None, "Crop and resize the images of a folder or zip to this", lower_bound=1)
+SKIP_CORRUPT = flags.DEFINE_bool("skip_corrupt", False, "Leave out files that are no whole images")
 
 
 def main() -> None:
@@ -28,7 +32,9 @@ def main() -> None:
     check_source(DATA.value, "--data")
     out = writable_file(Path(OUT.value), "--out")
     extractor = pick_extractor(EXTRACTOR.value, WEIGHTS.value, DATA.value, pick_device())
-    stats = source_stats(DATA.value, extractor, ROOT.value, "--data")
+    if DOWNLOAD.value:
+        download(DATA.value.partition(":")[0], ROOT.value)
+    stats = source_stats(DATA.value, extractor, ROOT.value, "--data", SIZE.value, SKIP_CORRUPT.value)
     stats.save(out)
     print(f"{out}: {stats.n} images of {DATA.value}, extractor {extractor.origin.extractor}, {stats.dim} features")
 

@@ -19,7 +19,8 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build everything, do two steps on
 
 
 def main() -> None:
-    from training.loop import dry_run, train
+    from training.dry_run import dry_run
+    from training.loop import train
 
     if CONFIG.value is None:
         raise UserError("--config is missing: e.g. --config=configs/digits.py:lagrangian")

@@ -13,9 +13,10 @@ from safetensors.torch import save
 
 from flowmaps import UserError
 from flowmaps.files import writable_file, write_file
+from flowmaps.images import from_uint8
 from flowmaps.metrics.extractors import CLASSIFIERS, Classifier
 from training import cli
-from training.data import ArrayData, Order, load_data
+from training.data import ArrayData, Order, in_order, load_arrays
 
 DATA = flags.DEFINE_enum("data", None, list(CLASSIFIERS), "Data set", required=False)
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
@@ -29,9 +30,8 @@ def accuracy(network: Classifier, data: ArrayData) -> float:
     network.eval()
     right = 0
     with torch.no_grad():
-        for index in torch.arange(len(data)).split(1000):
-            x, label = data.fetch(index)
-            right += int((network(x).argmax(dim=1) == label).sum())
+        for x, label in in_order(data):
+            right += int((network(from_uint8(x)).argmax(dim=1) == label).sum())
     return right / len(data)
 
 
@@ -40,7 +40,7 @@ def main() -> None:
         if flag.value is None:
             raise UserError(f"--{flag.name} is missing")
     out = writable_file(Path(OUT.value), "--out")
-    train, heldout = (load_data(DATA.value, split, ROOT.value) for split in ("train", "heldout"))
+    train, heldout = (load_arrays(DATA.value, split, ROOT.value) for split in ("train", "heldout"))
     torch.manual_seed(SEED.value)
     network, order = Classifier(**CLASSIFIERS[DATA.value]), Order(len(train), SEED.value)
     steps = EPOCHS.value * (len(train) // BATCH)
@@ -50,7 +50,7 @@ def main() -> None:
         network.train()
         x, label = train.fetch(order.indices(step * BATCH, BATCH))
         shift = torch.randint(-1, 2, (2,)).tolist()  # the features should not mind one pixel
-        loss = F.cross_entropy(network(x.roll(shift, dims=(2, 3))), label, label_smoothing=0.05)
+        loss = F.cross_entropy(network(from_uint8(x).roll(shift, dims=(2, 3))), label, label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests/helpers.py
+sys.path.insert(0, str(Path(__file__).parent))  # tests/helpers.py, tests/makers.py
 
 
 @pytest.fixture(autouse=True)
@@ -12,6 +12,21 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # pytest -n 2 on two cores; also makes sums reproducible
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory) -> Path:
+    """A folder with the files of every data set that has any, small and of the true format."""
+    from makers import write_data_root
+
+    return write_data_root(tmp_path_factory.mktemp("data"))

@@ -1,10 +1,8 @@
 """The closed-form flow map of Gaussian data: the ground truth of most tests."""
 
-import gzip
 import multiprocessing
 import os
 import runpy
-import struct
 import sys
 import tempfile
 import warnings
@@ -78,25 +76,6 @@ def gaussian_data(fm: FlowMap, n: int, seed: int = 0) -> tuple[Tensor, Tensor | 
     label = torch.arange(n) % 2 if fm.info.num_classes else None
     mean = fm.network.mean if label is None else fm.network.mean[label]
     return mean + fm.network.std * torch.randn(n, 3, generator=g, dtype=torch.float64), label
-
-
-def write_fashion_mnist(root: Path, train: int = 600, heldout: int = 100, packed: bool = True) -> None:
-    """Files of Fashion-MNIST's true layout and format with random content."""
-    folder = root / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
-    g = torch.Generator().manual_seed(0)
-    for part, n in (("train", train), ("t10k", heldout)):
-        images = torch.randint(0, 256, (n, 28, 28), dtype=torch.uint8, generator=g).numpy().tobytes()
-        labels = (torch.arange(n) % 10).to(torch.uint8).numpy().tobytes()
-        for kind, header, content in (
-            ("images-idx3", struct.pack(">BBBBIII", 0, 0, 8, 3, n, 28, 28), images),
-            ("labels-idx1", struct.pack(">BBBBI", 0, 0, 8, 1, n), labels),
-        ):
-            file = folder / f"{part}-{kind}-ubyte"
-            if packed:
-                file.with_name(file.name + ".gz").write_bytes(gzip.compress(header + content))
-            else:
-                file.write_bytes(header + content)
 
 
 @dataclass

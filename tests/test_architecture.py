@@ -80,7 +80,7 @@ SCORING = {"extractor", "weights", "root"}
 FLAGS = {
     "train.py": {"config", "workdir", "dry_run"},
     "sample.py": SAMPLING | {"out"},
-    "stats.py": SCORING | {"data", "out"},
+    "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt"},
     "fid.py": SAMPLING | SCORING | {"samples", "reference", "max_fid", "json", "memorisation"},
     "train_extractor.py": {"data", "root", "out", "epochs", "seed"},
     "benchmark.py": {"suite", "rows", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json"},

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowmaps import UserError
+from flowmaps.images import from_uint8
 from flowmaps.metrics import FeatureStats, board_kl, frechet_distance, sliced_w2
 from flowmaps.metrics.extractors import CLASSIFIERS, EXTRACTORS, extractor_file, load_extractor
 from flowmaps.metrics.neighbours import memorisation, nearest
 from flowmaps.metrics.stats import Origin
-from training.data import load_data
+from training.data import load_arrays
 
 
 def stats_of(mean, cov, n=1000):
@@ -111,7 +112,7 @@ def test_distance_equals_torch_fidelity_through_the_same_extractor(tmp_path, bat
 
     torch_fidelity.register_feature_extractor("flowmaps-digits", Registered)
     try:
-        a, b = load_data("digits").x[:400], load_data("digits", "heldout").x
+        a, b = load_arrays("digits").x[:400], load_arrays("digits", "heldout").x
         theirs = torch_fidelity.calculate_metrics(
             input1=Images(a), input2=Images(b), fid=True, feature_extractor="flowmaps-digits", cuda=False,
             batch_size=50, cache=False, verbose=False, save_cpu_ram=True,
@@ -192,7 +193,8 @@ def test_digits_extractor_knows_its_digits():
 
     network = Classifier(**CLASSIFIERS["digits"]).eval()
     network.load_state_dict(load_file(extractor_file("digits")))
-    x, label = load_data("digits", "heldout").fetch(torch.arange(449))
+    x, label = load_arrays("digits", "heldout").fetch(torch.arange(449))
+    x = from_uint8(x)
     assert (network(x).argmax(dim=1) == label).float().mean() > 0.98
 
 
@@ -255,7 +257,7 @@ def test_board_kl_by_hand():
 
 
 def test_true_samples_of_the_board_score_the_floor():
-    x = load_data("checkerboard", "heldout").x
+    x = load_arrays("checkerboard", "heldout").x
     assert 0 < board_kl(x[:32768]) < 0.05 and board_kl(x[:500_000]) < 0.003
 
 

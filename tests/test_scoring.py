@@ -11,7 +11,7 @@ from PIL import Image
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.metrics import FeatureStats
 from flowmaps.networks import UNet
-from training.data import load_data
+from training.data import load_arrays
 
 
 def network():
@@ -32,7 +32,7 @@ def place(tmp_path_factory):
     torch.nn.init.constant_(broken.head[-1].bias, float("nan"))
     FlowMap(broken, info=info).save_pretrained(base / "nan")
     run_script("scripts/stats.py", "--data=digits:heldout", f"--out={base}/ref.npz", check=True)
-    real = load_data("digits").x[:300]
+    real = load_arrays("digits").x[:300]
     np.savez(base / "real.npz", samples=real.permute(0, 2, 3, 1).numpy())
     (base / "folder").mkdir()
     for i, image in enumerate(real):
@@ -176,7 +176,7 @@ def test_broken_folders(place, tmp_path):
     with pytest.raises(UserError, match=r"b\.png has shape"):
         list(image_batches(str(tmp_path), "", "--samples"))
     (tmp_path / "b.png").write_bytes((place / "folder" / "0001.png").read_bytes()[:-30])
-    with pytest.raises(UserError, match=r"b\.png is no readable image"):
+    with pytest.raises(UserError, match=r"b\.png \("):
         list(image_batches(str(tmp_path), "", "--samples"))
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -3,16 +3,15 @@ import shutil
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from helpers import ROOT
 
 from configs.checkerboard import get_config
 from flowmaps import FlowMap, UserError
 from training.checkpoint import list_checkpoints
-from training.config import Decay, Optim, Precision
+from training.config import Decay, Optim
 from training.ema import EMA
-from training.loop import Trainer, train
+from training.loop import train
 from training.optim import learning_rate
+from training.trainer import Trainer
 
 
 def tiny(steps=6, **changes):
@@ -38,7 +37,14 @@ def assert_same(a, b):
 def test_run_directory(tmp_path):
     fm = train(tiny(), tmp_path)
     assert fm.info.images_seen == 6 * 64 and fm.info.data == "checkerboard" and fm.info.kind == "map"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "config.json", "log.jsonl", "model", "samples"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "log.jsonl",
+        "model",
+        "samples",
+        "tb",
+    ]
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert {"loss", "diagonal", "off_diagonal", "grad_norm", "lr", "images_per_second"} <= rows[0].keys()
@@ -161,70 +167,6 @@ def test_loss_falls_and_every_term_is_logged(tmp_path):
     assert rows[-1]["diagonal"] < 2 / 3 * rows[0]["diagonal"] and rows[-1]["off_diagonal"] > 0
 
 
-def gradients(trainer):
-    return {name: p.grad.clone() for name, p in trainer.module.named_parameters() if p.grad is not None}
-
-
-def test_micro_steps_sum_to_the_gradient_of_their_shards(monkeypatch):
-    """accumulate=2 is the mean of the losses of shards 0 and 1, in one backward."""
-    trainer = Trainer.build(tiny(accumulate=2))
-    monkeypatch.setattr(trainer.prepared, "zero_grad", lambda **options: None)
-    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", lambda parameters, limit: torch.tensor(1.0))
-    trainer.step(3)
-    ours = gradients(trainer)
-    whole = Trainer.build(tiny(accumulate=2))
-    ((whole.shard_loss(3, 0).value + whole.shard_loss(3, 1).value) / 2).backward()
-    expected = gradients(whole)
-    assert ours.keys() == expected.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-8)
-
-
-def test_bfloat16_is_close_to_float32_and_keeps_the_derivative_exact():
-    from configs.digits import get_config as digits
-
-    losses = {}
-    for precision in Precision:
-        AcceleratorState._reset_state()  # one process, two precisions: only a test does that
-        config = digits("lagrangian,smoke")
-        config.precision = precision
-        trainer = Trainer.build(config)
-        torch.manual_seed(0)
-        for p in trainer.module.parameters():  # away from the zero-initialised branches
-            torch.nn.init.normal_(p, std=0.05)
-        losses[precision] = trainer.shard_loss(0, 0)
-    AcceleratorState._reset_state()
-    exact, half = ({k: float(v) for k, v in losses[p].terms.items()} for p in (Precision.fp32, Precision.bf16))
-    assert half["diagonal"] != exact["diagonal"]  # autocast is on
-    assert half["diagonal"] == pytest.approx(exact["diagonal"], rel=0.02)
-    assert half["off_diagonal"] == pytest.approx(exact["off_diagonal"], rel=0.1)
-
-
-@pytest.mark.slow
-def test_compiled_run_equals_eager(tmp_path):
-    from configs.digits import get_config as digits
-
-    rows = []
-    for compiled in (False, True):
-        config = digits("lagrangian,smoke")
-        config.compile, config.steps = compiled, 5
-        trainer = Trainer.build(config)
-        rows.append([trainer.step(k)["loss"].item() for k in range(5)])
-    assert rows[0] == pytest.approx(rows[1], rel=1e-4)
-
-
-def test_non_finite_gradients_skip_the_step_and_then_stop_the_run(tmp_path):
-    trainer = Trainer.build(tiny(max_skipped_steps=2))
-    weights_before = {k: v.clone() for k, v in trainer.module.fm.network.state_dict().items()}
-    trainer.data.x[:] = float("nan")
-    for count in (1, 2):
-        assert trainer.step(0)["skipped"] == count
-    assert_same(weights_before, trainer.module.fm.network.state_dict())
-    assert_same(weights_before, trainer.ema.state(0.999))
-    with pytest.raises(UserError, match="max_skipped_steps"):
-        trainer.step(0)
-
-
 def test_ema_is_the_weighted_mean_of_the_weights():
     network = torch.nn.Linear(1, 1, bias=False)
     ema = EMA(network, (0.5, 0.9))
@@ -262,45 +204,63 @@ def test_learning_rates():
     assert rate(80, decay=Decay.inverse_sqrt, decay_start=20) == 0.5
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("steps", 0),
-        ("batch", 0),
-        ("ema", (1.0,)),
-        ("ema", ()),
-        ("base_std", 0.0),
-        ("sample_steps", (0,)),
-        ("interpolant", "x"),
-    ],
-)
-def test_config_mistakes_name_the_flag(field, value):
-    with pytest.raises(UserError, match=f"--config.{field}"):
-        tiny(**{field: value}).validate()
+def test_tensorboard_files_hold_what_the_log_holds(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny(), tmp_path)
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for name in ("loss", "diagonal", "grad_norm"):
+        plotted = [(event.step, event.value) for event in events.Scalars(name)]
+        assert plotted == [(row["step"], pytest.approx(row[name])) for row in rows]
+    assert [image.step for image in events.Images("samples")] == [6]
 
 
-def config_rows():
-    import importlib
-
-    for file in sorted((ROOT / "configs").glob("*.py")):
-        module = importlib.import_module(f"configs.{file.stem}")
-        yield from (pytest.param(module, row, id=f"{file.stem}:{row}") for row in module.ROWS)
+def best_config(**changes):
+    config = tiny(steps=9, **changes)
+    config.best.metric, config.best.every, config.best.num, config.best.steps = "W2", 2, 500, 2
+    return config
 
 
-@pytest.mark.parametrize(("module", "row"), list(config_rows()))
-def test_every_config_row_takes_two_steps(module, row):
-    """What --dry_run does, without the grid; and the smoke variant exists."""
-    from training.loop import dry_run
+def test_best_checkpoint_is_the_lowest_score_and_can_be_sampled(tmp_path):
+    train(best_config(), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    scores = {row["step"]: row["W2@2"] for row in rows if "W2@2" in row}
+    assert list(scores) == [2, 4, 6, 8, 9]
+    best = tmp_path / "checkpoints" / "best"
+    state = json.loads((best / "state.json").read_text())
+    assert state["score"] == min(scores.values()) and scores[state["step"]] == state["score"]
+    assert state["metric"] == "W2@2" and state["num"] == 500
+    fm = FlowMap.from_pretrained(best)
+    assert fm.info.images_seen == state["step"] * 64
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000006", "step-00000009"]  # it is none of the kept
 
-    facts, picture = dry_run(module.get_config(row), batch=8)
-    assert facts["parameters"] > 0 and picture.width > 50
-    Trainer.build(module.get_config(f"{row},smoke"))
+
+def test_best_survives_a_resume_and_changes_no_step(tmp_path):
+    train(best_config(), tmp_path / "whole")
+    train(best_config(), tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000009")
+    best = tmp_path / "parts" / "checkpoints" / "best" / "state.json"
+    kept = json.loads(best.read_text())
+    train(best_config(), tmp_path / "parts")
+    assert json.loads(best.read_text()) == kept
+    train(tiny(steps=9), tmp_path / "plain")
+    for other in ("parts", "plain"):
+        assert_same(weights(tmp_path / "whole"), weights(tmp_path / other))
 
 
-def test_accidental_options_are_refused():
-    from training.config import network, objective
+def test_best_by_features(tmp_path):
+    from configs.digits import get_config as digits
 
-    with pytest.raises(UserError, match="heads"):
-        network("UNet", heads=3)
-    with pytest.raises(UserError, match="colour"):
-        objective("lagrangian", colour=1)
+    config = digits("flow_matching,smoke")
+    config.steps = config.sample_every = config.checkpoint_every = 4
+    config.best.metric, config.best.every, config.best.num, config.best.steps = "FD-digits", 2, 40, 1
+    train(config, tmp_path)
+    state = json.loads((tmp_path / "checkpoints" / "best" / "state.json").read_text())
+    assert state["metric"] == "FD-digits@1" and 0 < state["score"] < 1e5
+    for wrong in ("W2", "FD-faces"):
+        config.best.metric = wrong
+        with pytest.raises(UserError, match=f"--config.best.metric={wrong}"):
+            train(config, tmp_path / "never")
+    assert not (tmp_path / "never").exists()

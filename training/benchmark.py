@@ -1,20 +1,22 @@
 """Experiments that the documents quote: train rows of a config with several seeds, score them, make a table."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 from flowmaps import FlowMap, UserError
 from flowmaps.images import to_uint8
 from flowmaps.metrics import board_kl, frechet_distance, sliced_w2
-from training.config import Config, load_row
-from training.data import load_data
+from training.config import Config, Precision, load_row
+from training.data import load_arrays
 from training.evaluation import samples
-from training.loop import Trainer
 from training.scoring import floor, neighbours, pick_extractor, source_stats
+from training.trainer import Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
 CALIBRATION = 30  # steps timed to turn CPU minutes into a number of steps
@@ -37,9 +39,36 @@ def fit(config: Config, cpu_minutes: float | None) -> tuple[FlowMap, dict[str, A
     return trainer.averaged(config.steps), facts
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"precision": Precision.bf16},
+    "channels_last": {"channels_last": True},
+    "accumulate 2": {"accumulate": 2},
+    "compile": {"compile": True},
+}
+
+
+def step_times(file: str, row: str, rounds: int = 15) -> Scores:
+    """Seconds of a training step of each variant, and as a ratio to eager float32; medians of interleaved rounds."""
+    trainers = {}
+    for name, changes in VARIANTS.items():
+        AcceleratorState._reset_state()  # one process, several precisions
+        trainers[name] = Trainer.build(dataclasses.replace(load_row(file, row), **changes))
+        for step in range(3):  # compiles, fills caches
+            trainers[name].step(step)
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for step in range(3, 3 + rounds):
+        for name, trainer in trainers.items():
+            start = time.perf_counter()
+            float(trainer.step(step)["loss"])  # waits for the device
+            seconds[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return {"fp32 s": median["fp32"]} | {f"{name} / fp32": median[name] / median["fp32"] for name in list(median)[1:]}
+
+
 def checkerboard_scores(fm: FlowMap, n: int = 32_768) -> Scores:
     """KL and sliced W2 of ``n`` samples at 1 .. 16 steps: the map's, or Euler's for a drift."""
-    true = load_data("checkerboard", "heldout").x[:n]
+    true = load_arrays("checkerboard", "heldout").x[:n]
     scores = {}
     for count in (1, 2, 4, 8, 16):
         x = samples(fm, count, n, seed=1)
@@ -76,8 +105,12 @@ def run(
     num: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield one record a (row, seed): what was trained, for how long, and its scores."""
+    if suite == "step":
+        for row in rows:
+            yield {"row": row, "seed": 0, "train_steps": 18, "scores": step_times("configs/digits.py", row)}
+        return
     if suite not in SUITES:
-        raise UserError(f"--suite={suite}: choose one of {', '.join(SUITES)}")
+        raise UserError(f"--suite={suite}: choose one of step, {', '.join(SUITES)}")
     file, score = SUITES[suite]
     for row in rows:
         for seed in seeds:
@@ -90,10 +123,11 @@ def run(
 def markdown(records: list[dict[str, Any]]) -> str:
     """A Markdown table, one line a row: mean over seeds and half the range, of every score."""
     names = list(dict.fromkeys(name for record in records for name in record["scores"]))
-    lines = ["| | steps | CPU min | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    facts = [key for key in ("train_steps", "cpu_minutes") if key in records[0]]
+    lines = ["| | " + " | ".join([*facts, *names]) + " |", "|---" * (1 + len(facts) + len(names)) + "|"]
     for row in dict.fromkeys(record["row"] for record in records):
         mine = [record for record in records if record["row"] == row]
-        cells = [row, *(f"{statistics.mean(r[key] for r in mine):.4g}" for key in ("train_steps", "cpu_minutes"))]
+        cells = [row, *(f"{statistics.mean(r[key] for r in mine):.4g}" for key in facts)]
         for name in names:
             values = [r["scores"][name] for r in mine if name in r["scores"]]
             spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""

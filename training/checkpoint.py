@@ -2,6 +2,7 @@
 
     checkpoints/step-00000500/network.safetensors  weight.safetensors  optimizer.safetensors  ema-0.999.safetensors
                               state.json            step, images seen, and the SHA-256 of each file
+    checkpoints/best/         the same, with model/ (the export) and its score in state.json
 
 No random state is kept: every draw is keyed by the step (flowmaps.rng).
 """
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flowmaps import FlowMap
 from flowmaps.errors import UserError
 from flowmaps.files import new_directory, sha256
 from training.ema import EMA
@@ -25,16 +27,19 @@ FORMAT = 1
 
 
 def save_checkpoint(
-    workdir: Path,
+    path: Path,
     step: int,
     images_seen: int,
     module: LossModule,
     optimizer: torch.optim.Optimizer,
     ema: EMA,
-    keep: int,
-) -> Path:
-    """Write ``checkpoints/step-*`` whole or not at all, then delete all but the last ``keep``."""
-    path = workdir / "checkpoints" / f"step-{step:08d}"
+    model: FlowMap | None = None,
+    **facts: Any,
+) -> None:
+    """Write the directory ``path`` whole or not at all.
+
+    With ``model``, its export goes to ``path``/model, so that ``path`` can be sampled from; ``facts`` go to state.json.
+    """
     tensors = {"network": module.fm.network.state_dict(), "optimizer": _optimizer_tensors(optimizer)}
     if module.weight is not None:
         tensors["weight"] = module.weight.state_dict()
@@ -44,11 +49,16 @@ def save_checkpoint(
         for name, state in tensors.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, beside / f"{name}.safetensors")
         files = {file.name: sha256(file) for file in sorted(beside.iterdir())}
-        state = {"format": FORMAT, "step": step, "images_seen": images_seen, "files": files}
+        state = {"format": FORMAT, "step": step, "images_seen": images_seen, "files": files, **facts}
         (beside / "state.json").write_text(json.dumps(state, indent=2))
+        if model is not None:
+            model.save_pretrained(beside / "model")
+
+
+def prune_checkpoints(workdir: Path, keep: int) -> None:
+    """Delete all but the last ``keep`` checkpoints; the best one is not among those counted."""
     for old in list_checkpoints(workdir)[:-keep]:
         shutil.rmtree(old)
-    return path
 
 
 def list_checkpoints(workdir: Path) -> list[Path]:

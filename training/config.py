@@ -39,8 +39,13 @@ class Precision(enum.Enum):
 
 @dataclass
 class Data:
-    name: str = "digits"  # a key of training.data.DATA
-    root: str = "data"  # folder of the data set's files, where it has any
+    name: str = "digits"  # a key of training.data.DATA, or folder or zip for images of your own
+    root: str = "data"  # folder of the data set's files, where it has any; the folder or the zip file
+    download: bool = False  # fetch the files into root first
+    workers: int = 0  # processes that read ahead; 0: read between the steps
+    skip_corrupt: bool = False  # leave out files that are no whole images, instead of refusing the folder
+    flip: bool = False  # mirror half of the images
+    augment: float = 0.0  # probability of each of EDM's transforms; the network needs augment_dim=9
 
 
 @dataclass
@@ -59,6 +64,18 @@ class Optim:
 class Weight:
     learned: bool = False  # log-variance weight w(s, t)
     limit: float = 2.0  # |w| stays below this
+
+
+@dataclass
+class Best:
+    """Which model a run keeps in checkpoints/best: that of the lowest ``metric``."""
+
+    metric: str = ""  # FID, FD-digits, FD-fashion_mnist; for points W2 or KL; empty: none is kept
+    steps: int = 1  # sampling steps
+    num: int = 2000  # samples
+    every: int = 5000  # training steps between two looks
+    reference: str = ""  # statistics file of stats.py; empty: the training data
+    weights: str = ""  # weight file of the extractor
 
 
 @dataclass
@@ -85,6 +102,7 @@ class Config:
     accumulate: int = 1  # micro-steps a step: divides the memory, not the result
     precision: Precision = Precision.fp32
     compile: bool = False  # torch.compile of the loss module
+    channels_last: bool = False  # memory layout of convolutions
     max_skipped_steps: int = 10  # steps with a non-finite gradient are skipped; after this many the run stops
     seed: int = 0
     ema: tuple[float, ...] = (0.999,)  # decays kept side by side; the first one is sampled and exported
@@ -93,6 +111,7 @@ class Config:
     sample_steps: tuple[int, ...] = (1, 2, 4, 8)
     checkpoint_every: int = 500
     keep: int = 2  # checkpoints kept
+    best: Best = field(default_factory=Best)
 
     def validate(self) -> None:
         """Refuse what types cannot: each message names the flag."""
@@ -108,6 +127,16 @@ class Config:
                 raise UserError(f"--config.{name} must be positive, got {value}")
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
             raise UserError(f"--config.optim.betas must be two numbers in [0, 1), got {self.optim.betas}")
+        for name, number, least in (
+            ("data.workers", self.data.workers, 0),
+            ("best.steps", self.best.steps, 1),
+            ("best.num", self.best.num, 2),
+            ("best.every", self.best.every, 1),
+        ):
+            if number < least:
+                raise UserError(f"--config.{name} must be at least {least}, got {number}")
+        if not 0 <= self.data.augment <= 1:
+            raise UserError(f"--config.data.augment is a probability, got {self.data.augment}")
         if self.optim.weight_decay < 0:
             raise UserError(f"--config.optim.weight_decay must not be negative, got {self.optim.weight_decay}")
         if not self.weight.limit > 0:

@@ -1,15 +1,23 @@
 """What a run looks at while it trains."""
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from flowmaps import FlowMap
+from flowmaps import FlowMap, UserError
 from flowmaps.generate import generate
 from flowmaps.images import sample_grid, to_pil
+from flowmaps.metrics import board_kl, frechet_distance, sliced_w2
+from flowmaps.metrics.extractors import EXTRACTORS, load_extractor
 from samplers import uniform_times
+from training.config import Best
+from training.data import DataSet, in_order
+from training.scoring import generated, reference_stats
 
 
 def samples(fm: FlowMap, steps: int, n: int, seed: int, sampler: str | None = None) -> Tensor:
@@ -18,7 +26,61 @@ def samples(fm: FlowMap, steps: int, n: int, seed: int, sampler: str | None = No
     return torch.cat([x for x, _ in generate(fm, uniform_times(steps), n, seed, sampler=sampler)])
 
 
-def grid_image(fm: FlowMap, steps: Sequence[int], seed: int) -> Image.Image:
+def grid_image(fm: FlowMap, steps: Sequence[int], seed: int, columns: int = 16) -> Image.Image:
     """A picture of the same noise carried to data in different step counts, one row each."""
-    n = 16 if len(fm.info.shape) == 3 else 8192  # points are drawn as a density
+    n = columns if len(fm.info.shape) == 3 else 8192  # points are drawn as a density
     return to_pil(sample_grid([samples(fm, count, n, seed) for count in steps]))
+
+
+EXTRACTOR_OF = {"FID" if name == "inception" else f"FD-{name}": name for name in EXTRACTORS}
+POINT_METRICS = ("KL", "W2")
+
+
+class Judge:
+    """Scores a model by the metric of ``Best``, lower being better; made once, since it holds the reference."""
+
+    def __init__(self, best: Best, data: DataSet, seed: int, device: torch.device) -> None:
+        known = tuple(EXTRACTOR_OF) if len(data.shape) == 3 else POINT_METRICS
+        if best.metric not in known:
+            raise UserError(f"--config.best.metric={best.metric}: choose one of {', '.join(known)}")
+        self.best, self.seed = best, seed
+        self.name = f"{best.metric}@{best.steps}"  # as in the log: metric at a number of sampling steps
+        self.distance = self._features(data, device) if len(data.shape) == 3 else self._points(data)
+
+    def __call__(self, fm: FlowMap) -> float:
+        """The score of ``fm``; a model whose samples are not finite scores infinity."""
+        return self.distance(fm)
+
+    def _batches(self, fm: FlowMap) -> Iterator[tuple[Tensor, Tensor | None]]:
+        sampler = "map" if fm.info.kind == "map" else "euler"
+        return generate(fm, uniform_times(self.best.steps), self.best.num, self.seed, sampler=sampler)
+
+    def _features(self, data: DataSet, device: torch.device) -> Callable[[FlowMap], float]:
+        best, name = self.best, EXTRACTOR_OF[self.best.metric]
+        if best.reference:
+            reference, extractor = reference_stats(best.reference, name, best.weights or None, "", device)
+        else:
+            extractor = load_extractor(name, best.weights or None, device)
+            reference = extractor.stats(rows for rows, _ in in_order(data))
+
+        def distance(fm: FlowMap) -> float:
+            return frechet_distance(extractor.stats(generated(self._batches(fm))), reference)
+
+        return distance
+
+    def _points(self, data: DataSet) -> Callable[[FlowMap], float]:
+        true = data.fetch(torch.arange(min(len(data), self.best.num)))[0]
+
+        def distance(fm: FlowMap) -> float:
+            x = torch.cat([x for x, _ in self._batches(fm)]).cpu()
+            return board_kl(x) if self.best.metric == "KL" else sliced_w2(x, true)
+
+        return distance
+
+    def lowest(self, workdir: Path) -> float:
+        """The score of the run's checkpoints/best, infinity if it has none by this metric."""
+        try:
+            state = json.loads((workdir / "checkpoints" / "best" / "state.json").read_text())
+            return float(state["score"]) if state["metric"] == self.name else math.inf
+        except (OSError, ValueError, KeyError, TypeError):
+            return math.inf

@@ -1,4 +1,4 @@
-"""The run's log: one JSON object a line in log.jsonl, and something to look at on the terminal."""
+"""The run's log: one JSON object a line in log.jsonl, something to look at on the terminal, and TensorBoard's files."""
 
 import json
 import sys
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +31,7 @@ class Log:
             kept = _rows_until(workdir / "log.jsonl", start)
             write_file(workdir / "log.jsonl", kept.encode())
             self.file = (workdir / "log.jsonl").open("a", buffering=1)
+        self.board = _tensorboard(workdir, start) if enabled else None
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (enabled and sys.stderr.isatty()))
         self.clear()
 
@@ -51,19 +54,30 @@ class Log:
         self.count += 1
         self.bar.update()
 
-    def interval(self, step: int, batch: int, **facts: float) -> dict[str, float]:
-        """End the interval after ``step`` steps: log and return the means over its steps, and ``facts``."""
+    def interval(self, step: int, batch: int, **facts: float) -> None:
+        """End the interval after ``step`` steps: log the means over its steps, and ``facts``."""
         means = {name: float(total) / self.count for name, total in self.sums.items()}
         seconds = time.perf_counter() - self.clock
         values = means | facts | {"images_per_second": self.count * batch / seconds}
         self._write({"step": step, **values})
+        self._plot(step, values)
         shown = " ".join(f"{k}={v:.4g}" for k, v in values.items())
         if self.bar.disable:
             self._say(f"step {step}/{self.steps} {shown}")
         else:
             self.bar.set_postfix_str(shown)
         self.clear()
-        return values
+
+    def score(self, step: int, name: str, value: float) -> None:
+        """Log a score of the model after ``step`` steps."""
+        self._write({"step": step, name: value})
+        self._plot(step, {name: value})
+        self._say(f"step {step}/{self.steps} {name}={value:.4g}")
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        """Show the sample grid in TensorBoard."""
+        if self.board:
+            self.board.add_image("samples", np.atleast_3d(np.asarray(image)), step, dataformats="HWC")
 
     def event(self, name: str, **facts: Any) -> None:
         """Log something that happened, such as a resume."""
@@ -74,6 +88,13 @@ class Log:
         self.bar.close()
         if self.file:
             self.file.close()
+        if self.board:
+            self.board.close()
+
+    def _plot(self, step: int, values: dict[str, float]) -> None:
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.file:
@@ -82,6 +103,15 @@ class Log:
     def _say(self, line: str) -> None:
         if self.enabled:
             tqdm.write(line, file=sys.stderr)
+
+
+def _tensorboard(workdir: Path, start: int) -> Any:
+    """A writer of TensorBoard's event files in workdir/tb if it is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(workdir / "tb", purge_step=start + 1)
 
 
 def _rows_until(path: Path, step: int) -> str:

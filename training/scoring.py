@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 import flowmaps
@@ -18,10 +17,8 @@ from flowmaps.images import to_uint8
 from flowmaps.metrics import FeatureStats, frechet_distance
 from flowmaps.metrics.extractors import CLASSIFIERS, Extractor, load_extractor
 from flowmaps.metrics.neighbours import memorisation
-from training.data import DATA, load_data
+from training.data import DATA, ArrayData, DataSet, in_order, load_arrays, open_images
 from training.outputs import pick_device
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 def check_source(source: str, flag: str) -> None:
@@ -35,41 +32,25 @@ def is_data_set(source: str) -> bool:
     return source.partition(":")[0] in DATA and not Path(source).exists()
 
 
-def image_batches(source: str, root: str, flag: str, batch: int = 500) -> Iterator[Tensor]:
-    """uint8 images [b, C, H, W] of a data set NAME[:split], a folder of images, or an .npz of sample.py."""
+def image_batches(
+    source: str, root: str, flag: str, size: int | None = None, skip_corrupt: bool = False
+) -> Iterator[Tensor]:
+    """uint8 images [b, C, H, W] of a data set NAME[:split], a folder or zip of images, or an .npz of sample.py.
+
+    Images of a folder or zip are cropped and resized to ``size``; without it they must have one shape.
+    """
+    path = Path(source)
     if is_data_set(source):
         name, _, split = source.partition(":")
-        data = load_data(name, split or "train", root)
-        if data.x.dtype != torch.uint8:
+        data: DataSet = load_arrays(name, split or "train", root)
+        if len(data.shape) != 3:
             raise UserError(f"{flag}={source} holds points, not images: features need images")
-        yield from torch.split(data.x, batch)
-    elif Path(source).is_dir():
-        yield from _folder(Path(source), flag, batch)
+    elif path.is_dir() or path.suffix == ".zip":
+        data = open_images(path, size, skip_corrupt)
     else:
         check_source(source, flag)
-        yield from torch.split(_archive(Path(source), flag), batch)
-
-
-def _folder(folder: Path, flag: str, batch: int) -> Iterator[Tensor]:
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
-    if not files:
-        raise UserError(f"{flag}={folder} has no images ({', '.join(sorted(SUFFIXES))})")
-    first = _read_image(files[0]).shape
-    for start in range(0, len(files), batch):
-        images = [_read_image(file) for file in files[start : start + batch]]
-        for file, image in zip(files[start:], images, strict=False):
-            if image.shape != first:
-                raise UserError(f"{file} has shape {tuple(image.shape)}, {files[0].name} has {tuple(first)}")
-        yield torch.stack(images)
-
-
-def _read_image(file: Path) -> Tensor:
-    try:
-        with Image.open(file) as image:
-            array = np.asarray(image.convert("L" if image.mode in ("L", "1") else "RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{file} is no readable image ({error})") from None
-    return torch.from_numpy(np.atleast_3d(array).copy()).permute(2, 0, 1)
+        data = ArrayData(_archive(path, flag))
+    return (images for images, _ in in_order(data))
 
 
 def _archive(file: Path, flag: str) -> Tensor:
@@ -111,11 +92,13 @@ def _has_moments(file: str) -> bool:
     return not {"samples", "arr_0"} & set(read_npz(file, "make reference statistics with stats.py"))
 
 
-def source_stats(source: str, extractor: Extractor, root: str, flag: str) -> FeatureStats:
+def source_stats(
+    source: str, extractor: Extractor, root: str, flag: str, size: int | None = None, skip_corrupt: bool = False
+) -> FeatureStats:
     """Moments of the features of a source of images."""
     name, _, split = source.partition(":") if is_data_set(source) else (Path(source).name, "", "")
     split = split or ("train" if is_data_set(source) else "")
-    return extractor.stats(image_batches(source, root, flag), name, split)
+    return extractor.stats(image_batches(source, root, flag, size, skip_corrupt), name, split)
 
 
 def generated(batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
@@ -136,7 +119,7 @@ def floor(data: str, extractor: Extractor, root: str) -> float:
 
 def neighbours(images: Tensor, data: str, root: str) -> dict[str, float]:
     """Nearest-neighbour distances between uint8 ``images`` and both splits of a small data set, as a row of results."""
-    pixels = [load_data(data, split, root).x.float() / 127.5 for split in ("train", "heldout")]
+    pixels = [load_arrays(data, split, root).x.float() / 127.5 for split in ("train", "heldout")]
     found = memorisation(images.float().cpu() / 127.5, *pixels)
     return {**vars(found), "memorisation_ratio": found.ratio}
 

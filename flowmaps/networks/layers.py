@@ -7,6 +7,7 @@ tangent to the next half-precision layer. So: normalise without weights, then sc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -53,32 +54,55 @@ class TimeFeatures(nn.Module):
         return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
+def soft_label(label: Tensor | None, augmentation: Tensor, num_classes: int) -> Tensor:
+    """Label int64 [B] and augmentation parameters [B, n] as float rows that a network takes for its label.
+
+    One-hot over 0 .. ``num_classes`` (the last means "no label"), if there are classes, then the parameters.
+    """
+    if not num_classes:
+        return augmentation
+    label = torch.full((len(augmentation),), num_classes, device=augmentation.device) if label is None else label
+    return torch.cat([F.one_hot(label, num_classes + 1).to(augmentation.dtype), augmentation], dim=1)
+
+
 class TimeEmbedding(nn.Module):
-    """Embeds (s, t, label) as one vector [B, channels]: MLP(s) + MLP(t - s) + class vector.
+    """Embeds (s, t, label) as one vector [B, channels]: MLP(s) + MLP(t - s) + class vector + augmentation vector.
+
+    ``label`` is int64 [B], None, or rows of ``soft_label`` where the images were augmented; without augmentation
+    parameters, as in sampling, their vector is zero.
 
     The last layer of the MLP for t - s starts at zero: a network trained with one time, loaded into this one, is the
     same function at s = t.
     """
 
-    def __init__(self, channels: int, num_classes: int = 0) -> None:
+    def __init__(self, channels: int, num_classes: int = 0, augment_dim: int = 0) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.features = TimeFeatures(channels)
         self.start = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, channels))
         self.gap = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), zero(nn.Linear(channels, channels)))
         self.label = nn.Embedding(num_classes + 1, channels) if num_classes else None
+        self.augmentation = nn.Linear(augment_dim, channels, bias=False) if augment_dim else None
 
     def forward(self, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        dtype = self.start[0].weight.dtype  # times keep their own precision until here
+        dtype = cast(nn.Linear, self.start[0]).weight.dtype  # times keep their own precision until here
         embedding: Tensor = self.start(self.features(s).to(dtype)) + self.gap(self.features(t - s).to(dtype))
+        if label is not None and label.is_floating_point():
+            if self.augmentation is None:
+                raise ValueError("this network takes no augmentation parameters (augment_dim=0)")
+            classes = label.shape[1] - self.augmentation.in_features
+            embedding = embedding + self.augmentation(label[:, classes:].to(dtype))
+            if self.label is not None:
+                embedding = embedding + label[:, :classes].to(dtype) @ self.label.weight
+            return embedding
         if self.label is None:
             if label is not None:
                 raise ValueError("this network is unconditional (num_classes=0): label must be None")
             return embedding
         if label is None:
             label = torch.full((len(s),), self.num_classes, device=s.device)
-        classes: Tensor = self.label(label)
-        return embedding + classes
+        embedding = embedding + self.label(label)
+        return embedding
 
 
 def normalise(x: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class UNet(ModelMixin, ConfigMixin):
     ``patch`` > 1 folds patch x patch pixels into channels first, which is what a small image on a CPU wants.
     ``channel_mult`` gives the width of each level in units of ``width``; each level halves the resolution, and levels
     whose resolution is in ``attention_resolutions`` (counted after folding) get self-attention. Input is divided and
-    output multiplied by ``data_std`` (no skip, no time-dependent scaling), as in Boffi et al. 2025.
+    output multiplied by ``data_std`` (no skip, no time-dependent scaling), as in Boffi et al. 2025. ``augment_dim`` > 0
+    makes room for the parameters of an augmentation, given in the label (``layers.soft_label``).
     """
 
     @register_to_config
@@ -56,13 +57,16 @@ class UNet(ModelMixin, ConfigMixin):
         num_classes: int = 0,
         data_std: float = 0.5,
         patch: int = 1,
+        augment_dim: int = 0,
     ) -> None:
         super().__init__()
         levels = len(channel_mult)
         if not channel_mult or min(image_size, channels, width, blocks, patch, *channel_mult) < 1:
             raise ValueError("image_size, channels, width, channel_mult, blocks and patch must be at least 1")
-        if width % 2 or not data_std > 0 or not 0 <= dropout < 1 or num_classes < 0:
-            raise ValueError("width must be even, data_std positive, dropout in [0, 1) and num_classes not negative")
+        if width % 2 or not data_std > 0 or not 0 <= dropout < 1 or min(num_classes, augment_dim) < 0:
+            raise ValueError(
+                "width must be even, data_std positive, dropout in [0, 1), num_classes and augment_dim not negative"
+            )
         if image_size % (patch * 2 ** (levels - 1)):
             raise ValueError(
                 f"image_size {image_size} cannot be folded by patch={patch} and halved {levels - 1} times: "
@@ -71,7 +75,7 @@ class UNet(ModelMixin, ConfigMixin):
         self.patch, self.data_std = patch, data_std
         size, embedding = image_size // patch, 4 * width
         pixels = channels * patch**2
-        self.embedding = TimeEmbedding(embedding, num_classes)
+        self.embedding = TimeEmbedding(embedding, num_classes, augment_dim)
         self.stem = nn.Conv2d(pixels, width, 3, padding=1)
 
         def block(inputs: int, outputs: int) -> Block:

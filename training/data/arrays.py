@@ -1,10 +1,13 @@
-"""Data sets in memory, and the order in which a run visits them."""
+"""Data sets in memory."""
 
+import codecs
 import gzip
+import pickle
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowmaps.errors import UserError
-from flowmaps.images import from_uint8
 from flowmaps.rng import generator
 
 
@@ -33,9 +35,8 @@ class ArrayData:
         return tuple(self.x.shape[1:])
 
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Samples at ``index`` [b] as float32, images in [-1, 1], with their labels."""
-        x = self.x[index]
-        return from_uint8(x) if x.dtype == torch.uint8 else x, None if self.label is None else self.label[index]
+        """Samples at ``index`` [b] as they are stored, with their labels."""
+        return self.x[index], None if self.label is None else self.label[index]
 
 
 def checkerboard(split: str, root: str, size: int = 1_000_000) -> ArrayData:
@@ -83,51 +84,88 @@ def _idx(path: Path) -> Tensor:
         shape = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
         array = np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}[.gz] is missing: give the data root (--root; in training --config.data.root)"
-        ) from None
+        raise UserError(_missing(packed)) from None
     except (OSError, EOFError, IndexError, struct.error, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): fetch the data set again") from None
     return torch.from_numpy(array.copy())
 
 
+class _Arrays(pickle.Unpickler):
+    """Reads CIFAR's pickles and nothing more: arrays, numbers and text."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {"_reconstruct": np._core.multiarray._reconstruct, "ndarray": np.ndarray, "dtype": np.dtype}  # type: ignore[attr-defined]
+        if module.partition(".")[0] == "numpy" and name in allowed:
+            return allowed[name]
+        if (module, name) == ("_codecs", "encode"):
+            return codecs.encode
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no CIFAR file needs")
+
+
+def cifar10(split: str, root: str) -> ArrayData:
+    """CIFAR-10, 32 x 32 colour: 50,000 images, and the 10,000 test images as "heldout".
+
+    Reads torchvision's layout, ``root``/cifar-10-batches-py, without running its pickles.
+    """
+    folder = Path(root) / "cifar-10-batches-py"
+    parts = ["test_batch"] if split == "heldout" else [f"data_batch_{i}" for i in range(1, 6)]
+    images, labels = zip(*(_cifar_batch(folder / part) for part in parts), strict=True)
+    return ArrayData(torch.cat(images), torch.cat(labels), num_classes=10)
+
+
+def _cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
+    try:
+        with path.open("rb") as file:
+            loaded = _Arrays(file, encoding="latin1").load()
+        content = {key.decode() if isinstance(key, bytes) else key: value for key, value in loaded.items()}
+        images = torch.from_numpy(content["data"]).reshape(-1, 3, 32, 32)
+        labels = torch.tensor(content["labels"], dtype=torch.int64)
+        if images.dtype != torch.uint8 or labels.shape != (len(images),) or not 0 <= labels.min() <= labels.max() < 10:
+            raise ValueError("its images or labels are not those of CIFAR-10")
+    except FileNotFoundError:
+        raise UserError(_missing(path)) from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{path} is damaged ({error}): fetch the data set again") from None
+    return images, labels
+
+
+def _missing(path: Path) -> str:
+    return (
+        f"{path} is missing: give the data root (--root; in training --config.data.root), or fetch it into there "
+        "(stats.py --download; in training --config.data.download)"
+    )
+
+
+def download(name: str, root: str) -> None:
+    """Fetch the files of a data set into ``root`` by torchvision, checksums compared; what is there is kept."""
+    from torchvision import datasets
+
+    classes = {"cifar10": datasets.CIFAR10, "fashion_mnist": datasets.FashionMNIST}
+    if name not in classes:
+        raise UserError(f"{name} is not for download: only {', '.join(classes)} are")
+    try:
+        for train in (True, False):
+            classes[name](root, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"cannot download {name} ({reason}): on a machine with internet let torchvision fetch it, copy its folder "
+            f"into {root} and leave the download flag out"
+        ) from None
+
+
 DATA: dict[str, Callable[[str, str], ArrayData]] = {
     "checkerboard": checkerboard,
+    "cifar10": cifar10,
     "digits": digits,
     "fashion_mnist": fashion_mnist,
 }
 
 
-def load_data(name: str, split: str = "train", root: str = "data") -> ArrayData:
+def load_arrays(name: str, split: str = "train", root: str = "data") -> ArrayData:
     """A data set of the table ``DATA``, split "train" or "heldout"; ``root`` is where its files are."""
     if name not in DATA:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATA)}")
     if split not in ("train", "heldout"):
         raise UserError(f"unknown split {split!r} of {name}: choose train or heldout")
     return DATA[name](split, root)
-
-
-class Order:
-    """The endless order of visits: position p is item p mod n of a permutation keyed by (seed, p div n).
-
-    A function of position alone, so that it needs no state in a checkpoint and no agreement between processes.
-    """
-
-    def __init__(self, n: int, seed: int) -> None:
-        self.n, self.seed = n, seed
-        self._epochs: dict[int, Tensor] = {}
-
-    def _epoch(self, epoch: int) -> Tensor:
-        if epoch not in self._epochs:
-            self._epochs = {e: p for e, p in self._epochs.items() if e >= epoch - 1}  # a batch may straddle two
-            self._epochs[epoch] = torch.randperm(self.n, generator=generator(self.seed, "order", epoch))
-        return self._epochs[epoch]
-
-    def indices(self, start: int, count: int) -> Tensor:
-        """Item indices int64 [count] at positions ``start`` .. ``start + count - 1``."""
-        parts = []
-        while count:
-            epoch, offset = divmod(start, self.n)
-            parts.append(self._epoch(epoch)[offset : offset + count])
-            start, count = start + len(parts[-1]), count - len(parts[-1])
-        return torch.cat(parts)

@@ -1,0 +1,126 @@
+"""Small data sets of the true formats, made by the tests."""
+
+import gzip
+import io
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def write_fashion_mnist(root: Path, train: int = 600, heldout: int = 100, packed: bool = True) -> None:
+    """Files of Fashion-MNIST's true layout and format with random content."""
+    folder = root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    g = torch.Generator().manual_seed(0)
+    for part, n in (("train", train), ("t10k", heldout)):
+        images = torch.randint(0, 256, (n, 28, 28), dtype=torch.uint8, generator=g).numpy().tobytes()
+        labels = (torch.arange(n) % 10).to(torch.uint8).numpy().tobytes()
+        for kind, header, content in (
+            ("images-idx3", struct.pack(">BBBBIII", 0, 0, 8, 3, n, 28, 28), images),
+            ("labels-idx1", struct.pack(">BBBBI", 0, 0, 8, 1, n), labels),
+        ):
+            file = folder / f"{part}-{kind}-ubyte"
+            if packed:
+                file.with_name(file.name + ".gz").write_bytes(gzip.compress(header + content))
+            else:
+                file.write_bytes(header + content)
+
+
+class _Python2Pickler(pickle._Pickler):
+    """Writes text, arrays and names as Python 2 and its NumPy did: what CIFAR's files are made of."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+
+    def text(self, value: str | bytes) -> None:
+        content = value.encode("latin1") if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
+
+    def name(self, value: object, name: str | None = None) -> None:
+        module = value.__module__.replace("numpy._core", "numpy.core")
+        self.write(pickle.GLOBAL + f"{module}\n{value.__name__}\n".encode())
+
+    dispatch[str] = dispatch[bytes] = text
+    dispatch[type] = dispatch[type(len)] = name
+    save_global = name
+
+
+def write_cifar10(root: Path, each: int = 60) -> None:
+    """The six files of CIFAR-10's Python version with ``each`` random images, in torchvision's layout."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for part in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        names = [f"{i}.png" for i in range(each)]
+        pixels = random.integers(0, 256, (each, 3072), dtype=np.uint8)
+        content = {"batch_label": part, "labels": [i % 10 for i in range(each)], "data": pixels, "filenames": names}
+        with (folder / part).open("wb") as file:
+            _Python2Pickler(file, protocol=2).dump(content)
+
+
+def encoded(image: Image.Image, suffix: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix), **options)
+    return buffer.getvalue()
+
+
+def photograph(seed: int, height: int = 40, width: int = 30) -> Image.Image:
+    """A smooth colour picture."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def zoo() -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """(good files, bad files): every kind of image that people's folders hold, in two sub-folders."""
+    deep = Image.fromarray((np.arange(35 * 35).reshape(35, 35) * 53).astype(np.uint16))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright
+    good = {
+        "cat/colour.png": encoded(photograph(0), "png"),
+        "cat/grey.png": encoded(photograph(1).convert("L"), "png"),
+        "cat/cmyk.jpg": encoded(photograph(2).convert("CMYK"), "jpg", quality=95),
+        "dog/deep.png": encoded(deep, "png"),
+        "dog/deep.tif": encoded(deep, "tif"),
+        "dog/clear.png": encoded(photograph(3).convert("RGBA"), "png"),
+        "dog/palette.png": encoded(photograph(4).quantize(16), "png"),
+        "dog/bits.png": encoded(photograph(5).convert("1"), "png"),
+        "dog/Turned.JPG": encoded(photograph(6), "jpg", exif=turned),
+        "dog/web.webp": encoded(photograph(7), "webp"),
+    }
+    bad = {
+        "cat/half.jpg": encoded(photograph(8, 200, 200), "jpg")[:-400],
+        "cat/half.png": encoded(photograph(9), "png")[:-60],
+        "dog/nothing.png": b"",
+        "dog/page.png": b"<html>no such picture</html>",
+        "dog/float.tif": encoded(Image.fromarray(np.ones((9, 9), np.float32)), "tif"),
+    }
+    return good, bad
+
+
+def write_folder(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def write_zip(path: Path, files: dict[str, bytes], top: str = "") -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(top + name, content)
+    return path
+
+
+def write_data_root(root: Path) -> Path:
+    """A root with the files of every data set that has any, and a folder of photographs in two classes."""
+    write_fashion_mnist(root)
+    write_cifar10(root)
+    for i in range(12):
+        write_folder(root / "folder", {f"{'ab'[i % 2]}/{i}.png": encoded(photograph(i), "png")})
+    return root

@@ -1,0 +1,61 @@
+"""Config rows and what is refused of them."""
+
+import importlib
+
+import pytest
+from accelerate.state import AcceleratorState
+from helpers import ROOT
+from test_training import tiny
+
+from flowmaps import UserError
+from training.dry_run import dry_run
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("batch", 0),
+        ("ema", (1.0,)),
+        ("ema", ()),
+        ("base_std", 0.0),
+        ("sample_steps", (0,)),
+        ("interpolant", "x"),
+    ],
+)
+def test_config_mistakes_name_the_flag(field, value):
+    with pytest.raises(UserError, match=f"--config.{field}"):
+        tiny(**{field: value}).validate()
+
+
+HEAVY = ("cifar10", "folder")  # networks of 50 million parameters: the whole row is a slow test
+
+
+def config_rows():
+    for file in sorted((ROOT / "configs").glob("*.py")):
+        module = importlib.import_module(f"configs.{file.stem}")
+        slow = [pytest.mark.slow] if file.stem in HEAVY else []
+        for row in module.ROWS:
+            yield pytest.param(module, row, id=f"{file.stem}:{row}", marks=slow)
+            yield pytest.param(module, f"{row},smoke", id=f"{file.stem}:{row},smoke")
+            if hasattr(module, "cpu"):
+                yield pytest.param(module, f"{row},cpu", id=f"{file.stem}:{row},cpu")
+
+
+@pytest.mark.parametrize(("module", "row"), list(config_rows()))
+def test_every_config_row_passes_a_dry_run(module, row, data_root):
+    AcceleratorState._reset_state()  # rows differ in precision
+    config = module.get_config(row)
+    config.data.root = str(data_root / "folder" if config.data.name == "folder" else data_root)
+    facts, picture = dry_run(config, batch=2)
+    AcceleratorState._reset_state()
+    assert facts["parameters"] > 0 and picture.width > 50 and "GiB" in facts["memory guess"]
+
+
+def test_accidental_options_are_refused():
+    from training.config import network, objective
+
+    with pytest.raises(UserError, match="heads"):
+        network("UNet", heads=3)
+    with pytest.raises(UserError, match="colour"):
+        objective("lagrangian", colour=1)

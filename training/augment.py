@@ -1,0 +1,72 @@
+"""Augmentations of a batch of images, drawn from a given generator."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PARAMETERS = 9  # numbers that tell the network what was done to an image
+
+
+def mirrored(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image of [B, C, H, W] mirrored left to right with probability 1/2: the data set with its mirror images."""
+    return _flipped(x, torch.rand(len(x), device=x.device, generator=generator) < 0.5, -1)
+
+
+def augmented(x: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """EDM's geometric augmentation of square images [B, C, H, W] in [-1, 1], and its parameters [B, 9].
+
+    Karras et al. 2022 (arXiv 2206.00364), appendix F.2, the set used for CIFAR-10: mirror left to right (half of all
+    images), and each with ``probability``: upside down, scale, rotation, stretch along a random axis, shift. The
+    parameters, zero for an untouched image, are for the network to condition on, so that samples drawn with zeros
+    show no augmentation. Images that only turn over keep their pixels exactly; others are resampled bicubically.
+    """
+    n, device = len(x), x.device
+
+    def uniform() -> Tensor:
+        return torch.rand(n, device=device, generator=generator)
+
+    def normal() -> Tensor:
+        return torch.randn(n, device=device, generator=generator)
+
+    def sometimes(values: Tensor) -> Tensor:
+        return torch.where(uniform() < probability, values, 0.0)
+
+    def angle() -> Tensor:
+        return math.pi * (2 * uniform() - 1)
+
+    left_right = (uniform() < 0.5).float()
+    upside_down = sometimes((uniform() < 0.5).float())
+    scale, turn, stretch = sometimes(normal()), sometimes(angle()), sometimes(normal())
+    axis = torch.where(uniform() < 0.5, angle(), 0.0)
+    right, down = normal(), normal()
+    shifted = uniform() < probability
+    right, down = torch.where(shifted, right, 0.0), torch.where(shifted, down, 0.0)
+    along = [stretch * axis.cos(), stretch * axis.sin()]
+    parameters = torch.stack([left_right, upside_down, scale, turn.cos() - 1, turn.sin(), *along, right, down], dim=1)
+    x = _flipped(_flipped(x, left_right > 0, -1), upside_down > 0, -2)
+    growth, strain = 2 ** (0.2 * scale), 2 ** (0.2 * stretch)
+    linear = _rotation(turn) @ _rotation(axis) @ torch.diag_embed(torch.stack([strain, 1 / strain], dim=1))
+    linear = linear @ _rotation(-axis) * growth[:, None, None]
+    shift = 2 * 0.125 * torch.stack([right, down], dim=1)  # an eighth of the image's width; [-1, 1] is all of it
+    return _moved(x, linear, shift, parameters[:, 2:].any(dim=1)), parameters
+
+
+def _flipped(x: Tensor, chosen: Tensor, dim: int) -> Tensor:
+    return torch.where(chosen[:, None, None, None], x.flip(dim), x)
+
+
+def _rotation(angle: Tensor) -> Tensor:
+    """Rotation matrices [B, 2, 2]."""
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)
+
+
+def _moved(x: Tensor, linear: Tensor, shift: Tensor, chosen: Tensor) -> Tensor:
+    """The ``chosen`` images with what was at p now at ``linear`` p + ``shift``, the image being [-1, 1]^2."""
+    back = torch.linalg.inv(linear)  # each new pixel looks up where it came from
+    theta = torch.cat([back, -back @ shift[:, :, None]], dim=2)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    out = F.grid_sample(x, grid, "bicubic", "reflection", align_corners=False).clamp(-1, 1)
+    return torch.where(chosen[:, None, None, None], out, x)

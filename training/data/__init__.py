@@ -1,0 +1,21 @@
+"""Data sets: tensors in memory or images in files, and the order in which a run visits them."""
+
+from training.data.arrays import DATA, ArrayData, download, load_arrays
+from training.data.files import ImageFiles, open_images
+from training.data.load import FILES, load_data
+from training.data.loader import DataSet, Loader, Order, in_order
+
+__all__ = [
+    "DATA",
+    "FILES",
+    "ArrayData",
+    "DataSet",
+    "ImageFiles",
+    "Loader",
+    "Order",
+    "download",
+    "in_order",
+    "load_arrays",
+    "load_data",
+    "open_images",
+]

@@ -1,0 +1,81 @@
+"""From the bytes of an image file to uint8 pixels, and to the square that a network sees."""
+
+import io
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Pixels = NDArray[np.uint8]  # [height, width, 1 or 3]
+
+
+class BadImage(ValueError):
+    """Bytes that are no whole image; the message says why."""
+
+
+def decode(content: bytes) -> Pixels:
+    """Pixels of an image file as uint8 [H, W, C]: C = 1 for grey, else 3.
+
+    Upright (EXIF orientation applied), 16-bit grey scaled to 8, CMYK and palettes as RGB, transparency over white.
+    """
+    if not content:
+        raise BadImage("the file is empty")
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            return _to_uint8(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise BadImage("not an image") from None
+    except BadImage:
+        raise
+    except Exception as error:  # a hostile file can raise anything: OSError, SyntaxError, struct.error, a bomb, ...
+        raise BadImage(str(error) or type(error).__name__) from None
+
+
+def _to_uint8(image: Image.Image) -> Pixels:
+    if image.mode.startswith("I"):  # 16 bits
+        deep: NDArray[Any] = np.asarray(image)
+        if deep.min() < 0 or deep.max() > 65535:
+            raise BadImage("pixels of more than 16 bits")
+        array = np.rint(deep / 257).astype(np.uint8)
+    elif image.mode == "F":
+        raise BadImage("float pixels, whose range is not defined")
+    else:
+        grey = image.mode in ("1", "L", "LA", "La")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        array = np.array(image.convert("L" if grey else "RGB"))
+    return np.ascontiguousarray(np.atleast_3d(array))
+
+
+def square(pixels: Pixels, size: int) -> Pixels:
+    """The central square of an image, resized to ``size`` x ``size`` by the mean over each new pixel's area."""
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    pixels = pixels[top : top + side, left : left + side]
+    if side == size:
+        return np.ascontiguousarray(pixels)
+    mean = area(side, size)
+    rows = np.tensordot(mean, pixels.astype(np.float32), axes=1)  # [size, side, C]
+    resized = np.einsum("hwc,kw->hkc", rows, mean, optimize=True)
+    rounded: Pixels = np.rint(resized).clip(0, 255).astype(np.uint8)
+    return rounded
+
+
+@lru_cache(maxsize=64)
+def area(source: int, size: int) -> NDArray[np.float32]:
+    """[size, source]: row i averages the pixels over [i, i + 1) * source / size, each by its overlap with it."""
+    edge = np.arange(size + 1) * (source / size)
+    pixel = np.arange(source)
+    overlap = np.minimum(edge[1:, None], pixel + 1) - np.maximum(edge[:-1, None], pixel)
+    share: NDArray[np.float32] = (overlap.clip(min=0) * (size / source)).astype(np.float32)
+    return share
+
+
+def with_channels(pixels: Pixels, channels: int) -> Pixels:
+    """Grey as three equal channels where the data set has colour."""
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3)) if channels > pixels.shape[-1] else pixels

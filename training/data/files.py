@@ -1,0 +1,252 @@
+"""Images in a folder or a zip file: found, checked once, labelled, and decoded when asked for."""
+
+import hashlib
+import json
+import os
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flowmaps.errors import UserError
+from flowmaps.files import write_file
+from training.data.decode import BadImage, decode, square, with_channels
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+LABELS = "dataset.json"  # {"labels": [["00000/img00000000.png", 6], ...]}, as EDM and StyleGAN prepare data
+
+
+class Source(Protocol):
+    """Where files are."""
+
+    @property
+    def root(self) -> Path: ...
+
+    def listing(self) -> tuple[dict[str, list[int]], list[str]]:
+        """Image files with what tells a changed file (size, time or checksum), and what else is there, with reasons."""
+
+    def read(self, name: str) -> bytes:
+        """Content of one file."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """All files under ``root``, links followed but not in circles."""
+
+    root: Path
+
+    def listing(self) -> tuple[dict[str, list[int]], list[str]]:
+        found: dict[str, list[int]] = {}
+        left_out: list[str] = []
+        self._walk(self.root, (os.path.realpath(self.root),), found, left_out)
+        return found, left_out
+
+    def _walk(self, folder: Path, above: tuple[str, ...], found: dict[str, list[int]], left_out: list[str]) -> None:
+        for path in sorted(folder.iterdir()):
+            name = path.relative_to(self.root).as_posix()
+            if path.is_dir():
+                real = os.path.realpath(path)
+                if real in above:
+                    left_out.append(f"{name} (a link back to {real})")
+                else:
+                    self._walk(path, (*above, real), found, left_out)
+            elif not path.is_file():
+                left_out.append(f"{name} (a broken link or no file)")
+            elif path.suffix.lower() in SUFFIXES:
+                stat = path.stat()
+                found[name] = [stat.st_size, stat.st_mtime_ns]
+            elif name != LABELS:
+                left_out.append(f"{name} (no image by its suffix)")
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+
+@dataclass(frozen=True)
+class Zip:
+    """All files in the zip file ``root``."""
+
+    root: Path
+    _open: dict[int, zipfile.ZipFile] = field(default_factory=dict, compare=False)  # by process: forks share an offset
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "_open": {}}
+
+    def _archive(self) -> zipfile.ZipFile:
+        if os.getpid() not in self._open:
+            try:
+                self._open[os.getpid()] = zipfile.ZipFile(self.root)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise UserError(f"{self.root} is no readable zip file ({error}): make it again") from None
+        return self._open[os.getpid()]
+
+    def listing(self) -> tuple[dict[str, list[int]], list[str]]:
+        entries = sorted((e for e in self._archive().infolist() if not e.is_dir()), key=lambda e: e.filename)
+        images = [e for e in entries if Path(e.filename).suffix.lower() in SUFFIXES]
+        other = {e.filename for e in entries} - {e.filename for e in images} - {LABELS}
+        found = {e.filename: [e.file_size, e.CRC] for e in images}
+        return found, [f"{name} (no image by its suffix)" for name in sorted(other)]
+
+    def read(self, name: str) -> bytes:
+        return self._archive().read(name)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """A data set of image files, decoded at each visit; ``size`` None keeps them as they are, all of one shape."""
+
+    source: Source
+    names: list[str]
+    channels: int
+    size: int | None = None
+    label: Tensor | None = None
+    classes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # what is in the source but not in the data set, with reasons
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return (self.channels, self.size, self.size) if self.size else tuple(self._image(self.names[0]).shape)
+
+    def _image(self, name: str) -> Tensor:
+        try:
+            pixels = with_channels(decode(self.source.read(name)), self.channels)
+        except (BadImage, OSError, zipfile.BadZipFile, KeyError, RuntimeError, NotImplementedError) as error:
+            raise UserError(f"{self.source.root}: {name} was whole and is not now ({error}): put it back") from None
+        return torch.from_numpy(np.array(square(pixels, self.size) if self.size else pixels)).permute(2, 0, 1)
+
+    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images at ``index`` [b] as uint8 [b, C, H, W], with their labels."""
+        names = [self.names[i] for i in index.tolist()]
+        images = [self._image(name) for name in names]
+        for name, image in zip(names, images, strict=True):
+            if image.shape != images[0].shape:
+                raise UserError(
+                    f"{self.source.root}: {name} has shape {tuple(image.shape)}, {names[0]} has "
+                    f"{tuple(images[0].shape)}: crop and resize them to one size (stats.py --size=64)"
+                )
+        return torch.stack(images), None if self.label is None else self.label[index]
+
+
+def open_images(root: Path, size: int | None = None, skip_corrupt: bool = False) -> ImageFiles:
+    """The images under a folder or in a zip file, every one decoded once to see that it is whole.
+
+    Labels are those of dataset.json if it is there, else the names of the first folders that differ, in order of name;
+    none if an image lies outside such a folder. What is left out is said on stderr. Raises ``UserError`` that names
+    the files that are no whole images, unless they are to be skipped.
+    """
+    if not root.exists():
+        raise UserError(f"{root}: no such folder or zip file of images (--config.data.root, --data)")
+    source: Source = Folder(root) if root.is_dir() else Zip(root)
+    found, left_out = source.listing()
+    if not found:
+        raise UserError(f"{root} has no images ({', '.join(sorted(SUFFIXES))})")
+    bad, channels = _checked(source, found)
+    if bad and not skip_corrupt:
+        raise UserError(
+            f"{root} has {len(bad)} files that are no whole images: {_some(bad)}: repair or remove them, or leave "
+            "them out (--config.data.skip_corrupt, stats.py --skip_corrupt)"
+        )
+    names = [name for name in found if name not in set(bad)]
+    if not names:
+        raise UserError(f"{root} has no whole image: {_some(bad)}")
+    left_out += [f"{name} ({reason})" for name, reason in bad.items()]
+    if left_out:
+        tqdm.write(f"{root}: {len(names)} images; left out: {', '.join(left_out)}", file=sys.stderr)
+    label, classes = _labels(source, list(found))
+    chosen = None if label is None else torch.tensor([label[name] for name in names])
+    return ImageFiles(source, names, channels, size, chosen, classes, tuple(left_out))
+
+
+def _some(bad: dict[str, str], most: int = 20) -> str:
+    shown = ", ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:most])
+    return shown + (f" and {len(bad) - most} more" if len(bad) > most else "")
+
+
+def _checked(source: Source, found: dict[str, list[int]]) -> tuple[dict[str, str], int]:
+    """Which files are no whole images, and why; and 1 if all others are grey, else 3. Remembered for unchanged files.
+
+    The memory is a small file in ~/.cache/flowmaps (or under XDG_CACHE_HOME), keyed by names, sizes and times.
+    """
+    key = hashlib.sha256(json.dumps([1, str(source.root.resolve()), found]).encode()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowmaps" / f"{key}.json"
+    try:
+        known = json.loads(cache.read_text())
+        return dict(known["bad"]), int(known["channels"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    bad, channels, names = {}, 1, list(found)
+
+    def look(name: str) -> int | str:
+        try:
+            return int(decode(source.read(name)).shape[-1])
+        except (BadImage, OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+            return str(error)
+
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(names), desc="checking images", unit="image", disable=None, leave=False) as bar,
+    ):
+        for start in range(0, len(names), 1024):
+            chunk = names[start : start + 1024]
+            for name, result in zip(chunk, pool.map(look, chunk), strict=True):
+                if isinstance(result, str):
+                    bad[name] = result
+                else:
+                    channels = max(channels, result)
+            bar.update(len(chunk))
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_file(cache, json.dumps({"bad": bad, "channels": channels}).encode())
+    except OSError:  # only a memory: without it the next start looks again
+        pass
+    return bad, channels
+
+
+def _labels(source: Source, names: list[str]) -> tuple[dict[str, int] | None, tuple[str, ...]]:
+    """Label of each image and the names of the classes; (None, ()) without labels."""
+    try:
+        listed = json.loads(source.read(LABELS))["labels"]
+    except (FileNotFoundError, KeyError) as error:
+        if error.args == ("labels",):
+            raise UserError(f"{source.root}/{LABELS} has no 'labels': give a list, or null for none") from None
+        return _folder_labels(names)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{source.root}/{LABELS} is damaged ({error}): write it again") from None
+    if listed is None:
+        return None, ()
+    try:
+        label = {str(name): int(value) for name, value in listed}
+        missing = [name for name in names if name not in label]
+        if missing or min(label.values()) < 0:
+            raise ValueError(f"{missing[0]} has none" if missing else "one is negative")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{source.root}/{LABELS}: labels must be [name, number] for each image ({error})") from None
+    return label, tuple(str(i) for i in range(max(label.values()) + 1))
+
+
+def _folder_labels(names: list[str]) -> tuple[dict[str, int] | None, tuple[str, ...]]:
+    folders = [PurePosixPath(name).parts[:-1] for name in names]
+    depth = 0  # folders that all images share say nothing
+    while all(len(parts) > depth and parts[depth] == folders[0][depth] for parts in folders):
+        depth += 1
+    tops = [parts[depth] if len(parts) > depth else "" for parts in folders]
+    classes = tuple(sorted(set(tops)))
+    if "" in classes or len(classes) < 2:
+        return None, ()
+    number = {name: i for i, name in enumerate(classes)}
+    return {name: number[top] for name, top in zip(names, tops, strict=True)}, classes

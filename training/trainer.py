@@ -1,0 +1,180 @@
+"""One optimiser step, and everything it touches."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+from torch import Tensor
+
+from flowmaps import FlowMap, UserError
+from flowmaps.images import from_uint8
+from flowmaps.networks.layers import soft_label
+from flowmaps.objectives import LogVariance, Loss
+from flowmaps.rng import generator
+from training.augment import PARAMETERS, augmented, mirrored
+from training.checkpoint import prune_checkpoints, save_checkpoint
+from training.config import Config, Precision, build_flow_map, build_objective
+from training.data import DataSet, Loader, Order, download, load_data
+from training.ema import EMA
+from training.loss_module import LossModule
+from training.optim import build_optimizer, learning_rate
+
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+@dataclass
+class Trainer:
+    """Everything that one optimiser step touches."""
+
+    config: Config
+    data: DataSet
+    loader: Loader
+    accelerator: Accelerator
+    module: LossModule  # bare; checkpoints read and write this
+    wrapped: torch.nn.Module  # as accelerate wants it called
+    optimizer: torch.optim.Optimizer  # bare
+    prepared: Any  # as accelerate wants it called
+    ema: EMA
+    skipped: int = 0  # steps with a non-finite gradient since the start or resume
+
+    @classmethod
+    def build(cls, config: Config) -> "Trainer":
+        """Data, network, optimiser and averages at step 0; a function of the config alone."""
+        config.validate()
+        if config.data.download:
+            download(config.data.name, config.data.root)
+        size = getattr(config.network, "image_size", None)
+        data = load_data(config.data.name, config.data.root, size, config.data.skip_corrupt)
+        _check_augmentation(config, data.shape)
+        accelerator = Accelerator(  # nothing is left to the environment: no fp16, no other accumulation
+            mixed_precision="bf16" if config.precision is Precision.bf16 else "no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
+        shards = accelerator.num_processes * config.accumulate
+        if config.batch % shards:
+            raise UserError(
+                f"--config.batch={config.batch} is not divisible by {accelerator.num_processes} processes x "
+                f"--config.accumulate={config.accumulate}"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            fm = build_flow_map(config, data.shape, data.num_classes)
+            weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
+        module = LossModule(fm, build_objective(config), weight).to(accelerator.device)
+        if config.channels_last:
+            module.to(memory_format=torch.channels_last)
+        if config.compile:
+            module.compile()  # in place: parameter names stay
+        optimizer = build_optimizer(config.optim, module.parameters())
+        wrapped, prepared = accelerator.prepare(module, optimizer)
+        ema = EMA(fm.network, config.ema)
+        order, size = Order(len(data), config.seed), config.batch // shards
+
+        def indices(k: int) -> Tensor:
+            """Items of micro-step k of this process, counted from the start of the run."""
+            step, micro = divmod(k, config.accumulate)
+            shard = accelerator.process_index * config.accumulate + micro
+            return order.indices(step * config.batch + shard * size, size)
+
+        loader = Loader(data, indices, config.data.workers, pin=accelerator.device.type == "cuda")
+        return cls(config, data, loader, accelerator, module, wrapped, optimizer, prepared, ema)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Optimiser step ``step`` = 0, 1, ...; returns what to log, still on the device.
+
+        Shard i = rank * accumulate + micro-step of the global batch has the same samples and draws however the shards
+        are spread over processes and micro-steps.
+        """
+        config, micro_steps = self.config, self.config.accumulate
+        logged: dict[str, Tensor] = {}
+        for micro in range(micro_steps):
+            synchronise = nullcontext() if micro == micro_steps - 1 else self.accelerator.no_sync(self.wrapped)
+            with synchronise:
+                loss = self.shard_loss(step, micro)
+                self.accelerator.backward(loss.value / micro_steps)
+            for name, value in {"loss": loss.value.detach(), **loss.terms}.items():
+                logged[name] = logged.get(name, 0) + value / micro_steps
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), config.optim.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config.optim, step, config.steps)
+        if bool(torch.isfinite(norm)):
+            self.prepared.step()
+            self.ema.update(step + 1)
+        else:
+            self._skip(step, norm)
+        self.prepared.zero_grad(set_to_none=True)
+        return {**logged, "grad_norm": norm, "skipped": torch.tensor(float(self.skipped))}
+
+    def shard_loss(self, step: int, micro: int) -> Loss:
+        """The loss of one shard of step ``step``'s global batch: this process's micro-step ``micro``."""
+        config, fm, device = self.config, self.module.fm, self.accelerator.device
+        shard = self.accelerator.process_index * config.accumulate + micro
+        x1, label = self.loader.shard(step * config.accumulate + micro)
+        x1 = x1.to(device, non_blocking=True)
+        label = label.to(device, non_blocking=True) if label is not None and fm.info.num_classes else None
+        x1 = from_uint8(x1) if x1.dtype == torch.uint8 else x1
+        draws = self.module.objective.draw(fm, x1, generator(config.seed, "draws", step, shard, device))
+        if config.data.flip:
+            x1 = mirrored(x1, generator(config.seed, "flip", step, shard, device))
+        if config.data.augment:
+            x1, done = augmented(x1, config.data.augment, generator(config.seed, "augment", step, shard, device))
+            label = soft_label(label, done, fm.info.num_classes)
+        if config.channels_last:
+            x1 = x1.contiguous(memory_format=torch.channels_last)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(generator(config.seed, "dropout", step, shard).initial_seed())
+            loss: Loss = self.wrapped(x1, label, draws)
+        return loss
+
+    def _skip(self, step: int, norm: Tensor) -> None:
+        self.skipped += 1
+        if self.skipped > self.config.max_skipped_steps:
+            raise UserError(
+                f"the gradient norm is {norm.item()} at step {step + 1}, the {self.skipped}th time: lower "
+                f"--config.optim.lr, or raise --config.max_skipped_steps={self.config.max_skipped_steps}"
+            )
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process, so that all leave the loop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device)).any())
+
+    def averaged(self, done: int) -> FlowMap:
+        """A copy of the flow map with the first moving average of the weights after ``done`` steps, in eval mode."""
+        fm, decay = self.module.fm, self.config.ema[0]
+        info = replace(fm.info, images_seen=done * self.config.batch)
+        return FlowMap(self.ema.network(decay), fm.interpolant_name, fm.base_std, info).eval()
+
+    def save(self, workdir: Path, done: int) -> None:
+        """Export the averaged model after ``done`` steps, then write the checkpoint, which makes the step final."""
+        self.averaged(done).save_pretrained(workdir / "model")
+        self.checkpoint(workdir / "checkpoints" / f"step-{done:08d}", done)
+        prune_checkpoints(workdir, self.config.keep)
+
+    def checkpoint(self, path: Path, done: int, model: FlowMap | None = None, **facts: Any) -> None:
+        """Write the state after ``done`` steps to ``path``, with the exported ``model`` in it if there is one."""
+        images_seen = done * self.config.batch
+        save_checkpoint(path, done, images_seen, self.module, self.optimizer, self.ema, model, **facts)
+
+
+def _check_augmentation(config: Config, shape: tuple[int, ...]) -> None:
+    """Refuse what the data or the network cannot take."""
+    data = config.data
+    if (data.flip or data.augment) and len(shape) != 3:
+        raise UserError(f"--config.data.flip and --config.data.augment are for images, {data.name} has points")
+    wanted, room = (PARAMETERS if data.augment else 0), getattr(config.network, "augment_dim", 0)
+    if wanted != room:
+        raise UserError(
+            f"--config.data.augment={data.augment:g} needs --config.network.augment_dim={wanted}, got {room}: "
+            "the network is told what was done to an image"
+        )
+    if config.channels_last and _TORCH < (2, 15):
+        raise UserError(
+            f"--config.channels_last needs torch 2.15, this is {torch.__version__}: older ones have no forward "
+            "derivative of group_norm in that layout"
+        )
