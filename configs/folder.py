@@ -5,8 +5,8 @@ python scripts/train.py --config=configs/folder.py:lagrangian --config.data.root
 python scripts/train.py --config=configs/folder.py:lagrangian --config.data.name=zip --config.data.root=my.zip ...
 
 Class-conditional with --config.network.num_classes=N (sub-folders or dataset.json; --dry_run lists the classes); other
-sizes with --config.network.image_size=N, grey images with --config.network.channels=1. The settings are those of the
-paper's CelebA-64 row (Boffi et al. 2025, table 3) at a learning rate for this U-Net; not run by the authors yet.
+sizes with --config.network.image_size=N, grey images with --config.network.channels=1. The settings are those of
+Boffi et al. 2025 for CelebA-64 (arXiv 2505.18825, table 3) at a learning rate for this U-Net; not run by the authors yet.
 """
 
 from training.config import Config, Data, Decay, Optim, Optimizer, Precision, network, objective, select
@@ -19,9 +19,9 @@ def base(method: str) -> Config:
             "UNet",
             image_size=64,
             channels=3,
-            width=96,
+            width=128,
             channel_mult=(1, 2, 3, 4),
-            blocks=2,
+            blocks=3,
             attention_resolutions=(16, 8),
         ),
         objective=objective(method),

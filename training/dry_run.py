@@ -36,7 +36,8 @@ def memory_guess(trainer: Trainer, batch: int) -> str:
     """A guess at a process's memory for training at a global ``batch``, after at least one step.
 
     What stays: weights, gradients, optimiser state, averages. What grows with the batch: the tensors that the forward
-    pass keeps for the backward pass, counted in one small micro-step. Library workspaces and the data are not in it.
+    pass keeps for the backward pass, counted in one small micro-step; a tensor that was freed within it may or may not
+    be counted. Library workspaces and the data are not in it.
     """
     kept: dict[int, int] = {}  # address -> bytes
 
