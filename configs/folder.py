@@ -6,7 +6,7 @@ python scripts/train.py --config=configs/folder.py:lagrangian --config.data.name
 
 Class-conditional with --config.network.num_classes=N (sub-folders or dataset.json; --dry_run lists the classes); other
 sizes with --config.network.image_size=N, grey images with --config.network.channels=1. The settings are those of
-Boffi et al. 2025 for CelebA-64 (arXiv 2505.18825, table 3) at a learning rate for this U-Net; not run by the authors yet.
+Boffi et al. 2025 for CelebA-64 (arXiv 2505.18825, table 3) at a learning rate for this U-Net; not run by us yet.
 """
 
 from training.config import Config, Data, Decay, Optim, Optimizer, Precision, network, objective, select
