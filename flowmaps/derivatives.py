@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flowmaps.errors import UserError
 from samplers.callables import expand
 
 
@@ -40,7 +41,8 @@ def velocity_jvp(
     ``x``, ``dx`` [B, ...]; ``s``, ``t`` [B]; ``ds``, ``dt`` the same rate for every sample.
     """
     at_least = torch.promote_types(x.dtype, torch.float32)
-    point = {"x": x.to(at_least), "s": s.to(at_least), "t": t.to(at_least)}
+    # clones, since a compiled jvp cannot view a moving time that is a view itself
+    point = {"x": x.to(at_least), "s": s.to(at_least).clone(), "t": t.to(at_least).clone()}
     tangent = {}
     if dx is not None:
         tangent["x"] = dx.to(at_least)
@@ -55,6 +57,26 @@ def velocity_jvp(
         primals = tuple(point[name] for name in tangent)
         v, dv = torch.func.jvp(velocity, primals, tuple(tangent.values()))[:2]
     return v, dv
+
+
+def velocity_difference(
+    fm: TwoTime, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None, step: float = 5e-3
+) -> tuple[Tensor, Tensor]:
+    """v_{s,t}(x) and d_t v by a difference over [t - step, t + step] within [s, 1], both [B, ...].
+
+    Half precision is refused, since its rounding is multiplied by 1 / step, and dropout must be off. The velocity lies
+    on the straight line between the two evaluations, an error of the same order, step^2.
+    """
+    if x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type):
+        raise UserError(
+            "a finite difference needs float32: --config.precision=fp32, or --config.objective.derivative=exact"
+        )
+    early, late = torch.maximum(t - step, s), (t + step).clamp(max=1)
+    twice = None if label is None else torch.cat([label, label])
+    v = fm.velocity(torch.cat([x, x]), torch.cat([s, s]), torch.cat([early, late]), twice)
+    before, after = v.chunk(2)
+    slope = (after - before) / expand(late - early, x)
+    return before + expand(t - early, x) * slope, slope
 
 
 def d_dt(fm: TwoTime, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:

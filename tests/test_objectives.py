@@ -7,11 +7,27 @@ import torch
 from helpers import CASES, gaussian_data, gaussian_map
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.derivatives import velocity_difference, velocity_jvp
 from flowmaps.networks import MLP, UNet
 from flowmaps.objectives import OBJECTIVES, LogVariance
-from samplers.callables import expand
+from flowmaps.objectives.eulerian import Stop
+from flowmaps.objectives.lagrangian import Derivative
+from flowmaps.objectives.progressive import Middle
 
-SELF_DISTILLED = [name for name, cls in OBJECTIVES.items() if cls.kind == "map"]
+MAPS = [name for name, cls in OBJECTIVES.items() if cls.kind == "map"]
+CONDITIONAL = ("mean_flow", "improved_mean_flow")  # targets are right in the mean over (x0, x1) given I_s only
+SELF_DISTILLED = {
+    **{name: {} for name in MAPS if name not in CONDITIONAL},
+    "lagrangian-slim": {"slim": True},
+    "eulerian-velocity": {"stop": Stop.velocity},
+    "eulerian-slim": {"stop": Stop.slim},
+    "progressive-uniform": {"middle": Middle.uniform},
+}
+
+
+def made(name, **options):
+    """The objective of a variant's name, "eulerian-slim"."""
+    return OBJECTIVES[name.partition("-")[0]](**SELF_DISTILLED.get(name, {}), **options)
 
 
 def generator(seed=0):
@@ -23,7 +39,7 @@ def generator(seed=0):
 def test_residual_and_gradient_vanish_at_the_exact_map(name, case):
     fm = gaussian_map(*case)
     x1, label = gaussian_data(fm, 64)
-    loss = OBJECTIVES[name](diagonal=0.0)(fm, x1, label, generator=generator())
+    loss = made(name, diagonal=0.0)(fm, x1, label, generator=generator())
     (gradient,) = torch.autograd.grad(loss.value, fm.network.wrong)
     assert loss.value < 1e-16 and gradient.abs() < 1e-8
 
@@ -33,7 +49,7 @@ def test_residual_and_gradient_vanish_at_the_exact_map(name, case):
 def test_residual_and_gradient_are_positive_off_it(name, case):
     fm = gaussian_map(*case, wrong=0.1)
     x1, label = gaussian_data(fm, 64)
-    loss = OBJECTIVES[name](diagonal=0.0)(fm, x1, label, generator=generator())
+    loss = made(name, diagonal=0.0)(fm, x1, label, generator=generator())
     (gradient,) = torch.autograd.grad(loss.value, fm.network.wrong)
     assert loss.value > 1e-5 and gradient.abs() > 1e-4
 
@@ -52,34 +68,123 @@ def test_diagonal_term_is_flow_matching(name, case):
     assert abs(terms[0.1] - terms[0.0] - 0.01) < spread
 
 
-def test_lagrangian_gradient_pins_the_stop_gradients():
-    """On v = exact + c the residual is d_t X + c - sg(b + c)(sg X): its gradient in c comes from the student alone.
+def slopes(fm, s, t):
+    """A_t of the exact drift b_t(x) = A_t (x - m_t) + m'_t, and e = grad X_{s,t}, on linear paths with base_std 1."""
+    var_s, var_t = ((1 - u) ** 2 + u**2 * fm.network.std**2 for u in (s, t))
+    slope = (-(1 - s) + s * fm.network.std**2) / var_s, (-(1 - t) + t * fm.network.std**2) / var_t
+    return *slope, (var_t / var_s).sqrt()
 
-    With m(t) = v' coefficient: X_wrong = X + (t - s) c, d_t X_wrong = b(X) + c and the target is
-    b(X + (t - s) c) + c = b(X) + A (t - s) c + c, so r = -A_t (t - s) c with A_t the slope of the drift, while
-    dr/dc (student only) = 1. Hence d(mean r^2)/dc = mean(2 r) = -2 c mean(A_t (t - s)).
-    """
-    c = 0.1
+
+def lagrangian(A_s, A_t, e, gap, g, var):
+    """d_t X + c - b(X + gap c) - c = -A_t gap c; the student's own derivative is 1."""
+    return -A_t * gap, torch.ones_like(gap)
+
+
+def eulerian(A_s, A_t, e, gap, g, var):
+    """d_s X - c + (e + 0)(b + c) = (e - 1) c, for -v in d_s X moves by -c and b by c; derivative -1 (e is constant)."""
+    return e - 1, -torch.ones_like(gap)
+
+
+def eulerian_slim(A_s, A_t, e, gap, g, var):
+    """v + c - (b + c) - gap (d_s v + grad v . (b + c)) = -gap grad v c = (1 - e) c; the student's derivative is 1."""
+    return 1 - e, torch.ones_like(gap)
+
+
+def progressive(A_s, A_t, e, gap, g, var):
+    """-g grad v_{u,t} (u - s) c, with u - s = (1 - g) gap and grad v_{u,t} = (e_{u,t} - 1) / (g gap)."""
+    return -(var - 1) * (1 - g), torch.ones_like(gap)
+
+
+HAND = {
+    "lagrangian": lagrangian,
+    "lagrangian-slim": lagrangian,
+    "eulerian": eulerian,
+    "eulerian-velocity": eulerian,
+    "eulerian-slim": eulerian_slim,
+    "progressive": progressive,
+    "progressive-uniform": progressive,
+    "shortcut": progressive,
+}
+
+
+def test_every_variant_has_a_derivation():
+    assert set(HAND) == set(SELF_DISTILLED)
+
+
+@pytest.mark.parametrize("name", HAND)
+def test_gradient_on_a_wrong_map_pins_the_stop_gradients(name):
+    """On v = exact + c each residual is R c, and the student's own derivative D: d(mean r^2)/dc = mean(2 R c D)."""
+    c, objective = 0.1, made(name, diagonal=0.0)
     fm = gaussian_map(wrong=c)
     x1, _ = gaussian_data(fm, 256)
-    objective = OBJECTIVES["lagrangian"](diagonal=0.0)
     draws = objective.draw(fm, x1, generator())
     loss = objective.loss(fm, x1, None, draws)
     (gradient,) = torch.autograd.grad(loss.value, fm.network.wrong)
-    t = draws.t[:, None]
-    var = (1 - t) ** 2 + t**2 * fm.network.std**2
-    slope = (-(1 - t) + t * fm.network.std**2) / var  # A_t
-    residual = -slope * expand(draws.t - draws.s, x1) * c
-    torch.testing.assert_close(loss.value.detach(), residual.square().mean())
-    torch.testing.assert_close(gradient, 2 * residual.mean())
+    s, t, g = draws.s[:, None], draws.t[:, None], draws.fraction[:, None]
+    g = g if name == "progressive-uniform" else torch.full_like(g, 0.5)
+    A_s, A_t, e = slopes(fm, s, t)
+    second = slopes(fm, g * s + (1 - g) * t, t)[2]
+    R, D = HAND[name](A_s, A_t, e, t - s, g, second)
+    torch.testing.assert_close(loss.value.detach(), (R * c).square().mean())
+    torch.testing.assert_close(gradient, (2 * R * c * D).mean())
 
 
-@pytest.mark.parametrize("name", SELF_DISTILLED)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["flow_matching", *CONDITIONAL])
+def test_conditional_targets_are_right_in_the_mean(name, case):
+    """With the conditional velocity replaced by its expectation given I_s, loss and gradient vanish at the truth."""
+    fm, objective = gaussian_map(*case), OBJECTIVES[name]()
+    x1, label = gaussian_data(fm, 64)
+    draws = objective.draw(fm, x1, generator())
+    x_s = fm.interpolant.point(draws.x0, x1, draws.s)
+
+    class Expected(type(fm.interpolant)):
+        def point(self, x0, x1, t):
+            return x_s
+
+        def velocity(self, x0, x1, t):
+            return fm.drift(x_s, t, label).detach()
+
+    fm.interpolant = Expected()
+    loss = objective.loss(fm, x1, label, draws)
+    (gradient,) = torch.autograd.grad(loss.value, fm.network.wrong)
+    assert loss.value < 1e-16 and gradient.abs() < 1e-8
+
+
+def test_shortcut_times_are_dyadic_and_cover_every_step():
+    objective = OBJECTIVES["shortcut"](levels=4)
+    s, t = objective.times(torch.rand(2, 4000, generator=generator(), dtype=torch.float64))
+    seen = {(float(a), float(b)) for a, b in zip(s, t, strict=True)}
+    assert seen == {(j * 2.0**-k, (j + 1) * 2.0**-k) for k in range(4) for j in range(2**k)}
+    for k in range(4):
+        assert abs((t - s == 2.0**-k).double().mean() - 0.25) < 0.03
+
+
+def test_finite_difference_converges_with_second_order_and_refuses_half_precision():
+    torch.manual_seed(0)
+    network = UNet(8, 1, 8, (1,), 1, ()).double()
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    fm, x1 = FlowMap(network), torch.randn(16, 1, 8, 8, dtype=torch.float64)
+    s, t = 0.4 * torch.rand(16, dtype=torch.float64), 0.5 + 0.4 * torch.rand(16, dtype=torch.float64)
+    v, exact = velocity_jvp(fm, x1, s, t, dt=1.0)
+    errors = []
+    for step in (4e-3, 2e-3, 1e-3):
+        near, slope = velocity_difference(fm, x1, s, t, step=step)
+        errors.append((slope - exact).norm() / exact.norm())
+        assert (near - v).norm() < 1e-3 * v.norm()
+    assert errors[0] < 1e-2
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1) and errors[1] / errors[2] == pytest.approx(4, rel=0.1)
+    with pytest.raises(UserError, match="derivative=exact"), torch.autocast("cpu", torch.bfloat16):
+        loss = OBJECTIVES["lagrangian"](derivative=Derivative.finite)(fm, x1, generator=generator())
+
+
+@pytest.mark.parametrize("name", [name for name in SELF_DISTILLED if name[:11] not in ("progressive", "shortcut")])
 def test_teacher_replaces_the_live_network_and_gets_no_gradient(name):
     fm, teacher = gaussian_map(wrong=0.1), gaussian_map()
     x1, _ = gaussian_data(fm, 32)
-    live = OBJECTIVES[name]()(fm, x1, generator=generator())
-    taught = OBJECTIVES[name]()(fm, x1, generator=generator(), teacher=teacher.drift)
+    live = made(name)(fm, x1, generator=generator())
+    taught = made(name)(fm, x1, generator=generator(), teacher=teacher.drift)
     assert live.value != taught.value
     taught.value.backward()
     assert teacher.network.wrong.grad is None
@@ -89,14 +194,15 @@ def test_teacher_replaces_the_live_network_and_gets_no_gradient(name):
 def test_draws_are_uniform_and_keyed_by_the_generator(name):
     fm, objective = gaussian_map(), OBJECTIVES[name]()
     x1, _ = gaussian_data(fm, 4000)
-    x0, s, t = objective.draw(fm, x1, generator(5))
+    x0, s, t, fraction = objective.draw(fm, x1, generator(5))
     rows = objective.diagonal_rows(4000)
     assert torch.equal(s[:rows], t[:rows]) and bool((s[rows:] < t[rows:]).all())
     assert abs(s[:rows].mean() - 0.5) < 0.03 and abs(x0.std() - fm.base_std) < 0.03
-    if rows < 4000:  # min and max of two uniforms
+    assert abs(fraction.mean() - 0.5) < 0.03
+    if rows < 4000 and name != "shortcut":  # min and max of two uniforms
         assert abs(s[rows:].mean() - 1 / 3) < 0.04 and abs(t[rows:].mean() - 2 / 3) < 0.04
     again = objective.draw(fm, x1, generator(5))
-    assert all(torch.equal(a, b) for a, b in zip((x0, s, t), again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((x0, s, t, fraction), again, strict=True))
 
 
 def test_loss_is_the_joint_mean_of_the_paper_share():
@@ -166,6 +272,6 @@ def test_objectives_are_frozen_and_refuse_a_bad_share(name):
     objective = OBJECTIVES[name]()
     with pytest.raises(FrozenInstanceError):
         objective.diagonal = 0.5
-    if name in SELF_DISTILLED:
+    if name in MAPS:
         with pytest.raises(UserError, match="diagonal"):
             OBJECTIVES[name](diagonal=1.5)

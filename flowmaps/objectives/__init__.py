@@ -4,13 +4,33 @@ Tests, config rows and docs go over this table: a method that is listed is teste
 """
 
 from flowmaps.objectives.base import Draws, Loss, Objective
+from flowmaps.objectives.eulerian import Eulerian, ImprovedMeanFlow, MeanFlow
 from flowmaps.objectives.flow_matching import FlowMatching
 from flowmaps.objectives.lagrangian import Lagrangian
+from flowmaps.objectives.progressive import Progressive, Shortcut
 from flowmaps.objectives.weight import LogVariance
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "flow_matching": FlowMatching,
     "lagrangian": Lagrangian,
+    "eulerian": Eulerian,
+    "progressive": Progressive,
+    "shortcut": Shortcut,
+    "mean_flow": MeanFlow,
+    "improved_mean_flow": ImprovedMeanFlow,
 }
 
-__all__ = ["OBJECTIVES", "Draws", "FlowMatching", "Lagrangian", "LogVariance", "Loss", "Objective"]
+__all__ = [
+    "OBJECTIVES",
+    "Draws",
+    "Eulerian",
+    "FlowMatching",
+    "ImprovedMeanFlow",
+    "Lagrangian",
+    "LogVariance",
+    "Loss",
+    "MeanFlow",
+    "Objective",
+    "Progressive",
+    "Shortcut",
+]

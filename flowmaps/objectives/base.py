@@ -21,11 +21,26 @@ class Loss(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The random part of one step: noise x0 [B, ...] and times s <= t [B], diagonal rows (s = t) first."""
+    """The random part of one step: noise x0 [B, ...] and times s <= t [B], diagonal rows (s = t) first.
+
+    ``fraction`` [B], uniform on [0, 1], is for methods that need one more number a row.
+    """
 
     x0: Tensor
     s: Tensor
     t: Tensor
+    fraction: Tensor
+
+
+class Rows(NamedTuple):
+    """Off-diagonal rows: points x = I_s of the path, its conditional velocity dI_s/ds there, times and labels."""
+
+    x: Tensor
+    velocity: Tensor
+    s: Tensor
+    t: Tensor
+    fraction: Tensor
+    label: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -72,10 +87,13 @@ class Objective:
         options: dict[str, Any] = {"generator": generator, "device": x1.device, "dtype": x1.dtype}
         x0 = fm.base_std * torch.randn(x1.shape, **options)
         uniform = torch.rand(2, len(x1), **options)
-        s, t = uniform.amin(dim=0), uniform.amax(dim=0)
         rows = self.diagonal_rows(len(x1))
-        u = uniform[0, :rows]
-        return Draws(x0, torch.cat([u, s[rows:]]), torch.cat([u, t[rows:]]))
+        u, (s, t) = uniform[0, :rows], self.times(uniform[:, rows:])
+        return Draws(x0, torch.cat([u, s]), torch.cat([u, t]), torch.rand(len(x1), **options))
+
+    def times(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """(s, t) of the off-diagonal rows from uniform numbers [2, n]: uniform on the triangle s < t."""
+        return uniform.amin(dim=0), uniform.amax(dim=0)
 
     def loss(
         self,
@@ -88,17 +106,18 @@ class Objective:
     ) -> Loss:
         """The loss at given draws: no randomness but dropout."""
         rows = self.diagonal_rows(len(x1))
-        x0, s, t = draws
+        x0, s, t, fraction = draws
         x_s = fm.interpolant.point(x0, x1, s)
         squared, terms = [], {}
+        velocity = fm.interpolant.velocity(x0, x1, s)
         if rows:
-            target = fm.interpolant.velocity(x0[:rows], x1[:rows], s[:rows])
-            residual = fm.drift(x_s[:rows], s[:rows], part(label, 0, rows)) - target
+            residual = fm.drift(x_s[:rows], s[:rows], part(label, 0, rows)) - velocity[:rows]
             squared.append(mean_square(residual))
             terms["diagonal"] = squared[-1].detach().mean()
         if rows < len(x1):
             with no_dropout(fm.network):
-                residual = self.residual(fm, x_s[rows:], s[rows:], t[rows:], part(label, rows, None), teacher)
+                off = Rows(x_s[rows:], velocity[rows:], s[rows:], t[rows:], fraction[rows:], part(label, rows, None))
+                residual = self.residual(fm, off, teacher)
             squared.append(mean_square(residual))
             terms["off_diagonal"] = squared[-1].detach().mean()
         per_sample = torch.cat(squared)
@@ -108,10 +127,8 @@ class Objective:
             terms["weight_min"], terms["weight_max"] = w.detach().amin(), w.detach().amax()
         return Loss(per_sample.mean(), terms)
 
-    def residual(
-        self, fm: FlowMap, x_s: Tensor, s: Tensor, t: Tensor, label: Tensor | None, teacher: Drift | None
-    ) -> Tensor:
-        """The off-diagonal residual [B, ...] at points ``x_s`` of the path, with the method's stop-gradients."""
+    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None) -> Tensor:
+        """The off-diagonal residual [n, ...], with the method's stop-gradients."""
         raise NotImplementedError
 
 
