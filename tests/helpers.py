@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class GaussianNetwork(nn.Module):
-    """Exact v_{s,t}(x) for data N(mean, std^2), independent coordinates, plus a constant error ``wrong``.
+    """Exact v_{s,t}(x) for data N(mean, std^2), independent coordinates, plus errors ``wrong`` + ``bent`` (t - s) x.
 
     With m_t = beta(t) mean and var_t = alpha(t)^2 base_std^2 + beta(t)^2 std^2, the map is
     X_{s,t}(x) = m_t + sqrt(var_t / var_s) (x - m_s) and the drift m'_t + var'_t / (2 var_t) (x - m_t).
@@ -28,6 +28,7 @@ class GaussianNetwork(nn.Module):
 
     def __init__(self, mean: Tensor, std: Tensor, interpolant: str, base_std: float, wrong: float = 0.0) -> None:
         super().__init__()
+        self.bent = nn.Parameter(torch.tensor(0.0, dtype=torch.float64))
         self.path, self.base_std = INTERPOLANTS[interpolant], base_std
         self.mean, self.std = mean.double(), std.double()
         self.wrong = nn.Parameter(torch.tensor(wrong, dtype=torch.float64))
@@ -49,7 +50,8 @@ class GaussianNetwork(nn.Module):
         same = (s == t)[:, None]
         gap = torch.where(same, 1.0, expand(t - s, x))
         jump = (m_t + (var_t / var_s).sqrt() * (x - m_s) - x) / gap
-        return torch.where(same, self.drift(x, t, label), jump) + self.wrong
+        error = self.wrong + self.bent * expand(t - s, x) * x
+        return torch.where(same, self.drift(x, t, label), jump) + error
 
 
 CASES = [
