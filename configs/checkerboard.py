@@ -3,16 +3,20 @@
 python scripts/train.py --config=configs/checkerboard.py:lagrangian --workdir=runs/checkerboard
 """
 
+from typing import Any
+
+from flowmaps.objectives.eulerian import Stop
+from flowmaps.objectives.progressive import Middle
 from training.config import Config, Data, Decay, Optim, Optimizer, network, objective, select
 
 DATA_STD = 0.577  # of a coordinate that is uniform on [-1, 1]: 1 / sqrt(3)
 
 
-def base(method: str) -> Config:
+def base(method: str, **options: Any) -> Config:
     return Config(
         data=Data(name="checkerboard"),
         network=network("MLP", width=256, depth=4, data_std=DATA_STD, fourier_features=64, fourier_scale=2.5),
-        objective=objective(method),
+        objective=objective(method, **options),
         base_std=DATA_STD,
         optim=Optim(name=Optimizer.adamw, lr=2e-3, warmup=100, decay=Decay.cosine),
         steps=2500,
@@ -33,6 +37,14 @@ def smoke(config: Config) -> None:
 ROWS = {
     "flow_matching": lambda: base("flow_matching"),
     "lagrangian": lambda: base("lagrangian"),
+    "lagrangian_slim": lambda: base("lagrangian", slim=True),
+    "eulerian": lambda: base("eulerian"),
+    "eulerian_slim": lambda: base("eulerian", stop=Stop.slim),
+    "progressive": lambda: base("progressive"),
+    "progressive_uniform": lambda: base("progressive", middle=Middle.uniform),
+    "shortcut": lambda: base("shortcut"),
+    "mean_flow": lambda: base("mean_flow"),
+    "improved_mean_flow": lambda: base("improved_mean_flow"),
 }
 
 

@@ -3,10 +3,14 @@
 python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/digits
 """
 
+from typing import Any
+
+from flowmaps.objectives.eulerian import Stop
+from flowmaps.objectives.progressive import Middle
 from training.config import Config, Data, Decay, Optim, Optimizer, network, objective, select
 
 
-def base(method: str) -> Config:
+def base(method: str, **options: Any) -> Config:
     return Config(
         data=Data(name="digits"),
         network=network(
@@ -19,7 +23,7 @@ def base(method: str) -> Config:
             attention_resolutions=(4,),
             num_classes=10,
         ),
-        objective=objective(method),
+        objective=objective(method, **options),
         base_std=0.5,
         optim=Optim(name=Optimizer.adamw, lr=2e-3, warmup=50, decay=Decay.cosine),
         steps=1500,
@@ -41,6 +45,14 @@ def smoke(config: Config) -> None:
 ROWS = {
     "flow_matching": lambda: base("flow_matching"),
     "lagrangian": lambda: base("lagrangian"),
+    "lagrangian_slim": lambda: base("lagrangian", slim=True),
+    "eulerian": lambda: base("eulerian"),
+    "eulerian_slim": lambda: base("eulerian", stop=Stop.slim),
+    "progressive": lambda: base("progressive"),
+    "progressive_uniform": lambda: base("progressive", middle=Middle.uniform),
+    "shortcut": lambda: base("shortcut"),
+    "mean_flow": lambda: base("mean_flow"),
+    "improved_mean_flow": lambda: base("improved_mean_flow"),
 }
 
 

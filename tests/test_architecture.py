@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "samplers": {"samplers"},
     "flowmaps": {"samplers", "flowmaps"},
     "training": {"samplers", "flowmaps", "training"},
-    "configs": {"training"},
+    "configs": {"training", "flowmaps"},
     "scripts": {"samplers", "flowmaps", "training"},
 }
 OURS = {"samplers", "flowmaps", "training", "configs", "scripts", "tests"}
