@@ -51,6 +51,7 @@ ROWS = {
     "progressive": lambda: base("progressive"),
     "progressive_uniform": lambda: base("progressive", middle=Middle.uniform),
     "shortcut": lambda: base("shortcut"),
+    "terminal_velocity": lambda: base("terminal_velocity"),
     "mean_flow": lambda: base("mean_flow"),
     "improved_mean_flow": lambda: base("improved_mean_flow"),
 }

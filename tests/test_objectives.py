@@ -84,7 +84,7 @@ def by_hand(name, fm, x, s, t, g, c):
 
     A_s, A_t = ((-(1 - time) + time * std**2) / variance(time) for time in (s, t))
     b = mean + A_s * (x - s * mean)
-    if name.startswith("lagrangian"):  # d_t X = b(X*) + 2 gap c x, and X = X* + gap^2 c x
+    if name.startswith(("lagrangian", "terminal_velocity")):  # d_t X = b(X*) + 2 gap c x, and X = X* + gap^2 c x
         return c * (2 * gap * x - A_t * gap**2 * x), (1 if name.endswith("slim") else 2) * gap * x
     if name.startswith("eulerian"):  # d_s X = d_s X* - 2 gap c x, and grad X . b = e b + gap^2 c b
         student = {

@@ -264,3 +264,25 @@ def test_best_by_features(tmp_path):
         with pytest.raises(UserError, match=f"--config.best.metric={wrong}"):
             train(config, tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+def test_terminal_velocity_is_taught_by_its_own_average_and_resumes_exactly(tmp_path):
+    """The teacher has the averaged weights after every step; it is not trained, and a resume gives it back."""
+    config = get_config("terminal_velocity,smoke")
+    config.steps, config.checkpoint_every, config.sample_every = 6, 3, 6
+    trainer = Trainer.build(config)
+    assert set(trainer.ema.shadows) == {0.999, 0.99}
+    before = {k: v.clone() for k, v in trainer.module.teacher.network.state_dict().items()}
+    assert_same(before, trainer.module.fm.network.state_dict())
+    for step in range(3):
+        trainer.step(step)
+    taught = trainer.module.teacher.network.state_dict()
+    assert_same(taught, trainer.ema.state(0.99))
+    assert not torch.equal(taught["layers.0.weight"], before["layers.0.weight"])
+    assert not any("teacher" in name for name, _ in trainer.module.named_parameters())
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "parts")
+    shutil.rmtree(list_checkpoints(tmp_path / "parts")[-1])
+    train(config, tmp_path / "parts")
+    for file in ("network", "ema-0.99", "ema-0.999", "optimizer"):
+        assert_same(weights(tmp_path / "whole", file), weights(tmp_path / "parts", file))

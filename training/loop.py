@@ -40,6 +40,7 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
     if checkpoints := list_checkpoints(workdir):
         _same_run(config, workdir / "config.json")
         done = load_checkpoint(checkpoints[-1], trainer.module, trainer.optimizer, trainer.ema)["step"]
+        trainer.refresh_teacher()
     if main:
         write_file(workdir / "config.json", json.dumps(config.to_dict(), indent=2).encode())
     with _Stop() as stop, closing(Log(workdir, config.steps, done, enabled=main)) as log:

@@ -1,5 +1,6 @@
 """One optimiser step, and everything it touches."""
 
+import copy
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from flowmaps import FlowMap, UserError
 from flowmaps.images import from_uint8
 from flowmaps.networks.layers import soft_label
-from flowmaps.objectives import LogVariance, Loss
+from flowmaps.objectives import LogVariance, Loss, Objective
 from flowmaps.rng import generator
 from training.augment import PARAMETERS, augmented, mirrored
 from training.checkpoint import prune_checkpoints, save_checkpoint
@@ -64,14 +65,17 @@ class Trainer:
             torch.manual_seed(config.seed)
             fm = build_flow_map(config, data.shape, data.num_classes)
             weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
-        module = LossModule(fm, build_objective(config), weight).to(accelerator.device)
+        objective = build_objective(config)
+        module = LossModule(fm.to(accelerator.device), objective, weight, _teacher(fm, objective))
+        module.to(accelerator.device)
         if config.channels_last:
             module.to(memory_format=torch.channels_last)
         if config.compile:
             module.compile()  # in place: parameter names stay
         optimizer = build_optimizer(config.optim, module.parameters())
         wrapped, prepared = accelerator.prepare(module, optimizer)
-        ema = EMA(fm.network, config.ema)
+        teaching = () if objective.teacher_decay is None else (objective.teacher_decay,)
+        ema = EMA(fm.network, tuple(dict.fromkeys((*config.ema, *teaching))))
         order, size = Order(len(data), config.seed), config.batch // shards
 
         def indices(k: int) -> Tensor:
@@ -104,6 +108,7 @@ class Trainer:
         if bool(torch.isfinite(norm)):
             self.prepared.step()
             self.ema.update(step + 1)
+            self.refresh_teacher()
         else:
             self._skip(step, norm)
         self.prepared.zero_grad(set_to_none=True)
@@ -129,6 +134,12 @@ class Trainer:
             torch.manual_seed(generator(config.seed, "dropout", step, shard).initial_seed())
             loss: Loss = self.wrapped(x1, label, draws)
         return loss
+
+    def refresh_teacher(self) -> None:
+        """Give the teacher, if there is one, the weights of its average: after each step and after a resume."""
+        decay = self.module.objective.teacher_decay
+        if self.module.teacher is not None and decay is not None:
+            self.module.teacher.network.load_state_dict(self.ema.state(decay))
 
     def _skip(self, step: int, norm: Tensor) -> None:
         self.skipped += 1
@@ -160,6 +171,11 @@ class Trainer:
         """Write the state after ``done`` steps to ``path``, with the exported ``model`` in it if there is one."""
         images_seen = done * self.config.batch
         save_checkpoint(path, done, images_seen, self.module, self.optimizer, self.ema, model, **facts)
+
+
+def _teacher(fm: FlowMap, objective: Objective) -> FlowMap | None:
+    """A frozen copy of ``fm`` in eval mode for an objective that is taught by an average of the weights."""
+    return None if objective.teacher_decay is None else copy.deepcopy(fm).requires_grad_(False).eval()
 
 
 def _check_augmentation(config: Config, shape: tuple[int, ...]) -> None:

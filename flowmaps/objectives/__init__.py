@@ -6,7 +6,7 @@ Tests, config rows and docs go over this table: a method that is listed is teste
 from flowmaps.objectives.base import Draws, Loss, Objective
 from flowmaps.objectives.eulerian import Eulerian, ImprovedMeanFlow, MeanFlow
 from flowmaps.objectives.flow_matching import FlowMatching
-from flowmaps.objectives.lagrangian import Lagrangian
+from flowmaps.objectives.lagrangian import Lagrangian, TerminalVelocity
 from flowmaps.objectives.progressive import Progressive, Shortcut
 from flowmaps.objectives.weight import LogVariance
 
@@ -16,6 +16,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "eulerian": Eulerian,
     "progressive": Progressive,
     "shortcut": Shortcut,
+    "terminal_velocity": TerminalVelocity,
     "mean_flow": MeanFlow,
     "improved_mean_flow": ImprovedMeanFlow,
 }
@@ -33,4 +34,5 @@ __all__ = [
     "Objective",
     "Progressive",
     "Shortcut",
+    "TerminalVelocity",
 ]

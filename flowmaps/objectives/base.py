@@ -78,6 +78,11 @@ class Objective:
         """
         return self.loss(fm, batch, label, self.draw(fm, batch, generator), teacher=teacher, weight=weight)
 
+    @property
+    def teacher_decay(self) -> float | None:
+        """Decay of the weights' average whose drift is the teacher in training; None: the live network teaches."""
+        return None
+
     def diagonal_rows(self, batch_size: int) -> int:
         """How many rows of a batch have s = t."""
         return math.floor(self.diagonal * batch_size + 1e-9)  # 0.29 * 100 is 28.999...

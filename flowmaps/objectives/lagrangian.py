@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flowmaps.derivatives import velocity_difference, velocity_jvp
+from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.objectives.base import Objective, Rows
 from samplers.callables import Drift, expand
@@ -41,3 +42,23 @@ class Lagrangian(Objective):
         with torch.no_grad():
             target = (teacher or fm.drift)(x + gap * v, t, label)
         return v + gap * (dv.detach() if self.slim else dv) - target
+
+
+@dataclass(frozen=True)
+class TerminalVelocity(Lagrangian):
+    """Lagrangian self-distillation whose end-point velocity comes from a moving average of the weights.
+
+    Terminal Velocity Matching (2025): r = d/dt X_{s,t}(I_s) - sg[ v'_{t,t}( X_{s,t}(I_s) ) ], v' with weights averaged
+    at decay ``teacher_ema``, the point from the live weights. The trainer keeps the average and passes it as teacher.
+    """
+
+    teacher_ema: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.teacher_ema < 1:
+            raise UserError(f"objective.teacher_ema is a decay and must lie in [0, 1), got {self.teacher_ema}")
+
+    @property
+    def teacher_decay(self) -> float:
+        return self.teacher_ema
