@@ -15,7 +15,7 @@ from flowmaps.objectives import Draws
 from flowmaps.rng import generator
 from training.config import Precision
 from training.dry_run import memory_guess
-from training.trainer import Trainer
+from training.trainer import CHANNELS_LAST, Trainer
 
 
 def gradients(trainer):
@@ -98,10 +98,7 @@ def test_compiled_run_equals_eager():
         torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-5)
 
 
-NEW_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)
-
-
-@pytest.mark.skipif(not NEW_TORCH, reason="torch before 2.15 has no jvp of group_norm on channels-last tensors")
+@pytest.mark.skipif(not CHANNELS_LAST, reason="torch before 2.15 has no jvp of group_norm on channels-last tensors")
 def test_channels_last_is_the_same_function(tmp_path):
     (plain, weights), (last, others) = losses_and_weights(), losses_and_weights(channels_last=True)
     assert plain == pytest.approx(last, rel=1e-4)
@@ -115,7 +112,7 @@ def test_channels_last_is_the_same_function(tmp_path):
 
 
 def test_channels_last_is_refused_on_an_old_torch(monkeypatch):
-    monkeypatch.setattr("training.trainer._TORCH", (2, 11))
+    monkeypatch.setattr("training.trainer.CHANNELS_LAST", False)
     with pytest.raises(UserError, match="channels_last needs torch"):
         Trainer.build(dataclasses.replace(digits("lagrangian,smoke"), channels_last=True))
 
@@ -139,8 +136,10 @@ def test_memory_guess_grows_with_the_images_of_a_micro_step():
     trainer = Trainer.build(config)
     trainer.step(0)
 
-    def numbers(batch):
-        guess = memory_guess(trainer, batch)
+    double = Trainer.build(dataclasses.replace(config, batch=16))
+
+    def numbers(size):
+        guess = memory_guess(trainer, double, size)
         return [float(part) for part in re.findall(r"([\d.]+) GiB", guess)]
 
     total, fixed, growing = numbers(8 * 2**12)

@@ -47,8 +47,8 @@ def augmented(x: Tensor, probability: float, generator: torch.Generator) -> tupl
     parameters = torch.stack([left_right, upside_down, scale, turn.cos() - 1, turn.sin(), *along, right, down], dim=1)
     x = _flipped(_flipped(x, left_right > 0, -1), upside_down > 0, -2)
     growth, strain = 2 ** (0.2 * scale), 2 ** (0.2 * stretch)
-    linear = _rotation(turn) @ _rotation(axis) @ torch.diag_embed(torch.stack([strain, 1 / strain], dim=1))
-    linear = linear @ _rotation(-axis) * growth[:, None, None]
+    linear = _rotation(axis) @ torch.diag_embed(torch.stack([strain, 1 / strain], dim=1)) @ _rotation(-axis)
+    linear = linear @ _rotation(turn) * growth[:, None, None]  # scaled and turned first, then stretched, then shifted
     shift = 2 * 0.125 * torch.stack([right, down], dim=1)  # an eighth of the image's width; [-1, 1] is all of it
     return _moved(x, linear, shift, parameters[:, 2:].any(dim=1)), parameters
 

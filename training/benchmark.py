@@ -16,7 +16,7 @@ from training.config import Config, Precision, load_row
 from training.data import load_arrays
 from training.evaluation import samples
 from training.scoring import floor, neighbours, pick_extractor, source_stats
-from training.trainer import Trainer
+from training.trainer import CHANNELS_LAST, Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
 CALIBRATION = 30  # steps timed to turn CPU minutes into a number of steps
@@ -52,6 +52,8 @@ def step_times(file: str, row: str, rounds: int = 15) -> Scores:
     """Seconds of a training step of each variant, and as a ratio to eager float32; medians of interleaved rounds."""
     trainers = {}
     for name, changes in VARIANTS.items():
+        if "channels_last" in changes and not CHANNELS_LAST:
+            continue
         AcceleratorState._reset_state()  # one process, several precisions
         trainers[name] = Trainer.build(dataclasses.replace(load_row(file, row), **changes))
         for step in range(3):  # compiles, fills caches

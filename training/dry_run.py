@@ -4,20 +4,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
 from training.config import Config
 from training.data import ImageFiles
 from training.evaluation import grid_image
-from training.trainer import Trainer
+from training.trainer import Trainer, micro_batch_size
 
 
 def dry_run(config: Config, batch: int = 16) -> tuple[dict[str, Any], Image.Image]:
-    """Two steps on at most ``batch`` images; returns (facts, picture)."""
-    micro_batch = max(1, min(config.batch, batch) // config.accumulate)
-    small = replace(config, batch=micro_batch * config.accumulate)
-    trainer = Trainer.build(small)
+    """Two steps on at most about ``batch`` images; returns (facts, picture)."""
+    processes = PartialState().num_processes
+    micro_batch = micro_batch_size(config, processes)
+    small = max(1, min(micro_batch, batch // (processes * config.accumulate)))
+    trainer = Trainer.build(_with_micro_batch(config, small, processes))
     losses = [float(trainer.step(step)["loss"]) for step in range(2)]
     facts: dict[str, Any] = {"data": f"{config.data.name}, {len(trainer.data)} samples of shape {trainer.data.shape}"}
     if isinstance(trainer.data, ImageFiles):
@@ -27,38 +29,49 @@ def dry_run(config: Config, batch: int = 16) -> tuple[dict[str, Any], Image.Imag
         "parameters": sum(p.numel() for p in trainer.module.fm.network.parameters()),
         "device": str(trainer.accelerator.device),
         "loss of two steps": losses,
-        "memory guess": memory_guess(trainer, config.batch),
+        "memory guess": memory_guess(
+            trainer, Trainer.build(_with_micro_batch(config, 2 * small, processes)), micro_batch
+        ),
     }
-    return facts, grid_image(trainer.averaged(2), config.sample_steps, config.seed, columns=micro_batch)
+    return facts, grid_image(trainer.averaged(2), config.sample_steps, config.seed, columns=min(16, 2 * small))
 
 
-def memory_guess(trainer: Trainer, batch: int) -> str:
-    """A guess at a process's memory for training at a global ``batch``, after at least one step.
+def _with_micro_batch(config: Config, size: int, processes: int) -> Config:
+    return replace(config, batch=size * processes * config.accumulate)
 
-    What stays: weights, gradients, optimiser state, averages. What grows with the batch: the tensors that the forward
-    pass keeps for the backward pass, counted in one small micro-step; a tensor that was freed within it may or may not
-    be counted. Library workspaces and the data are not in it.
+
+def memory_guess(trainer: Trainer, double: Trainer, size: int) -> str:
+    """A guess at a process's memory for micro-batches of ``size``, from two trainers of one config.
+
+    What stays: weights, gradients, optimiser state (of ``trainer``, which has made a step), averages. What grows: the
+    tensors that the forward pass keeps for the backward pass, on a straight line through those of the two trainers'
+    micro-batches. Library workspaces and the data are not in it.
     """
+    state = [v for entry in trainer.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
+    averages = [v for decay in trainer.ema.shadows for v in trainer.ema.state(decay).values()]
+    weights = [p for p in trainer.module.parameters() if p.requires_grad]
+    fixed = sum(2 * p.nbytes for p in weights) + sum(v.nbytes for v in [*state, *averages])
+    shards = trainer.accelerator.num_processes * trainer.config.accumulate
+    (one, few), (two, more) = ((t.config.batch // shards, kept_bytes(t)) for t in (trainer, double))
+    growing = max(0.0, few + (more - few) / (two - one) * (size - one))
+    gib = 2**30
+    return (
+        f"{(fixed + growing) / gib:.2f} GiB a process = {fixed / gib:.2f} GiB for weights, gradients, optimiser and "
+        f"averages + {growing / gib:.2f} GiB for {size} images a micro-step"
+    )
+
+
+def kept_bytes(trainer: Trainer) -> int:
+    """Bytes that the forward pass of one micro-step keeps; a tensor freed within it may or may not be counted."""
     kept: dict[int, int] = {}  # address -> bytes
 
     def count(tensor: Tensor) -> Tensor:
         kept[tensor.data_ptr()] = max(tensor.nbytes, kept.get(tensor.data_ptr(), 0))  # views share an address
         return tensor
 
-    parameters = [p for p in trainer.module.parameters() if p.requires_grad]
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         loss = trainer.shard_loss(0, 0)
-    for p in parameters:
+    for p in trainer.module.parameters():
         kept.pop(p.data_ptr(), None)
     del loss
-    state = [v for entry in trainer.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
-    averages = [v for decay in trainer.ema.shadows for v in trainer.ema.state(decay).values()]
-    fixed = sum(2 * p.nbytes for p in parameters) + sum(v.nbytes for v in [*state, *averages])
-    shards = trainer.accelerator.num_processes * trainer.config.accumulate
-    size, small = batch // shards, trainer.config.batch // shards
-    growing = sum(kept.values()) * size / small
-    gib = 2**30
-    return (
-        f"{(fixed + growing) / gib:.2f} GiB a process = {fixed / gib:.2f} GiB for weights, gradients, optimiser and "
-        f"averages + {growing / gib:.2f} GiB for {size} images a micro-step"
-    )
+    return sum(kept.values())

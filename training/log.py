@@ -1,6 +1,7 @@
 """The run's log: one JSON object a line in log.jsonl, something to look at on the terminal, and TensorBoard's files."""
 
 import json
+import math
 import sys
 import time
 from collections import defaultdict
@@ -70,7 +71,7 @@ class Log:
 
     def score(self, step: int, name: str, value: float) -> None:
         """Log a score of the model after ``step`` steps."""
-        self._write({"step": step, name: value})
+        self._write({"step": step, name: value if math.isfinite(value) else None})
         self._plot(step, {name: value})
         self._say(f"step {step}/{self.steps} {name}={value:.4g}")
 

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import json
+import shutil
 import signal
 from contextlib import closing
 from pathlib import Path
@@ -39,8 +40,16 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
     done = 0
     if checkpoints := list_checkpoints(workdir):
         _same_run(config, workdir / "config.json")
-        done = load_checkpoint(checkpoints[-1], trainer.module, trainer.optimizer, trainer.ema)["step"]
+        state = load_checkpoint(checkpoints[-1], trainer.module, trainer.optimizer, trainer.ema)
         trainer.refresh_teacher()
+        done = state["step"]
+        if state.get("data") != trainer.data.digest():
+            raise UserError(
+                f"--config.data.root={config.data.root}: its samples or labels are not those that the run in {workdir} "
+                "began with: bring them back or use a new --workdir"
+            )
+    elif main:
+        shutil.rmtree(workdir / "checkpoints" / "best", ignore_errors=True)  # of a run that left no checkpoint
     if main:
         write_file(workdir / "config.json", json.dumps(config.to_dict(), indent=2).encode())
     with _Stop() as stop, closing(Log(workdir, config.steps, done, enabled=main)) as log:
@@ -75,8 +84,7 @@ def _keep_best(trainer: Trainer, judge: Judge, workdir: Path, done: int, log: Lo
     score = judge(model)
     log.score(done, judge.name, score)
     if score < judge.lowest(workdir):
-        facts = {"metric": judge.name, "score": score, "num": trainer.config.best.num}
-        trainer.checkpoint(workdir / "checkpoints" / "best", done, model, **facts)
+        trainer.checkpoint(workdir / "checkpoints" / "best", done, model, score=score, judge=judge.facts)
 
 
 class _Stop:

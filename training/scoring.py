@@ -21,6 +21,10 @@ from training.data import DATA, ArrayData, DataSet, in_order, load_arrays, open_
 from training.outputs import pick_device
 
 
+class NotFinite(UserError):
+    """A model's samples hold NaN or infinity."""
+
+
 def check_source(source: str, flag: str) -> None:
     """Refuse a source that is nothing at all, before any slow work."""
     if not is_data_set(source) and not Path(source).exists():
@@ -107,7 +111,7 @@ def generated(batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tenso
         if x.ndim != 4:
             raise UserError(f"samples of shape {tuple(x.shape[1:])} are points, not images: features need images")
         if not bool(torch.isfinite(x).all()):
-            raise UserError("the model's samples hold NaN or infinity: nothing to score")
+            raise NotFinite("the model's samples hold NaN or infinity: nothing to score")
         yield to_uint8(x)
 
 

@@ -21,10 +21,11 @@ from training.checkpoint import prune_checkpoints, save_checkpoint
 from training.config import Config, Precision, build_flow_map, build_objective
 from training.data import DataSet, Loader, Order, download, load_data
 from training.ema import EMA
+from training.evaluation import check_best
 from training.loss_module import LossModule
 from training.optim import build_optimizer, learning_rate
 
-_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+CHANNELS_LAST = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
 
 
 @dataclass
@@ -46,21 +47,19 @@ class Trainer:
     def build(cls, config: Config) -> "Trainer":
         """Data, network, optimiser and averages at step 0; a function of the config alone."""
         config.validate()
-        if config.data.download:
-            download(config.data.name, config.data.root)
-        size = getattr(config.network, "image_size", None)
-        data = load_data(config.data.name, config.data.root, size, config.data.skip_corrupt)
-        _check_augmentation(config, data.shape)
         accelerator = Accelerator(  # nothing is left to the environment: no fp16, no other accumulation
             mixed_precision="bf16" if config.precision is Precision.bf16 else "no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
-        shards = accelerator.num_processes * config.accumulate
-        if config.batch % shards:
-            raise UserError(
-                f"--config.batch={config.batch} is not divisible by {accelerator.num_processes} processes x "
-                f"--config.accumulate={config.accumulate}"
-            )
+        pixels = getattr(config.network, "image_size", None)
+        with accelerator.local_main_process_first():  # it downloads, or checks a folder; the others find that done
+            if config.data.download:
+                download(config.data.name, config.data.root)
+            data = load_data(config.data.name, config.data.root, pixels, config.data.skip_corrupt)
+        _check_augmentation(config, data.shape)
+        if config.best.metric:
+            check_best(config.best, data.shape)
+        size = micro_batch_size(config, accelerator.num_processes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             fm = build_flow_map(config, data.shape, data.num_classes)
@@ -76,7 +75,7 @@ class Trainer:
         wrapped, prepared = accelerator.prepare(module, optimizer)
         teaching = () if objective.teacher_decay is None else (objective.teacher_decay,)
         ema = EMA(fm.network, tuple(dict.fromkeys((*config.ema, *teaching))))
-        order, size = Order(len(data), config.seed), config.batch // shards
+        order = Order(len(data), config.seed)
 
         def indices(k: int) -> Tensor:
             """Items of micro-step k of this process, counted from the start of the run."""
@@ -170,7 +169,18 @@ class Trainer:
     def checkpoint(self, path: Path, done: int, model: FlowMap | None = None, **facts: Any) -> None:
         """Write the state after ``done`` steps to ``path``, with the exported ``model`` in it if there is one."""
         images_seen = done * self.config.batch
+        facts["data"] = self.data.digest()
         save_checkpoint(path, done, images_seen, self.module, self.optimizer, self.ema, model, **facts)
+
+
+def micro_batch_size(config: Config, processes: int) -> int:
+    """Images of one process's micro-step."""
+    if config.batch % (processes * config.accumulate):
+        raise UserError(
+            f"--config.batch={config.batch} is not divisible by {processes} processes x "
+            f"--config.accumulate={config.accumulate}"
+        )
+    return config.batch // (processes * config.accumulate)
 
 
 def _teacher(fm: FlowMap, objective: Objective) -> FlowMap | None:
@@ -189,7 +199,7 @@ def _check_augmentation(config: Config, shape: tuple[int, ...]) -> None:
             f"--config.data.augment={data.augment:g} needs --config.network.augment_dim={wanted}, got {room}: "
             "the network is told what was done to an image"
         )
-    if config.channels_last and _TORCH < (2, 15):
+    if config.channels_last and not CHANNELS_LAST:
         raise UserError(
             f"--config.channels_last needs torch 2.15, this is {torch.__version__}: older ones have no forward "
             "derivative of group_norm in that layout"

@@ -2,8 +2,10 @@
 
 import codecs
 import gzip
+import hashlib
 import pickle
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,10 @@ class ArrayData:
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
         return tuple(self.x.shape[1:])
+
+    def digest(self) -> str:
+        """SHA-256 over the samples."""
+        return hashlib.sha256(self.x.contiguous().numpy().tobytes()).hexdigest()
 
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Samples at ``index`` [b] as they are stored, with their labels."""
@@ -68,25 +74,29 @@ def fashion_mnist(split: str, root: str) -> ArrayData:
     """
     part = "t10k" if split == "heldout" else "train"
     folder = Path(root) / "FashionMNIST" / "raw"
-    images = _idx(folder / f"{part}-images-idx3-ubyte").reshape(-1, 1, 28, 28)
-    labels = _idx(folder / f"{part}-labels-idx1-ubyte").long()
-    if len(images) != len(labels):
-        raise UserError(f"{folder} has {len(images)} images but {len(labels)} labels: fetch the data set again")
-    return ArrayData(F.pad(images, (2, 2, 2, 2)), labels, num_classes=10)
+    images = _idx(folder / f"{part}-images-idx3-ubyte", 3)
+    labels = _idx(folder / f"{part}-labels-idx1-ubyte", 1).long()
+    if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() >= 10:
+        raise UserError(
+            f"{folder} has {part} images of shape {tuple(images.shape)} for {len(labels)} labels, not Fashion-MNIST's: "
+            "delete the folder and fetch the data set again"
+        )
+    return ArrayData(F.pad(images[:, None], (2, 2, 2, 2)), labels, num_classes=10)
 
 
-def _idx(path: Path) -> Tensor:
-    """The bytes of a file in the MNIST family's idx format: uint8, of the shape in its header."""
+def _idx(path: Path, dims: int) -> Tensor:
+    """The bytes of a file in the MNIST family's idx format: uint8, of the ``dims`` sizes in its header."""
     try:
         packed = path.with_name(path.name + ".gz")
         content = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
-        dims = content[3]
+        if content[:4] != bytes([0, 0, 8, dims]):
+            raise ValueError(f"its first bytes are not those of {dims}-dimensional bytes")
         shape = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
         array = np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
     except FileNotFoundError:
         raise UserError(_missing(packed)) from None
-    except (OSError, EOFError, IndexError, struct.error, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): fetch the data set again") from None
+    except (OSError, EOFError, struct.error, zlib.error, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and fetch the data set again") from None
     return torch.from_numpy(array.copy())
 
 
@@ -125,7 +135,7 @@ def _cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
     except FileNotFoundError:
         raise UserError(_missing(path)) from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{path} is damaged ({error}): fetch the data set again") from None
+        raise UserError(f"{path} is damaged ({error}): delete it and fetch the data set again") from None
     return images, labels
 
 
@@ -137,7 +147,7 @@ def _missing(path: Path) -> str:
 
 
 def download(name: str, root: str) -> None:
-    """Fetch the files of a data set into ``root`` by torchvision, checksums compared; what is there is kept."""
+    """Fetch the files of a data set into ``root`` by torchvision; what is there is kept."""
     from torchvision import datasets
 
     classes = {"cifar10": datasets.CIFAR10, "fashion_mnist": datasets.FashionMNIST}

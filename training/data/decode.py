@@ -25,10 +25,12 @@ def decode(content: bytes) -> Pixels:
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
+            if image.mode == "I" and image.format != "PPM":  # PNG and TIFF of 16 bits have modes of their own
+                raise BadImage("pixels of 32 bits")
             return _to_uint8(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise BadImage("not an image") from None
-    except BadImage:
+    except (BadImage, MemoryError):
         raise
     except Exception as error:  # a hostile file can raise anything: OSError, SyntaxError, struct.error, a bomb, ...
         raise BadImage(str(error) or type(error).__name__) from None

@@ -5,12 +5,15 @@ import json
 import os
 import sys
 import zipfile
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -23,6 +26,16 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", "
 LABELS = "dataset.json"  # {"labels": [["00000/img00000000.png", 6], ...]}, as EDM and StyleGAN prepare data
 
 
+READ_ERRORS = (OSError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+
+
+def _is_image(name: str) -> bool:
+    """By its suffix; the shadow files that macOS puts into folders and zip files are none."""
+    path = PurePosixPath(name)
+    shadow = path.name.startswith("._") or "__MACOSX" in path.parts
+    return path.suffix.lower() in SUFFIXES and not shadow
+
+
 class Source(Protocol):
     """Where files are."""
 
@@ -30,7 +43,7 @@ class Source(Protocol):
     def root(self) -> Path: ...
 
     def listing(self) -> tuple[dict[str, list[int]], list[str]]:
-        """Image files with what tells a changed file (size, time or checksum), and what else is there, with reasons."""
+        """Image files with what tells a changed file (sizes, times), and what else is there."""
 
     def read(self, name: str) -> bytes:
         """Content of one file."""
@@ -49,7 +62,12 @@ class Folder:
         return found, left_out
 
     def _walk(self, folder: Path, above: tuple[str, ...], found: dict[str, list[int]], left_out: list[str]) -> None:
-        for path in sorted(folder.iterdir()):
+        try:
+            paths = sorted(folder.iterdir())
+        except OSError as error:
+            left_out.append(f"{folder.relative_to(self.root).as_posix()} ({error.strerror})")
+            return
+        for path in paths:
             name = path.relative_to(self.root).as_posix()
             if path.is_dir():
                 real = os.path.realpath(path)
@@ -59,11 +77,11 @@ class Folder:
                     self._walk(path, (*above, real), found, left_out)
             elif not path.is_file():
                 left_out.append(f"{name} (a broken link or no file)")
-            elif path.suffix.lower() in SUFFIXES:
+            elif _is_image(name):
                 stat = path.stat()
                 found[name] = [stat.st_size, stat.st_mtime_ns]
-            elif name != LABELS:
-                left_out.append(f"{name} (no image by its suffix)")
+            elif path.name != LABELS:
+                left_out.append(name)
 
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
@@ -88,11 +106,14 @@ class Zip:
         return self._open[os.getpid()]
 
     def listing(self) -> tuple[dict[str, list[int]], list[str]]:
-        entries = sorted((e for e in self._archive().infolist() if not e.is_dir()), key=lambda e: e.filename)
-        images = [e for e in entries if Path(e.filename).suffix.lower() in SUFFIXES]
-        other = {e.filename for e in entries} - {e.filename for e in images} - {LABELS}
-        found = {e.filename: [e.file_size, e.CRC] for e in images}
-        return found, [f"{name} (no image by its suffix)" for name in sorted(other)]
+        stat = self.root.stat()
+        found, left_out = {}, []
+        for entry in sorted((e for e in self._archive().infolist() if not e.is_dir()), key=lambda e: e.filename):
+            if _is_image(entry.filename):
+                found[entry.filename] = [entry.file_size, stat.st_size, stat.st_mtime_ns]
+            elif PurePosixPath(entry.filename).name != LABELS:
+                left_out.append(entry.filename)
+        return found, left_out
 
     def read(self, name: str) -> bytes:
         return self._archive().read(name)
@@ -125,9 +146,14 @@ class ImageFiles:
     def _image(self, name: str) -> Tensor:
         try:
             pixels = with_channels(decode(self.source.read(name)), self.channels)
-        except (BadImage, OSError, zipfile.BadZipFile, KeyError, RuntimeError, NotImplementedError) as error:
+        except (BadImage, *READ_ERRORS) as error:
             raise UserError(f"{self.source.root}: {name} was whole and is not now ({error}): put it back") from None
         return torch.from_numpy(np.array(square(pixels, self.size) if self.size else pixels)).permute(2, 0, 1)
+
+    def digest(self) -> str:
+        """SHA-256 over names and labels in order."""
+        labels = None if self.label is None else self.label.tolist()
+        return hashlib.sha256(json.dumps([self.names, labels, self.classes, self.shape]).encode()).hexdigest()
 
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images at ``index`` [b] as uint8 [b, C, H, W], with their labels."""
@@ -164,12 +190,20 @@ def open_images(root: Path, size: int | None = None, skip_corrupt: bool = False)
     names = [name for name in found if name not in set(bad)]
     if not names:
         raise UserError(f"{root} has no whole image: {_some(bad)}")
-    left_out += [f"{name} ({reason})" for name, reason in bad.items()]
+    left_out = [*(f"{name} ({reason})" for name, reason in bad.items()), *_summary(left_out)]
     if left_out:
         tqdm.write(f"{root}: {len(names)} images; left out: {', '.join(left_out)}", file=sys.stderr)
-    label, classes = _labels(source, list(found))
+    label, classes = _labels(source, names)
     chosen = None if label is None else torch.tensor([label[name] for name in names])
     return ImageFiles(source, names, channels, size, chosen, classes, tuple(left_out))
+
+
+def _summary(other: list[str], most: int = 20) -> list[str]:
+    """What is no image: all of it by name, or counts by suffix if there is much."""
+    if len(other) <= most:
+        return [name if name.endswith(")") else f"{name} (no image by its suffix)" for name in other]
+    suffixes = Counter(PurePosixPath(name).suffix or "no suffix" for name in other)
+    return [f"{count} files with {suffix}" for suffix, count in suffixes.most_common(most)]
 
 
 def _some(bad: dict[str, str], most: int = 20) -> str:
@@ -182,8 +216,9 @@ def _checked(source: Source, found: dict[str, list[int]]) -> tuple[dict[str, str
 
     The memory is a small file in ~/.cache/flowmaps (or under XDG_CACHE_HOME), keyed by names, sizes and times.
     """
-    key = hashlib.sha256(json.dumps([1, str(source.root.resolve()), found]).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowmaps" / f"{key}.json"
+    key = hashlib.sha256(json.dumps([1, PIL.__version__, str(source.root.resolve()), found]).encode()).hexdigest()
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (Path.home can raise)
+    cache = Path(home) / "flowmaps" / f"{key}.json"
     try:
         known = json.loads(cache.read_text())
         return dict(known["bad"]), int(known["channels"])
@@ -191,10 +226,14 @@ def _checked(source: Source, found: dict[str, list[int]]) -> tuple[dict[str, str
         pass
     bad, channels, names = {}, 1, list(found)
 
+    unsure: list[str] = []  # a file that could not be opened today may be opened tomorrow
+
     def look(name: str) -> int | str:
         try:
             return int(decode(source.read(name)).shape[-1])
-        except (BadImage, OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        except (BadImage, *READ_ERRORS) as error:
+            if isinstance(error, OSError):
+                unsure.append(name)
             return str(error)
 
     with (
@@ -210,6 +249,8 @@ def _checked(source: Source, found: dict[str, list[int]]) -> tuple[dict[str, str
                     channels = max(channels, result)
             bar.update(len(chunk))
     try:
+        if unsure:
+            return bad, channels
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_file(cache, json.dumps({"bad": bad, "channels": channels}).encode())
     except OSError:  # only a memory: without it the next start looks again
@@ -218,35 +259,47 @@ def _checked(source: Source, found: dict[str, list[int]]) -> tuple[dict[str, str
 
 
 def _labels(source: Source, names: list[str]) -> tuple[dict[str, int] | None, tuple[str, ...]]:
-    """Label of each image and the names of the classes; (None, ()) without labels."""
-    try:
-        listed = json.loads(source.read(LABELS))["labels"]
-    except (FileNotFoundError, KeyError) as error:
-        if error.args == ("labels",):
-            raise UserError(f"{source.root}/{LABELS} has no 'labels': give a list, or null for none") from None
-        return _folder_labels(names)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{source.root}/{LABELS} is damaged ({error}): write it again") from None
-    if listed is None:
-        return None, ()
-    try:
-        label = {str(name): int(value) for name, value in listed}
-        missing = [name for name in names if name not in label]
-        if missing or min(label.values()) < 0:
-            raise ValueError(f"{missing[0]} has none" if missing else "one is negative")
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{source.root}/{LABELS}: labels must be [name, number] for each image ({error})") from None
-    return label, tuple(str(i) for i in range(max(label.values()) + 1))
+    """Label of each image and the names of the classes; (None, ()) without labels.
 
-
-def _folder_labels(names: list[str]) -> tuple[dict[str, int] | None, tuple[str, ...]]:
+    Folders that all images share, such as the one that ``zip -r`` puts in front, are looked through.
+    """
     folders = [PurePosixPath(name).parts[:-1] for name in names]
-    depth = 0  # folders that all images share say nothing
+    depth = 0
     while all(len(parts) > depth and parts[depth] == folders[0][depth] for parts in folders):
         depth += 1
+    for level in range(depth + 1):
+        prefix = "".join(f"{part}/" for part in folders[0][:level])
+        try:
+            content = source.read(prefix + LABELS)
+        except (FileNotFoundError, IsADirectoryError, KeyError):
+            continue
+        except READ_ERRORS as error:
+            raise UserError(f"{source.root}/{prefix}{LABELS} cannot be read ({error}): write it again") from None
+        return _listed_labels(content, f"{source.root}/{prefix}{LABELS}", names, prefix)
     tops = [parts[depth] if len(parts) > depth else "" for parts in folders]
     classes = tuple(sorted(set(tops)))
     if "" in classes or len(classes) < 2:
         return None, ()
     number = {name: i for i, name in enumerate(classes)}
     return {name: number[top] for name, top in zip(names, tops, strict=True)}, classes
+
+
+def _listed_labels(
+    content: bytes, file: str, names: list[str], prefix: str
+) -> tuple[dict[str, int] | None, tuple[str, ...]]:
+    """The labels that a dataset.json gives to ``names``, which it lists without ``prefix``."""
+    try:
+        listed = json.loads(content)["labels"]
+        if listed is None:
+            return None, ()
+        known = {prefix + str(name): value for name, value in listed}
+        label = {name: known[name] for name in names}
+        for name, value in label.items():
+            if type(value) is not int or not 0 <= value < 1_000_000:
+                raise ValueError(f"{value!r} of {name} is no whole number from 0 on")
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"nothing for {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(
+            f"{file} must hold 'labels', a list of [name, number] for each image, or null for none ({reason})"
+        ) from None
+    return label, tuple(str(i) for i in range(max(label.values()) + 1))

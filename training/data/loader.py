@@ -26,6 +26,9 @@ class DataSet(Protocol):
     def num_classes(self) -> int:
         """0: no labels."""
 
+    def digest(self) -> str:
+        """What a run keeps to know its data by."""
+
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Samples at ``index`` [b]: images uint8 [b, C, H, W] or points float32 [b, dim]; and labels int64 [b]."""
 
@@ -83,6 +86,8 @@ class Loader:
             rows = next(self._ahead)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
+            if not reason.startswith("DataLoader worker (pid"):
+                raise
             raise UserError(f"a data worker ended ({reason}): lower --config.data.workers={self.workers}") from None
         if isinstance(rows, UserError):
             raise rows
