@@ -65,6 +65,20 @@ def test_a_quarter_turn_and_whole_pixel_shifts_are_exact():
     torch.testing.assert_close(moved[..., :-5, 3:], x[..., 5:, :-3], atol=1e-4, rtol=0)
 
 
+def test_turned_before_stretched(monkeypatch):
+    """EDM's order, with every draw given: a quarter turn, then wide and low."""
+    seen = []
+    monkeypatch.setattr("training.augment._moved", lambda x, linear, *rest: seen.append(linear) or x)
+    # mirror | upside down: value, gate | scale gate | turn: angle, gate | stretch gate | axis: gate, angle | shift gate
+    draws = iter([0.9, 0.9, 0.9, 0.9, 0.75, 0.1, 0.1, 0.9, 0.5, 0.9])
+    monkeypatch.setattr(torch, "rand", lambda n, **options: torch.full((n,), next(draws)))
+    monkeypatch.setattr(torch, "randn", lambda n, **options: torch.full((n,), 5.0))
+    _, parameters = augmented(torch.zeros(1, 1, 4, 4), 0.5, stream())
+    stretch = torch.diag_embed(torch.tensor([[2.0, 0.5]]))
+    torch.testing.assert_close(seen[0], stretch @ _rotation(torch.tensor([math.pi / 2])))
+    torch.testing.assert_close(parameters[0], torch.tensor([0, 0, 0, -1.0, 1.0, 5.0, 0, 0, 0]), atol=1e-6, rtol=0)
+
+
 def test_growth_enlarges():
     x = torch.full((1, 1, 32, 32), -1.0)
     x[..., 12:20, 12:20] = 1.0

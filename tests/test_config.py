@@ -52,6 +52,16 @@ def test_every_config_row_passes_a_dry_run(module, row, data_root):
     assert facts["parameters"] > 0 and picture.width > 50 and "GiB" in facts["memory guess"]
 
 
+def test_dry_run_refuses_what_training_would():
+    config = tiny(accumulate=3, batch=16)
+    with pytest.raises(UserError, match=r"--config\.batch=16 is not divisible"):
+        dry_run(config)
+    config = tiny()
+    config.best.metric = "FID"
+    with pytest.raises(UserError, match=r"--config\.best\.metric"):
+        dry_run(config)
+
+
 def test_accidental_options_are_refused():
     from training.config import network, objective
 

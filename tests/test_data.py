@@ -50,7 +50,9 @@ def test_damaged_files_are_named(tmp_path):
     write_fashion_mnist(tmp_path)
     file = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte.gz"
     content = file.read_bytes()
-    for broken in (content[:1000], b"", b"no gzip at all"):
+    labels = (tmp_path / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte.gz").read_bytes()
+    flipped = content[:40] + bytes([content[40] ^ 255]) + content[41:]
+    for broken in (content[:1000], b"", b"no gzip at all", labels, flipped):
         file.write_bytes(broken)
         with pytest.raises(UserError, match="train-images-idx3-ubyte is damaged"):
             load_arrays("fashion_mnist", root=str(tmp_path))

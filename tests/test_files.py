@@ -171,3 +171,52 @@ def test_without_a_size_images_must_agree(tmp_path):
     write_folder(tmp_path, {"c.png": encoded(photograph(2, 20, 20), "png")})
     with pytest.raises(UserError, match=r"c\.png has shape .* --size"):
         open_images(root).fetch(torch.arange(3))
+
+
+def test_what_macos_adds_to_a_zip_is_no_image_and_no_class(tmp_path):
+    files = {f"pets/{kind}/{i}.png": encoded(photograph(i), "png") for i, kind in enumerate(("cat", "dog"))}
+    shadows = {f"__MACOSX/pets/{kind}/._{i}.png": b"shadow" for i, kind in enumerate(("cat", "dog"))}
+    data = open_images(write_zip(tmp_path / "a.zip", files | shadows | {"pets/cat/._0.png": b"x"}), 8)
+    assert data.classes == ("cat", "dog") and data.label.tolist() == [0, 1] and len(data.left_out) == 3
+
+
+def test_dataset_json_in_the_folder_that_zip_puts_in_front(tmp_path):
+    files = {f"0000{i}/img.png": encoded(photograph(i), "png") for i in range(2)}
+    labels = {"labels": [[name, 1] for name in files]}
+    path = write_zip(tmp_path / "a.zip", files | {"dataset.json": json.dumps(labels).encode()}, top="ds/")
+    data = open_images(path, 8)
+    assert data.label.tolist() == [1, 1] and not data.left_out
+
+
+def test_labels_must_be_whole_numbers_for_what_is_used(tmp_path):
+    files = {name: encoded(photograph(0), "png") for name in ("a.png", "b.png")} | {"c.png": b""}
+    for values, fine in (((0, 1), True), ((0.9, 1), False), ((True, 0), False), ((0, 10**9), False)):
+        listed = {"labels": [[name, value] for name, value in zip(files, values, strict=False)]}
+        root = write_folder(tmp_path, files | {"dataset.json": json.dumps(listed).encode()})
+        if fine:  # the skipped file needs no label
+            assert open_images(root, 8, skip_corrupt=True).label.tolist() == [0, 1]
+        else:
+            with pytest.raises(UserError, match="no whole number"):
+                open_images(root, 8, skip_corrupt=True)
+
+
+def test_a_repaired_zip_is_looked_at_again(tmp_path):
+    path = write_zip(tmp_path / "a.zip", {f"{i}.png": encoded(photograph(i), "png") for i in range(2)})
+    whole = path.read_bytes()
+    for start in (60, 45):  # a wrong checksum, or a stream that zlib refuses: both are named
+        path.write_bytes(whole[:start] + bytes(30) + whole[start + 30 :])
+        with pytest.raises(UserError, match=r"1 files .* 0\.png"):
+            open_images(path, 8)
+        path.write_bytes(whole)
+        assert len(open_images(path, 8)) == 2
+
+
+def test_many_foreign_files_are_counted_by_suffix(tmp_path):
+    files = {f"{i}.{suffix}": b"text" for i in range(15) for suffix in ("txt", "json")}
+    root = write_folder(tmp_path, files | {"a.png": encoded(photograph(0), "png")})
+    assert set(open_images(root, 8).left_out) == {"15 files with .json", "15 files with .txt"}
+
+
+def test_32_bit_pixels_have_no_range():
+    with pytest.raises(BadImage, match="32 bits"):
+        decode(encoded(Image.fromarray(np.full((3, 3), 200, np.int32)), "tif"))

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from flowmaps import FlowMap, UserError
 from training.checkpoint import list_checkpoints
 from training.config import Decay, Optim
 from training.ema import EMA
+from training.evaluation import Judge
 from training.loop import train
 from training.optim import learning_rate
 from training.trainer import Trainer
@@ -231,7 +233,7 @@ def test_best_checkpoint_is_the_lowest_score_and_can_be_sampled(tmp_path):
     best = tmp_path / "checkpoints" / "best"
     state = json.loads((best / "state.json").read_text())
     assert state["score"] == min(scores.values()) and scores[state["step"]] == state["score"]
-    assert state["metric"] == "W2@2" and state["num"] == 500
+    assert state["judge"] == {"metric": "W2", "steps": 2, "num": 500, "seed": 0}
     fm = FlowMap.from_pretrained(best)
     assert fm.info.images_seen == state["step"] * 64
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000006", "step-00000009"]  # it is none of the kept
@@ -258,7 +260,11 @@ def test_best_by_features(tmp_path):
     config.best.metric, config.best.every, config.best.num, config.best.steps = "FD-digits", 2, 40, 1
     train(config, tmp_path)
     state = json.loads((tmp_path / "checkpoints" / "best" / "state.json").read_text())
-    assert state["metric"] == "FD-digits@1" and 0 < state["score"] < 1e5
+    assert state["judge"].items() >= {"metric": "FD-digits", "steps": 1, "num": 40}.items() and 0 < state["score"] < 1e5
+    assert len(state["judge"]["reference"]) == len(state["judge"]["weights"]) == 64
+    config.best.reference = str(tmp_path / "none.npz")
+    with pytest.raises(UserError, match=r"--config\.best\.reference=.*no such file"):
+        train(config, tmp_path / "never")
     for wrong in ("W2", "FD-faces"):
         config.best.metric = wrong
         with pytest.raises(UserError, match=f"--config.best.metric={wrong}"):
@@ -286,3 +292,50 @@ def test_terminal_velocity_is_taught_by_its_own_average_and_resumes_exactly(tmp_
     train(config, tmp_path / "parts")
     for file in ("network", "ema-0.99", "ema-0.999", "optimizer"):
         assert_same(weights(tmp_path / "whole", file), weights(tmp_path / "parts", file))
+
+
+def test_best_of_another_judge_or_of_a_run_without_checkpoints_does_not_count(tmp_path):
+    train(best_config(), tmp_path)
+    best = tmp_path / "checkpoints" / "best" / "state.json"
+    data = Trainer.build(best_config()).data
+    device = torch.device("cpu")
+    config = best_config()
+    assert Judge(config.best, data, 0, device).lowest(tmp_path) == json.loads(best.read_text())["score"]
+    config.best.num = 20
+    assert Judge(config.best, data, 0, device).lowest(tmp_path) == math.inf
+    assert Judge(best_config().best, data, 1, device).lowest(tmp_path) == math.inf
+    for checkpoint in list_checkpoints(tmp_path):
+        shutil.rmtree(checkpoint)
+    train(tiny(), tmp_path)
+    assert not best.exists()
+
+
+def test_a_broken_model_scores_infinity_and_the_run_goes_on():
+    from configs.digits import get_config as digits
+
+    for config, metric in ((tiny(), "W2"), (digits("lagrangian,smoke"), "FD-digits")):
+        config.best.metric, config.best.num = metric, 20
+        trainer = Trainer.build(config)
+        judge = Judge(config.best, trainer.data, 0, torch.device("cpu"))
+        fm = trainer.averaged(0)
+        assert math.isfinite(judge(fm))
+        for p in fm.network.parameters():
+            torch.nn.init.constant_(p, float("nan"))
+        assert judge(fm) == math.inf
+
+
+def test_resume_refuses_other_samples_or_labels(data_root, tmp_path):
+    from configs.folder import get_config as folder
+
+    shutil.copytree(data_root / "folder", tmp_path / "images")
+    config = folder("lagrangian,smoke")
+    config.data.root, config.data.workers, config.network.image_size = str(tmp_path / "images"), 0, 16
+    config.network.attention_resolutions, config.network.num_classes = (), 2
+    config.batch, config.steps = 2, 1
+    train(config, tmp_path / "run")
+    config.steps = 2
+    (tmp_path / "images" / "a").rename(tmp_path / "images" / "zebra")
+    with pytest.raises(UserError, match=r"--config\.data\.root.*samples or labels"):
+        train(config, tmp_path / "run")
+    (tmp_path / "images" / "zebra").rename(tmp_path / "images" / "a")
+    train(config, tmp_path / "run")

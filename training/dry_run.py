@@ -21,6 +21,7 @@ def dry_run(config: Config, batch: int = 16) -> tuple[dict[str, Any], Image.Imag
     small = max(1, min(micro_batch, batch // (processes * config.accumulate)))
     trainer = Trainer.build(_with_micro_batch(config, small, processes))
     losses = [float(trainer.step(step)["loss"]) for step in range(2)]
+    double = Trainer.build(_with_micro_batch(config, 2 * small, processes))
     facts: dict[str, Any] = {"data": f"{config.data.name}, {len(trainer.data)} samples of shape {trainer.data.shape}"}
     if isinstance(trainer.data, ImageFiles):
         facts["classes"] = ", ".join(trainer.data.classes) or "none"
@@ -29,9 +30,7 @@ def dry_run(config: Config, batch: int = 16) -> tuple[dict[str, Any], Image.Imag
         "parameters": sum(p.numel() for p in trainer.module.fm.network.parameters()),
         "device": str(trainer.accelerator.device),
         "loss of two steps": losses,
-        "memory guess": memory_guess(
-            trainer, Trainer.build(_with_micro_batch(config, 2 * small, processes)), micro_batch
-        ),
+        "memory guess": memory_guess(trainer, double, micro_batch),
     }
     return facts, grid_image(trainer.averaged(2), config.sample_steps, config.seed, columns=min(16, 2 * small))
 
