@@ -55,6 +55,7 @@ TRAIN_MISTAKES = {
     "no target": ([CHECKER, "--config.objective.target=magic", "--workdir={tmp}/a"], "lagrangian"),
     "best of nothing": ([CHECKER, "--config.best.metric=FID", "--workdir={tmp}/a"], "--config.best.metric"),
     "flipped points": ([CHECKER, "--config.data.flip", "--workdir={tmp}/a"], "--config.data.flip"),
+    "no labels to drop": ([CHECKER, "--config.data.label_dropout=0.1", "--workdir={tmp}/a"], "label_dropout"),
     "no workers": ([CHECKER, "--config.data.workers=-1", "--workdir={tmp}/a"], "--config.data.workers"),
     "other shape": ([CHECKER, "--config.data.name=digits", "--workdir={tmp}/a"], "digits"),
     "bad betas": ([CHECKER, "--config.optim.betas=(2.0,3.0)", "--workdir={tmp}/a"], "betas"),

@@ -235,6 +235,20 @@ def test_learned_weight_leaves_the_logged_terms_alone(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_adaptive_weight_divides_by_a_constant_power(name):
+    """One row a batch: the loss is r^2 / (3 r^2 + 1e-3)^p and its gradient that of r^2 over the same constant."""
+    fm, c = gaussian_map(wrong=0.3), 1e-3
+    x1, _ = gaussian_data(fm, 1)
+    plain, weighted = (OBJECTIVES[name](adaptive=p)(fm, x1, generator=generator()) for p in (0.0, 0.75))
+    constant = (3 * plain.value.detach() + c) ** 0.75
+    torch.testing.assert_close(weighted.value, plain.value / constant)
+    gradients = [torch.autograd.grad(loss.value, fm.network.wrong)[0] for loss in (plain, weighted)]
+    torch.testing.assert_close(gradients[1], gradients[0] / constant)
+    with pytest.raises(UserError, match="adaptive"):
+        OBJECTIVES[name](adaptive=-1.0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_compiled_loss_equals_eager(name):
     """fullgraph: no graph break, the derivative included."""
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from test_training import assert_same, tiny
 
 from configs.digits import get_config as digits
 from flowmaps import FlowMap, UserError
+from flowmaps.generate import labels_for
 from flowmaps.images import from_uint8
 from flowmaps.objectives import Draws
 from flowmaps.rng import generator
@@ -87,6 +88,21 @@ def losses_and_weights(steps=5, **changes):
     trainer = Trainer.build(config)
     losses = [trainer.step(k)["loss"].item() for k in range(steps)]
     return losses, dict(trainer.module.fm.network.state_dict())
+
+
+def test_label_dropout_hides_its_share_of_labels_and_is_recorded(monkeypatch):
+    config = dataclasses.replace(digits("lagrangian,smoke"), batch=1000)
+    config.data.label_dropout = 0.2
+    trainer, seen = Trainer.build(config), []
+    monkeypatch.setattr(trainer, "wrapped", lambda x1, label, draws: seen.append(label))
+    for _ in range(2):
+        trainer.shard_loss(0, 0)
+    true = trainer.loader.shard(0)[1]
+    dropped = seen[0] == 10
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0][~dropped], true[~dropped])
+    assert abs(dropped.float().mean() - 0.2) < 0.05
+    info = trainer.averaged(0).info
+    assert info.label_dropout == 0.2 and labels_for(info, 2, 10).tolist() == [10, 10]
 
 
 @pytest.mark.slow

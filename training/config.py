@@ -45,6 +45,7 @@ class Data:
     workers: int = 0  # processes that read ahead; 0: read between the steps
     skip_corrupt: bool = False  # leave out files that are no whole images, instead of refusing the folder
     flip: bool = False  # mirror half of the images
+    label_dropout: float = 0.0  # share of rows trained without their label, for "no label" and guidance
     augment: float = 0.0  # probability of each of EDM's transforms; the network needs augment_dim=9
 
 
@@ -135,8 +136,11 @@ class Config:
         ):
             if number < least:
                 raise UserError(f"--config.{name} must be at least {least}, got {number}")
-        if not 0 <= self.data.augment <= 1:
-            raise UserError(f"--config.data.augment is a probability, got {self.data.augment}")
+        for name, share in (("augment", self.data.augment), ("label_dropout", self.data.label_dropout)):
+            if not 0 <= share <= 1:
+                raise UserError(f"--config.data.{name} is a probability, got {share}")
+        if self.data.label_dropout and not getattr(self.network, "num_classes", 0):
+            raise UserError("--config.data.label_dropout needs labels: --config.network.num_classes=N")
         if self.optim.weight_decay < 0:
             raise UserError(f"--config.optim.weight_decay must not be negative, got {self.optim.weight_decay}")
         if not self.weight.limit > 0:
@@ -220,7 +224,14 @@ def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int) -> 
             f"--config.network.num_classes={config.network.num_classes}, but {config.data.name} has {num_classes}"
         )
     kind = build_objective(config).kind
-    info = FlowMapInfo(shape=shape, num_classes=classes, kind=kind, data=config.data.name, ema=config.ema[0])
+    info = FlowMapInfo(
+        shape=shape,
+        num_classes=classes,
+        kind=kind,
+        data=config.data.name,
+        ema=config.ema[0],
+        label_dropout=config.data.label_dropout,
+    )
     return FlowMap(build_network(config), config.interpolant, config.base_std, info)
 
 

@@ -122,6 +122,11 @@ class Trainer:
         label = label.to(device, non_blocking=True) if label is not None and fm.info.num_classes else None
         x1 = from_uint8(x1) if x1.dtype == torch.uint8 else x1
         draws = self.module.objective.draw(fm, x1, generator(config.seed, "draws", step, shard, device))
+        if label is not None and config.data.label_dropout:
+            drawn = torch.rand(
+                len(label), generator=generator(config.seed, "labels", step, shard, device), device=device
+            )
+            label = torch.where(drawn < config.data.label_dropout, fm.info.num_classes, label)
         if config.data.flip:
             x1 = mirrored(x1, generator(config.seed, "flip", step, shard, device))
         if config.data.augment:

@@ -56,10 +56,13 @@ class Objective:
     kind: ClassVar[str] = "map"  # what FlowMapInfo.kind says of the trained network
 
     diagonal: float = 0.75  # share of rows with s = t
+    adaptive: float = 0.0  # power p of the adaptive weight 1 / sg[|r|^2 + 1e-3]^p; 0: none
 
     def __post_init__(self) -> None:
         if not 0 <= self.diagonal <= 1:
             raise UserError(f"objective.diagonal is a share and must lie in [0, 1], got {self.diagonal}")
+        if not 0 <= self.adaptive <= 2:
+            raise UserError(f"objective.adaptive is a power and must lie in [0, 2], got {self.adaptive}")
 
     def __call__(
         self,
@@ -126,6 +129,9 @@ class Objective:
             squared.append(mean_square(residual))
             terms["off_diagonal"] = squared[-1].detach().mean()
         per_sample = torch.cat(squared)
+        if self.adaptive:  # Geng et al. 2025 (arXiv 2505.13447), with |r|^2 the sum over a sample's dimensions
+            total = per_sample.detach() * x1[0].numel()
+            per_sample = per_sample * (total + 1e-3).pow(-self.adaptive)
         if weight is not None:  # exp(-w) |r|^2 + w: w learns the log of the residual's variance
             w = weight(s, t)
             per_sample = torch.exp(-w) * per_sample + w
