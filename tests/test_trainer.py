@@ -90,6 +90,13 @@ def losses_and_weights(steps=5, **changes):
     return losses, dict(trainer.module.fm.network.state_dict())
 
 
+def test_clipped_says_whether_the_gradient_was_longer_than_the_clip():
+    for clip, expected in ((1e-6, 1.0), (1e6, 0.0)):
+        config = tiny()
+        config.optim.clip = clip
+        assert Trainer.build(config).step(0)["clipped"] == expected
+
+
 def test_label_dropout_hides_its_share_of_labels_and_is_recorded(monkeypatch):
     config = dataclasses.replace(digits("lagrangian,smoke"), batch=1000)
     config.data.label_dropout = 0.2

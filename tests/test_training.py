@@ -49,7 +49,7 @@ def test_run_directory(tmp_path):
     ]
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
-    assert {"loss", "diagonal", "off_diagonal", "grad_norm", "lr", "images_per_second"} <= rows[0].keys()
+    assert {"loss", "diagonal", "off_diagonal", "grad_norm", "clipped", "lr", "images_per_second"} <= rows[0].keys()
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000006"]
     assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step-00000006.png"]
     assert_same(FlowMap.from_pretrained(tmp_path).network.state_dict(), fm.network.state_dict())

@@ -111,7 +111,8 @@ class Trainer:
         else:
             self._skip(step, norm)
         self.prepared.zero_grad(set_to_none=True)
-        return {**logged, "grad_norm": norm, "skipped": torch.tensor(float(self.skipped))}
+        clipped = (norm > config.optim.clip).float()  # its mean over an interval is the share of clipped steps
+        return {**logged, "grad_norm": norm, "clipped": clipped, "skipped": torch.tensor(float(self.skipped))}
 
     def shard_loss(self, step: int, micro: int) -> Loss:
         """The loss of one shard of step ``step``'s global batch: this process's micro-step ``micro``."""
