@@ -2,6 +2,9 @@
 
 python scripts/train.py --config=configs/fashion_mnist.py:lagrangian --config.data.root=data --workdir=runs/fashion
 python scripts/train.py --config=configs/fashion_mnist.py:lagrangian,cpu --config.data.root=data --workdir=runs/fashion
+
+The cpu variant, 113 minutes on one core of an AMD EPYC, seed 0, FD-fashion_mnist of 5,000 samples to the held-out images at
+1 / 2 / 4 / 8 steps: 13.9 / 7.6 / 6.6 / 6.2 (Euler on its drift: 121 / 41 / 9.3 / 3.9, and 5.2 at 64).
 """
 
 from training.config import Config, Data, Decay, Optim, Optimizer, Precision, network, objective, select
@@ -36,7 +39,7 @@ def base(method: str) -> Config:
 
 
 def cpu(config: Config) -> None:
-    """About 100 minutes of one CPU core: pixels folded 2 x 2, a narrow network, 10,000 steps of 64."""
+    """Under two hours of one CPU core: pixels folded 2 x 2, a narrow network, 10,000 steps of 64."""
     net = config.network
     net.patch, net.width, net.blocks, net.attention_resolutions, net.dropout = 2, 32, 1, (8,), 0.0
     config.steps, config.batch, config.precision, config.ema = 10_000, 64, Precision.fp32, (0.999,)
