@@ -3,8 +3,8 @@
 python scripts/train.py --config=configs/fashion_mnist.py:lagrangian --config.data.root=data --workdir=runs/fashion
 python scripts/train.py --config=configs/fashion_mnist.py:lagrangian,cpu --config.data.root=data --workdir=runs/fashion
 
-The cpu variant, 113 minutes on one core of an AMD EPYC, seed 0, FD-fashion_mnist of 5,000 samples to the held-out images at
-1 / 2 / 4 / 8 steps: 13.9 / 7.6 / 6.6 / 6.2 (Euler on its drift: 121 / 41 / 9.3 / 3.9, and 5.2 at 64).
+The cpu variant, 113 minutes on an AMD EPYC core, seed 0: FD-fashion_mnist of 5,000 samples to the held-out images
+at 1 / 2 / 4 / 8 steps 13.9 / 7.6 / 6.6 / 6.2 (Euler on its drift: 121 / 41 / 9.3 / 3.9, and 5.2 at 64).
 """
 
 from training.config import Config, Data, Decay, Optim, Optimizer, Precision, network, objective, select
