@@ -187,7 +187,7 @@ def open_images(root: Path, size: int | None = None, skip_corrupt: bool = False)
             f"{root} has {len(bad)} files that are no whole images: {_some(bad)}: repair or remove them, or leave "
             "them out (--config.data.skip_corrupt, stats.py --skip_corrupt)"
         )
-    names = [name for name in found if name not in set(bad)]
+    names = [name for name in found if name not in bad]
     if not names:
         raise UserError(f"{root} has no whole image: {_some(bad)}")
     left_out = [*(f"{name} ({reason})" for name, reason in bad.items()), *_summary(left_out)]
