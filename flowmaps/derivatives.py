@@ -75,7 +75,7 @@ def velocity_difference(
     twice = None if label is None else torch.cat([label, label])
     v = fm.velocity(torch.cat([x, x]), torch.cat([s, s]), torch.cat([early, late]), twice)
     before, after = v.chunk(2)
-    slope = (after - before) / expand(late - early, x)
+    slope = (after - before) / expand((late - early).clamp(min=1e-9), x)  # s = t = 1 leaves no room
     return before + expand(t - early, x) * slope, slope
 
 

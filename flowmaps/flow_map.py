@@ -21,7 +21,7 @@ class FlowMapInfo:
 
     shape: tuple[int, ...] = ()  # of one sample: (channels, height, width) for images, (dim,) for points
     num_classes: int = 0  # 0: unconditional; else labels 0 .. num_classes - 1, and num_classes means "no label"
-    kind: str = "map"  # "map": v_{s,t} is trained for s < t; "drift": only v_{t,t} is
+    kind: str = "map"  # "map": v_{s,t} is trained for s <= t; "drift": v_{t,t} alone; "consistency": v_{s,1} alone
     data: str = ""  # the name of the training set
     ema: float | None = None  # decay of the weights' moving average; None: the raw weights
     images_seen: int = 0
@@ -31,8 +31,22 @@ class FlowMapInfo:
     label_dropout: float = 0.0  # share of training rows without a label; 0: "no label" was never trained
 
     def __post_init__(self) -> None:
-        if self.kind not in ("map", "drift"):
-            raise UserError(f"FlowMapInfo.kind must be 'map' or 'drift', got {self.kind!r}")
+        if self.kind not in ("map", "drift", "consistency"):
+            raise UserError(f"FlowMapInfo.kind must be 'map', 'drift' or 'consistency', got {self.kind!r}")
+
+    def check_sampler(self, sampler: str, steps: int = 1, gamma: float = 1.0) -> None:
+        """Refuse a sampler of ``flowmaps.generate`` that asks the network for what it was never trained on."""
+        solver = sampler in ("euler", "heun")
+        if self.kind == "drift" and not solver:
+            raise UserError(
+                "this model is a drift (trained by flow matching alone) and has no map to jump with: "
+                "sample it with an ODE solver (--sampler=euler)"
+            )
+        if self.kind == "consistency" and (solver or (steps > 1 and not (sampler == "stochastic" and gamma == 1))):
+            raise UserError(
+                "this model is a consistency model, which only jumps to data: sample it in one step, or in several "
+                "with fresh noise between them (--sampler=stochastic --gamma=1)"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -84,11 +98,7 @@ class FlowMap(nn.Module):
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """X_{s,t}(x), same shape as ``x``; refused for a network of kind "drift", where it was never trained."""
-        if self.info.kind == "drift":
-            raise UserError(
-                "this model is a drift (trained by flow matching alone) and has no map to jump with: "
-                "sample it with an ODE solver (--sampler=euler)"
-            )
+        self.info.check_sampler("map")
         return x + expand(t - s, x).to(x.dtype) * self.velocity(x, s, t, label)
 
     def velocity(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:

@@ -62,6 +62,7 @@ def generate(
 
     Sample i depends on (``seed``, i) alone, whatever ``batch`` (to rounding). ``gamma``: for "stochastic" only.
     """
+    fm.info.check_sampler(sampler, len(times) - 1, gamma)
     device = next(fm.parameters()).device
     for start in range(0, n, batch):
         size = min(batch, n - start)

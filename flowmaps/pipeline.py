@@ -75,6 +75,8 @@ class FlowMapPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
         fm, device = self.flow_map, self._execution_device
+        solver = "euler" if fm.info.kind == "drift" else "map"
+        fm.info.check_sampler(solver, num_inference_steps if sigmas is None else len(sigmas))
         if latents is None:
             shape = (num_images, *fm.info.shape)
             latents = fm.base_std * randn_tensor(shape, generator=generator, device=device, dtype=self.network.dtype)
@@ -88,7 +90,7 @@ class FlowMapPipeline(DiffusionPipeline):
         grid = 1 - self.scheduler.sigmas.to(torch.float32)  # our times, 0 .. 1
         for k, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             s, t = grid[k].expand(len(x)), grid[k + 1].expand(len(x))
-            v = fm.velocity(x, s, t if fm.info.kind == "map" else s, label)
+            v = fm.velocity(x, s, s if solver == "euler" else t, label)
             x = self.scheduler.step(-v, timestep, x, return_dict=False)[0]
         self.maybe_free_model_hooks()
         images: Any = x

@@ -335,7 +335,7 @@ def test_resume_refuses_other_samples_or_labels(data_root, tmp_path):
     train(config, tmp_path / "run")
     config.steps = 2
     (tmp_path / "images" / "a").rename(tmp_path / "images" / "zebra")
-    with pytest.raises(UserError, match=r"--config\.data\.root.*samples or labels"):
+    with pytest.raises(UserError, match=r"--config\.data\.root.*other contents"):
         train(config, tmp_path / "run")
     (tmp_path / "images" / "zebra").rename(tmp_path / "images" / "a")
     train(config, tmp_path / "run")

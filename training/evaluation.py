@@ -23,8 +23,8 @@ from training.scoring import NotFinite, generated, reference_stats
 
 
 def samples(fm: FlowMap, steps: int, n: int, seed: int, sampler: str | None = None) -> Tensor:
-    """``n`` samples with ``steps`` uniform steps: by the map, or by Euler's method if ``fm`` is a drift."""
-    sampler = sampler or ("map" if fm.info.kind == "map" else "euler")
+    """``n`` samples with ``steps`` uniform steps: by the map, unless ``fm`` is of another kind."""
+    sampler = sampler or {"map": "map", "drift": "euler", "consistency": "stochastic"}[fm.info.kind]
     return torch.cat([x for x, _ in generate(fm, uniform_times(steps), n, seed, sampler=sampler)])
 
 

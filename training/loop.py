@@ -20,7 +20,7 @@ from training.trainer import Trainer
 # What may differ between a run's config.json and the config that resumes it: nothing that changes the steps done
 # (and ``steps`` itself, unless the learning rate follows it).
 MAY_CHANGE = {"log_every", "sample_every", "sample_steps", "checkpoint_every", "keep", "max_skipped_steps"}
-MAY_CHANGE |= {"data.root", "data.download", "data.workers"}
+MAY_CHANGE |= {"data.root", "data.download", "data.workers", "teacher"}
 MAY_CHANGE |= {f"best.{name}" for name in ("metric", "steps", "num", "every", "reference", "weights")}
 
 
@@ -43,11 +43,12 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
         state = load_checkpoint(checkpoints[-1], trainer.module, trainer.optimizer, trainer.ema)
         trainer.refresh_teacher()
         done = state["step"]
-        if state.get("data") != trainer.data.digest():
-            raise UserError(
-                f"--config.data.root={config.data.root}: its samples or labels are not those that the run in {workdir} "
-                "began with: bring them back or use a new --workdir"
-            )
+        for name, digest in trainer.origin().items():
+            if state.get(name) != digest:
+                raise UserError(
+                    f"--config.{name} has other contents than when the run in {workdir} began: "
+                    "bring them back or use a new --workdir"
+                )
     elif main:
         shutil.rmtree(workdir / "checkpoints" / "best", ignore_errors=True)  # of a run that left no checkpoint
     if main:

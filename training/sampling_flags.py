@@ -41,14 +41,10 @@ class SamplingFlags:
         """The flow map of ``--checkpoint``, on the accelerator if there is one, checked against the other flags."""
         if self.checkpoint.value is None:
             raise UserError("--checkpoint is missing: a run directory, an exported directory or a hub id")
-        self.counts()
+        counts = self.counts()
         fm = FlowMap.from_pretrained(self.checkpoint.value)
         labels_for(fm.info, 1, self.label.value)  # refuse a wrong label before any work
-        if fm.info.kind == "drift" and self.sampler.value not in ("euler", "heun"):
-            raise UserError(
-                f"--sampler={self.sampler.value}, but this model is a drift (trained by flow matching alone) and has "
-                "no map to jump with: add --sampler=euler or --sampler=heun"
-            )
+        fm.info.check_sampler(self.sampler.value, max(counts), self.gamma.value)
         return fm.to(pick_device())
 
     def batches(self, fm: FlowMap, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:

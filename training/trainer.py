@@ -65,7 +65,8 @@ class Trainer:
             fm = build_flow_map(config, data.shape, data.num_classes)
             weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
         objective = build_objective(config)
-        module = LossModule(fm.to(accelerator.device), objective, weight, _teacher(fm, objective))
+        fm.to(accelerator.device)
+        module = LossModule(fm, objective, weight, build_teacher(config, fm, objective))
         module.to(accelerator.device)
         if config.channels_last:
             module.to(memory_format=torch.channels_last)
@@ -73,7 +74,7 @@ class Trainer:
             module.compile()  # in place: parameter names stay
         optimizer = build_optimizer(config.optim, module.parameters())
         wrapped, prepared = accelerator.prepare(module, optimizer)
-        teaching = () if objective.teacher_decay is None else (objective.teacher_decay,)
+        teaching = (objective.teacher_ema,) if objective.teacher_ema else ()
         ema = EMA(fm.network, tuple(dict.fromkeys((*config.ema, *teaching))))
         order = Order(len(data), config.seed)
 
@@ -122,7 +123,7 @@ class Trainer:
         x1 = x1.to(device, non_blocking=True)
         label = label.to(device, non_blocking=True) if label is not None and fm.info.num_classes else None
         x1 = from_uint8(x1) if x1.dtype == torch.uint8 else x1
-        draws = self.module.objective.draw(fm, x1, generator(config.seed, "draws", step, shard, device))
+        draws = self.module.objective.draw(fm, x1, generator(config.seed, "draws", step, shard, device), step)
         if label is not None and config.data.label_dropout:
             drawn = torch.rand(
                 len(label), generator=generator(config.seed, "labels", step, shard, device), device=device
@@ -142,8 +143,8 @@ class Trainer:
 
     def refresh_teacher(self) -> None:
         """Give the teacher, if there is one, the weights of its average: after each step and after a resume."""
-        decay = self.module.objective.teacher_decay
-        if self.module.teacher is not None and decay is not None:
+        decay = self.module.objective.teacher_ema
+        if self.module.teacher is not None and decay:
             self.module.teacher.network.load_state_dict(self.ema.state(decay))
 
     def _skip(self, step: int, norm: Tensor) -> None:
@@ -175,8 +176,13 @@ class Trainer:
     def checkpoint(self, path: Path, done: int, model: FlowMap | None = None, **facts: Any) -> None:
         """Write the state after ``done`` steps to ``path``, with the exported ``model`` in it if there is one."""
         images_seen = done * self.config.batch
-        facts["data"] = self.data.digest()
+        facts |= self.origin()
         save_checkpoint(path, done, images_seen, self.module, self.optimizer, self.ema, model, **facts)
+
+    def origin(self) -> dict[str, str]:
+        """What the run rests on beside its config, by flag: a resume must find the same."""
+        teacher = self.module.teacher if self.config.teacher else None
+        return {"data.root": self.data.digest(), "teacher": teacher.fingerprint() if teacher else ""}
 
 
 def micro_batch_size(config: Config, processes: int) -> int:
@@ -189,9 +195,27 @@ def micro_batch_size(config: Config, processes: int) -> int:
     return config.batch // (processes * config.accumulate)
 
 
-def _teacher(fm: FlowMap, objective: Objective) -> FlowMap | None:
-    """A frozen copy of ``fm`` in eval mode for an objective that is taught by an average of the weights."""
-    return None if objective.teacher_decay is None else copy.deepcopy(fm).requires_grad_(False).eval()
+def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap | None:
+    """The flow map whose drift teaches ``fm``: that of ``config.teacher``, a copy for an average, or None."""
+    if not config.teacher:
+        return copy.deepcopy(fm).requires_grad_(False).eval() if objective.teacher_ema else None
+    if not objective.taught or objective.teacher_ema:
+        reason = "objective.teacher_ema is set" if objective.taught else f"{config.objective.target} takes no teacher"
+        raise UserError(f"--config.teacher={config.teacher}, but {reason}")
+    teacher = FlowMap.from_pretrained(config.teacher)
+    for name, theirs, ours in (
+        ("samples of shape", teacher.info.shape, fm.info.shape),
+        ("num_classes", teacher.info.num_classes, fm.info.num_classes),
+        ("interpolant", teacher.interpolant_name, fm.interpolant_name),
+        ("base_std", teacher.base_std, fm.base_std),
+        ("t_range", teacher.info.t_range, fm.info.t_range),
+        ("augment_dim", *(getattr(m.network.config, "augment_dim", 0) for m in (teacher, fm))),
+    ):
+        if theirs != ours:
+            raise UserError(f"--config.teacher={config.teacher} has {name} {theirs}, this run {ours}")
+    if teacher.info.kind == "consistency":
+        raise UserError(f"--config.teacher={config.teacher} is a consistency model and has no drift to teach")
+    return teacher.to(next(fm.parameters()).device).requires_grad_(False)
 
 
 def _check_augmentation(config: Config, shape: tuple[int, ...]) -> None:

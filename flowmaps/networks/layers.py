@@ -28,6 +28,33 @@ def no_dropout(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+class Dropout(nn.Dropout):
+    """Dropout that can use one mask for two passes of the network, see ``shared_dropout``."""
+
+    shared = False
+    mask: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.shared and self.training):
+            return super().forward(input)
+        if self.mask is None:
+            self.mask = F.dropout(torch.ones_like(input), self.p)
+        return input * self.mask
+
+
+@contextmanager
+def shared_dropout(network: nn.Module) -> Iterator[None]:
+    """All passes of ``network`` inside the block, on batches of one shape, drop the same activations."""
+    layers = [m for m in network.modules() if isinstance(m, Dropout)]
+    for layer in layers:
+        layer.shared = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.shared, layer.mask = False, None
+
+
 def zero(layer: nn.Module) -> nn.Module:
     """Set the weights of ``layer`` to zero, so that its branch starts as nothing."""
     for p in layer.parameters():

@@ -7,7 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from flowmaps.networks.layers import GroupNorm, SelfAttention, TimeEmbedding, normalise, zero
+from flowmaps.networks.layers import Dropout, GroupNorm, SelfAttention, TimeEmbedding, normalise, zero
 
 
 class Block(nn.Module):
@@ -20,7 +20,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(embedding, 2 * channels)  # its bias is the affine part of the second norm
         nn.init.ones_(self.modulation.bias[:channels])
         nn.init.zeros_(self.modulation.bias[channels:])
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
         self.skip = nn.Conv2d(inputs, channels, 1) if inputs != channels else nn.Identity()
         self.attention = SelfAttention(channels) if attention else nn.Identity()

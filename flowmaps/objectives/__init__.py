@@ -4,6 +4,7 @@ Tests, config rows and docs go over this table: a method that is listed is teste
 """
 
 from flowmaps.objectives.base import Draws, Loss, Objective
+from flowmaps.objectives.consistency import Consistency
 from flowmaps.objectives.eulerian import Eulerian, ImprovedMeanFlow, MeanFlow
 from flowmaps.objectives.flow_matching import FlowMatching
 from flowmaps.objectives.lagrangian import Lagrangian, TerminalVelocity
@@ -19,10 +20,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "terminal_velocity": TerminalVelocity,
     "mean_flow": MeanFlow,
     "improved_mean_flow": ImprovedMeanFlow,
+    "consistency": Consistency,
 }
 
 __all__ = [
     "OBJECTIVES",
+    "Consistency",
     "Draws",
     "Eulerian",
     "FlowMatching",

@@ -1,6 +1,8 @@
 """What all objectives share: random draws, the diagonal term, the weight and the reduction."""
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,7 +12,10 @@ from torch import Tensor, nn
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.networks.layers import no_dropout
+from flowmaps.objectives.times import Times, pair, single
 from samplers.callables import Drift
+
+Dropout = Callable[[nn.Module], AbstractContextManager[None]]  # a rule for the dropout of a network inside a block
 
 
 class Loss(NamedTuple):
@@ -33,8 +38,10 @@ class Draws(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Off-diagonal rows: points x = I_s of the path, its conditional velocity dI_s/ds there, times and labels."""
+    """Off-diagonal rows: noise, data, the point x = I_s of the path between, its velocity dI_s/ds, times and labels."""
 
+    x0: Tensor
+    x1: Tensor
     x: Tensor
     velocity: Tensor
     s: Tensor
@@ -54,15 +61,26 @@ class Objective:
     """
 
     kind: ClassVar[str] = "map"  # what FlowMapInfo.kind says of the trained network
+    dropout: ClassVar[Dropout] = no_dropout  # what the off-diagonal term does about dropout
 
     diagonal: float = 0.75  # share of rows with s = t
     adaptive: float = 0.0  # power p of the adaptive weight 1 / sg[|r|^2 + 1e-3]^p; 0: none
+    teacher_ema: float = 0.0  # decay of the weights' average whose drift teaches; 0: the live network teaches itself
+    times: Times = Times.triangle
+    time_mean: tuple[float, float] = (0.4, 0.4)  # of the logits of logit_normal's two times, or gap's end and share
+    time_std: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
         if not 0 <= self.diagonal <= 1:
             raise UserError(f"objective.diagonal is a share and must lie in [0, 1], got {self.diagonal}")
         if not 0 <= self.adaptive <= 2:
             raise UserError(f"objective.adaptive is a power and must lie in [0, 2], got {self.adaptive}")
+        if not 0 <= self.teacher_ema < 1:
+            raise UserError(f"objective.teacher_ema is a decay and must lie in [0, 1), got {self.teacher_ema}")
+        if self.teacher_ema and not self.taught:
+            raise UserError("objective.teacher_ema: this objective has no use for a teacher, leave it at 0")
+        if len(self.time_mean) != 2 or len(self.time_std) != 2 or not all(std > 0 for std in self.time_std):
+            raise UserError("objective.time_mean and time_std are two numbers each, the latter positive")
 
     def __call__(
         self,
@@ -73,35 +91,38 @@ class Objective:
         generator: torch.Generator,
         teacher: Drift | None = None,
         weight: nn.Module | None = None,
+        step: int = 0,
     ) -> Loss:
         """The loss on data ``batch`` [B, ...] with ``label`` [B] or None; all randomness is from ``generator``.
 
         ``teacher``: the drift that the off-diagonal term distils, None for the live network itself.
         ``weight``: a module w(s, t) -> [B], None for an unweighted loss. Dropout follows the network's mode.
+        ``step``: steps done so far, for a method whose times change over training.
         """
-        return self.loss(fm, batch, label, self.draw(fm, batch, generator), teacher=teacher, weight=weight)
+        return self.loss(fm, batch, label, self.draw(fm, batch, generator, step), teacher=teacher, weight=weight)
 
     @property
-    def teacher_decay(self) -> float | None:
-        """Decay of the weights' average whose drift is the teacher in training; None: the live network teaches."""
-        return None
+    def taught(self) -> bool:
+        """Whether the off-diagonal term asks a drift for its target: only then can a teacher take its place."""
+        return False
 
     def diagonal_rows(self, batch_size: int) -> int:
         """How many rows of a batch have s = t."""
         return math.floor(self.diagonal * batch_size + 1e-9)  # 0.29 * 100 is 28.999...
 
-    def draw(self, fm: FlowMap, x1: Tensor, generator: torch.Generator) -> Draws:
+    def draw(self, fm: FlowMap, x1: Tensor, generator: torch.Generator, step: int = 0) -> Draws:
         """Noise and times for one batch; apart from the loss, so that the loss can be compiled."""
         options: dict[str, Any] = {"generator": generator, "device": x1.device, "dtype": x1.dtype}
         x0 = fm.base_std * torch.randn(x1.shape, **options)
         uniform = torch.rand(2, len(x1), **options)
         rows = self.diagonal_rows(len(x1))
-        u, (s, t) = uniform[0, :rows], self.times(uniform[:, rows:])
+        u = single(self.times, uniform[0, :rows], self.time_mean[0], self.time_std[0])
+        s, t = self.off_diagonal_times(uniform[:, rows:], fm, step)
         return Draws(x0, torch.cat([u, s]), torch.cat([u, t]), torch.rand(len(x1), **options))
 
-    def times(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """(s, t) of the off-diagonal rows from uniform numbers [2, n]: uniform on the triangle s < t."""
-        return uniform.amin(dim=0), uniform.amax(dim=0)
+    def off_diagonal_times(self, uniform: Tensor, fm: FlowMap, step: int) -> tuple[Tensor, Tensor]:
+        """(s, t) of the off-diagonal rows of training step ``step`` from uniform numbers [2, n]."""
+        return pair(self.times, uniform, self.time_mean, self.time_std)
 
     def loss(
         self,
@@ -116,16 +137,18 @@ class Objective:
         rows = self.diagonal_rows(len(x1))
         x0, s, t, fraction = draws
         x_s = fm.interpolant.point(x0, x1, s)
-        squared, terms = [], {}
         velocity = fm.interpolant.velocity(x0, x1, s)
+        squared: list[Tensor] = []
+        terms: dict[str, Tensor] = {}
         if rows:
             residual = fm.drift(x_s[:rows], s[:rows], part(label, 0, rows)) - velocity[:rows]
             squared.append(mean_square(residual))
             terms["diagonal"] = squared[-1].detach().mean()
         if rows < len(x1):
-            with no_dropout(fm.network):
-                off = Rows(x_s[rows:], velocity[rows:], s[rows:], t[rows:], fraction[rows:], part(label, rows, None))
-                residual = self.residual(fm, off, teacher)
+            x0, x1, x_s, velocity, fraction = (a[rows:] for a in (x0, x1, x_s, velocity, fraction))
+            off = Rows(x0, x1, x_s, velocity, s[rows:], t[rows:], fraction, part(label, rows, None))
+            with type(self).dropout(fm.network):
+                residual = self.residual(fm, off, teacher, terms)
             squared.append(mean_square(residual))
             terms["off_diagonal"] = squared[-1].detach().mean()
         per_sample = torch.cat(squared)
@@ -138,9 +161,14 @@ class Objective:
             terms["weight_min"], terms["weight_max"] = w.detach().amin(), w.detach().amax()
         return Loss(per_sample.mean(), terms)
 
-    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None) -> Tensor:
-        """The off-diagonal residual [n, ...], with the method's stop-gradients."""
+    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
+        """The off-diagonal residual [n, ...], with the method's stop-gradients; ``terms`` takes what to log."""
         raise NotImplementedError
+
+
+def rms(value: Tensor) -> Tensor:
+    """Root mean square of a detached tensor, for the log."""
+    return mean_square(value.detach()).mean().sqrt()
 
 
 def part(label: Tensor | None, start: int, stop: int | None) -> Tensor | None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowmaps.derivatives import transport, velocity_jvp
+from flowmaps.derivatives import velocity_jvp
 from flowmaps.flow_map import FlowMap
-from flowmaps.objectives.base import Objective, Rows
+from flowmaps.objectives.base import Objective, Rows, rms
 from samplers.callables import Drift, expand
 
 
@@ -30,17 +30,24 @@ class Eulerian(Objective):
 
     stop: Stop = Stop.advection
 
-    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None) -> Tensor:
+    @property
+    def taught(self) -> bool:
+        return True
+
+    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         x, s, t, label = rows.x, rows.s, rows.t, rows.label
         with torch.no_grad():
             velocity = (teacher or fm.drift)(x, s, label)
         if self.stop is Stop.slim:
-            return slim_residual(fm, rows, tangent=velocity, target=velocity)
+            return slim_residual(fm, rows, velocity, velocity, terms)
         if self.stop is Stop.velocity:
-            return transport(fm, x, s, t, velocity, label)[1]
+            v, dv = velocity_jvp(fm, x, s, t, label, dx=velocity, ds=1.0)
+            terms["jvp_norm"] = rms(dv)
+            return velocity - v + expand(t - s, x) * dv
         v, d_s = velocity_jvp(fm, x, s, t, label, ds=1.0)
         with torch.no_grad():
             d_x = velocity_jvp(fm, x, s, t, label, dx=velocity)[1]
+        terms["jvp_norm"] = rms(d_s.detach() + d_x)
         gap = expand(t - s, x)
         return gap * d_s - v + (velocity + gap * d_x)
 
@@ -62,12 +69,16 @@ class MeanFlow(Objective):
     tangent: Velocity = Velocity.conditional
     target: Velocity = Velocity.conditional
 
-    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None) -> Tensor:
+    @property
+    def taught(self) -> bool:
+        return Velocity.model in (self.tangent, self.target)
+
+    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         choices = {Velocity.conditional: rows.velocity}
-        if Velocity.model in (self.tangent, self.target):
+        if self.taught:
             with torch.no_grad():
                 choices[Velocity.model] = (teacher or fm.drift)(rows.x, rows.s, rows.label)
-        return slim_residual(fm, rows, choices[self.tangent], choices[self.target])
+        return slim_residual(fm, rows, choices[self.tangent], choices[self.target], terms)
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,8 @@ class ImprovedMeanFlow(MeanFlow):
     tangent: Velocity = Velocity.model
 
 
-def slim_residual(fm: FlowMap, rows: Rows, tangent: Tensor, target: Tensor) -> Tensor:
+def slim_residual(fm: FlowMap, rows: Rows, tangent: Tensor, target: Tensor, terms: dict[str, Tensor]) -> Tensor:
     """v_{s,t} - target - (t - s) sg[d_s v + grad v . tangent]; the gradient flows through v_{s,t} alone."""
     v, dv = velocity_jvp(fm, rows.x, rows.s, rows.t, rows.label, dx=tangent, ds=1.0)
+    terms["jvp_norm"] = rms(dv)
     return v - target - expand(rows.t - rows.s, rows.x) * dv.detach()

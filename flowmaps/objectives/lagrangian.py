@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from flowmaps.derivatives import velocity_difference, velocity_jvp
-from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
-from flowmaps.objectives.base import Objective, Rows
+from flowmaps.objectives.base import Objective, Rows, rms
 from samplers.callables import Drift, expand
 
 
@@ -32,12 +31,17 @@ class Lagrangian(Objective):
     slim: bool = False
     derivative: Derivative = Derivative.exact
 
-    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None) -> Tensor:
+    @property
+    def taught(self) -> bool:
+        return True
+
+    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         x, s, t, label = rows.x, rows.s, rows.t, rows.label
         if self.derivative is Derivative.exact:
             v, dv = velocity_jvp(fm, x, s, t, label, dt=1.0)
         else:
             v, dv = velocity_difference(fm, x, s, t, label)
+        terms["jvp_norm"] = rms(dv)
         gap = expand(t - s, x)
         with torch.no_grad():
             target = (teacher or fm.drift)(x + gap * v, t, label)
@@ -53,12 +57,3 @@ class TerminalVelocity(Lagrangian):
     """
 
     teacher_ema: float = 0.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.teacher_ema < 1:
-            raise UserError(f"objective.teacher_ema is a decay and must lie in [0, 1), got {self.teacher_ema}")
-
-    @property
-    def teacher_decay(self) -> float:
-        return self.teacher_ema

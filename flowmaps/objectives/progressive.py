@@ -29,8 +29,7 @@ class Progressive(Objective):
 
     middle: Middle = Middle.midpoint
 
-    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None) -> Tensor:
-        """``teacher``, a drift, has no part in it: both small steps are the network's own."""
+    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         x, s, t, label = rows.x, rows.s, rows.t, rows.label
         g = torch.full_like(s, 0.5) if self.middle is Middle.midpoint else rows.fraction
         u = g * s + (1 - g) * t
@@ -56,7 +55,7 @@ class Shortcut(Progressive):
         if not 1 <= self.levels <= 20:
             raise UserError(f"objective.levels must lie in 1 .. 20, got {self.levels}")
 
-    def times(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def off_diagonal_times(self, uniform: Tensor, fm: FlowMap, step: int) -> tuple[Tensor, Tensor]:
         k = (uniform[0] * self.levels).floor()
         gap = torch.exp2(-k)
         s = (uniform[1] / gap).floor() * gap

@@ -1,0 +1,74 @@
+"""Consistency training: the map to data alone, X_{s,1}."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flowmaps.errors import UserError
+from flowmaps.flow_map import FlowMap
+from flowmaps.networks.layers import shared_dropout
+from flowmaps.objectives.base import Dropout, Objective, Rows
+from flowmaps.objectives.times import Times
+from samplers.callables import Drift, expand
+
+
+@dataclass(frozen=True)
+class Consistency(Objective):
+    """r = ( X_{s,1}(I_s) - sg[ X_{u,1}(I_u) ] ) / (sigma_s - sigma_u), both points with the same noise and data.
+
+    Easy Consistency Tuning, Geng et al. 2024 (arXiv 2406.14548), in this package's times. The noise level is
+    sigma = base_std alpha / beta, log-normal with ``sigma_mean`` and ``sigma_std``; the target's is lower,
+    sigma_u = sigma_s (1 - n / q^(1 + stage)), at least 0, with n = 1 + k / (1 + exp(b sigma_s)). The stage rises by one
+    every ``stage_steps`` steps (0: never), so that the gap and the bias with it shrink. ``adaptive`` = 1/2 makes the
+    squared residual the norm that the paper has. Student and target share the dropout mask.
+
+    Every row is of this kind: X_{s,1} is all that is trained, which is what kind "consistency" tells a sampler.
+    """
+
+    kind: ClassVar[str] = "consistency"
+    dropout: ClassVar[Dropout] = shared_dropout
+
+    diagonal: float = field(default=0.0, init=False)
+    times: Times = field(default=Times.triangle, init=False)  # the noise level's distribution takes its place
+    time_mean: tuple[float, float] = field(default=(0.0, 0.0), init=False)
+    time_std: tuple[float, float] = field(default=(1.0, 1.0), init=False)
+    adaptive: float = 0.5
+    sigma_mean: float = -1.1
+    sigma_std: float = 2.0
+    q: float = 2.0
+    k: float = 8.0
+    b: float = 1.0
+    stage_steps: int = 50_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.q > 1 or not self.sigma_std > 0 or self.stage_steps < 0:
+            raise UserError(
+                "objective.q must be above 1, sigma_std positive and stage_steps not negative, "
+                f"got {self.q}, {self.sigma_std} and {self.stage_steps}"
+            )
+
+    def off_diagonal_times(self, uniform: Tensor, fm: FlowMap, step: int) -> tuple[Tensor, Tensor]:
+        """(s, u): the student's time and the target's; u = 1 where the target is the data itself."""
+        sigma = torch.exp(self.sigma_mean + self.sigma_std * torch.special.ndtri(uniform[0])).clamp(1e-6, 1e6)
+        stage = step // self.stage_steps if self.stage_steps else 0
+        n = 1 + self.k * torch.sigmoid(-self.b * sigma)
+        ratio = (1 - n * self.q ** -(1 + stage)).clamp(min=0)
+        time = fm.interpolant.time
+        return time(sigma / fm.base_std), time(ratio * sigma / fm.base_std)
+
+    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
+        path, s, u, label = fm.interpolant, rows.s, rows.t, rows.label
+        end = torch.ones_like(s)
+        student = self.to_data(fm, rows.x, s, end, label)
+        with torch.no_grad():
+            target = self.to_data(fm, path.point(rows.x0, rows.x1, u), u, end, label)
+        sigma_s, sigma_u = (fm.base_std * path.alpha(time) / path.beta(time) for time in (s, u))
+        return (student - target) / expand((sigma_s - sigma_u).clamp(min=1e-9), student)
+
+    @staticmethod
+    def to_data(fm: FlowMap, x: Tensor, s: Tensor, end: Tensor, label: Tensor | None) -> Tensor:
+        """X_{s,1}(x) in at least float32: what is subtracted here differs by little."""
+        return x + expand(end - s, x) * fm.velocity(x, s, end, label)
