@@ -46,6 +46,7 @@ ROWS = {
     "terminal_velocity": lambda: base("terminal_velocity"),
     "mean_flow": lambda: base("mean_flow"),
     "improved_mean_flow": lambda: base("improved_mean_flow"),
+    "consistency": lambda: base("consistency", stage_steps=300),
 }
 
 

@@ -35,6 +35,14 @@ def base(method: str, **options: Any) -> Config:
     )
 
 
+def guided(method: str, **options: Any) -> Config:
+    """A row with guidance baked in; the network takes its weight if it is drawn."""
+    config = base(method, **options)
+    config.data.label_dropout = 0.1
+    config.network.guidance = "guidance_max" in options
+    return config
+
+
 def smoke(config: Config) -> None:
     """Seconds on two cores: every part runs, nothing is learned."""
     config.network.width = 16
@@ -54,6 +62,8 @@ ROWS = {
     "terminal_velocity": lambda: base("terminal_velocity"),
     "mean_flow": lambda: base("mean_flow"),
     "improved_mean_flow": lambda: base("improved_mean_flow"),
+    "consistency": lambda: base("consistency", stage_steps=200),
+    "lagrangian_guided": lambda: guided("lagrangian", guidance_max=4.0),
 }
 
 

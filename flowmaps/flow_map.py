@@ -25,7 +25,8 @@ class FlowMapInfo:
     data: str = ""  # the name of the training set
     ema: float | None = None  # decay of the weights' moving average; None: the raw weights
     images_seen: int = 0
-    guidance: float | None = None  # the guidance weight trained into the map, if any
+    guidance: float | None = None  # the guidance weight that is baked in, if any
+    guidance_max: float | None = None  # the network takes a guidance weight from [1, this]
     schedules: dict[str, tuple[float, ...]] = field(default_factory=dict)  # step count -> times, 0 .. 1
     t_range: tuple[float, float] = (0.0, 1.0)  # times on which the velocity is defined
     label_dropout: float = 0.0  # share of training rows without a label; 0: "no label" was never trained
@@ -33,6 +34,17 @@ class FlowMapInfo:
     def __post_init__(self) -> None:
         if self.kind not in ("map", "drift", "consistency"):
             raise UserError(f"FlowMapInfo.kind must be 'map', 'drift' or 'consistency', got {self.kind!r}")
+
+    def check_guidance(self, weight: float | None) -> None:
+        """Refuse a guidance weight that the network does not take."""
+        if weight is None:
+            return
+        if self.guidance is not None:
+            raise UserError(f"guidance {self.guidance:g} is baked into this model: leave --guidance out")
+        if self.guidance_max is None:
+            raise UserError("this model was not trained to take a guidance weight: leave --guidance out")
+        if not 1 <= weight <= self.guidance_max:
+            raise UserError(f"--guidance={weight:g}: this model takes weights from 1 to {self.guidance_max:g}")
 
     def check_sampler(self, sampler: str, steps: int = 1, gamma: float = 1.0) -> None:
         """Refuse a sampler of ``flowmaps.generate`` that asks the network for what it was never trained on."""

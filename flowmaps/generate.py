@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap, FlowMapInfo
+from flowmaps.networks.layers import with_guidance
 from samplers import euler, heun, rollout, stochastic
 
 Renoise = Callable[[int], Tensor]  # k -> fresh noise for step k
@@ -46,6 +47,13 @@ def labels_for(
     return wanted.expand(n)
 
 
+def guided_label(info: FlowMapInfo, label: Tensor | None, weight: float | None) -> Tensor | None:
+    """``label`` [n] with the guidance ``weight``, as the network takes it; the label itself without a weight."""
+    if label is None or weight is None:
+        return label
+    return with_guidance(label, torch.full((len(label),), weight, device=label.device), info.num_classes)
+
+
 @torch.no_grad()
 def generate(
     fm: FlowMap,
@@ -56,20 +64,23 @@ def generate(
     sampler: str = "map",
     label: int | None = None,
     gamma: float = 1.0,
+    guidance: float | None = None,
     batch: int = 500,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield (samples [b, *shape], label [b] or None) until ``n`` samples are made with the grid ``times``.
 
     Sample i depends on (``seed``, i) alone, whatever ``batch`` (to rounding). ``gamma``: for "stochastic" only.
+    ``guidance``: weight for a model that takes one (``FlowMapInfo.guidance_max``), None for 1.
     """
     fm.info.check_sampler(sampler, len(times) - 1, gamma)
+    fm.info.check_guidance(guidance)
     device = next(fm.parameters()).device
     for start in range(0, n, batch):
         size = min(batch, n - start)
         y = labels_for(fm.info, size, label, start)
         y = None if y is None else y.to(device)
         x0, renoise = fm.noise(size, seed, start), partial(_renoise, fm, size, seed, start)
-        yield SAMPLERS[sampler](fm, x0, times, y, renoise, gamma), y
+        yield SAMPLERS[sampler](fm, x0, times, guided_label(fm.info, y, guidance), renoise, gamma), y
 
 
 def _renoise(fm: FlowMap, n: int, seed: int, start: int, step: int) -> Tensor:

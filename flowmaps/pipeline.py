@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import flowmaps.networks  # noqa: F401  # diffusers resolves a network only from modules that are imported
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap, FlowMapInfo
-from flowmaps.generate import labels_for
+from flowmaps.generate import guided_label, labels_for
 from flowmaps.images import to_pil, to_uint8
 
 
@@ -61,6 +61,7 @@ class FlowMapPipeline(DiffusionPipeline):
         num_inference_steps: int = 1,
         sigmas: Sequence[float] | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -70,19 +71,21 @@ class FlowMapPipeline(DiffusionPipeline):
 
         ``sigmas``: start points of the steps, decreasing from 1 (diffusers' direction); the final 0 is implied.
         ``class_labels``: one label for all or one each; None cycles through the classes.
+        ``guidance_scale``: weight for a model that takes one (``info["guidance_max"]``).
         ``output_type``: "pil", "np" ([n, h, w, c] in 0 .. 1) or "pt" (the raw samples).
         """
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
         fm, device = self.flow_map, self._execution_device
         solver = "euler" if fm.info.kind == "drift" else "map"
+        fm.info.check_guidance(guidance_scale)
         fm.info.check_sampler(solver, num_inference_steps if sigmas is None else len(sigmas))
         if latents is None:
             shape = (num_images, *fm.info.shape)
             latents = fm.base_std * randn_tensor(shape, generator=generator, device=device, dtype=self.network.dtype)
         x = latents.to(device=device, dtype=self.network.dtype)
         label = labels_for(fm.info, len(x), class_labels)
-        label = None if label is None else label.to(device)
+        label = guided_label(fm.info, None if label is None else label.to(device), guidance_scale)
         if sigmas is None:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         else:

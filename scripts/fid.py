@@ -46,7 +46,7 @@ def main() -> int:
     stats, extractor = scoring.reference_stats(
         REFERENCE.value, EXTRACTOR.value, WEIGHTS.value, ROOT.value, pick_device()
     )
-    facts = {k: getattr(SAMPLING, k).value for k in ("seed", "sampler", "label", "gamma")} if fm else {}
+    facts = {k: getattr(SAMPLING, k).value for k in ("seed", "sampler", "label", "guidance", "gamma")} if fm else {}
     facts |= {"source": SAMPLING.checkpoint.value or SAMPLES.value, "weights": fm.fingerprint() if fm else None}
     report = scoring.record(stats, extractor, fm, facts)
     data = REFERENCE.value.partition(":")[0]

@@ -77,7 +77,7 @@ FROZEN = {
     training: {"Config", "build_network", "train"},
 }
 
-SAMPLING = {"checkpoint", "steps", "num", "seed", "sampler", "label", "gamma", "batch"}
+SAMPLING = {"checkpoint", "steps", "num", "seed", "sampler", "label", "guidance", "gamma", "batch"}
 SCORING = {"extractor", "weights", "root"}
 FLAGS = {
     "train.py": {"config", "workdir", "dry_run"},

@@ -9,7 +9,7 @@ from helpers import CASES, gaussian_data, gaussian_map
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.derivatives import velocity_difference, velocity_jvp
 from flowmaps.networks import MLP, UNet
-from flowmaps.networks.layers import Dropout
+from flowmaps.networks.layers import Dropout, soft_label, with_guidance, without_label
 from flowmaps.objectives import OBJECTIVES, Draws, LogVariance
 from flowmaps.objectives.eulerian import Stop
 from flowmaps.objectives.lagrangian import Derivative
@@ -167,7 +167,7 @@ def test_consistency_bias_shrinks_with_the_gap(case):
     bias = []
     for q in (1e2, 2e2, 4e2):
         objective = OBJECTIVES["consistency"](q=q, k=1.0, stage_steps=0, adaptive=0.0)
-        x0, s, u, fraction = objective.draw(fm, x1, generator())
+        x0, s, u, fraction, _ = objective.draw(fm, x1, generator())
         x = fm.interpolant.point(x0, x1, s)
         m, variance = fm.network.moments(s, label)
         mean = fm.network.mean if label is None else fm.network.mean[label]
@@ -219,7 +219,7 @@ def test_times_have_the_stated_logits(times):
     mean, std = ((0.4, 0.4) if times is Times.logit_normal else (0.4, -0.8)), (1.0, 1.0)
     objective = OBJECTIVES["mean_flow"](times=times, time_mean=mean, time_std=std, diagonal=0.5)
     x1 = torch.zeros(40_000, 1, dtype=torch.float64)
-    _, s, t, _ = objective.draw(FlowMap(MLP(1)), x1, generator())
+    _, s, t, *_ = objective.draw(FlowMap(MLP(1)), x1, generator())
     assert bool((s[20_000:] < t[20_000:]).all()) and torch.equal(s[:20_000], t[:20_000])
     seen = {"diagonal": torch.logit(s[:20_000])}
     s, t = s[20_000:], t[20_000:]
@@ -285,7 +285,7 @@ def test_a_teacher_that_would_be_ignored_is_refused(name):
 def test_draws_are_uniform_and_keyed_by_the_generator(name):
     fm, objective = gaussian_map(), OBJECTIVES[name]()
     x1, _ = gaussian_data(fm, 4000)
-    x0, s, t, fraction = objective.draw(fm, x1, generator(5))
+    x0, s, t, fraction, _ = objective.draw(fm, x1, generator(5))
     rows = objective.diagonal_rows(4000)
     assert torch.equal(s[:rows], t[:rows]) and bool((s[rows:] < t[rows:]).all())
     assert abs(x0.std() - fm.base_std) < 0.03 and abs(fraction.mean() - 0.5) < 0.03
@@ -293,7 +293,7 @@ def test_draws_are_uniform_and_keyed_by_the_generator(name):
     if 0 < rows < 4000 and name != "shortcut":  # min and max of two uniforms
         assert abs(s[rows:].mean() - 1 / 3) < 0.04 and abs(t[rows:].mean() - 2 / 3) < 0.04
     again = objective.draw(fm, x1, generator(5))
-    assert all(torch.equal(a, b) for a, b in zip((x0, s, t, fraction), again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((x0, s, t, fraction), again[:4], strict=True))
 
 
 def test_loss_is_the_joint_mean_of_the_paper_share():
@@ -383,3 +383,53 @@ def test_objectives_are_frozen_and_refuse_a_bad_share(name):
     if name in MAPS:
         with pytest.raises(UserError, match="diagonal"):
             OBJECTIVES[name](diagonal=1.5)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "consistency"])
+def test_guidance_moves_the_target_to_the_guided_drift(name, drawn):
+    """Class 1 stands for "no label": with dI_s/ds replaced by its mean given I_s and the label, the network's own drift
+    is right where it equals w b(x; label) + (1 - w) b(x; no label), and not where it is b(x; label)."""
+    options = {"guidance_max": 3.0} if drawn else {"guidance": 3.0}
+    objective, exact = OBJECTIVES[name](**options), gaussian_map("linear", 0.5, classes=True)
+    exact.info = FlowMapInfo(shape=(3,), num_classes=1)
+    x1, _ = gaussian_data(exact, 64)
+    label = (torch.arange(64) % 4 == 3).long()
+    draws = objective.draw(exact, x1, generator())
+    w = draws.guidance
+    assert bool((w == 3).all()) != drawn and bool(((w >= 1) & (w <= 3)).all())
+    x_s = exact.interpolant.point(draws.x0, x1, draws.s)
+    none = torch.ones_like(label)
+    b, u = exact.drift(x_s, draws.s, label), exact.drift(x_s, draws.s, none)
+    w = torch.where(label == 1, 1.0, w)
+    target, seen = objective.guide(exact, x_s, draws.s, label, b, draws.guidance)
+    torch.testing.assert_close(target, w[:, None] * b + (1 - w[:, None]) * u)
+    assert torch.equal(seen, with_guidance(label, w, 1) if drawn else label)
+    with pytest.raises(UserError, match="labels"):
+        objective(exact, x1, None, generator=generator())
+
+
+def test_guidance_keeps_augmentation_and_refuses_nonsense():
+    rows = soft_label(torch.tensor([0, 2]), torch.tensor([[0.5], [0.7]]), 2)
+    unlabelled, has = without_label(rows, 2)
+    torch.testing.assert_close(unlabelled, torch.tensor([[0, 0, 1, 0.5], [0, 0, 1, 0.7]]))
+    assert has.tolist() == [True, False]
+    assert with_guidance(rows, torch.tensor([2.0, 1.0]), 2)[:, 4].tolist() == [2, 1]
+    for options in ({"guidance": 0.5}, {"guidance": 2.0, "guidance_max": 2.0}):
+        with pytest.raises(UserError, match="guidance"):
+            OBJECTIVES["lagrangian"](**options)
+
+
+def test_network_takes_a_guidance_weight_and_one_is_neutral():
+    torch.manual_seed(0)
+    network = UNet(8, 1, 16, (1,), 1, (), num_classes=3, augment_dim=2, guidance=True)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, t, label = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 3])
+    plain, rows = network(x, t, t, label), soft_label(label, torch.zeros(4, 2), 3)
+    torch.testing.assert_close(network(x, t, t, with_guidance(rows, torch.ones(4), 3)), plain)
+    assert (network(x, t, t, with_guidance(rows, torch.full((4,), 2.0), 3)) - plain).abs().amax() > 1e-3
+    with pytest.raises(ValueError, match="guidance=True"):
+        network(x, t, t, label[:, None].float())
+    with pytest.raises(ValueError, match="num_classes is 0"):
+        UNet(8, 1, 16, (1,), 1, (), guidance=True)

@@ -155,7 +155,16 @@ class Config:
             raise UserError(f"--config.sample_steps must be step counts of at least 1, got {self.sample_steps}")
         if self.interpolant not in INTERPOLANTS:
             raise UserError(f"--config.interpolant={self.interpolant}: choose one of {', '.join(INTERPOLANTS)}")
-        build_objective(self)
+        made = build_objective(self)
+        if made.guided and not self.data.label_dropout:
+            raise UserError("--config.objective.guidance needs rows without a label: --config.data.label_dropout=0.1")
+        if made.guided and self.teacher:
+            raise UserError("--config.objective.guidance bakes in the network's own: leave --config.teacher out")
+        if getattr(self.network, "guidance", False) != (made.guidance_max > 1):
+            raise UserError(
+                f"--config.objective.guidance_max={made.guidance_max:g} needs "
+                f"--config.network.guidance={made.guidance_max > 1}: the network is told the weight, or has none"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON (config.json of a run)."""
@@ -224,14 +233,16 @@ def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int) -> 
         raise UserError(
             f"--config.network.num_classes={config.network.num_classes}, but {config.data.name} has {num_classes}"
         )
-    kind = build_objective(config).kind
+    made = build_objective(config)
     info = FlowMapInfo(
         shape=shape,
         num_classes=classes,
-        kind=kind,
+        kind=made.kind,
         data=config.data.name,
         ema=config.ema[0],
         label_dropout=config.data.label_dropout,
+        guidance=made.guidance if made.guidance > 1 else None,
+        guidance_max=made.guidance_max if made.guidance_max > 1 else None,
     )
     return FlowMap(build_network(config), config.interpolant, config.base_std, info)
 

@@ -13,7 +13,7 @@ from training.outputs import pick_device
 
 
 class SamplingFlags:
-    """Defines ``--checkpoint --steps --num --seed --sampler --label --gamma --batch`` and samples as they say."""
+    """Defines the flags below and samples as they say."""
 
     def __init__(self, num: int) -> None:
         self.checkpoint = flags.DEFINE_string("checkpoint", None, "Exported directory, run directory or hub id")
@@ -24,6 +24,7 @@ class SamplingFlags:
             "sampler", "map", list(SAMPLERS), "map: jump; euler, heun: integrate the drift"
         )
         self.label = flags.DEFINE_integer("label", None, "Class of all samples; without it sample i has i mod classes")
+        self.guidance = flags.DEFINE_float("guidance", None, "Guidance weight, for a model that takes one", 1.0)
         self.gamma = flags.DEFINE_float("gamma", 1.0, "Share of noise --sampler=stochastic renews a step", 0.0, 1.0)
         self.batch = flags.DEFINE_integer("batch", 500, "Samples at a time", lower_bound=1)
 
@@ -44,6 +45,7 @@ class SamplingFlags:
         counts = self.counts()
         fm = FlowMap.from_pretrained(self.checkpoint.value)
         labels_for(fm.info, 1, self.label.value)  # refuse a wrong label before any work
+        fm.info.check_guidance(self.guidance.value)
         fm.info.check_sampler(self.sampler.value, max(counts), self.gamma.value)
         return fm.to(pick_device())
 
@@ -57,6 +59,7 @@ class SamplingFlags:
             sampler=self.sampler.value,
             label=self.label.value,
             gamma=self.gamma.value,
+            guidance=self.guidance.value,
             batch=self.batch.value,
         )
         with tqdm(total=self.num.value, desc=f"{count} steps", unit="sample", disable=None, leave=False) as bar:

@@ -92,44 +92,77 @@ def soft_label(label: Tensor | None, augmentation: Tensor, num_classes: int) -> 
     return torch.cat([F.one_hot(label, num_classes + 1).to(augmentation.dtype), augmentation], dim=1)
 
 
+def with_guidance(label: Tensor, weight: Tensor, num_classes: int) -> Tensor:
+    """``label``, int64 [B] or rows of ``soft_label``, and guidance weights [B] as rows that a network takes for it."""
+    rows = label if label.is_floating_point() else F.one_hot(label, num_classes + 1).to(weight.dtype)
+    return torch.cat([rows, weight[:, None].to(rows.dtype)], dim=1)
+
+
+def without_label(label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """``label`` with every class replaced by "no label", augmentation kept; and which rows had a class, bool [B]."""
+    if not label.is_floating_point():
+        return torch.full_like(label, num_classes), label != num_classes
+    classes = torch.zeros_like(label[:, : num_classes + 1])
+    classes[:, num_classes] = 1
+    return torch.cat([classes, label[:, num_classes + 1 :]], dim=1), label[:, num_classes] == 0
+
+
 class TimeEmbedding(nn.Module):
-    """Embeds (s, t, label) as one vector [B, channels]: MLP(s) + MLP(t - s) + class vector + augmentation vector.
+    """Embeds (s, t, label) as one vector [B, channels]: MLP(s) + MLP(t - s) + class, augmentation and guidance vectors.
 
-    ``label`` is int64 [B], None, or rows of ``soft_label`` where the images were augmented; without augmentation
-    parameters, as in sampling, their vector is zero.
+    ``label`` is int64 [B], None, or float rows: those of ``soft_label`` where images were augmented, and of
+    ``with_guidance`` where a guidance weight w was drawn. What is not given has its neutral value: no label, no
+    augmentation (a zero vector), w = 1. w >= 1 enters as the time features of 1 / w.
 
-    The last layer of the MLP for t - s starts at zero: a network trained with one time, loaded into this one, is the
-    same function at s = t.
+    The last layers of the MLPs for t - s and 1 / w start at zero: a network trained with one time, loaded into this
+    one, is the same function at s = t.
     """
 
-    def __init__(self, channels: int, num_classes: int = 0, augment_dim: int = 0) -> None:
+    def __init__(self, channels: int, num_classes: int = 0, augment_dim: int = 0, guidance: bool = False) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        if guidance and not num_classes:
+            raise ValueError("guidance needs classes: num_classes is 0")
+        self.num_classes, self.augment_dim = num_classes, augment_dim
         self.features = TimeFeatures(channels)
         self.start = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, channels))
         self.gap = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), zero(nn.Linear(channels, channels)))
         self.label = nn.Embedding(num_classes + 1, channels) if num_classes else None
         self.augmentation = nn.Linear(augment_dim, channels, bias=False) if augment_dim else None
+        self.guidance: nn.Module | None = None
+        if guidance:
+            last = zero(nn.Linear(channels, channels))
+            self.guidance = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), last)
 
     def forward(self, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         dtype = cast(nn.Linear, self.start[0]).weight.dtype  # times keep their own precision until here
         embedding: Tensor = self.start(self.features(s).to(dtype)) + self.gap(self.features(t - s).to(dtype))
+        weight = torch.ones_like(s)
         if label is not None and label.is_floating_point():
-            if self.augmentation is None:
-                raise ValueError("this network takes no augmentation parameters (augment_dim=0)")
-            classes = label.shape[1] - self.augmentation.in_features
-            embedding = embedding + self.augmentation(label[:, classes:].to(dtype))
+            classes, augmentation, guidance = self.columns(label)
             if self.label is not None:
-                embedding = embedding + label[:, :classes].to(dtype) @ self.label.weight
-            return embedding
-        if self.label is None:
-            if label is not None:
-                raise ValueError("this network is unconditional (num_classes=0): label must be None")
-            return embedding
-        if label is None:
-            label = torch.full((len(s),), self.num_classes, device=s.device)
-        embedding = embedding + self.label(label)
+                embedding = embedding + classes.to(dtype) @ self.label.weight
+            if self.augmentation is not None:
+                embedding = embedding + self.augmentation(augmentation.to(dtype))
+            weight = guidance[:, 0].to(s.dtype) if guidance.shape[1] else weight
+        elif self.label is not None:
+            label = torch.full((len(s),), self.num_classes, device=s.device) if label is None else label
+            embedding = embedding + self.label(label)
+        elif label is not None:
+            raise ValueError("this network is unconditional (num_classes=0): label must be None")
+        if self.guidance is not None:
+            embedding = embedding + self.guidance(self.features(1 / weight).to(dtype))
         return embedding
+
+    def columns(self, rows: Tensor) -> list[Tensor]:
+        """One-hot classes, augmentation parameters and guidance weight (0 or 1 column) of float label rows."""
+        sizes = [self.num_classes + 1 if self.num_classes else 0, self.augment_dim]
+        sizes.append(rows.shape[1] - sum(sizes))
+        if sizes[-1] not in ((0, 1) if self.guidance is not None else (0,)):
+            raise ValueError(
+                f"label rows have {rows.shape[1]} columns, which is not what this network takes (num_classes="
+                f"{self.num_classes}, augment_dim={self.augment_dim}, guidance={self.guidance is not None})"
+            )
+        return list(torch.split(rows, sizes, dim=1))
 
 
 def normalise(x: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class UNet(ModelMixin, ConfigMixin):
     ``channel_mult`` gives the width of each level in units of ``width``; each level halves the resolution, and levels
     whose resolution is in ``attention_resolutions`` (counted after folding) get self-attention. Input is divided and
     output multiplied by ``data_std`` (no skip, no time-dependent scaling), as in Boffi et al. 2025. ``augment_dim`` > 0
-    makes room for the parameters of an augmentation, given in the label (``layers.soft_label``).
+    makes room for the parameters of an augmentation, given in the label (``layers.soft_label``), ``guidance`` for the
+    weight of a guidance that is baked in (``layers.with_guidance``).
     """
 
     @register_to_config
@@ -58,6 +59,7 @@ class UNet(ModelMixin, ConfigMixin):
         data_std: float = 0.5,
         patch: int = 1,
         augment_dim: int = 0,
+        guidance: bool = False,
     ) -> None:
         super().__init__()
         levels = len(channel_mult)
@@ -75,7 +77,7 @@ class UNet(ModelMixin, ConfigMixin):
         self.patch, self.data_std = patch, data_std
         size, embedding = image_size // patch, 4 * width
         pixels = channels * patch**2
-        self.embedding = TimeEmbedding(embedding, num_classes, augment_dim)
+        self.embedding = TimeEmbedding(embedding, num_classes, augment_dim, guidance)
         self.stem = nn.Conv2d(pixels, width, 3, padding=1)
 
         def block(inputs: int, outputs: int) -> Block:

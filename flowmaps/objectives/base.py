@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
-from flowmaps.networks.layers import no_dropout
+from flowmaps.networks.layers import no_dropout, with_guidance, without_label
 from flowmaps.objectives.times import Times, pair, single
-from samplers.callables import Drift
+from samplers.callables import Drift, expand
 
 Dropout = Callable[[nn.Module], AbstractContextManager[None]]  # a rule for the dropout of a network inside a block
 
@@ -28,13 +28,15 @@ class Loss(NamedTuple):
 class Draws(NamedTuple):
     """The random part of one step: noise x0 [B, ...] and times s <= t [B], diagonal rows (s = t) first.
 
-    ``fraction`` [B], uniform on [0, 1], is for methods that need one more number a row.
+    ``fraction`` [B], uniform on [0, 1], is for methods that need one more number a row; ``guidance`` [B] are the
+    weights of a guidance that is baked in, None without.
     """
 
     x0: Tensor
     s: Tensor
     t: Tensor
     fraction: Tensor
+    guidance: Tensor | None = None
 
 
 class Rows(NamedTuple):
@@ -66,6 +68,8 @@ class Objective:
     diagonal: float = 0.75  # share of rows with s = t
     adaptive: float = 0.0  # power p of the adaptive weight 1 / sg[|r|^2 + 1e-3]^p; 0: none
     teacher_ema: float = 0.0  # decay of the weights' average whose drift teaches; 0: the live network teaches itself
+    guidance: float = 1.0  # weight of the guidance that is baked in; 1: none
+    guidance_max: float = 1.0  # above 1: each row's weight is drawn from [1, guidance_max] and told to the network
     times: Times = Times.triangle
     time_mean: tuple[float, float] = (0.4, 0.4)  # of the logits of logit_normal's two times, or gap's end and share
     time_std: tuple[float, float] = (1.0, 1.0)
@@ -79,6 +83,11 @@ class Objective:
             raise UserError(f"objective.teacher_ema is a decay and must lie in [0, 1), got {self.teacher_ema}")
         if self.teacher_ema and not self.taught:
             raise UserError("objective.teacher_ema: this objective has no use for a teacher, leave it at 0")
+        if not (self.guidance == 1 <= self.guidance_max or self.guidance_max == 1 <= self.guidance):
+            raise UserError(
+                "objective.guidance and guidance_max must be at least 1, and one of them 1, "
+                f"got {self.guidance} and {self.guidance_max}"
+            )
         if len(self.time_mean) != 2 or len(self.time_std) != 2 or not all(std > 0 for std in self.time_std):
             raise UserError("objective.time_mean and time_std are two numbers each, the latter positive")
 
@@ -110,6 +119,11 @@ class Objective:
         """How many rows of a batch have s = t."""
         return math.floor(self.diagonal * batch_size + 1e-9)  # 0.29 * 100 is 28.999...
 
+    @property
+    def guided(self) -> bool:
+        """Whether guidance is baked in."""
+        return max(self.guidance, self.guidance_max) > 1
+
     def draw(self, fm: FlowMap, x1: Tensor, generator: torch.Generator, step: int = 0) -> Draws:
         """Noise and times for one batch; apart from the loss, so that the loss can be compiled."""
         options: dict[str, Any] = {"generator": generator, "device": x1.device, "dtype": x1.dtype}
@@ -118,7 +132,11 @@ class Objective:
         rows = self.diagonal_rows(len(x1))
         u = single(self.times, uniform[0, :rows], self.time_mean[0], self.time_std[0])
         s, t = self.off_diagonal_times(uniform[:, rows:], fm, step)
-        return Draws(x0, torch.cat([u, s]), torch.cat([u, t]), torch.rand(len(x1), **options))
+        fraction, guidance = torch.rand(len(x1), **options), None
+        if self.guided:
+            drawn = 1 + (self.guidance_max - 1) * torch.rand(len(x1), **options)
+            guidance = torch.full_like(drawn, self.guidance) if self.guidance > 1 else drawn
+        return Draws(x0, torch.cat([u, s]), torch.cat([u, t]), fraction, guidance)
 
     def off_diagonal_times(self, uniform: Tensor, fm: FlowMap, step: int) -> tuple[Tensor, Tensor]:
         """(s, t) of the off-diagonal rows of training step ``step`` from uniform numbers [2, n]."""
@@ -135,9 +153,11 @@ class Objective:
     ) -> Loss:
         """The loss at given draws: no randomness but dropout."""
         rows = self.diagonal_rows(len(x1))
-        x0, s, t, fraction = draws
+        x0, s, t, fraction, guidance = draws
         x_s = fm.interpolant.point(x0, x1, s)
         velocity = fm.interpolant.velocity(x0, x1, s)
+        if guidance is not None:
+            velocity, label = self.guide(fm, x_s, s, label, velocity, guidance)
         squared: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         if rows:
@@ -160,6 +180,25 @@ class Objective:
             per_sample = torch.exp(-w) * per_sample + w
             terms["weight_min"], terms["weight_max"] = w.detach().amin(), w.detach().amax()
         return Loss(per_sample.mean(), terms)
+
+    def guide(
+        self, fm: FlowMap, x: Tensor, s: Tensor, label: Tensor | None, velocity: Tensor, guidance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The velocity that is regressed under guidance w, and the label that goes with it.
+
+        u + w (dI_s/ds - u) with u = sg[v_{s,s}(I_s; no label)], whose mean given I_s is the guided drift
+        w b(x; label) + (1 - w) b(x; no label): MeanFlow's way (arXiv 2505.13447, appendix), for any objective, since
+        the off-diagonal terms follow the drift that the diagonal learns. Rows without a label have w = 1.
+        """
+        if label is None:
+            raise UserError("objective.guidance needs labels")
+        unlabelled, has_label = without_label(label, fm.info.num_classes)
+        w = torch.where(has_label, guidance, 1.0)
+        with torch.no_grad(), no_dropout(fm.network):
+            u = fm.drift(x, s, unlabelled)
+        if self.guidance_max > 1:
+            label = with_guidance(label, w, fm.info.num_classes)
+        return torch.lerp(u.to(velocity.dtype), velocity, expand(w, velocity).to(velocity.dtype)), label
 
     def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         """The off-diagonal residual [n, ...], with the method's stop-gradients; ``terms`` takes what to log."""

@@ -34,6 +34,8 @@ class Consistency(Objective):
     times: Times = field(default=Times.triangle, init=False)  # the noise level's distribution takes its place
     time_mean: tuple[float, float] = field(default=(0.0, 0.0), init=False)
     time_std: tuple[float, float] = field(default=(1.0, 1.0), init=False)
+    guidance: float = field(default=1.0, init=False)  # there is no drift to guide
+    guidance_max: float = field(default=1.0, init=False)
     adaptive: float = 0.5
     sigma_mean: float = -1.1
     sigma_std: float = 2.0
