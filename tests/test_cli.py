@@ -15,14 +15,18 @@ from makers import write_folder, zoo
 from PIL import Image
 from safetensors.torch import load_file
 
+from flowmaps import FlowMap
+
 CHECKER = "--config=configs/checkerboard.py:lagrangian,smoke"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two short runs made by train.py: a map of digits and a drift of points."""
+    """Short runs made by train.py: maps of digits, plain and guided, a consistency model, and a drift of points."""
     base = tmp_path_factory.mktemp("runs")
-    run_script("scripts/train.py", "--config=configs/digits.py:lagrangian,smoke", f"--workdir={base}/map", check=True)
+    for name, row in (("map", "lagrangian"), ("guided", "lagrangian_guided"), ("consistency", "consistency")):
+        config = f"--config=configs/digits.py:{row},smoke"
+        run_script("scripts/train.py", config, f"--workdir={base}/{name}", check=True)
     drift = "--config=configs/checkerboard.py:flow_matching,smoke"
     run_script("scripts/train.py", drift, f"--workdir={base}/drift", check=True)
     return base
@@ -82,6 +86,11 @@ SAMPLE_MISTAKES = {
     "no label": (["--checkpoint={runs}/map", "--label=10"], "label"),
     "label of unconditional": (["--checkpoint={runs}/drift", "--sampler=euler", "--label=1"], "label"),
     "map of a drift": (["--checkpoint={runs}/drift", "--sampler=map"], "--sampler=euler"),
+    "guidance of a plain model": (["--checkpoint={runs}/map", "--guidance=2"], "--guidance"),
+    "too much guidance": (["--checkpoint={runs}/guided", "--guidance=5"], "from 1 to 4"),
+    "steps of a consistency model": (["--checkpoint={runs}/consistency", "--steps=2"], "--sampler=stochastic"),
+    "drift of a consistency model": (["--checkpoint={runs}/consistency", "--sampler=euler", "--steps=1"], "jumps"),
+    "half a jump to data": (["--checkpoint={runs}/consistency", "--sampler=stochastic", "--gamma=0.5"], "--gamma=1"),
     "no checkpoint there": (["--checkpoint={tmp}"], "model_index.json"),
     "unwritable out": (["--checkpoint={runs}/map", "--out=/proc/nowhere"], "--out"),
     "unknown sampler": (["--checkpoint={runs}/map", "--sampler=magic"], "sampler"),
@@ -125,6 +134,16 @@ def test_sample_points_and_one_class(tmp_path, runs):
     threes = ["--label=3", "--steps=1", "--num=4", f"--out={tmp_path}/threes"]
     run_script("scripts/sample.py", f"--checkpoint={runs}/map", *threes, check=True)
     assert np.load(tmp_path / "threes" / "samples-1.npz")["label"].tolist() == [3, 3, 3, 3]
+
+
+def test_sample_with_guidance_and_from_a_consistency_model(tmp_path, runs):
+    kinds = {"guided": ["--guidance=3", "--steps=1,2"], "consistency": ["--sampler=stochastic", "--steps=1,2"]}
+    for name, flags in kinds.items():
+        command = [f"--checkpoint={runs}/{name}", "--num=10", f"--out={tmp_path}/{name}", *flags]
+        run_script("scripts/sample.py", *command, check=True)
+        assert np.load(tmp_path / name / "samples-2.npz")["label"].tolist() == list(range(10))
+    info = FlowMap.from_pretrained(runs / "guided").info
+    assert info.guidance_max == 4 and info.guidance is None and info.label_dropout == 0.1
 
 
 def test_overrides_and_dry_run(tmp_path):

@@ -12,7 +12,7 @@ from configs.digits import get_config as digits
 from flowmaps import FlowMap, UserError
 from flowmaps.generate import labels_for
 from flowmaps.images import from_uint8
-from flowmaps.objectives import Draws
+from flowmaps.objectives import OBJECTIVES, Draws
 from flowmaps.rng import generator
 from training.config import Precision
 from training.dry_run import memory_guess
@@ -177,8 +177,48 @@ def test_non_finite_gradients_skip_the_step_and_then_stop_the_run(tmp_path):
     weights_before = {k: v.clone() for k, v in trainer.module.fm.network.state_dict().items()}
     trainer.data.x[:] = float("nan")
     for count in (1, 2):
-        assert trainer.step(0)["skipped"] == count
+        trainer.step(0)
+        assert trainer.skipped == count
     assert_same(weights_before, trainer.module.fm.network.state_dict())
     assert_same(weights_before, trainer.ema.state(0.999))
     with pytest.raises(UserError, match="max_skipped_steps"):
         trainer.step(0)
+
+
+def test_asking_for_gradient_norms_changes_nothing():
+    config = digits("lagrangian,smoke")
+    config.network.dropout = 0.3
+    asked, plain = Trainer.build(config), Trainer.build(config)
+    for step in range(2):
+        asked.step(step)
+        plain.step(step)
+        assert asked.gradient_norms() == asked.gradient_norms()
+    assert_same(asked.module.state_dict(), plain.module.state_dict())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradient_norms_are_those_of_the_terms(name):
+    """The diagonal rows' is that of flow matching on them alone, the rest that of the difference to the whole."""
+    trainer = Trainer.build(digits(f"{name},smoke"))
+    torch.manual_seed(0)
+    for p in trainer.module.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    trainer.shard_loss(0, 0)
+    norms, module, (x1, label, draws) = trainer.gradient_norms(), trainer.module, trainer.latest[0]
+    rows, parameters = module.objective.diagonal_rows(len(x1)), list(module.parameters())
+
+    def gradient(value):
+        found = torch.autograd.grad(value, parameters, allow_unused=True)
+        pairs = zip(parameters, found, strict=True)
+        return torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for p, g in pairs])
+
+    whole, expected = gradient(module(x1, label, draws).value), {}
+    diagonal = torch.zeros_like(whole)
+    if rows:
+        few = Draws(*(value[:rows] for value in draws[:4]))
+        alone = OBJECTIVES["flow_matching"]().loss(module.fm, x1[:rows], label[:rows], few).value
+        diagonal = gradient(alone * rows / len(x1))
+        expected["grad_norm_diagonal"] = diagonal.norm().item()
+    if rows < len(x1):
+        expected["grad_norm_off_diagonal"] = (whole - diagonal).norm().item()
+    assert norms == pytest.approx(expected, rel=1e-3)

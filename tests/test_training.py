@@ -49,7 +49,9 @@ def test_run_directory(tmp_path):
     ]
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
-    assert {"loss", "diagonal", "off_diagonal", "grad_norm", "clipped", "lr", "images_per_second"} <= rows[0].keys()
+    logged = {"loss", "diagonal", "off_diagonal", "jvp_norm", "grad_norm", "clipped", "skipped", "lr"}
+    logged |= {"grad_norm_diagonal", "grad_norm_off_diagonal", "images_per_second"}
+    assert logged == rows[0].keys() - {"step"}
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000006"]
     assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step-00000006.png"]
     assert_same(FlowMap.from_pretrained(tmp_path).network.state_dict(), fm.network.state_dict())
@@ -339,3 +341,58 @@ def test_resume_refuses_other_samples_or_labels(data_root, tmp_path):
         train(config, tmp_path / "run")
     (tmp_path / "images" / "zebra").rename(tmp_path / "images" / "a")
     train(config, tmp_path / "run")
+
+
+def test_a_frozen_teacher_is_followed_and_stays_itself(tmp_path):
+    from configs.checkerboard import get_config as board
+
+    teacher = train(board("flow_matching,smoke"), tmp_path / "teacher")
+    config = tiny(teacher=str(tmp_path / "teacher"), optim=Optim(decay=Decay.constant))
+    taught, alone = Trainer.build(config), Trainer.build(tiny(optim=config.optim))
+    assert taught.step(0)["off_diagonal"] != alone.step(0)["off_diagonal"]
+    taught.step(1)
+    assert taught.module.teacher.fingerprint() == teacher.fingerprint()
+    train(config, tmp_path / "run")
+    config.steps += 1
+    train(config, tmp_path / "run")  # resumes
+    other = board("flow_matching,smoke")
+    other.seed, config.steps = 1, config.steps + 1
+    train(other, tmp_path / "other")
+    for changed in (str(tmp_path / "other"), ""):
+        config.teacher = changed
+        with pytest.raises(UserError, match=r"--config\.teacher has other contents"):
+            train(config, tmp_path / "run")
+
+
+def test_a_teacher_that_does_not_fit_is_refused(tmp_path):
+    from configs.digits import get_config as digits
+
+    train(digits("consistency,smoke"), tmp_path)
+    for row, reason in (("lagrangian", "consistency model"), ("progressive", "takes no teacher")):
+        config = digits(f"{row},smoke")
+        config.teacher = str(tmp_path)
+        with pytest.raises(UserError, match=rf"--config\.teacher=.*{reason}"):
+            Trainer.build(config)
+    with pytest.raises(UserError, match="shape"):
+        Trainer.build(tiny(teacher=str(tmp_path)))
+    with pytest.raises(UserError, match="nothing"):
+        Trainer.build(tiny(teacher=str(tmp_path / "nothing")))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("objective.guidance", 2.0, "label_dropout"),
+        ("objective.guidance_max", 2.0, "network.guidance=True"),
+        ("network.guidance", True, "network.guidance=False"),
+    ],
+)
+def test_guidance_that_cannot_be_learned_is_refused(field, value, named):
+    from configs.digits import get_config as digits
+
+    config = digits("lagrangian,smoke")
+    config.data.label_dropout = 0.0 if named == "label_dropout" else 0.1
+    section, _, name = field.partition(".")
+    setattr(getattr(config, section), name, value)
+    with pytest.raises(UserError, match=named):
+        config.validate()

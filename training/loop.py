@@ -62,7 +62,10 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
             done += 1
             last = done == config.steps or trainer.any_process(bool(stop.asked))  # asked once a step
             if last or done % config.log_every == 0:
-                log.interval(done, config.batch, lr=trainer.optimizer.param_groups[0]["lr"])
+                with log.paused():
+                    norms = trainer.gradient_norms()
+                rate = trainer.optimizer.param_groups[0]["lr"]
+                log.interval(done, config.batch, lr=rate, skipped=trainer.skipped, **norms)
             with log.paused():
                 if main and (done == config.steps or done % config.sample_every == 0):
                     picture = grid_image(trainer.averaged(done), config.sample_steps, config.seed)

@@ -1,5 +1,6 @@
 """The module that distributed wrappers and torch.compile see."""
 
+import torch
 from torch import Tensor, nn
 
 from flowmaps import FlowMap
@@ -29,3 +30,15 @@ class LossModule(nn.Module):
     def forward(self, x1: Tensor, label: Tensor | None, draws: Draws) -> Loss:
         drift = None if self.teacher is None else self.teacher.drift
         return self.objective.loss(self.fm, x1, label, draws, teacher=drift, weight=self.weight)
+
+    def gradient_norms(self, x1: Tensor, label: Tensor | None, draws: Draws) -> dict[str, Tensor]:
+        """Norm of the gradient that the diagonal and the off-diagonal rows each put into that of ``forward``."""
+        drift = None if self.teacher is None else self.teacher.drift
+        per_sample, _ = self.objective.per_sample(self.fm, x1, label, draws, drift, self.weight)
+        rows, parameters, norms = self.objective.diagonal_rows(len(x1)), list(self.parameters()), {}
+        for name, part in (("diagonal", per_sample[:rows]), ("off_diagonal", per_sample[rows:])):
+            if len(part):
+                value = part.sum() / len(x1)
+                gradients = torch.autograd.grad(value, parameters, retain_graph=name == "diagonal", allow_unused=True)
+                norms[f"grad_norm_{name}"] = nn.utils.get_total_norm(g for g in gradients if g is not None)
+        return norms

@@ -1,7 +1,8 @@
 """One optimiser step, and everything it touches."""
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer  # bare
     prepared: Any  # as accelerate wants it called
     ema: EMA
+    latest: Any = None  # ((x1, label, draws), seed of dropout) of the latest shard
     skipped: int = 0  # steps with a non-finite gradient since the start or resume
 
     @classmethod
@@ -113,7 +115,7 @@ class Trainer:
             self._skip(step, norm)
         self.prepared.zero_grad(set_to_none=True)
         clipped = (norm > config.optim.clip).float()  # its mean over an interval is the share of clipped steps
-        return {**logged, "grad_norm": norm, "clipped": clipped, "skipped": torch.tensor(float(self.skipped))}
+        return {**logged, "grad_norm": norm, "clipped": clipped}
 
     def shard_loss(self, step: int, micro: int) -> Loss:
         """The loss of one shard of step ``step``'s global batch: this process's micro-step ``micro``."""
@@ -136,10 +138,24 @@ class Trainer:
             label = soft_label(label, done, fm.info.num_classes)
         if config.channels_last:
             x1 = x1.contiguous(memory_format=torch.channels_last)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(generator(config.seed, "dropout", step, shard).initial_seed())
+        self.latest = (x1, label, draws), generator(config.seed, "dropout", step, shard).initial_seed()
+        with self._dropout():
             loss: Loss = self.wrapped(x1, label, draws)
         return loss
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Gradient norm of each term on this process's latest shard, at the weights as they are now."""
+        with self._dropout(), self.accelerator.autocast():
+            norms = self.module.gradient_norms(*self.latest[0])
+        return {name: float(norm) for name, norm in norms.items()}
+
+    @contextmanager
+    def _dropout(self) -> Iterator[None]:
+        """Dropout inside the block is that of the latest shard; torch's own generators are as before after it."""
+        device = self.accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.latest[1])
+            yield
 
     def refresh_teacher(self) -> None:
         """Give the teacher, if there is one, the weights of its average: after each step and after a resume."""

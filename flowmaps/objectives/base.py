@@ -152,6 +152,19 @@ class Objective:
         weight: nn.Module | None = None,
     ) -> Loss:
         """The loss at given draws: no randomness but dropout."""
+        per_sample, terms = self.per_sample(fm, x1, label, draws, teacher, weight)
+        return Loss(per_sample.mean(), terms)
+
+    def per_sample(
+        self,
+        fm: FlowMap,
+        x1: Tensor,
+        label: Tensor | None,
+        draws: Draws,
+        teacher: Drift | None,
+        weight: nn.Module | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss of each row [B], diagonal rows first, and the terms of ``Loss``."""
         rows = self.diagonal_rows(len(x1))
         x0, s, t, fraction, guidance = draws
         x_s = fm.interpolant.point(x0, x1, s)
@@ -179,7 +192,7 @@ class Objective:
             w = weight(s, t)
             per_sample = torch.exp(-w) * per_sample + w
             terms["weight_min"], terms["weight_max"] = w.detach().amin(), w.detach().amax()
-        return Loss(per_sample.mean(), terms)
+        return per_sample, terms
 
     def guide(
         self, fm: FlowMap, x: Tensor, s: Tensor, label: Tensor | None, velocity: Tensor, guidance: Tensor
