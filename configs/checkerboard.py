@@ -46,7 +46,7 @@ ROWS = {
     "terminal_velocity": lambda: base("terminal_velocity"),
     "mean_flow": lambda: base("mean_flow"),
     "improved_mean_flow": lambda: base("improved_mean_flow"),
-    "consistency": lambda: base("consistency", stage_steps=300),
+    "consistency": lambda: base("consistency", stage_steps=300, adaptive=0.0),
 }
 
 
