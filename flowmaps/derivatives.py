@@ -4,6 +4,7 @@ The rules, each measured (torch 2.15):
 
 * ``torch.func.jvp`` over the velocity, closed over its weights; backward through the tangent is then exact.
   Raw ``forward_ad`` breaks on softmax, and ``torch.func.linearize`` gives wrong gradients silently.
+* So does F.layer_norm, whose forward derivative has no correct backward: use ``networks.layers.layer_norm``.
 * Scaled dot-product attention has a forward derivative only in its MATH kernel, on every device.
 * The derivative is taken in at least float32 with autocast off; float64 stays float64.
 * Only the arguments that move get a tangent: no spatial Jacobian when x stands still.

@@ -3,6 +3,7 @@
 python scripts/benchmark.py --suite=checkerboard --seeds=0,1,2 --cpu_minutes=2 --json=checkerboard.json
 python scripts/benchmark.py --suite=digits --rows=lagrangian --seeds=0,1,2 --json=digits.json
 python scripts/benchmark.py --suite=step --threads=1
+python scripts/benchmark.py --suite=cost --threads=1
 
 Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n and euler@n are at n sampling steps.
 """
@@ -18,7 +19,9 @@ from flowmaps import UserError
 from flowmaps.files import writable_file, write_file
 from training import cli
 
-SUITE = flags.DEFINE_string("suite", None, "checkerboard, digits or step (time of a training step)")
+SUITE = flags.DEFINE_string(
+    "suite", None, "checkerboard, digits, step (time of a training step) or cost (of each objective)"
+)
 ROWS = flags.DEFINE_list("rows", ["flow_matching", "lagrangian"], "Rows of the suite's config")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds")
 TRAIN_STEPS = flags.DEFINE_integer("train_steps", None, "Training steps, instead of the config's", lower_bound=1)
@@ -32,7 +35,7 @@ def main() -> None:
     from training.benchmark import markdown, run
 
     if SUITE.value is None:
-        raise UserError("--suite is missing: checkerboard, digits or step")
+        raise UserError("--suite is missing: checkerboard, digits, step or cost")
     if not all(seed.lstrip("-").isdigit() for seed in SEEDS.value):
         raise UserError(f"--seeds={','.join(SEEDS.value)}: give whole numbers")
     if JSON.value:

@@ -6,6 +6,9 @@ import re
 from helpers import run_script
 from PIL import Image
 
+from flowmaps.objectives import OBJECTIVES, Shortcut, TerminalVelocity
+from training.benchmark import COSTS, objective_costs
+
 
 def test_demo_writes_a_self_contained_report(tmp_path):
     command = ["scripts/demo.py", f"--workdir={tmp_path}", "--steps=3", "--num=80"]
@@ -43,3 +46,11 @@ def test_benchmark_mistakes():
     ):
         done = run_script("scripts/benchmark.py", *arguments)
         assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_benchmark_costs_cover_every_objective():
+    """One round on a tiny batch: every method that has a row in the table is timed, relative to flow matching."""
+    rows = dict(objective_costs("DiT", rounds=1, batch=4))
+    assert rows["DiT, flow_matching"]["/ flow_matching"] == 1 and all(s["seconds"] > 0 for s in rows.values())
+    timed = {type(objective) for objective in COSTS.values()}
+    assert timed >= set(OBJECTIVES.values()) - {Shortcut, TerminalVelocity}  # which cost what their parents do

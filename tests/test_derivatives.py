@@ -6,7 +6,7 @@ from helpers import CASES, gaussian_data, gaussian_map
 
 from flowmaps import FlowMap
 from flowmaps.derivatives import d_ds, d_dt, transport, velocity_jvp
-from flowmaps.networks import MLP, UNet
+from flowmaps.networks import MLP, DiT, UNet
 
 NETWORKS = {
     "mlp": (lambda: MLP(dim=2, width=16, depth=2, fourier_features=4), (2,), None),
@@ -27,6 +27,12 @@ NETWORKS = {
             patch=2,
         ),
         (2, 8, 8),
+        3,
+    ),
+    "dit": (lambda: DiT(image_size=8, channels=1, patch=4, width=16, depth=2, heads=2), (1, 8, 8), None),
+    "dit_qk_norm": (
+        lambda: DiT(image_size=8, channels=1, patch=4, width=16, depth=1, heads=2, qk_norm=True, num_classes=3),
+        (1, 8, 8),
         3,
     ),
 }

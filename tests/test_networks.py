@@ -1,14 +1,18 @@
 import pytest
 import torch
 
-from flowmaps.networks import MLP, NETWORKS, UNet
+from flowmaps.networks import MLP, NETWORKS, DiT, UNet
+from flowmaps.networks.dit import positions
 from flowmaps.networks.layers import normalise
 
 UNET = {"channel_mult": (1, 2), "blocks": 2, "attention_resolutions": (4,), "num_classes": 4}
+LABELS = {"num_classes": 4, "qk_norm": True}
 SMALL = {
     "MLP": ({"width": 16, "depth": 2, "fourier_features": 3}, (2,)),
     "UNet": ({"image_size": 8, "channels": 1, "width": 8, **UNET}, (1, 8, 8)),
+    "DiT": ({"image_size": 8, "channels": 1, "patch": 2, "width": 16, "depth": 2, "heads": 2, **LABELS}, (1, 8, 8)),
 }
+IMAGES = [name for name, (_, shape) in SMALL.items() if len(shape) == 3]
 
 
 def build(name):
@@ -44,20 +48,26 @@ def test_save_and_load_is_bit_equal(name, tmp_path):
     assert torch.equal(again(x, s, t), network(x, s, t))
 
 
-def test_label_and_no_label():
-    network, x = build("UNet")
+@pytest.mark.parametrize("name", IMAGES)
+def test_label_and_no_label(name):
+    network, x = build(name)
     s = torch.full((6,), 0.5)
     none, null = network(x, s, s), network(x, s, s, torch.full((6,), 4))
     assert torch.equal(none, null)  # label num_classes means no label
     assert not torch.allclose(none, network(x, s, s, torch.zeros(6, dtype=torch.int64)))
+
+
+def test_mlp_has_no_label():
+    s = torch.zeros(1)
     with pytest.raises(ValueError, match="unconditional"):
         MLP(width=8, depth=1)(torch.zeros(1, 2), s[:1], s[:1], torch.zeros(1, dtype=torch.int64))
 
 
-def test_unet_starts_as_a_one_time_network():
+@pytest.mark.parametrize("name", IMAGES)
+def test_starts_as_a_one_time_network(name):
     """The branch of t - s starts at zero: a fresh network does not see the second time."""
     torch.manual_seed(0)
-    network = UNet(image_size=8, channels=1, width=8, channel_mult=(1,), blocks=1, attention_resolutions=())
+    network = NETWORKS[name](**SMALL[name][0])
     for parameter_name, p in network.named_parameters():
         if "embedding.gap" not in parameter_name:
             torch.nn.init.normal_(p, std=0.2)
@@ -71,14 +81,36 @@ def test_normalise_takes_any_number_of_channels(channels):
     assert y.mean().abs() < 0.01 and abs(y.std() - 1) < 0.01
 
 
+@pytest.mark.parametrize(
+    "options", [{"image_size": 9}, {"width": 18, "heads": 2}, {"width": 16, "heads": 3}, {"data_std": 0.0}]
+)
+def test_dit_refuses_sizes_that_do_not_divide(options):
+    with pytest.raises(ValueError, match=r"divisible|data_std"):
+        DiT(**options)
+
+
+def test_dit_knows_where_a_patch_is():
+    """Without positions the network commutes with moving patches; with them it does not, and rows are not columns."""
+    network, x = build("DiT")
+    s, moved = torch.full((6,), 0.5), torch.roll(x, 2, dims=3)
+    assert not torch.allclose(network(moved, s, s), torch.roll(network(x, s, s), 2, dims=3), atol=1e-3)
+    assert not torch.allclose(network(x.mT, s, s), network(x, s, s).mT, atol=1e-3)
+    network.positions.zero_()
+    torch.testing.assert_close(network(moved, s, s), torch.roll(network(x, s, s), 2, dims=3), rtol=1e-4, atol=1e-5)
+    table = positions(4, 16)
+    row, column = torch.arange(4.0).repeat_interleave(4), torch.arange(4.0).repeat(4)
+    torch.testing.assert_close(table[:, 1], torch.sin(column * 0.1)), torch.testing.assert_close(table[:, 8], row.sin())
+
+
 @pytest.mark.parametrize("options", [{"image_size": 8, "channel_mult": (1, 1, 1, 1, 1)}, {"image_size": 9, "patch": 2}])
 def test_unet_refuses_sizes_that_do_not_divide(options):
     with pytest.raises(ValueError, match="image_size"):
         UNet(**options)
 
 
-def test_unet_in_bfloat16():
-    network, x = build("UNet")
+@pytest.mark.parametrize("name", IMAGES)
+def test_in_bfloat16(name):
+    network, x = build(name)
     s, t = torch.full((6,), 0.2), torch.full((6,), 0.7)
     exact = network(x, s, t)
     half = network.bfloat16()(x.bfloat16(), s, t)

@@ -8,13 +8,14 @@ from helpers import CASES, gaussian_data, gaussian_map
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.derivatives import velocity_difference, velocity_jvp
-from flowmaps.networks import MLP, UNet
+from flowmaps.networks import MLP, DiT, UNet
 from flowmaps.networks.layers import Dropout, soft_label, with_guidance, without_label
-from flowmaps.objectives import OBJECTIVES, Draws, LogVariance
+from flowmaps.objectives import OBJECTIVES, Draws, LogVariance, eulerian, lagrangian
 from flowmaps.objectives.eulerian import Stop
 from flowmaps.objectives.lagrangian import Derivative
 from flowmaps.objectives.progressive import Middle
 from flowmaps.objectives.times import Times
+from training.benchmark import Unsplit
 
 MAPS = [name for name, cls in OBJECTIVES.items() if cls.kind == "map"]
 ANCHORED = [name for name, cls in OBJECTIVES.items() if cls().diagonal]  # with rows that regress the drift
@@ -351,28 +352,70 @@ def test_adaptive_weight_divides_by_a_constant_power(name):
         OBJECTIVES[name](adaptive=-1.0)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_compiled_loss_equals_eager(name):
-    """fullgraph: no graph break, the derivative included."""
+def small(network):
+    """A network for 8 x 8 images with every weight random."""
     torch.manual_seed(0)
-    network = UNet(
-        image_size=8, channels=1, width=8, channel_mult=(1, 2), blocks=1, attention_resolutions=(4,), num_classes=3
-    )
-    for p in network.parameters():
+    made = {
+        "unet": lambda: UNet(8, 1, 8, (1, 2), 1, (4,), num_classes=3, guidance=True),
+        "dit": lambda: DiT(8, 1, patch=4, width=16, depth=2, heads=2, num_classes=3, guidance=True),
+    }[network]()
+    for p in made.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    fm, objective = FlowMap(network.train()), OBJECTIVES[name]()
+    return FlowMap(made.train(), info=FlowMapInfo(shape=(1, 8, 8), num_classes=3))
+
+
+COMPILED = [("unet", name, {}) for name in OBJECTIVES]
+COMPILED += [("dit", "lagrangian", {}), ("dit", "eulerian", {}), ("unet", "mean_flow", {"guidance_max": 3.0})]
+
+
+@pytest.mark.parametrize(("network", "name", "options"), COMPILED)
+def test_compiled_loss_equals_eager(network, name, options):
+    """fullgraph: no graph break, the derivative included."""
+    fm, objective = small(network), OBJECTIVES[name](**options)
     x1, label = torch.randn(8, 1, 8, 8), torch.arange(8) % 3
     draws = objective.draw(fm, x1, generator())
 
     def gradient(loss):
         return torch.autograd.grad(loss(fm, x1, label, draws).value, list(fm.parameters()), allow_unused=True)
 
+    torch.compiler.reset()  # each objective compiles the same code anew, and torch limits how often
     compiled = torch.compile(objective.loss, fullgraph=True, backend="aot_eager")
     for a, b in zip(gradient(compiled), gradient(objective.loss), strict=True):
         assert (a is None) == (b is None)
         if a is None:
             continue
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("network", ["unet", "dit"])
+def test_rows_without_a_gap_need_no_derivative(network):
+    """Splitting the batch has the gradient of one jvp over all rows, the diagonal ones times t - s = 0."""
+    fm, x1, label = small(network), torch.randn(16, 1, 8, 8), torch.arange(16) % 4
+    objective, parameters = OBJECTIVES["lagrangian"](), list(fm.parameters())
+    draws, gradients = objective.draw(fm, x1, generator()), []
+    for each in (objective, Unsplit()):
+        loss = each.loss(fm, x1, label, draws).value
+        gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).norm() <= 1e-6 * max(1.0, b.norm())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_diagonal_rows_never_enter_a_derivative(name, monkeypatch):
+    seen = []
+
+    def spy(fm, x, s, t, *rest, **moving):
+        seen.append((s, t))
+        return velocity_jvp(fm, x, s, t, *rest, **moving)
+
+    for module in (lagrangian, eulerian):
+        monkeypatch.setattr(module, "velocity_jvp", spy)
+    fm, x1 = small("unet"), torch.randn(16, 1, 8, 8)
+    terms = OBJECTIVES[name]()(fm, x1, torch.arange(16) % 4, generator=generator()).terms
+    assert ("jvp_norm" in terms) == bool(seen)
+    assert all(len(s) == 4 and bool((s < t).all()) for s, t in seen)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -3,9 +3,10 @@
 The path ``flowmaps.networks.<module>`` and the class name are written into every exported checkpoint.
 """
 
+from flowmaps.networks.dit import DiT
 from flowmaps.networks.mlp import MLP
 from flowmaps.networks.unet import UNet
 
-NETWORKS = {network.__name__: network for network in (MLP, UNet)}
+NETWORKS = {network.__name__: network for network in (MLP, UNet, DiT)}
 
-__all__ = ["MLP", "NETWORKS", "UNet"]
+__all__ = ["MLP", "NETWORKS", "DiT", "UNet"]

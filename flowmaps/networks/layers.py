@@ -172,6 +172,15 @@ def normalise(x: Tensor) -> Tensor:
     return F.group_norm(x, next(groups for groups in range(most, 0, -1) if channels % groups == 0))
 
 
+def layer_norm(x: Tensor) -> Tensor:
+    """Layer normalisation of [B, n, C] along C without weights.
+
+    As one group of a group normalisation: backward through the forward derivative of F.layer_norm is wrong, silently
+    (pytorch issue 196700; seen in 2.11 and 2.15).
+    """
+    return F.group_norm(x.flatten(0, 1), 1, eps=1e-6).view_as(x)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation whose scale and shift are applied by hand, in the type of the activation."""
 

@@ -1,0 +1,125 @@
+"""A diffusion transformer for images or latents, with two times."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from einops import rearrange
+from torch import Tensor, nn
+
+from flowmaps.networks.layers import Dropout, TimeEmbedding, layer_norm, zero
+
+
+def positions(size: int, width: int) -> Tensor:
+    """Sines and cosines of row and column of a ``size`` x ``size`` grid of patches: [size^2, width].
+
+    Half of the width is for each coordinate, at frequencies 10000^(-k / (width / 4)).
+    """
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = torch.meshgrid(*2 * [torch.arange(size, dtype=torch.float64)], indexing="ij")
+    phases = [coordinate.flatten()[:, None] * frequencies for coordinate in (columns, rows)]
+    return torch.cat([part for phase in phases for part in (phase.sin(), phase.cos())], dim=1).float()
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x over its root mean square along the last dimension, times ``weight``."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight.to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer normalisation of tokens [B, n, width] without weights, then scale and shift [B, width]."""
+    return torch.addcmul(shift[:, None], layer_norm(x), 1 + scale[:, None])
+
+
+class Attention(nn.Module):
+    """Self-attention over tokens [B, n, width]; ``qk_norm``: queries and keys get root mean square 1, then a weight."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.scales = nn.Parameter(torch.ones(2, width // heads)) if qk_norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three heads c) -> three b heads n c", three=3, heads=self.heads)
+        if self.scales is not None:
+            q, k = rms_norm(q, self.scales[0]), rms_norm(k, self.scales[1])
+        y = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.out(rearrange(y, "b heads n c -> b n (heads c)"))
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """Attention and MLP, each normalised and modulated by the embedding and gated by it; starts as the identity."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dropout: float) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.modulation = zero(nn.Linear(width, 6 * width))
+        self.attention = Attention(width, heads, qk_norm)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), Dropout(dropout), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(embedding).to(x.dtype).chunk(6, dim=1)
+        x = torch.addcmul(x, gate1[:, None], self.attention(modulate(x, shift1, scale1)))
+        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(x, shift2, scale2)))
+
+
+class DiT(ModelMixin, ConfigMixin):
+    """v(x, s, t, label) for x [B, channels, image_size, image_size]: a transformer over patches.
+
+    Peebles and Xie 2023 (arXiv 2212.09748), with adaLN-zero modulation; the second time's embedding is added and starts
+    at zero (``layers.TimeEmbedding``). ``qk_norm`` normalises queries and keys, which keeps attention's derivative in
+    check. Input is divided and output multiplied by ``data_std``; ``augment_dim`` and ``guidance`` as in ``UNet``.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int = 32,
+        channels: int = 4,
+        patch: int = 2,
+        width: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        dropout: float = 0.0,
+        num_classes: int = 0,
+        data_std: float = 0.5,
+        augment_dim: int = 0,
+        guidance: bool = False,
+    ) -> None:
+        super().__init__()
+        if min(image_size, channels, patch, width, depth, heads) < 1 or not mlp_ratio > 0:
+            raise ValueError("image_size, channels, patch, width, depth, heads and mlp_ratio must be positive")
+        if image_size % patch or width % heads or width % 4:
+            raise ValueError(
+                f"image_size ({image_size}) must be divisible by patch ({patch}), width ({width}) by heads ({heads}) "
+                "and by 4"
+            )
+        if not data_std > 0 or not 0 <= dropout < 1 or min(num_classes, augment_dim) < 0:
+            raise ValueError("data_std must be positive, dropout in [0, 1), num_classes and augment_dim not negative")
+        self.data_std, self.patch, self.size = data_std, patch, image_size // patch
+        self.register_buffer("positions", positions(self.size, width), persistent=False)
+        pixels = channels * patch**2
+        self.stem = nn.Linear(pixels, width)
+        self.embedding = TimeEmbedding(width, num_classes, augment_dim, guidance)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, mlp_ratio, qk_norm, dropout) for _ in range(depth))
+        self.modulation, self.head = zero(nn.Linear(width, 2 * width)), zero(nn.Linear(width, pixels))
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and (name == "stem" or ("blocks" in name and "modulation" not in name)):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        p = self.patch
+        x = self.stem(rearrange(x / self.data_std, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
+        x = x + self.positions.to(x.dtype)
+        embedding = F.silu(self.embedding(s, t, label))
+        for block in self.blocks:
+            x = block(x, embedding)
+        shift, scale = self.modulation(embedding).to(x.dtype).chunk(2, dim=1)
+        x = self.head(modulate(x, shift, scale))
+        x = rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=self.size, p=p, q=p)
+        return self.data_std * x
