@@ -28,30 +28,35 @@ TRAIN_STEPS = flags.DEFINE_integer("train_steps", None, "Training steps, instead
 CPU_MINUTES = flags.DEFINE_float("cpu_minutes", None, "Process time to train for, instead of steps", 0.01)
 NUM = flags.DEFINE_integer("num", None, "Samples to score: 32768 points or 2000 images by default", lower_bound=2)
 THREADS = flags.DEFINE_integer("threads", None, "Threads that torch may use", lower_bound=1)
-JSON = flags.DEFINE_string("json", None, "File for the records, written after each one")
+JSON = flags.DEFINE_string("json", None, "File for the records, written after each one; those in it are not run again")
+PLOT = flags.DEFINE_string("plot", None, "PNG file for the scores against the number of steps")
 
 
 def main() -> None:
-    from training.benchmark import markdown, run
+    from training.benchmark import markdown, plot, run, stored_records
 
     if SUITE.value is None:
         raise UserError("--suite is missing: checkerboard, digits, step or cost")
     if not all(seed.lstrip("-").isdigit() for seed in SEEDS.value):
         raise UserError(f"--seeds={','.join(SEEDS.value)}: give whole numbers")
-    if JSON.value:
-        writable_file(Path(JSON.value), "--json")
+    for name, file in (("--json", JSON.value), ("--plot", PLOT.value)):
+        if file:
+            writable_file(Path(file), name)
     if THREADS.value:
         torch.set_num_threads(THREADS.value)
+    budget = {"train_steps": TRAIN_STEPS.value, "cpu_minutes": CPU_MINUTES.value, "num": NUM.value}
+    records = stored_records(JSON.value, SUITE.value, budget) if JSON.value else []
+    done = {(record["row"], record["seed"]) for record in records}
     machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    records = []
-    seeds = [int(seed) for seed in SEEDS.value]
-    for record in run(SUITE.value, ROWS.value, seeds, TRAIN_STEPS.value, CPU_MINUTES.value, NUM.value):
-        records.append(record)
-        print(json.dumps(record), flush=True)
+    for record in run(SUITE.value, ROWS.value, [int(seed) for seed in SEEDS.value], **budget, done=done):
+        records.append({**record, "machine": machine})
+        print(json.dumps(records[-1]), flush=True)
         if JSON.value:
-            content = {"suite": SUITE.value, "machine": machine, "records": records}
-            write_file(Path(JSON.value), json.dumps(content, indent=2).encode())
-    print(markdown(records))
+            content = {"suite": SUITE.value, "budget": budget, "records": records}
+            write_file(Path(JSON.value), json.dumps(content, indent=1).encode())
+    if PLOT.value:
+        plot(records).save(PLOT.value)
+    print(markdown(records, SUITE.value))
 
 
 if __name__ == "__main__":

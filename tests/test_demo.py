@@ -7,7 +7,7 @@ from helpers import run_script
 from PIL import Image
 
 from flowmaps.objectives import OBJECTIVES, Shortcut, TerminalVelocity
-from training.benchmark import COSTS, objective_costs
+from training.costs import COSTS, objective_costs
 
 
 def test_demo_writes_a_self_contained_report(tmp_path):
@@ -34,8 +34,16 @@ def test_benchmark_tables(tmp_path):
     assert [(r["row"], r["seed"], r["train_steps"]) for r in records] == [
         ("flow_matching", 0, 2), ("flow_matching", 1, 2), ("lagrangian", 0, 2), ("lagrangian", 1, 2),
     ]  # fmt: skip
-    table = done.stdout.strip().splitlines()[-4:]
+    table = done.stdout.strip().splitlines()[-5:]
+    files = [f"--json={tmp_path}/b.json", f"--plot={tmp_path}/b.png"]
+    again = run_script("scripts/benchmark.py", *short, *files, check=True)
+    assert again.stdout.strip().splitlines() == table  # nothing is run again
+    with Image.open(tmp_path / "b.png") as image:
+        assert image.width > 1000  # two panels
     assert "KL@1" in table[0] and table[2].startswith("| flow_matching | 2 |") and "±" in table[3]
+    assert "0.086" in table[4]  # the paper's row
+    other = run_script("scripts/benchmark.py", *short, "--train_steps=3", f"--json={tmp_path}/b.json")
+    assert other.returncode == 2 and "--json" in other.stderr
 
 
 def test_benchmark_mistakes():

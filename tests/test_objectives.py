@@ -15,7 +15,7 @@ from flowmaps.objectives.eulerian import Stop
 from flowmaps.objectives.lagrangian import Derivative
 from flowmaps.objectives.progressive import Middle
 from flowmaps.objectives.times import Times
-from training.benchmark import Unsplit
+from training.costs import Unsplit
 
 MAPS = [name for name, cls in OBJECTIVES.items() if cls.kind == "map"]
 ANCHORED = [name for name, cls in OBJECTIVES.items() if cls().diagonal]  # with rows that regress the drift

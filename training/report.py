@@ -59,6 +59,11 @@ def grid_of(models: dict[str, FlowMap], counts: Sequence[int], columns: int, see
 
 def plot(results: Sequence[Result], metric: str, floor: float) -> Image.Image:
     """Distance against number of steps, both logarithmic, with the floor as a dashed line."""
+    return lines([(row["model"], metric, row["steps"], row[metric]) for row in results], floor)
+
+
+def lines(points: Sequence[tuple[str, str, int, float]], floor: float | None = None) -> Image.Image:
+    """A panel a metric and a line a name over (name, metric, steps, value): means, with the range as bars."""
     try:
         import matplotlib
     except ImportError:
@@ -66,17 +71,27 @@ def plot(results: Sequence[Result], metric: str, floor: float) -> Image.Image:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4), dpi=110)
-    for name in dict.fromkeys(row["model"] for row in results):
-        points = [(row["steps"], row[metric]) for row in results if row["model"] == name]
-        axes.plot(*zip(*points, strict=True), "o-", label=name)
-    axes.axhline(floor, color="grey", linestyle="--", label="floor: training images")
-    steps = sorted({row["steps"] for row in results})
-    axes.set(xscale="log", yscale="log", xlabel="network evaluations per image", ylabel=f"{metric} (lower is better)")
-    axes.set_xticks(steps, [str(s) for s in steps])
-    axes.minorticks_off()
-    axes.legend()
-    axes.grid(alpha=0.3)
+    metrics = list(dict.fromkeys(metric for _, metric, _, _ in points))
+    figure, panels = plt.subplots(1, len(metrics), figsize=(6 * len(metrics), 4), dpi=110, squeeze=False)
+    for axes, metric in zip(panels[0], metrics, strict=True):
+        mine = [point for point in points if point[1] == metric]
+        steps = sorted({point[2] for point in mine})
+        for name in dict.fromkeys(point[0] for point in mine):
+            values = {n: [p[3] for p in mine if (p[0], p[2]) == (name, n)] for n in steps}
+            values = {n: found for n, found in values.items() if found}
+            mean = [sum(found) / len(found) for found in values.values()]
+            below = [m - min(found) for m, found in zip(mean, values.values(), strict=True)]
+            above = [max(found) - m for m, found in zip(mean, values.values(), strict=True)]
+            axes.errorbar(list(values), mean, yerr=[below, above], fmt="o-", capsize=2, label=name)
+        if floor is not None:
+            axes.axhline(floor, color="grey", linestyle="--", label="floor: training images")
+        axes.set(
+            xscale="log", yscale="log", xlabel="network evaluations a sample", ylabel=f"{metric} (lower is better)"
+        )
+        axes.set_xticks(steps, [str(s) for s in steps])
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.grid(alpha=0.3)
+    panels[0][0].legend(fontsize="small")
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
