@@ -5,9 +5,7 @@ python scripts/train.py --config=configs/checkerboard.py:lagrangian --workdir=ru
 
 from typing import Any
 
-from flowmaps.objectives.eulerian import Stop
-from flowmaps.objectives.progressive import Middle
-from training.config import Config, Data, Decay, Optim, Optimizer, network, objective, select
+from training.config import Config, Data, Decay, Optim, Optimizer, method_rows, network, objective, select
 
 DATA_STD = 0.577  # of a coordinate that is uniform on [-1, 1]: 1 / sqrt(3)
 
@@ -34,20 +32,7 @@ def smoke(config: Config) -> None:
     config.log_every = config.sample_every = config.checkpoint_every = 5
 
 
-ROWS = {
-    "flow_matching": lambda: base("flow_matching"),
-    "lagrangian": lambda: base("lagrangian"),
-    "lagrangian_slim": lambda: base("lagrangian", slim=True),
-    "eulerian": lambda: base("eulerian"),
-    "eulerian_slim": lambda: base("eulerian", stop=Stop.slim),
-    "progressive": lambda: base("progressive"),
-    "progressive_uniform": lambda: base("progressive", middle=Middle.uniform),
-    "shortcut": lambda: base("shortcut"),
-    "terminal_velocity": lambda: base("terminal_velocity"),
-    "mean_flow": lambda: base("mean_flow"),
-    "improved_mean_flow": lambda: base("improved_mean_flow"),
-    "consistency": lambda: base("consistency", stage_steps=300, adaptive=0.0),
-}
+ROWS = method_rows(base) | {"consistency": lambda: base("consistency", stage_steps=300, adaptive=0.0)}
 
 
 def get_config(choice: str = "lagrangian") -> Config:

@@ -7,13 +7,20 @@ The paper's data (50,000 training images, no augmentation), batch 512, 400,000 s
 lr / sqrt(max(step / 35,000, 1)), clipping at 1, share of diagonal rows 0.75, dropout 0.13, learned weight and EMA
 0.9999. Its network is EDM2's with forced weight normalisation, which bears lr 1e-2; until that is here, the plain U-Net
 of the same widths at 5e-4. The paper trains about 24 hours on 4 H100 and reports, best checkpoint for each step count,
-FID-50k 8.10 / 4.37 / 3.34 / 3.33 at 1 / 2 / 4 / 8 steps. Not run by the authors of this package, who have no GPU yet.
+FID-50k 8.10 / 4.37 / 3.34 / 3.33 at 1 / 2 / 4 / 8 steps.
+
+The rows mean_flow (arXiv 2505.13447), improved_mean_flow (arXiv 2512.02012) and consistency (arXiv 2406.14548) have the
+shares, times and weights of their papers in this setting, not their batch, optimiser and augmentation. Nothing here was
+run by the authors of this package, who have no GPU yet.
 """
 
-from training.config import Config, Data, Decay, Optim, Optimizer, Weight, network, objective, select
+from typing import Any
+
+from flowmaps.objectives.times import Times
+from training.config import Config, Data, Decay, Optim, Optimizer, Weight, method_rows, network, objective, select
 
 
-def base(method: str) -> Config:
+def base(method: str, **options: Any) -> Config:
     return Config(
         data=Data(name="cifar10"),
         network=network(
@@ -26,7 +33,7 @@ def base(method: str) -> Config:
             attention_resolutions=(16,),
             dropout=0.13,
         ),
-        objective=objective(method),
+        objective=objective(method, **options),
         base_std=0.5,
         weight=Weight(learned=True),
         optim=Optim(name=Optimizer.radam, lr=5e-4, warmup=1000, decay=Decay.inverse_sqrt, decay_start=35_000),
@@ -47,9 +54,19 @@ def smoke(config: Config) -> None:
     config.log_every = config.sample_every = config.checkpoint_every = 5
 
 
-ROWS = {
-    "flow_matching": lambda: base("flow_matching"),
-    "lagrangian": lambda: base("lagrangian"),
+def weighted(method: str, **options: Any) -> Config:
+    """A row whose method has a weight of its own."""
+    config = base(method, **options)
+    config.weight.learned = False
+    return config
+
+
+MEAN_FLOW = {"diagonal": 0.25, "adaptive": 0.75, "times": Times.logit_normal}
+IMPROVED = {"diagonal": 0.5, "adaptive": 1.0, "times": Times.logit_normal}
+ROWS = method_rows(base) | {
+    "mean_flow": lambda: weighted("mean_flow", **MEAN_FLOW, time_mean=(2.0, 2.0), time_std=(2.0, 2.0)),
+    "improved_mean_flow": lambda: weighted("improved_mean_flow", **IMPROVED),
+    "consistency": lambda: weighted("consistency"),
 }
 
 

@@ -5,9 +5,7 @@ python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/dig
 
 from typing import Any
 
-from flowmaps.objectives.eulerian import Stop
-from flowmaps.objectives.progressive import Middle
-from training.config import Config, Data, Decay, Optim, Optimizer, network, objective, select
+from training.config import Config, Data, Decay, Optim, Optimizer, method_rows, network, objective, select
 
 
 def base(method: str, **options: Any) -> Config:
@@ -50,18 +48,7 @@ def smoke(config: Config) -> None:
     config.log_every = config.sample_every = config.checkpoint_every = 5
 
 
-ROWS = {
-    "flow_matching": lambda: base("flow_matching"),
-    "lagrangian": lambda: base("lagrangian"),
-    "lagrangian_slim": lambda: base("lagrangian", slim=True),
-    "eulerian": lambda: base("eulerian"),
-    "eulerian_slim": lambda: base("eulerian", stop=Stop.slim),
-    "progressive": lambda: base("progressive"),
-    "progressive_uniform": lambda: base("progressive", middle=Middle.uniform),
-    "shortcut": lambda: base("shortcut"),
-    "terminal_velocity": lambda: base("terminal_velocity"),
-    "mean_flow": lambda: base("mean_flow"),
-    "improved_mean_flow": lambda: base("improved_mean_flow"),
+ROWS = method_rows(base) | {
     "consistency": lambda: base("consistency", stage_steps=200),
     "lagrangian_guided": lambda: guided("lagrangian", guidance_max=4.0),
 }

@@ -7,10 +7,12 @@ The cpu variant, 113 minutes on an AMD EPYC core, seed 0: FD-fashion_mnist of 5,
 at 1 / 2 / 4 / 8 steps 13.9 / 7.6 / 6.6 / 6.2 (Euler on its drift: 121 / 41 / 9.3 / 3.9, and 5.2 at 64).
 """
 
-from training.config import Config, Data, Decay, Optim, Optimizer, Precision, network, objective, select
+from typing import Any
+
+from training.config import Config, Data, Decay, Optim, Optimizer, Precision, method_rows, network, objective, select
 
 
-def base(method: str) -> Config:
+def base(method: str, **options: Any) -> Config:
     """For one GPU. Not run by the authors yet, who have none."""
     return Config(
         data=Data(name="fashion_mnist"),
@@ -25,7 +27,7 @@ def base(method: str) -> Config:
             dropout=0.1,
             num_classes=10,
         ),
-        objective=objective(method),
+        objective=objective(method, **options),
         base_std=0.5,
         optim=Optim(name=Optimizer.adamw, lr=1e-3, warmup=500, decay=Decay.cosine),
         steps=50_000,
@@ -55,10 +57,7 @@ def smoke(config: Config) -> None:
     config.log_every = config.sample_every = config.checkpoint_every = 5
 
 
-ROWS = {
-    "flow_matching": lambda: base("flow_matching"),
-    "lagrangian": lambda: base("lagrangian"),
-}
+ROWS = method_rows(base)
 
 
 def get_config(choice: str = "lagrangian") -> Config:

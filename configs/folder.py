@@ -9,10 +9,12 @@ sizes with --config.network.image_size=N, grey images with --config.network.chan
 Boffi et al. 2025 for CelebA-64 (arXiv 2505.18825, table 3) at a learning rate for this U-Net; not run by us yet.
 """
 
-from training.config import Config, Data, Decay, Optim, Optimizer, Precision, network, objective, select
+from typing import Any
+
+from training.config import Config, Data, Decay, Optim, Optimizer, Precision, method_rows, network, objective, select
 
 
-def base(method: str) -> Config:
+def base(method: str, **options: Any) -> Config:
     return Config(
         data=Data(name="folder", workers=4),
         network=network(
@@ -24,7 +26,7 @@ def base(method: str) -> Config:
             blocks=3,
             attention_resolutions=(16, 8),
         ),
-        objective=objective(method),
+        objective=objective(method, **options),
         base_std=0.5,
         optim=Optim(name=Optimizer.radam, lr=3e-4, warmup=1000, decay=Decay.inverse_sqrt, decay_start=35_000),
         steps=400_000,
@@ -47,10 +49,7 @@ def smoke(config: Config) -> None:
     config.log_every = config.sample_every = config.checkpoint_every = 5
 
 
-ROWS = {
-    "flow_matching": lambda: base("flow_matching"),
-    "lagrangian": lambda: base("lagrangian"),
-}
+ROWS = method_rows(base)
 
 
 def get_config(choice: str = "lagrangian") -> Config:

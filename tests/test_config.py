@@ -29,17 +29,19 @@ def test_config_mistakes_name_the_flag(field, value):
 
 
 HEAVY = ("cifar10", "folder")  # networks of 50 million parameters: the whole row is a slow test
+USUAL = ("flow_matching", "lagrangian")  # of the other methods the whole row is one too, unless it is small
 
 
 def config_rows():
     for file in sorted((ROOT / "configs").glob("*.py")):
         module = importlib.import_module(f"configs.{file.stem}")
-        slow = [pytest.mark.slow] if file.stem in HEAVY else []
         for row in module.ROWS:
+            small = file.stem in ("checkerboard", "digits") or (row in USUAL and file.stem not in HEAVY)
+            slow = [] if small else [pytest.mark.slow]
             yield pytest.param(module, row, id=f"{file.stem}:{row}", marks=slow)
             yield pytest.param(module, f"{row},smoke", id=f"{file.stem}:{row},smoke")
             if hasattr(module, "cpu"):
-                yield pytest.param(module, f"{row},cpu", id=f"{file.stem}:{row},cpu")
+                yield pytest.param(module, f"{row},cpu", id=f"{file.stem}:{row},cpu", marks=slow)
 
 
 @pytest.mark.parametrize(("module", "row"), list(config_rows()))

@@ -7,6 +7,7 @@ the arguments of the class they configure, read from its signature, so that noth
 
 import dataclasses
 import enum
+import functools
 import inspect
 import runpy
 import typing
@@ -19,6 +20,8 @@ from flowmaps.flow_map import FlowMap, FlowMapInfo
 from flowmaps.interpolants import INTERPOLANTS
 from flowmaps.networks import NETWORKS
 from flowmaps.objectives import OBJECTIVES, Objective
+from flowmaps.objectives.eulerian import Stop
+from flowmaps.objectives.progressive import Middle
 
 
 class Optimizer(enum.Enum):
@@ -245,6 +248,20 @@ def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int) -> 
         guidance_max=made.guidance_max if made.guidance_max > 1 else None,
     )
     return FlowMap(build_network(config), config.interpolant, config.base_std, info)
+
+
+# Rows that every config file has: objective and options by row.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in OBJECTIVES},
+    "lagrangian_slim": ("lagrangian", {"slim": True}),
+    "eulerian_slim": ("eulerian", {"stop": Stop.slim}),
+    "progressive_uniform": ("progressive", {"middle": Middle.uniform}),
+}
+
+
+def method_rows(base: typing.Callable[..., Config]) -> dict[str, typing.Callable[[], Config]]:
+    """A row for each of METHODS, from ``base(objective name, **options)``."""
+    return {row: functools.partial(base, name, **options) for row, (name, options) in METHODS.items()}
 
 
 def select(
