@@ -80,6 +80,11 @@ def gaussian_data(fm: FlowMap, n: int, seed: int = 0) -> tuple[Tensor, Tensor | 
     return mean + fm.network.std * torch.randn(n, 3, generator=g, dtype=torch.float64), label
 
 
+def generator(seed: int = 0) -> torch.Generator:
+    """A fresh stream of random numbers."""
+    return torch.Generator().manual_seed(seed)
+
+
 @dataclass
 class Done:
     """What a script left behind."""

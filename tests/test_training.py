@@ -274,28 +274,6 @@ def test_best_by_features(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-def test_terminal_velocity_is_taught_by_its_own_average_and_resumes_exactly(tmp_path):
-    """The teacher has the averaged weights after every step; it is not trained, and a resume gives it back."""
-    config = get_config("terminal_velocity,smoke")
-    config.steps, config.checkpoint_every, config.sample_every = 6, 3, 6
-    trainer = Trainer.build(config)
-    assert set(trainer.ema.shadows) == {0.999, 0.99}
-    before = {k: v.clone() for k, v in trainer.module.teacher.network.state_dict().items()}
-    assert_same(before, trainer.module.fm.network.state_dict())
-    for step in range(3):
-        trainer.step(step)
-    taught = trainer.module.teacher.network.state_dict()
-    assert_same(taught, trainer.ema.state(0.99))
-    assert not torch.equal(taught["layers.0.weight"], before["layers.0.weight"])
-    assert not any("teacher" in name for name, _ in trainer.module.named_parameters())
-    train(config, tmp_path / "whole")
-    train(config, tmp_path / "parts")
-    shutil.rmtree(list_checkpoints(tmp_path / "parts")[-1])
-    train(config, tmp_path / "parts")
-    for file in ("network", "ema-0.99", "ema-0.999", "optimizer"):
-        assert_same(weights(tmp_path / "whole", file), weights(tmp_path / "parts", file))
-
-
 def test_best_of_another_judge_or_of_a_run_without_checkpoints_does_not_count(tmp_path):
     train(best_config(), tmp_path)
     best = tmp_path / "checkpoints" / "best" / "state.json"
@@ -341,58 +319,3 @@ def test_resume_refuses_other_samples_or_labels(data_root, tmp_path):
         train(config, tmp_path / "run")
     (tmp_path / "images" / "zebra").rename(tmp_path / "images" / "a")
     train(config, tmp_path / "run")
-
-
-def test_a_frozen_teacher_is_followed_and_stays_itself(tmp_path):
-    from configs.checkerboard import get_config as board
-
-    teacher = train(board("flow_matching,smoke"), tmp_path / "teacher")
-    config = tiny(teacher=str(tmp_path / "teacher"), optim=Optim(decay=Decay.constant))
-    taught, alone = Trainer.build(config), Trainer.build(tiny(optim=config.optim))
-    assert taught.step(0)["off_diagonal"] != alone.step(0)["off_diagonal"]
-    taught.step(1)
-    assert taught.module.teacher.fingerprint() == teacher.fingerprint()
-    train(config, tmp_path / "run")
-    config.steps += 1
-    train(config, tmp_path / "run")  # resumes
-    other = board("flow_matching,smoke")
-    other.seed, config.steps = 1, config.steps + 1
-    train(other, tmp_path / "other")
-    for changed in (str(tmp_path / "other"), ""):
-        config.teacher = changed
-        with pytest.raises(UserError, match=r"--config\.teacher has other contents"):
-            train(config, tmp_path / "run")
-
-
-def test_a_teacher_that_does_not_fit_is_refused(tmp_path):
-    from configs.digits import get_config as digits
-
-    train(digits("consistency,smoke"), tmp_path)
-    for row, reason in (("lagrangian", "consistency model"), ("progressive", "takes no teacher")):
-        config = digits(f"{row},smoke")
-        config.teacher = str(tmp_path)
-        with pytest.raises(UserError, match=rf"--config\.teacher=.*{reason}"):
-            Trainer.build(config)
-    with pytest.raises(UserError, match="shape"):
-        Trainer.build(tiny(teacher=str(tmp_path)))
-    with pytest.raises(UserError, match="nothing"):
-        Trainer.build(tiny(teacher=str(tmp_path / "nothing")))
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "named"),
-    [
-        ("objective.guidance", 2.0, "label_dropout"),
-        ("objective.guidance_max", 2.0, "network.guidance=True"),
-        ("network.guidance", True, "network.guidance=False"),
-    ],
-)
-def test_guidance_that_cannot_be_learned_is_refused(field, value, named):
-    from configs.digits import get_config as digits
-
-    config = digits("lagrangian,smoke")
-    config.data.label_dropout = 0.0 if named == "label_dropout" else 0.1
-    section, _, name = field.partition(".")
-    setattr(getattr(config, section), name, value)
-    with pytest.raises(UserError, match=named):
-        config.validate()

@@ -1,0 +1,79 @@
+"""Guidance that is baked in: its target, its labels, and what is refused."""
+
+import pytest
+import torch
+from helpers import gaussian_data, gaussian_map, generator
+
+from flowmaps import FlowMapInfo, UserError
+from flowmaps.networks import UNet
+from flowmaps.networks.layers import soft_label, with_guidance, without_label
+from flowmaps.objectives import OBJECTIVES
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "consistency"])
+def test_guidance_moves_the_target_to_the_guided_drift(name, drawn):
+    """Class 1 stands for "no label": with dI_s/ds replaced by its mean given I_s and the label, the network's own drift
+    is right where it equals w b(x; label) + (1 - w) b(x; no label), and not where it is b(x; label)."""
+    options = {"guidance_max": 3.0} if drawn else {"guidance": 3.0}
+    objective, exact = OBJECTIVES[name](**options), gaussian_map("linear", 0.5, classes=True)
+    exact.info = FlowMapInfo(shape=(3,), num_classes=1)
+    x1, _ = gaussian_data(exact, 64)
+    label = (torch.arange(64) % 4 == 3).long()
+    draws = objective.draw(exact, x1, generator())
+    w = draws.guidance
+    assert bool((w == 3).all()) != drawn and bool(((w >= 1) & (w <= 3)).all())
+    x_s = exact.interpolant.point(draws.x0, x1, draws.s)
+    none = torch.ones_like(label)
+    b, u = exact.drift(x_s, draws.s, label), exact.drift(x_s, draws.s, none)
+    w = torch.where(label == 1, 1.0, w)
+    target, seen = objective.guide(exact, x_s, draws.s, label, b, draws.guidance)
+    torch.testing.assert_close(target, w[:, None] * b + (1 - w[:, None]) * u)
+    assert torch.equal(seen, with_guidance(label, w, 1) if drawn else label)
+    with pytest.raises(UserError, match="labels"):
+        objective(exact, x1, None, generator=generator())
+
+
+def test_guidance_keeps_augmentation_and_refuses_nonsense():
+    rows = soft_label(torch.tensor([0, 2]), torch.tensor([[0.5], [0.7]]), 2)
+    unlabelled, has = without_label(rows, 2)
+    torch.testing.assert_close(unlabelled, torch.tensor([[0, 0, 1, 0.5], [0, 0, 1, 0.7]]))
+    assert has.tolist() == [True, False]
+    assert with_guidance(rows, torch.tensor([2.0, 1.0]), 2)[:, 4].tolist() == [2, 1]
+    for options in ({"guidance": 0.5}, {"guidance": 2.0, "guidance_max": 2.0}):
+        with pytest.raises(UserError, match="guidance"):
+            OBJECTIVES["lagrangian"](**options)
+
+
+def test_network_takes_a_guidance_weight_and_one_is_neutral():
+    torch.manual_seed(0)
+    network = UNet(8, 1, 16, (1,), 1, (), num_classes=3, augment_dim=2, guidance=True)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, t, label = torch.randn(4, 1, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 3])
+    plain, rows = network(x, t, t, label), soft_label(label, torch.zeros(4, 2), 3)
+    torch.testing.assert_close(network(x, t, t, with_guidance(rows, torch.ones(4), 3)), plain)
+    assert (network(x, t, t, with_guidance(rows, torch.full((4,), 2.0), 3)) - plain).abs().amax() > 1e-3
+    with pytest.raises(ValueError, match="guidance=True"):
+        network(x, t, t, label[:, None].float())
+    with pytest.raises(ValueError, match="num_classes is 0"):
+        UNet(8, 1, 16, (1,), 1, (), guidance=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("objective.guidance", 2.0, "label_dropout"),
+        ("objective.guidance_max", 2.0, "network.guidance=True"),
+        ("network.guidance", True, "network.guidance=False"),
+    ],
+)
+def test_guidance_that_cannot_be_learned_is_refused(field, value, named):
+    from configs.digits import get_config as digits
+
+    config = digits("lagrangian,smoke")
+    config.data.label_dropout = 0.0 if named == "label_dropout" else 0.1
+    section, _, name = field.partition(".")
+    setattr(getattr(config, section), name, value)
+    with pytest.raises(UserError, match=named):
+        config.validate()
