@@ -35,6 +35,11 @@ class FlowMapInfo:
         if self.kind not in ("map", "drift", "consistency"):
             raise UserError(f"FlowMapInfo.kind must be 'map', 'drift' or 'consistency', got {self.kind!r}")
 
+    @property
+    def sampler(self) -> str:
+        """The sampler of ``flowmaps.generate`` that takes any number of steps and what the network was trained for."""
+        return {"map": "map", "drift": "euler", "consistency": "stochastic"}[self.kind]
+
     def check_guidance(self, weight: float | None) -> None:
         """Refuse a guidance weight that the network does not take."""
         if weight is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap, FlowMapInfo
-from flowmaps.networks.layers import with_guidance
+from flowmaps.networks.layers import soft_label, with_guidance
 from samplers import euler, heun, rollout, stochastic
 
 Renoise = Callable[[int], Tensor]  # k -> fresh noise for step k
@@ -47,11 +47,14 @@ def labels_for(
     return wanted.expand(n)
 
 
-def guided_label(info: FlowMapInfo, label: Tensor | None, weight: float | None) -> Tensor | None:
+def guided_label(fm: FlowMap, label: Tensor | None, weight: float | None) -> Tensor | None:
     """``label`` [n] with the guidance ``weight``, as the network takes it; the label itself without a weight."""
     if label is None or weight is None:
         return label
-    return with_guidance(label, torch.full((len(label),), weight, device=label.device), info.num_classes)
+    augment_dim = getattr(getattr(fm.network, "config", None), "augment_dim", 0)
+    unchanged = torch.zeros(len(label), augment_dim, device=label.device)
+    rows = soft_label(label, unchanged, fm.info.num_classes)
+    return with_guidance(rows, torch.full((len(label),), weight, device=label.device), fm.info.num_classes)
 
 
 @torch.no_grad()
@@ -80,7 +83,7 @@ def generate(
         y = labels_for(fm.info, size, label, start)
         y = None if y is None else y.to(device)
         x0, renoise = fm.noise(size, seed, start), partial(_renoise, fm, size, seed, start)
-        yield SAMPLERS[sampler](fm, x0, times, guided_label(fm.info, y, guidance), renoise, gamma), y
+        yield SAMPLERS[sampler](fm, x0, times, guided_label(fm, y, guidance), renoise, gamma), y
 
 
 def _renoise(fm: FlowMap, n: int, seed: int, start: int, step: int) -> Tensor:

@@ -85,7 +85,7 @@ class FlowMapPipeline(DiffusionPipeline):
             latents = fm.base_std * randn_tensor(shape, generator=generator, device=device, dtype=self.network.dtype)
         x = latents.to(device=device, dtype=self.network.dtype)
         label = labels_for(fm.info, len(x), class_labels)
-        label = guided_label(fm.info, None if label is None else label.to(device), guidance_scale)
+        label = guided_label(fm, None if label is None else label.to(device), guidance_scale)
         if sigmas is None:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         else:

@@ -4,10 +4,13 @@ import pytest
 import torch
 from helpers import gaussian_data, gaussian_map, generator
 
-from flowmaps import FlowMapInfo, UserError
+from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.generate import generate
 from flowmaps.networks import UNet
 from flowmaps.networks.layers import soft_label, with_guidance, without_label
 from flowmaps.objectives import OBJECTIVES
+from flowmaps.pipeline import FlowMapPipeline
+from samplers import uniform_times
 
 
 @pytest.mark.parametrize("drawn", [False, True])
@@ -77,3 +80,25 @@ def test_guidance_that_cannot_be_learned_is_refused(field, value, named):
     setattr(getattr(config, section), name, value)
     with pytest.raises(UserError, match=named):
         config.validate()
+
+
+@pytest.mark.parametrize("augment_dim", [0, 2])
+def test_generate_and_pipeline_pass_the_weight_on(augment_dim):
+    """A weight changes the samples, 1 is what no weight means, and the pipeline does the same; augmentation or not."""
+    torch.manual_seed(0)
+    network = UNet(8, 1, 16, (1,), 1, (), num_classes=3, augment_dim=augment_dim, guidance=True)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    fm = FlowMap(network.eval(), info=FlowMapInfo(shape=(1, 8, 8), num_classes=3, guidance_max=4.0, label_dropout=0.1))
+
+    def made(weight):
+        return torch.cat([x for x, _ in generate(fm, uniform_times(2), 4, 0, guidance=weight)])
+
+    torch.testing.assert_close(made(1.0), made(None))
+    assert not torch.allclose(made(3.0), made(None), atol=1e-3)
+    pipeline = FlowMapPipeline.from_flow_map(fm)
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline(num_inference_steps=2, guidance_scale=3.0, latents=fm.noise(4, 0), output_type="pt").images
+    torch.testing.assert_close(found, made(3.0), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="from 1 to 4"):
+        pipeline(guidance_scale=5.0)

@@ -293,8 +293,9 @@ def test_best_of_another_judge_or_of_a_run_without_checkpoints_does_not_count(tm
 def test_a_broken_model_scores_infinity_and_the_run_goes_on():
     from configs.digits import get_config as digits
 
-    for config, metric in ((tiny(), "W2"), (digits("lagrangian,smoke"), "FD-digits")):
-        config.best.metric, config.best.num = metric, 20
+    rows = (tiny(), "W2"), (digits("lagrangian,smoke"), "FD-digits"), (digits("consistency,smoke"), "FD-digits")
+    for config, metric in rows:
+        config.best.metric, config.best.num, config.best.steps = metric, 20, 2
         trainer = Trainer.build(config)
         judge = Judge(config.best, trainer.data, 0, torch.device("cpu"))
         fm = trainer.averaged(0)

@@ -24,8 +24,7 @@ from training.scoring import NotFinite, generated, reference_stats
 
 def samples(fm: FlowMap, steps: int, n: int, seed: int, sampler: str | None = None) -> Tensor:
     """``n`` samples with ``steps`` uniform steps: by the map, unless ``fm`` is of another kind."""
-    sampler = sampler or {"map": "map", "drift": "euler", "consistency": "stochastic"}[fm.info.kind]
-    return torch.cat([x for x, _ in generate(fm, uniform_times(steps), n, seed, sampler=sampler)])
+    return torch.cat([x for x, _ in generate(fm, uniform_times(steps), n, seed, sampler=sampler or fm.info.sampler)])
 
 
 def grid_image(fm: FlowMap, steps: Sequence[int], seed: int, columns: int = 16) -> Image.Image:
@@ -66,8 +65,7 @@ class Judge:
             return math.inf
 
     def _batches(self, fm: FlowMap) -> Iterator[tuple[Tensor, Tensor | None]]:
-        sampler = "map" if fm.info.kind == "map" else "euler"
-        return generate(fm, uniform_times(self.best.steps), self.best.num, self.seed, sampler=sampler)
+        return generate(fm, uniform_times(self.best.steps), self.best.num, self.seed, sampler=fm.info.sampler)
 
     def _features(self, data: DataSet, device: torch.device) -> Callable[[FlowMap], float]:
         best, name = self.best, EXTRACTOR_OF[self.best.metric]
