@@ -46,6 +46,8 @@ def cpu(config: Config) -> None:
     net.patch, net.width, net.blocks, net.attention_resolutions, net.dropout = 2, 32, 1, (8,), 0.0
     config.steps, config.batch, config.precision, config.ema = 10_000, 64, Precision.fp32, (0.999,)
     config.optim.warmup = 200
+    if config.objective.target == "consistency":
+        config.objective.stage_steps = 1250  # eight stages again
     config.sample_every = config.checkpoint_every = 1000
 
 
@@ -57,7 +59,7 @@ def smoke(config: Config) -> None:
     config.log_every = config.sample_every = config.checkpoint_every = 5
 
 
-ROWS = method_rows(base)
+ROWS = method_rows(base) | {"consistency": lambda: base("consistency", stage_steps=6250)}
 
 
 def get_config(choice: str = "lagrangian") -> Config:

@@ -82,6 +82,8 @@ class FlowMapInfo:
             whole = (*info.shape, info.num_classes, info.images_seen)
             if not all(isinstance(v, int) and v >= 0 for v in whole) or len(info.t_range) != 2:
                 raise TypeError("shape, num_classes, images_seen or t_range")
+            if not all(v is None or isinstance(v, (int, float)) for v in (info.guidance, info.guidance_max)):
+                raise TypeError("guidance or guidance_max")
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"flow map facts of the wrong type: {error}") from None
         return info

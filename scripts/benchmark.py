@@ -37,8 +37,14 @@ def main() -> None:
 
     if SUITE.value is None:
         raise UserError("--suite is missing: checkerboard, digits, step or cost")
-    if not all(seed.lstrip("-").isdigit() for seed in SEEDS.value):
-        raise UserError(f"--seeds={','.join(SEEDS.value)}: give whole numbers")
+    try:
+        seeds = [int(seed) for seed in SEEDS.value]
+    except ValueError:
+        seeds = []
+    if not seeds or not ROWS.value:
+        raise UserError(f"--seeds={','.join(SEEDS.value)} --rows={','.join(ROWS.value)}: give whole numbers and rows")
+    if PLOT.value and (SUITE.value not in ("checkerboard", "digits") or not PLOT.value.endswith(".png")):
+        raise UserError(f"--plot={PLOT.value}: a .png file, for --suite=checkerboard or digits")
     for name, file in (("--json", JSON.value), ("--plot", PLOT.value)):
         if file:
             writable_file(Path(file), name)
@@ -48,7 +54,7 @@ def main() -> None:
     records = stored_records(JSON.value, SUITE.value, budget) if JSON.value else []
     done = {(record["row"], record["seed"]) for record in records}
     machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    for record in run(SUITE.value, ROWS.value, [int(seed) for seed in SEEDS.value], **budget, done=done):
+    for record in run(SUITE.value, ROWS.value, seeds, **budget, done=done):
         records.append({**record, "machine": machine})
         print(json.dumps(records[-1]), flush=True)
         if JSON.value:

@@ -50,6 +50,8 @@ def test_benchmark_mistakes():
     for arguments, named in (
         (["--suite=nothing"], "--suite"),
         (["--suite=digits", "--seeds=x"], "--seeds"),
+        (["--suite=digits", "--rows="], "--rows"),
+        (["--suite=cost", "--plot=a.png"], "--plot"),
         ([], "--suite"),
     ):
         done = run_script("scripts/benchmark.py", *arguments)

@@ -190,6 +190,30 @@ def test_diagonal_rows_never_enter_a_derivative(name, monkeypatch):
     assert all(len(s) == 4 and bool((s < t).all()) for s, t in seen)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lagrangian", {"guidance": float("inf")}),
+        ("lagrangian", {"time_mean": (2.0, 2.0)}),
+        ("mean_flow", {"times": Times.gap, "time_mean": (float("nan"), 0.0)}),
+        ("consistency", {"k": -5.0}),
+        ("consistency", {"sigma_mean": float("nan")}),
+    ],
+)
+def test_options_that_would_break_or_be_ignored_are_refused(name, options):
+    with pytest.raises(UserError, match=r"objective\."):
+        OBJECTIVES[name](**options)
+
+
+def test_consistency_is_exact_under_autocast():
+    """The residual divides a small difference: half precision would be noise."""
+    fm, objective, x1 = small("unet"), OBJECTIVES["consistency"](q=4096.0), torch.randn(8, 1, 8, 8)
+    draws = objective.draw(fm, x1, generator())
+    plain = objective.loss(fm, x1, None, draws).value
+    with torch.autocast("cpu", torch.bfloat16):
+        assert objective.loss(fm, x1, None, draws).value == plain
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_are_frozen_and_refuse_a_bad_share(name):
     objective = OBJECTIVES[name]()

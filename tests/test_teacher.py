@@ -65,6 +65,18 @@ def test_a_teacher_that_does_not_fit_is_refused(tmp_path):
         config.teacher = str(tmp_path)
         with pytest.raises(UserError, match=rf"--config\.teacher=.*{reason}"):
             Trainer.build(config)
+    guided = digits("flow_matching,smoke")
+    guided.objective.guidance, guided.data.label_dropout = 2.0, 0.1
+    train(guided, tmp_path / "guided")
+    plain = digits("flow_matching,smoke")
+    train(plain, tmp_path / "plain")
+    for name, reason in (("guided", "guidance"), ("plain", "label_dropout")):
+        config = digits("lagrangian,smoke")
+        config.teacher, config.data.label_dropout = str(tmp_path / name), 0.1
+        with pytest.raises(UserError, match=reason):
+            Trainer.build(config)
+    with pytest.raises(UserError, match=r"objective\.teacher_ema=0"):
+        Trainer.build(tiny(teacher=str(tmp_path), objective=digits("terminal_velocity").objective))
     with pytest.raises(UserError, match="shape"):
         Trainer.build(tiny(teacher=str(tmp_path)))
     with pytest.raises(UserError, match="nothing"):

@@ -185,6 +185,11 @@ def test_non_finite_gradients_skip_the_step_and_then_stop_the_run(tmp_path):
         trainer.step(0)
 
 
+def test_a_micro_step_without_a_diagonal_row_is_refused():
+    with pytest.raises(UserError, match=r"--config\.objective\.diagonal=0\.75"):
+        Trainer.build(tiny(batch=8, accumulate=8))
+
+
 def test_asking_for_gradient_norms_changes_nothing():
     config = digits("lagrangian,smoke")
     config.network.dropout = 0.3

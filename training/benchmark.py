@@ -57,9 +57,8 @@ def digits_scores(fm: FlowMap, n: int = 2000) -> Scores:
     extractor = pick_extractor(None, None, "digits", torch.device("cpu"))
     heldout = source_stats("digits:heldout", extractor, "", "--data")
     scores, images = {}, torch.empty(0)
-    for sampler, counts in (("euler", (1, 4, 64)), ("map", (1, 2, 4, 8))):
-        if sampler == "map" and fm.info.kind == "drift":
-            continue
+    few, solver = (fm.info.sampler, (1, 2, 4, 8)), ("euler", (1, 4, 64))
+    for sampler, counts in {"map": (solver, few), "drift": (solver,), "consistency": (few,)}[fm.info.kind]:
         for count in counts:
             images = to_uint8(samples(fm, count, n, 1, sampler))
             scores[f"{sampler}@{count}"] = frechet_distance(extractor.stats(torch.split(images, 500)), heldout)
@@ -83,11 +82,11 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """Yield one record a (row, seed) that is not ``done``: what was trained, for how long, and its scores."""
     if suite == "step":
-        for row in rows:
+        for row in (row for row in rows if (row, 0) not in done):
             yield {"row": row, "seed": 0, "train_steps": 18, "scores": step_times("configs/digits.py", row)}
         return
     if suite == "cost":
-        for name in COST_NETWORKS:
+        for name in (name for name in COST_NETWORKS if (f"{name}, flow_matching", 0) not in done):
             yield from ({"row": row, "seed": 0, "scores": scores} for row, scores in objective_costs(name))
         return
     if suite not in SUITES:

@@ -1,5 +1,6 @@
 """What --dry_run does: build everything, take two steps on a few images, draw a grid, guess the memory."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
-from training.config import Config
+from training.config import Config, build_objective
 from training.data import ImageFiles
 from training.evaluation import grid_image
 from training.trainer import Trainer, micro_batch_size
@@ -18,7 +19,9 @@ def dry_run(config: Config, batch: int = 16) -> tuple[dict[str, Any], Image.Imag
     """Two steps on at most about ``batch`` images; returns (facts, picture)."""
     processes = PartialState().num_processes
     micro_batch = micro_batch_size(config, processes)
-    small = max(1, min(micro_batch, batch // (processes * config.accumulate)))
+    share = build_objective(config).diagonal
+    least = math.ceil(1 / share) if share else 1  # a diagonal row has to be among them
+    small = min(micro_batch, max(least, batch // (processes * config.accumulate)))
     trainer = Trainer.build(_with_micro_batch(config, small, processes))
     losses = [float(trainer.step(step)["loss"]) for step in range(2)]
     double = Trainer.build(_with_micro_batch(config, 2 * small, processes))
@@ -49,7 +52,8 @@ def memory_guess(trainer: Trainer, double: Trainer, size: int) -> str:
     state = [v for entry in trainer.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
     averages = [v for decay in trainer.ema.shadows for v in trainer.ema.state(decay).values()]
     weights = [p for p in trainer.module.parameters() if p.requires_grad]
-    fixed = sum(2 * p.nbytes for p in weights) + sum(v.nbytes for v in [*state, *averages])
+    teacher = [] if trainer.module.teacher is None else list(trainer.module.teacher.parameters())
+    fixed = sum(2 * p.nbytes for p in weights) + sum(v.nbytes for v in [*state, *averages, *teacher])
     shards = trainer.accelerator.num_processes * trainer.config.accumulate
     (one, few), (two, more) = ((t.config.batch // shards, kept_bytes(t)) for t in (trainer, double))
     growing = max(0.0, few + (more - few) / (two - one) * (size - one))

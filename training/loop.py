@@ -44,7 +44,7 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
         trainer.refresh_teacher()
         done = state["step"]
         for name, digest in trainer.origin().items():
-            if state.get(name) != digest:
+            if state.get(name, "") != digest:
                 raise UserError(
                     f"--config.{name} has other contents than when the run in {workdir} began: "
                     "bring them back or use a new --workdir"

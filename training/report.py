@@ -72,6 +72,9 @@ def lines(points: Sequence[tuple[str, str, int, float]], floor: float | None = N
     from matplotlib import pyplot as plt
 
     metrics = list(dict.fromkeys(metric for _, metric, _, _ in points))
+    names = list(dict.fromkeys(point[0] for point in points))
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
+    shown: dict[str, Any] = {}
     figure, panels = plt.subplots(1, len(metrics), figsize=(6 * len(metrics), 4), dpi=110, squeeze=False)
     for axes, metric in zip(panels[0], metrics, strict=True):
         mine = [point for point in points if point[1] == metric]
@@ -82,16 +85,17 @@ def lines(points: Sequence[tuple[str, str, int, float]], floor: float | None = N
             mean = [sum(found) / len(found) for found in values.values()]
             below = [m - min(found) for m, found in zip(mean, values.values(), strict=True)]
             above = [max(found) - m for m, found in zip(mean, values.values(), strict=True)]
-            axes.errorbar(list(values), mean, yerr=[below, above], fmt="o-", capsize=2, label=name)
+            style = {"fmt": "o-", "capsize": 2, "color": colours[name]}
+            shown[name] = axes.errorbar(list(values), mean, yerr=[below, above], label=name, **style)
         if floor is not None:
-            axes.axhline(floor, color="grey", linestyle="--", label="floor: training images")
+            shown["floor"] = axes.axhline(floor, color="grey", linestyle="--", label="floor: training images")
         axes.set(
             xscale="log", yscale="log", xlabel="network evaluations a sample", ylabel=f"{metric} (lower is better)"
         )
         axes.set_xticks(steps, [str(s) for s in steps])
         axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.grid(alpha=0.3)
-    panels[0][0].legend(fontsize="small")
+    panels[0][0].legend(handles=list(shown.values()), fontsize="small")
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

@@ -67,6 +67,11 @@ class Trainer:
             fm = build_flow_map(config, data.shape, data.num_classes)
             weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
         objective = build_objective(config)
+        if objective.diagonal and not objective.diagonal_rows(size):
+            raise UserError(
+                f"--config.objective.diagonal={objective.diagonal:g} of a micro-step of {size} is no row: raise "
+                "--config.batch or lower --config.accumulate"
+            )
         fm.to(accelerator.device)
         module = LossModule(fm, objective, weight, build_teacher(config, fm, objective))
         module.to(accelerator.device)
@@ -216,7 +221,9 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
     if not config.teacher:
         return copy.deepcopy(fm).requires_grad_(False).eval() if objective.teacher_ema else None
     if not objective.taught or objective.teacher_ema:
-        reason = "objective.teacher_ema is set" if objective.taught else f"{config.objective.target} takes no teacher"
+        reason = f"{config.objective.target} takes no teacher: leave it out"
+        if objective.taught:
+            reason = "an average teaches already: add --config.objective.teacher_ema=0"
         raise UserError(f"--config.teacher={config.teacher}, but {reason}")
     teacher = FlowMap.from_pretrained(config.teacher)
     for name, theirs, ours in (
@@ -229,6 +236,13 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
     ):
         if theirs != ours:
             raise UserError(f"--config.teacher={config.teacher} has {name} {theirs}, this run {ours}")
+    if teacher.info.guidance or teacher.info.guidance_max:
+        raise UserError(f"--config.teacher={config.teacher} has guidance baked in, this run's diagonal has none")
+    if config.data.label_dropout and not teacher.info.label_dropout:
+        raise UserError(
+            f"--config.data.label_dropout={config.data.label_dropout:g}, but --config.teacher={config.teacher} "
+            "was never trained without labels"
+        )
     if teacher.info.kind == "consistency":
         raise UserError(f"--config.teacher={config.teacher} is a consistency model and has no drift to teach")
     return teacher.to(next(fm.parameters()).device).requires_grad_(False)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -88,8 +88,15 @@ class Objective:
                 "objective.guidance and guidance_max must be at least 1, and one of them 1, "
                 f"got {self.guidance} and {self.guidance_max}"
             )
+        for f in fields(self):
+            value = getattr(self, f.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(math.isfinite(n) for n in numbers if isinstance(n, float)):
+                raise UserError(f"objective.{f.name} must be finite, got {value}")
         if len(self.time_mean) != 2 or len(self.time_std) != 2 or not all(std > 0 for std in self.time_std):
             raise UserError("objective.time_mean and time_std are two numbers each, the latter positive")
+        if self.times is Times.triangle and (self.time_mean, self.time_std) != ((0.4, 0.4), (1.0, 1.0)):
+            raise UserError("objective.time_mean and time_std mean nothing with times=triangle: choose other times")
 
     def __call__(
         self,

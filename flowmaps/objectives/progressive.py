@@ -1,7 +1,7 @@
 """Progressive self-distillation (PSD): one step learns two."""
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.objectives.base import Objective, Rows
+from flowmaps.objectives.times import Times
 from samplers.callables import Drift, expand
 
 
@@ -49,6 +50,9 @@ class Shortcut(Progressive):
     """
 
     levels: int = 7
+    times: Times = field(default=Times.triangle, init=False)  # the grid takes its place
+    time_mean: tuple[float, float] = field(default=(0.4, 0.4), init=False)
+    time_std: tuple[float, float] = field(default=(1.0, 1.0), init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
