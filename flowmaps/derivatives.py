@@ -7,6 +7,7 @@ The rules, each measured (torch 2.15):
 * So does F.layer_norm, whose forward derivative has no correct backward: use ``networks.layers.layer_norm``.
 * Scaled dot-product attention has a forward derivative only in its MATH kernel, on every device.
 * The derivative is taken in at least float32 with autocast off; float64 stays float64.
+* Activations cannot be recomputed inside it (activation checkpointing), but the whole of it can.
 * Only the arguments that move get a tangent: no spatial Jacobian when x stands still.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowmaps.errors import UserError
+from flowmaps.networks.layers import run_whole
 from samplers.callables import expand
 
 
@@ -54,9 +56,12 @@ def velocity_jvp(
     def velocity(*moving: Tensor) -> Tensor:
         return fm.velocity(**(point | dict(zip(tangent, moving, strict=True))), label=label)
 
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False):
-        primals = tuple(point[name] for name in tangent)
-        v, dv = torch.func.jvp(velocity, primals, tuple(tangent.values()))[:2]
+    def derivative(*primals: Tensor) -> tuple[Tensor, Tensor]:
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False):
+            v, dv = torch.func.jvp(velocity, primals, tuple(tangent.values()))[:2]
+        return v, dv
+
+    v, dv = run_whole(getattr(fm, "network", None), derivative, *(point[name] for name in tangent))
     return v, dv
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap, FlowMapInfo
-from flowmaps.networks.layers import soft_label, with_guidance
+from flowmaps.networks.conditioning import soft_label, with_guidance
 from samplers import euler, heun, rollout, stochastic
 
 Renoise = Callable[[int], Tensor]  # k -> fresh noise for step k

@@ -70,7 +70,7 @@ def test_import_is_light(package):
 
 FROZEN = {
     flowmaps: {"FlowMap", "FlowMapInfo", "UserError", "__version__"},
-    flowmaps.networks: {"MLP", "NETWORKS", "UNet", "DiT"},
+    flowmaps.networks: {"MLP", "NETWORKS", "PRESETS", "UNet", "EDM2UNet", "DiT"},
     flowmaps.objectives: {cls.__name__ for cls in OBJECTIVES.values()}
     | {"OBJECTIVES", "Draws", "LogVariance", "Loss", "Objective"},
     samplers: {"check_times", "euler", "heun", "rollout", "stochastic", "uniform_times"},
@@ -106,7 +106,7 @@ def test_flags(script):
 
 def test_module_paths_written_into_checkpoints_stay():
     paths = {name: cls.__module__ for name, cls in flowmaps.networks.NETWORKS.items()}
-    assert paths == {name: f"flowmaps.networks.{name.lower()}" for name in ("MLP", "UNet", "DiT")}
+    assert paths == {name: f"flowmaps.networks.{name.lower()}" for name in ("MLP", "UNet", "EDM2UNet", "DiT")}
 
 
 def test_scripts_are_thin():

@@ -7,7 +7,7 @@ import torch
 
 from flowmaps import UserError
 from flowmaps.networks import UNet
-from flowmaps.networks.layers import soft_label
+from flowmaps.networks.conditioning import soft_label
 from training.augment import PARAMETERS, _moved, _rotation, augmented, mirrored
 from training.trainer import Trainer
 

@@ -3,52 +3,17 @@
 import pytest
 import torch
 from helpers import CASES, gaussian_data, gaussian_map
+from small_networks import SMALL, inputs, small
 
 from flowmaps import FlowMap
 from flowmaps.derivatives import d_ds, d_dt, transport, velocity_jvp
-from flowmaps.networks import MLP, DiT, UNet
-
-NETWORKS = {
-    "mlp": (lambda: MLP(dim=2, width=16, depth=2, fourier_features=4), (2,), None),
-    "unet": (
-        lambda: UNet(image_size=8, channels=1, width=8, channel_mult=(1, 2), blocks=1, attention_resolutions=(4, 8)),
-        (1, 8, 8),
-        None,
-    ),
-    "unet_classes": (
-        lambda: UNet(
-            image_size=8,
-            channels=2,
-            width=8,
-            channel_mult=(2,),
-            blocks=1,
-            attention_resolutions=(4,),
-            num_classes=3,
-            patch=2,
-        ),
-        (2, 8, 8),
-        3,
-    ),
-    "dit": (lambda: DiT(image_size=8, channels=1, patch=4, width=16, depth=2, heads=2), (1, 8, 8), None),
-    "dit_qk_norm": (
-        lambda: DiT(image_size=8, channels=1, patch=4, width=16, depth=1, heads=2, qk_norm=True, num_classes=3),
-        (1, 8, 8),
-        3,
-    ),
-}
+from flowmaps.networks import MLP
 
 
 def random_flow_map(name):
-    """A float64 network with every weight random, so that no zero-initialised branch hides an error."""
-    torch.manual_seed(0)
-    build, shape, classes = NETWORKS[name]
-    network = build().double()
-    for p in network.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    x = torch.randn(5, *shape, dtype=torch.float64)
-    s, t = torch.rand(2, 5, dtype=torch.float64).sort(dim=0).values
-    label = None if classes is None else torch.tensor([0, 1, 2, 3, 0])
-    return FlowMap(network), x, s, t, label
+    """A float64 network, points of it, times and labels."""
+    fm = small(name).double()
+    return fm, *inputs(fm, 5, torch.float64)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,10 +29,10 @@ def test_identities_hold_for_the_exact_map(case):
     torch.testing.assert_close(moved, torch.zeros_like(moved), atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", SMALL)
 def test_derivatives_match_central_differences(name):
     fm, x, s, t, label = random_flow_map(name)
-    w, h = torch.randn_like(x), 1e-5
+    w, h = torch.randn_like(x), 1e-6
 
     def difference(x_plus, s_plus, t_plus, x_minus, s_minus, t_minus):
         return (fm(x_plus, s_plus, t_plus, label) - fm(x_minus, s_minus, t_minus, label)) / (2 * h)
@@ -85,7 +50,7 @@ def test_derivatives_match_central_differences(name):
         assert dx.dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", SMALL)
 def test_gradient_through_the_tangent_matches_double_backward(name):
     """d/dtheta of d_t X by reverse-over-forward equals reverse-over-reverse."""
     fm, x, s, t, label = random_flow_map(name)

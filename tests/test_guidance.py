@@ -7,7 +7,7 @@ from helpers import gaussian_data, gaussian_map, generator
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.generate import generate
 from flowmaps.networks import UNet
-from flowmaps.networks.layers import soft_label, with_guidance, without_label
+from flowmaps.networks.conditioning import soft_label, with_guidance, without_label
 from flowmaps.objectives import OBJECTIVES
 from flowmaps.pipeline import FlowMapPipeline
 from samplers import uniform_times

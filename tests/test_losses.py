@@ -1,37 +1,30 @@
 """What all objectives share: draws, weights, dropout, the split of the batch, compilation."""
 
+import itertools
 from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
 from helpers import gaussian_data, gaussian_map, generator
+from small_networks import IMAGES, small
 from test_objectives import ANCHORED, MAPS
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.derivatives import velocity_jvp
-from flowmaps.networks import MLP, DiT, UNet
+from flowmaps.networks import MLP, UNet
 from flowmaps.networks.layers import Dropout
 from flowmaps.objectives import OBJECTIVES, LogVariance, eulerian, lagrangian
 from flowmaps.objectives.times import Times
 from training.costs import Unsplit
 
-
-def small(network):
-    """A network for 8 x 8 images with every weight random."""
-    torch.manual_seed(0)
-    made = {
-        "unet": lambda: UNet(8, 1, 8, (1,), 1, (8,), num_classes=3, guidance=True),
-        "dit": lambda: DiT(8, 1, patch=4, width=16, depth=1, heads=2, num_classes=3, guidance=True),
-    }[network]()
-    for p in made.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    return FlowMap(made.train(), info=FlowMapInfo(shape=(1, 8, 8), num_classes=3))
-
-
-COMPILED = [("dit", name, {}) for name in OBJECTIVES]  # the smaller graph
-
-
-COMPILED += [("unet", "lagrangian", {}), ("unet", "eulerian", {}), ("dit", "mean_flow", {"guidance_max": 3.0})]
+# Every objective on the smallest graph; on the others the hardest derivatives, some of them as slow tests.
+COMPILED = [("DiT", name, {}) for name in OBJECTIVES] + [("DiT", "mean_flow", {"guidance_max": 3.0})]
+QUICK = [("UNet", "lagrangian"), ("UNet patch", "eulerian"), ("EDM2UNet", "eulerian")]
+COMPILED += [(*pair, {}) for pair in QUICK] + [
+    pytest.param(*pair, {}, marks=pytest.mark.slow)
+    for pair in itertools.product(IMAGES, ("lagrangian", "eulerian"))
+    if pair not in QUICK and pair[0] != "DiT"
+]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -144,7 +137,7 @@ def test_adaptive_weight_divides_by_a_constant_power(name):
 def test_compiled_loss_equals_eager(network, name, options):
     """fullgraph: no graph break, the derivative included."""
     fm, objective = small(network), OBJECTIVES[name](**options)
-    x1, label = torch.randn(8, 1, 8, 8), torch.arange(8) % 3
+    x1, label = torch.randn(8, *fm.info.shape), torch.arange(8) % 3 if fm.info.num_classes else None
     draws = objective.draw(fm, x1, generator())
 
     def gradient(loss):
@@ -159,7 +152,7 @@ def test_compiled_loss_equals_eager(network, name, options):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("network", ["unet", "dit"])
+@pytest.mark.parametrize("network", ["UNet", "EDM2UNet", "DiT"])
 def test_rows_without_a_gap_need_no_derivative(network):
     """Splitting the batch has the gradient of one jvp over all rows, the diagonal ones times t - s = 0."""
     fm, x1, label = small(network), torch.randn(16, 1, 8, 8), torch.arange(16) % 4
@@ -184,7 +177,7 @@ def test_diagonal_rows_never_enter_a_derivative(name, monkeypatch):
 
     for module in (lagrangian, eulerian):
         monkeypatch.setattr(module, "velocity_jvp", spy)
-    fm, x1 = small("unet"), torch.randn(16, 1, 8, 8)
+    fm, x1 = small("UNet"), torch.randn(16, 1, 8, 8)
     terms = OBJECTIVES[name]()(fm, x1, torch.arange(16) % 4, generator=generator()).terms
     assert ("jvp_norm" in terms) == bool(seen)
     assert all(len(s) == 4 and bool((s < t).all()) for s, t in seen)
@@ -207,7 +200,7 @@ def test_options_that_would_break_or_be_ignored_are_refused(name, options):
 
 def test_consistency_is_exact_under_autocast():
     """The residual divides a small difference: half precision would be noise."""
-    fm, objective, x1 = small("unet"), OBJECTIVES["consistency"](q=4096.0), torch.randn(8, 1, 8, 8)
+    fm, objective, x1 = small("UNet"), OBJECTIVES["consistency"](q=4096.0), torch.randn(8, 1, 8, 8)
     draws = objective.draw(fm, x1, generator())
     plain = objective.loss(fm, x1, None, draws).value
     with torch.autocast("cpu", torch.bfloat16):

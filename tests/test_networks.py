@@ -1,34 +1,23 @@
 import pytest
 import torch
+from small_networks import IMAGES, LABELLED, SMALL, inputs, small
 
 from flowmaps.networks import MLP, NETWORKS, DiT, UNet
 from flowmaps.networks.dit import positions
 from flowmaps.networks.layers import normalise
 
-UNET = {"channel_mult": (1, 2), "blocks": 2, "attention_resolutions": (4,), "num_classes": 4}
-LABELS = {"num_classes": 4, "qk_norm": True}
-SMALL = {
-    "MLP": ({"width": 16, "depth": 2, "fourier_features": 3}, (2,)),
-    "UNet": ({"image_size": 8, "channels": 1, "width": 8, **UNET}, (1, 8, 8)),
-    "DiT": ({"image_size": 8, "channels": 1, "patch": 2, "width": 16, "depth": 2, "heads": 2, **LABELS}, (1, 8, 8)),
-}
-IMAGES = [name for name, (_, shape) in SMALL.items() if len(shape) == 3]
-
 
 def build(name):
-    torch.manual_seed(0)
-    options, shape = SMALL[name]
-    network = NETWORKS[name](**options).eval()
-    for p in network.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return network, torch.randn(6, *shape)
+    """A network in eval mode and six points of it."""
+    fm = small(name).eval()
+    return fm.network, inputs(fm, 6)[0]
 
 
 def test_every_network_is_tested():
-    assert set(SMALL) == set(NETWORKS)
+    assert {cls for cls, _ in SMALL.values()} == set(NETWORKS.values())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", SMALL)
 def test_shape_dtype_and_dependence_on_each_input(name):
     network, x = build(name)
     s, t = torch.full((6,), 0.2), torch.full((6,), 0.7)
@@ -39,16 +28,16 @@ def test_shape_dtype_and_dependence_on_each_input(name):
     torch.testing.assert_close(network(x[:2], s[:2], t[:2]), v[:2])  # samples do not mix
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", SMALL)
 def test_save_and_load_is_bit_equal(name, tmp_path):
     network, x = build(name)
     network.save_pretrained(tmp_path)
-    again = NETWORKS[name].from_pretrained(tmp_path)
+    again = type(network).from_pretrained(tmp_path)
     s, t = torch.rand(6), torch.rand(6)
     assert torch.equal(again(x, s, t), network(x, s, t))
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", LABELLED)
 def test_label_and_no_label(name):
     network, x = build(name)
     s = torch.full((6,), 0.5)
@@ -67,11 +56,12 @@ def test_mlp_has_no_label():
 def test_starts_as_a_one_time_network(name):
     """The branch of t - s starts at zero: a fresh network does not see the second time."""
     torch.manual_seed(0)
-    network = NETWORKS[name](**SMALL[name][0])
+    cls, options = SMALL[name]
+    network = cls(**options)
     for parameter_name, p in network.named_parameters():
-        if "embedding.gap" not in parameter_name:
+        if "gap" not in parameter_name:
             torch.nn.init.normal_(p, std=0.2)
-    x, s = torch.randn(3, 1, 8, 8), torch.full((3,), 0.3)
+    x, s = torch.randn(3, 1, options["image_size"], options["image_size"]), torch.full((3,), 0.3)
     assert torch.equal(network(x, s, s), network(x, s, torch.full((3,), 0.9)))
 
 
@@ -92,11 +82,11 @@ def test_dit_refuses_sizes_that_do_not_divide(options):
 def test_dit_knows_where_a_patch_is():
     """Without positions the network commutes with moving patches; with them it does not, and rows are not columns."""
     network, x = build("DiT")
-    s, moved = torch.full((6,), 0.5), torch.roll(x, 2, dims=3)
-    assert not torch.allclose(network(moved, s, s), torch.roll(network(x, s, s), 2, dims=3), atol=1e-3)
+    s, moved = torch.full((6,), 0.5), torch.roll(x, 4, dims=3)
+    assert not torch.allclose(network(moved, s, s), torch.roll(network(x, s, s), 4, dims=3), atol=1e-3)
     assert not torch.allclose(network(x.mT, s, s), network(x, s, s).mT, atol=1e-3)
     network.positions.zero_()
-    torch.testing.assert_close(network(moved, s, s), torch.roll(network(x, s, s), 2, dims=3), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network(moved, s, s), torch.roll(network(x, s, s), 4, dims=3), rtol=1e-4, atol=1e-5)
     table = positions(4, 16)
     row, column = torch.arange(4.0).repeat_interleave(4), torch.arange(4.0).repeat(4)
     torch.testing.assert_close(table[:, 1], torch.sin(column * 0.1)), torch.testing.assert_close(table[:, 8], row.sin())

@@ -18,7 +18,7 @@ from typing import Any
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap, FlowMapInfo
 from flowmaps.interpolants import INTERPOLANTS
-from flowmaps.networks import NETWORKS
+from flowmaps.networks import NETWORKS, PRESETS
 from flowmaps.objectives import OBJECTIVES, Objective
 from flowmaps.objectives.eulerian import Stop
 from flowmaps.objectives.progressive import Middle
@@ -108,6 +108,7 @@ class Config:
     precision: Precision = Precision.fp32
     compile: bool = False  # torch.compile of the loss module
     channels_last: bool = False  # memory layout of convolutions
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, slower
     max_skipped_steps: int = 10  # steps with a non-finite gradient are skipped; after this many the run stops
     seed: int = 0
     ema: tuple[float, ...] = (0.999,)  # decays kept side by side; the first one is sampled and exported
@@ -158,6 +159,8 @@ class Config:
             raise UserError(f"--config.sample_steps must be step counts of at least 1, got {self.sample_steps}")
         if self.interpolant not in INTERPOLANTS:
             raise UserError(f"--config.interpolant={self.interpolant}: choose one of {', '.join(INTERPOLANTS)}")
+        if self.gradient_checkpointing and self.compile:
+            raise UserError("--config.gradient_checkpointing and --config.compile exclude each other: leave one out")
         made = build_objective(self)
         if made.guided and not self.data.label_dropout:
             raise UserError("--config.objective.guidance needs rows without a label: --config.data.label_dropout=0.1")
@@ -196,7 +199,9 @@ def _section(target: str, cls: type[Any], options: dict[str, Any]) -> Any:
 
 
 def network(name: str, **options: Any) -> Any:
-    """The config section of a network from ``flowmaps.networks.NETWORKS``."""
+    """The config section of a network from ``flowmaps.networks.NETWORKS``, or of a row of its PRESETS with changes."""
+    if name in PRESETS:
+        name, options = PRESETS[name].network, {**PRESETS[name].options, **options}
     return _section(name, NETWORKS[name], options)
 
 

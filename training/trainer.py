@@ -14,7 +14,8 @@ from torch import Tensor
 
 from flowmaps import FlowMap, UserError
 from flowmaps.images import from_uint8
-from flowmaps.networks.layers import soft_label
+from flowmaps.networks.conditioning import soft_label
+from flowmaps.networks.magnitude import normalise_weights
 from flowmaps.objectives import LogVariance, Loss, Objective
 from flowmaps.rng import generator
 from training.augment import PARAMETERS, augmented, mirrored
@@ -77,6 +78,8 @@ class Trainer:
         module.to(accelerator.device)
         if config.channels_last:
             module.to(memory_format=torch.channels_last)
+        if config.gradient_checkpointing:
+            _checkpoint_gradients(fm.network, config.network.target)
         if config.compile:
             module.compile()  # in place: parameter names stay
         optimizer = build_optimizer(config.optim, module.parameters())
@@ -114,6 +117,7 @@ class Trainer:
             group["lr"] = learning_rate(config.optim, step, config.steps)
         if bool(torch.isfinite(norm)):
             self.prepared.step()
+            normalise_weights(self.module)
             self.ema.update(step + 1)
             self.refresh_teacher()
         else:
@@ -246,6 +250,12 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
     if teacher.info.kind == "consistency":
         raise UserError(f"--config.teacher={config.teacher} is a consistency model and has no drift to teach")
     return teacher.to(next(fm.parameters()).device).requires_grad_(False)
+
+
+def _checkpoint_gradients(network: Any, name: str) -> None:
+    if not network._supports_gradient_checkpointing:
+        raise UserError(f"--config.gradient_checkpointing: {name} has no blocks to compute again")
+    network.enable_gradient_checkpointing()
 
 
 def _check_augmentation(config: Config, shape: tuple[int, ...]) -> None:

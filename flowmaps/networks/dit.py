@@ -7,7 +7,8 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from flowmaps.networks.layers import Dropout, TimeEmbedding, layer_norm, zero
+from flowmaps.networks.conditioning import TimeEmbedding
+from flowmaps.networks.layers import Dropout, layer_norm, run, zero
 
 
 def positions(size: int, width: int) -> Tensor:
@@ -69,9 +70,12 @@ class DiT(ModelMixin, ConfigMixin):
     """v(x, s, t, label) for x [B, channels, image_size, image_size]: a transformer over patches.
 
     Peebles and Xie 2023 (arXiv 2212.09748), with adaLN-zero modulation; the second time's embedding is added and starts
-    at zero (``layers.TimeEmbedding``). ``qk_norm`` normalises queries and keys, which keeps attention's derivative in
-    check. Input is divided and output multiplied by ``data_std``; ``augment_dim`` and ``guidance`` as in ``UNet``.
+    at zero (``conditioning.TimeEmbedding``). ``qk_norm`` normalises queries and keys, which keeps attention's
+    derivative in check. Input is divided and output multiplied by ``data_std``; ``augment_dim`` and ``guidance`` as in
+    ``UNet``.
     """
+
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -101,10 +105,11 @@ class DiT(ModelMixin, ConfigMixin):
         if not data_std > 0 or not 0 <= dropout < 1 or min(num_classes, augment_dim) < 0:
             raise ValueError("data_std must be positive, dropout in [0, 1), num_classes and augment_dim not negative")
         self.data_std, self.patch, self.size = data_std, patch, image_size // patch
+        self.gradient_checkpointing = False
         self.register_buffer("positions", positions(self.size, width), persistent=False)
         pixels = channels * patch**2
         self.stem = nn.Linear(pixels, width)
-        self.embedding = TimeEmbedding(width, num_classes, augment_dim, guidance)
+        self.embedding = TimeEmbedding(256, width, num_classes, augment_dim, guidance)
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, mlp_ratio, qk_norm, dropout) for _ in range(depth))
         self.modulation, self.head = zero(nn.Linear(width, 2 * width)), zero(nn.Linear(width, pixels))
         for name, module in self.named_modules():
@@ -118,7 +123,7 @@ class DiT(ModelMixin, ConfigMixin):
         x = x + self.positions.to(x.dtype)
         embedding = F.silu(self.embedding(s, t, label))
         for block in self.blocks:
-            x = block(x, embedding)
+            x = run(self, block, x, embedding)
         shift, scale = self.modulation(embedding).to(x.dtype).chunk(2, dim=1)
         x = self.head(modulate(x, shift, scale))
         x = rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=self.size, p=p, q=p)

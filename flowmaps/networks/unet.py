@@ -1,4 +1,7 @@
-"""A U-Net for images, after the ADM/EDM line, with two times."""
+"""A U-Net for images, after the DDPM++/ADM/EDM line, with two times."""
+
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -7,43 +10,103 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from flowmaps.networks.layers import Dropout, GroupNorm, SelfAttention, TimeEmbedding, normalise, zero
+from flowmaps.networks.conditioning import TimeEmbedding
+from flowmaps.networks.layers import (
+    Dropout,
+    GroupNorm,
+    SelfAttention,
+    Stage,
+    check_unet,
+    normalise,
+    resample,
+    run,
+    u_shape,
+    zero,
+)
+
+
+class Variant(NamedTuple):
+    """Where the U-Nets of this line differ."""
+
+    resampling_blocks: bool  # resolution changes inside blocks of their own, else by pooling between blocks
+    scale: bool  # the embedding scales and shifts after the second norm, else it is added before it
+    skip_scale: float  # of every sum of a branch and its skip
+    head_channels: int | None  # of attention; None: one head
+    up_attention: bool  # in every decoder block of a level, else in its last one
+    label_first: bool  # class vectors enter before the time MLP
+    eps: float
+
+
+# ADM: Dhariwal and Nichol 2021 (arXiv 2105.05233); DDPM++: Song et al. 2021 (arXiv 2011.13456); both as EDM has them,
+# Karras et al. 2022 (arXiv 2206.00364), table 1 and appendix F.6. "small" is ADM without resampling blocks and with
+# attention at the listed resolutions only, which is what small images on a CPU want.
+VARIANTS = {
+    "small": Variant(False, True, 1.0, 64, True, False, 1e-5),
+    "adm": Variant(True, True, 1.0, 64, True, False, 1e-5),
+    "ddpm++": Variant(True, False, math.sqrt(0.5), None, False, True, 1e-6),
+}
 
 
 class Block(nn.Module):
-    """Residual block: norm, SiLU, conv, norm modulated by the embedding, SiLU, dropout, conv (starts at zero)."""
+    """Residual block: norm, SiLU, resampling, conv, norm and embedding, SiLU, dropout, conv (starts at zero)."""
 
-    def __init__(self, inputs: int, channels: int, embedding: int, dropout: float, attention: bool) -> None:
+    def __init__(self, stage: Stage, embedding: int, dropout: float, attention: bool, variant: Variant) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(inputs)
+        inputs, channels, eps = stage.inputs, stage.channels, variant.eps
+        self.resample, self.skip_scale, self.eps = stage.resample, variant.skip_scale, eps
+        self.norm1 = GroupNorm(inputs, eps)
         self.conv1 = nn.Conv2d(inputs, channels, 3, padding=1)
-        self.modulation = nn.Linear(embedding, 2 * channels)  # its bias is the affine part of the second norm
-        nn.init.ones_(self.modulation.bias[:channels])
-        nn.init.zeros_(self.modulation.bias[channels:])
+        self.modulation = nn.Linear(embedding, channels * (1 + variant.scale))
+        self.norm2 = None if variant.scale else GroupNorm(channels, eps)
+        if variant.scale:  # its bias is the affine part of the second norm
+            nn.init.ones_(self.modulation.bias[:channels])
+            nn.init.zeros_(self.modulation.bias[channels:])
         self.dropout = Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
-        self.skip = nn.Conv2d(inputs, channels, 1) if inputs != channels else nn.Identity()
-        self.attention = SelfAttention(channels) if attention else nn.Identity()
+        projected = inputs != channels or (stage.resample != "keep" and not variant.scale)
+        self.skip = nn.Conv2d(inputs, channels, 1) if projected else nn.Identity()
+        self.attention = SelfAttention(channels, variant.head_channels or channels, eps) if attention else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.modulation(embedding)[:, :, None, None].to(y.dtype).chunk(2, dim=1)
-        y = F.silu(torch.addcmul(shift, normalise(y), scale))
-        y = self.conv2(self.dropout(y))
-        out: Tensor = self.attention(self.skip(x) + y)
-        return out
+        y = self.conv1(resample(F.silu(self.norm1(x)), self.resample))
+        modulation = self.modulation(embedding)[:, :, None, None].to(y.dtype)
+        if self.norm2 is not None:
+            y = self.norm2(y + modulation)
+        else:
+            scale, shift = modulation.chunk(2, dim=1)
+            y = torch.addcmul(shift, normalise(y, self.eps), scale)
+        y = self.conv2(self.dropout(F.silu(y)))
+        x = self.scaled(self.skip(resample(x, self.resample)) + y)
+        return x if self.attention is None else self.scaled(self.attention(x))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x if self.skip_scale == 1 else x * self.skip_scale
+
+
+class Resample(nn.Module):
+    """A change of resolution without weights, in the place of a block."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.resample = mode
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return resample(x, self.resample)
 
 
 class UNet(ModelMixin, ConfigMixin):
     """v(x, s, t, label) for images x [B, channels, image_size, image_size], from 8x8 up.
 
+    ``variant`` is a key of ``VARIANTS``: the U-Net of a paper, or "small".
     ``patch`` > 1 folds patch x patch pixels into channels first, which is what a small image on a CPU wants.
     ``channel_mult`` gives the width of each level in units of ``width``; each level halves the resolution, and levels
     whose resolution is in ``attention_resolutions`` (counted after folding) get self-attention. Input is divided and
     output multiplied by ``data_std`` (no skip, no time-dependent scaling), as in Boffi et al. 2025. ``augment_dim`` > 0
-    makes room for the parameters of an augmentation, given in the label (``layers.soft_label``), ``guidance`` for the
-    weight of a guidance that is baked in (``layers.with_guidance``).
+    makes room for the parameters of an augmentation, given in the label (``conditioning.soft_label``), ``guidance``
+    for the weight of a guidance that is baked in (``conditioning.with_guidance``).
     """
+
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -60,49 +123,36 @@ class UNet(ModelMixin, ConfigMixin):
         patch: int = 1,
         augment_dim: int = 0,
         guidance: bool = False,
+        variant: str = "small",
     ) -> None:
         super().__init__()
-        levels = len(channel_mult)
-        if not channel_mult or min(image_size, channels, width, blocks, patch, *channel_mult) < 1:
-            raise ValueError("image_size, channels, width, channel_mult, blocks and patch must be at least 1")
-        if width % 2 or not data_std > 0 or not 0 <= dropout < 1 or min(num_classes, augment_dim) < 0:
-            raise ValueError(
-                "width must be even, data_std positive, dropout in [0, 1), num_classes and augment_dim not negative"
-            )
-        if image_size % (patch * 2 ** (levels - 1)):
-            raise ValueError(
-                f"image_size {image_size} cannot be folded by patch={patch} and halved {levels - 1} times: "
-                "use fewer entries in channel_mult or another patch"
-            )
-        self.patch, self.data_std = patch, data_std
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant}")
+        check_unet(self.config)
+        self.patch, self.data_std, self.gradient_checkpointing = patch, data_std, False
+        chosen = VARIANTS[variant]
         size, embedding = image_size // patch, 4 * width
         pixels = channels * patch**2
-        self.embedding = TimeEmbedding(embedding, num_classes, augment_dim, guidance)
+        features = embedding if variant == "small" else width
+        self.embedding = TimeEmbedding(features, embedding, num_classes, augment_dim, guidance, chosen.label_first)
         self.stem = nn.Conv2d(pixels, width, 3, padding=1)
+        down, up = u_shape(size, width, tuple(mult * width for mult in channel_mult), blocks)
 
-        def block(inputs: int, outputs: int) -> Block:
-            return Block(inputs, outputs, embedding, dropout, attention=size in attention_resolutions)
+        def block(stage: Stage, attention: bool) -> nn.Module:
+            if stage.resample != "keep" and not chosen.resampling_blocks:
+                return Resample(stage.resample)
+            return Block(stage, embedding, dropout, attention, chosen)
 
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        skips, current = [width], width
-        for level, mult in enumerate(channel_mult):
-            if level:
-                size //= 2
-                skips.append(current)
-            for _ in range(blocks):
-                self.down.append(block(current, mult * width))
-                current = mult * width
-                skips.append(current)
-        self.middle = nn.ModuleList([block(current, current), Block(current, current, embedding, dropout, False)])
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            for _ in range(blocks + 1):
-                self.up.append(block(current + skips.pop(), mult * width))
-                current = mult * width
-            if level:
-                size *= 2
-        self.blocks = blocks
-        self.levels = levels
-        self.head = nn.Sequential(GroupNorm(current), nn.SiLU(), zero(nn.Conv2d(current, pixels, 3, padding=1)))
+        def listed(stage: Stage) -> bool:
+            return stage.resample == "keep" and stage.size in attention_resolutions
+
+        self.down = nn.ModuleList(block(stage, listed(stage)) for stage in down)
+        low = Stage("keep", down[-1].channels, down[-1].channels, down[-1].size)
+        self.middle = nn.ModuleList([block(low, chosen.resampling_blocks or listed(low)), block(low, False)])
+        self.up = nn.ModuleList(block(stage, listed(stage) and (stage.last or chosen.up_attention)) for stage in up)
+        self.head = nn.Sequential(
+            GroupNorm(up[-1].channels, chosen.eps), nn.SiLU(), zero(nn.Conv2d(up[-1].channels, pixels, 3, padding=1))
+        )
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         p = self.patch
@@ -110,17 +160,14 @@ class UNet(ModelMixin, ConfigMixin):
         embedding = F.silu(self.embedding(s, t, label))
         x = self.stem(x)
         skips = [x]
-        for i, block in enumerate(self.down):
-            if i and i % self.blocks == 0:
-                x = F.avg_pool2d(x, 2)
-                skips.append(x)
-            x = block(x, embedding)
+        for block in self.down:
+            x = run(self, block, x, embedding)
             skips.append(x)
         for block in self.middle:
-            x = block(x, embedding)
-        for i, block in enumerate(self.up):
-            if i and i % (self.blocks + 1) == 0:
-                x = F.interpolate(x, scale_factor=2, mode="nearest")
-            x = block(torch.cat([x, skips.pop()], dim=1), embedding)
+            x = run(self, block, x, embedding)
+        for block in self.up:
+            if block.resample == "keep":
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = run(self, block, x, embedding)
         x = rearrange(self.head(x), "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
         return self.data_std * x

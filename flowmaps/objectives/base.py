@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
-from flowmaps.networks.layers import no_dropout, with_guidance, without_label
+from flowmaps.networks.conditioning import with_guidance, without_label
+from flowmaps.networks.layers import no_dropout
 from flowmaps.objectives.times import Times, pair, single
 from samplers.callables import Drift, expand
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from flowmaps.networks.layers import TimeFeatures, zero
+from flowmaps.networks.conditioning import TimeFeatures
+from flowmaps.networks.layers import zero
 
 
 class LogVariance(nn.Module):

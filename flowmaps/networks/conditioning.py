@@ -1,0 +1,145 @@
+"""What a network is told beside x: two times, and a label with what may ride on it (augmentation, guidance weight)."""
+
+import math
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowmaps.networks.layers import zero
+
+
+class TimeFeatures(nn.Module):
+    """cos and sin of a time in [0, 1] at ``channels / 2`` geometrically spaced frequencies, 1 to 32: [B, channels].
+
+    The bandwidth is modest on purpose. With times scaled to 0 .. 1000, as diffusion models have it, the tangent of
+    the embedding is some hundred times its value and drowns the derivative of everything else.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        frequencies = torch.logspace(0, math.log2(32), channels // 2, base=2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        phase = t[:, None] * self.frequencies.to(t.dtype)
+        return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+def soft_label(label: Tensor | None, augmentation: Tensor, num_classes: int) -> Tensor:
+    """Label int64 [B] and augmentation parameters [B, n] as float rows that a network takes for its label.
+
+    One-hot over 0 .. ``num_classes`` (the last means "no label"), if there are classes, then the parameters.
+    """
+    if not num_classes:
+        return augmentation
+    label = torch.full((len(augmentation),), num_classes, device=augmentation.device) if label is None else label
+    return torch.cat([F.one_hot(label, num_classes + 1).to(augmentation.dtype), augmentation], dim=1)
+
+
+def with_guidance(label: Tensor, weight: Tensor, num_classes: int) -> Tensor:
+    """``label``, int64 [B] or rows of ``soft_label``, and guidance weights [B] as rows that a network takes for it."""
+    rows = label if label.is_floating_point() else F.one_hot(label, num_classes + 1).to(weight.dtype)
+    return torch.cat([rows, weight[:, None].to(rows.dtype)], dim=1)
+
+
+def without_label(label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """``label`` with every class replaced by "no label", augmentation kept; and which rows had a class, bool [B]."""
+    if not label.is_floating_point():
+        return torch.full_like(label, num_classes), label != num_classes
+    classes = torch.zeros_like(label[:, : num_classes + 1])
+    classes[:, num_classes] = 1
+    return torch.cat([classes, label[:, num_classes + 1 :]], dim=1), label[:, num_classes] == 0
+
+
+class Condition(NamedTuple):
+    """What a label says: one-hot classes [B, num_classes + 1], augmentation [B, augment_dim], guidance weight [B]."""
+
+    classes: Tensor
+    augmentation: Tensor
+    guidance: Tensor
+
+
+def condition(
+    label: Tensor | None, like: Tensor, num_classes: int, augment_dim: int = 0, guidance: bool = False
+) -> Condition:
+    """``label`` in its parts, floats of the type of ``like`` [B]; what is not given has its neutral value.
+
+    ``label`` is int64 [B], None, or float rows: those of ``soft_label`` where images were augmented, and of
+    ``with_guidance`` where a guidance weight was drawn. Neutral are: no label, no augmentation (zeros), weight 1.
+    Without classes or augmentation their part has no columns.
+    """
+    batch, sizes = len(like), [num_classes + 1 if num_classes else 0, augment_dim]
+    if label is not None and label.is_floating_point():
+        sizes.append(label.shape[1] - sum(sizes))
+        if sizes[-1] not in ((0, 1) if guidance else (0,)):
+            raise ValueError(
+                f"label rows have {label.shape[1]} columns, which is not what this network takes (num_classes="
+                f"{num_classes}, augment_dim={augment_dim}, guidance={guidance})"
+            )
+        classes, augmentation, weight = torch.split(label.to(like.dtype), sizes, dim=1)
+        return Condition(classes, augmentation, weight[:, 0] if sizes[-1] else torch.ones_like(like))
+    if num_classes:
+        label = torch.full((batch,), num_classes, device=like.device) if label is None else label
+        classes = F.one_hot(label, num_classes + 1).to(like.dtype)
+    elif label is not None:
+        raise ValueError("this network is unconditional (num_classes=0): label must be None")
+    else:
+        classes = like.new_zeros(batch, 0)
+    return Condition(classes, like.new_zeros(batch, augment_dim), torch.ones_like(like))
+
+
+class TimeEmbedding(nn.Module):
+    """Embeds (s, t, label) as one vector [B, channels]: MLP(s) + MLP(t - s) + class and guidance vectors.
+
+    The MLPs see ``features`` time features, augmentation parameters are added to those of s, and class vectors too if
+    ``label_first`` (DDPM++), else to the MLP's output (ADM, DiT). A guidance weight w >= 1 enters as the features of
+    1 / w. For ``label`` see ``condition``.
+
+    The last layers of the MLPs for t - s and 1 / w start at zero: a network trained with one time, loaded into this
+    one, is the same function at s = t.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        channels: int,
+        num_classes: int = 0,
+        augment_dim: int = 0,
+        guidance: bool = False,
+        label_first: bool = False,
+    ) -> None:
+        super().__init__()
+        if guidance and not num_classes:
+            raise ValueError("guidance needs classes: num_classes is 0")
+        self.num_classes, self.augment_dim, self.label_first = num_classes, augment_dim, label_first
+        self.features = TimeFeatures(features)
+        self.start = nn.Sequential(nn.Linear(features, channels), nn.SiLU(), nn.Linear(channels, channels))
+        self.gap = self.second(features, channels)
+        self.label = nn.Embedding(num_classes + 1, features if label_first else channels) if num_classes else None
+        self.augmentation = nn.Linear(augment_dim, features, bias=False) if augment_dim else None
+        self.guidance = self.second(features, channels) if guidance else None
+
+    @staticmethod
+    def second(features: int, channels: int) -> nn.Sequential:
+        """An MLP that starts as nothing, narrow, so that a published network keeps its size."""
+        return nn.Sequential(nn.Linear(features, features), nn.SiLU(), zero(nn.Linear(features, channels)))
+
+    def forward(self, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        given = condition(label, s, self.num_classes, self.augment_dim, self.guidance is not None)
+        dtype = cast(nn.Linear, self.start[0]).weight.dtype  # times keep their own precision until here
+        start = self.features(s).to(dtype)
+        classes = None if self.label is None else given.classes.to(dtype) @ self.label.weight
+        if self.augmentation is not None:
+            start = start + self.augmentation(given.augmentation.to(dtype))
+        if classes is not None and self.label_first:
+            start = start + classes
+        embedding: Tensor = self.start(start) + self.gap(self.features(t - s).to(dtype))
+        if classes is not None and not self.label_first:
+            embedding = embedding + classes
+        if self.guidance is not None:
+            embedding = embedding + self.guidance(self.features(1 / given.guidance).to(dtype))
+        return embedding

@@ -1,0 +1,173 @@
+"""The magnitude-preserving U-Net of EDM2, with two times."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from einops import rearrange
+from torch import Tensor, nn
+
+from flowmaps.networks.conditioning import condition
+from flowmaps.networks.layers import Dropout, Stage, check_unet, heads_of, resample, run, u_shape
+from flowmaps.networks.magnitude import MPLayer, mp_add, mp_cat, mp_silu, mp_sum, unit
+
+BALANCE = 0.3  # share of a branch in its sum with the skip
+LABEL_BALANCE = 0.5
+LIMIT = 256.0  # of activations
+
+
+def raw_features(t: Tensor, channels: int) -> Tensor:
+    """cos and sin of a time in [0, 1] at ``channels / 2`` frequencies from 1 down to 1e-4, times sqrt 2: [B, channels].
+
+    Boffi et al. 2025: Fourier features of higher frequency make the derivatives in time unstable.
+    """
+    k = torch.arange(channels // 2, device=t.device, dtype=t.dtype) / (channels // 2)
+    phase = t[:, None] * 10000.0**-k
+    return math.sqrt(2) * torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
+class MPEmbedding(nn.Module):
+    """Embeds (s, t, label) as one vector [B, channels] of unit variance.
+
+    A layer of the features of s, then with learned gains those of t - s, of the augmentation and of the guidance
+    weight's inverse, then that of the class with share 1/2 ("no label" is a zero vector). The gains start at zero: a
+    network of one time, loaded into this one, is the same function at s = t. A gain of 1 for t - s is the equal
+    mixture of Boffi et al. 2025.
+    """
+
+    def __init__(self, features: int, channels: int, num_classes: int, augment_dim: int, guidance: bool) -> None:
+        super().__init__()
+        if guidance and not num_classes:
+            raise ValueError("guidance needs classes: num_classes is 0")
+        self.channels, self.num_classes, self.augment_dim = features, num_classes, augment_dim
+        self.start, self.gap = MPLayer(features, channels), MPLayer(features, channels)
+        self.label = MPLayer(num_classes, channels) if num_classes else None
+        self.augmentation = MPLayer(augment_dim, channels) if augment_dim else None
+        self.guidance = MPLayer(features, channels) if guidance else None
+        names = ("gap", *["augmentation"] * bool(augment_dim), *["guidance"] * guidance)
+        self.gains = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in names})
+
+    def forward(self, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        given = condition(label, s, self.num_classes, self.augment_dim, self.guidance is not None)
+        dtype = self.start.weight.dtype  # times keep their own precision until here
+
+        def features(time: Tensor) -> Tensor:
+            return raw_features(time, self.channels).to(dtype)
+
+        x = mp_add(self.start(features(s)), self.gap(features(t - s)), self.gains["gap"])
+        if self.augmentation is not None:
+            x = mp_add(x, self.augmentation(given.augmentation.to(dtype)), self.gains["augmentation"])
+        if self.guidance is not None:
+            x = mp_add(x, self.guidance(features(1 / given.guidance)), self.gains["guidance"])
+        if self.label is not None:
+            classes = given.classes[:, :-1].to(dtype) * math.sqrt(self.num_classes)
+            x = mp_sum(x, self.label(classes), LABEL_BALANCE)
+        return mp_silu(x)
+
+
+class Block(nn.Module):
+    """Residual block of unit variance: SiLU, conv, SiLU of what the embedding scaled, dropout, conv; attention.
+
+    The skip of an encoder block is normalised over channels, pixel by pixel. Attention is cosine attention: queries,
+    keys and values are normalised.
+    """
+
+    def __init__(self, stage: Stage, embedding: int, dropout: float, attention: bool, encoder: bool) -> None:
+        super().__init__()
+        inputs, channels = stage.inputs, stage.channels
+        self.resample, self.encoder = stage.resample, encoder
+        self.skip = MPLayer(inputs, channels, 1) if inputs != channels else None
+        self.conv1 = MPLayer(channels if encoder else inputs, channels, 3)
+        self.modulation = MPLayer(embedding, channels)
+        self.gain = nn.Parameter(torch.zeros(1))
+        self.dropout = Dropout(dropout)
+        self.conv2 = MPLayer(channels, channels, 3)
+        self.heads = heads_of(channels, 64) if attention else 0
+        self.qkv = MPLayer(channels, 3 * channels, 1) if attention else None
+        self.out = MPLayer(channels, channels, 1) if attention else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        x = resample(x, self.resample)
+        if self.encoder:
+            x = unit(x if self.skip is None else self.skip(x), dim=1)
+        y = self.conv1(mp_silu(x))
+        scale = 1 + self.modulation(embedding, self.gain)[:, :, None, None].to(y.dtype)
+        y = self.conv2(self.dropout(mp_silu(y * scale)))
+        if not self.encoder and self.skip is not None:
+            x = self.skip(x)
+        x = mp_sum(x, y, BALANCE)
+        if self.qkv is not None and self.out is not None:
+            x = mp_sum(x, self.out(self.attend(self.qkv(x))), BALANCE)
+        return x.clamp(-LIMIT, LIMIT)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Attention over pixels from [B, 3 C, h, w]: the channels of each head hold q, k and v by turns."""
+        h, w = qkv.shape[-2:]
+        q, k, v = unit(rearrange(qkv, "b (heads c n) h w -> n b heads (h w) c", heads=self.heads, n=3), dim=-1)
+        return rearrange(F.scaled_dot_product_attention(q, k, v), "b heads (h w) c -> b (heads c) h w", h=h, w=w)
+
+
+class EDM2UNet(ModelMixin, ConfigMixin):
+    """v(x, s, t, label) for images or latents x [B, channels, image_size, image_size].
+
+    Karras et al. 2024 (EDM2, arXiv 2312.02696), configuration G, as Boffi et al. 2025 use it: the two times enter as
+    (s, t - s) through ``raw_features``, input is divided and output multiplied by ``data_std``, nothing else depends on
+    time. Trained with ``magnitude.normalise_weights`` after each step, it bears learning rates of 1e-2.
+    Arguments as in ``UNet``.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int = 32,
+        channels: int = 3,
+        width: int = 128,
+        channel_mult: tuple[int, ...] = (2, 2, 2),
+        blocks: int = 4,
+        attention_resolutions: tuple[int, ...] = (16,),
+        dropout: float = 0.0,
+        num_classes: int = 0,
+        data_std: float = 0.5,
+        augment_dim: int = 0,
+        guidance: bool = False,
+    ) -> None:
+        super().__init__()
+        check_unet(self.config)
+        self.data_std, self.gradient_checkpointing = data_std, False
+        widths = tuple(mult * width for mult in channel_mult)
+        embedding = max(widths)
+        self.embedding = MPEmbedding(widths[0], embedding, num_classes, augment_dim, guidance)
+        self.stem = MPLayer(channels + 1, widths[0], 3)
+        down, up = u_shape(image_size, widths[0], widths, blocks)
+
+        def block(stage: Stage, encoder: bool) -> Block:
+            attention = stage.resample == "keep" and stage.size in attention_resolutions
+            return Block(stage, embedding, dropout, attention, encoder)
+
+        low = Stage("keep", widths[-1], widths[-1], down[-1].size)
+        self.down = nn.ModuleList(block(stage, encoder=True) for stage in down)
+        self.middle = nn.ModuleList(Block(low, embedding, dropout, attention, False) for attention in (True, False))
+        self.up = nn.ModuleList(block(stage, encoder=False) for stage in up)
+        self.head = MPLayer(widths[0], channels, 3)
+        self.gain = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        embedding = self.embedding(s, t, label)
+        ones = x.new_ones(len(x), 1, *x.shape[2:])  # acts as a bias
+        x = self.stem(torch.cat([x / self.data_std, ones], dim=1))
+        skips = [x]
+        for block in self.down:
+            x = run(self, block, x, embedding)
+            skips.append(x)
+        for block in self.middle:
+            x = run(self, block, x, embedding)
+        for block in self.up:
+            if block.resample == "keep":
+                x = mp_cat(x, skips.pop())
+            x = run(self, block, x, embedding)
+        v: Tensor = self.data_std * self.head(x, self.gain)
+        return v

@@ -1,0 +1,71 @@
+"""Magnitude-preserving layers: unit variance in, unit variance out, at any training step.
+
+Karras et al. 2024 (EDM2, arXiv 2312.02696), section 2.3 and appendix B; equation numbers are theirs. A weight is used
+as w / |w|, so its size has no meaning, and ``normalise_weights`` sets it back after every optimiser step: then the
+learning rate is the angle by which weights turn.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def unit(x: Tensor, dim: int | tuple[int, ...], eps: float = 1e-4) -> Tensor:
+    """x over its root mean square along ``dim``, taken in at least float32: pixel and weight normalisation (66)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rms = (wide.square().mean(dim=dim, keepdim=True) + 1e-30).sqrt()  # the constant: a derivative at 0
+    return (wide / (rms + eps)).to(x.dtype)
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    """SiLU over the root mean square that it gives unit Gaussian input (81)."""
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """(1 - share) a + share b, over the size that this has for independent unit a and b (88)."""
+    return torch.lerp(a, b, share) / math.hypot(1 - share, share)
+
+
+def mp_add(a: Tensor, b: Tensor, gain: Tensor) -> Tensor:
+    """a + gain b with a learned ``gain``, over its size likewise: a itself at gain 0, half of each at gain 1."""
+    gain = gain.to(a.dtype)
+    return (a + gain * b) / (1 + gain.square()).sqrt()
+
+
+def mp_cat(a: Tensor, b: Tensor) -> Tensor:
+    """Channels of a and b side by side, scaled so that both weigh the same in what follows (103), share 1/2."""
+    n, m = a.shape[1], b.shape[1]
+    scale = math.sqrt((n + m) / 2)
+    return torch.cat([a * (scale / math.sqrt(n)), b * (scale / math.sqrt(m))], dim=1)
+
+
+class MPLayer(nn.Module):
+    """Linear layer (``kernel`` 0) or convolution without bias, its weight normalised for each output (47, 66)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 0) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, *(kernel, kernel) if kernel else ()))
+        self.normalise()
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Set the weights of each output to root mean square 1."""
+        self.weight.copy_(unit(self.weight, tuple(range(1, self.weight.ndim))))
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        """``gain`` times the layer's output, of unit variance at gain 1."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        weight = unit(self.weight.to(wide), tuple(range(1, self.weight.ndim)))
+        weight = (weight * (gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
+        return F.conv2d(x, weight, padding=self.kernel // 2) if self.kernel else F.linear(x, weight)
+
+
+def normalise_weights(module: nn.Module) -> None:
+    """Forced weight normalisation (section 2.3): what a training loop does after each optimiser step."""
+    for layer in module.modules():
+        if isinstance(layer, MPLayer):
+            layer.normalise()

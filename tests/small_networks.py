@@ -1,0 +1,44 @@
+"""Every network at a size for tests."""
+
+import torch
+
+from flowmaps import FlowMap, FlowMapInfo
+from flowmaps.networks import MLP, DiT, EDM2UNet, UNet
+
+LABELS = {"num_classes": 4, "guidance": True}
+UNET = {"image_size": 8, "channels": 1, "width": 8, "channel_mult": (1, 2), "blocks": 1, "attention_resolutions": (4,)}
+DIT = {"image_size": 8, "channels": 1, "patch": 4, "width": 16, "depth": 2, "heads": 2, **LABELS}
+SMALL = {
+    "MLP": (MLP, {"width": 16, "depth": 2, "fourier_features": 3}),
+    "UNet": (UNet, {**UNET, **LABELS}),
+    "UNet patch": (UNet, {**UNET, "image_size": 16, "patch": 2}),
+    "UNet adm": (UNet, {**UNET, **LABELS, "variant": "adm"}),
+    "UNet ddpm++": (UNet, {**UNET, **LABELS, "variant": "ddpm++"}),
+    "EDM2UNet": (EDM2UNet, {**UNET, **LABELS}),
+    "DiT": (DiT, DIT),
+    "DiT qk_norm": (DiT, {**DIT, "qk_norm": True, "mlp_ratio": 2.0}),
+}
+IMAGES = [name for name in SMALL if name != "MLP"]
+LABELLED = [name for name, (_, options) in SMALL.items() if "num_classes" in options]
+
+
+def small(name: str, std: float = 0.2, **options: object) -> FlowMap:
+    """A flow map with every weight random, so that no branch that starts at zero hides an error; in train mode."""
+    torch.manual_seed(0)
+    cls, usual = SMALL[name]
+    network = cls(**{**usual, **options})
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=std if p.ndim < 2 else min(std, p[0].numel() ** -0.5))
+    c = network.config
+    shape = (c.dim,) if name == "MLP" else (c.channels, c.image_size, c.image_size)
+    info = FlowMapInfo(shape=shape, num_classes=c.get("num_classes", 0))
+    return FlowMap(network.train(), base_std=0.5, info=info)
+
+
+def inputs(fm: FlowMap, n: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """x, s < t, and labels (one of them "no label") or None."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, *fm.info.shape, generator=generator, dtype=dtype)
+    s, t = torch.rand(2, n, generator=generator, dtype=dtype).sort(dim=0).values
+    classes = fm.info.num_classes
+    return x, s, t, (torch.arange(n) % (classes + 1) if classes else None)

@@ -1,0 +1,207 @@
+"""EDM2UNet and DiT against evaluations written down from the papers, on shared weights."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flowmaps.networks import DiT, EDM2UNet
+
+
+def randomised(network, std=0.3):
+    torch.manual_seed(1)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return network.eval()
+
+
+class EDM2:
+    """EDM2 (arXiv 2312.02696), configuration G, for times in [0, 1]: appendix B's equations, one weight at a time."""
+
+    def __init__(self, weights, width, mult, blocks, attention, classes, size):
+        self.w, self.width, self.mult, self.blocks = weights, width, mult, blocks
+        self.attention, self.classes, self.size = attention, classes, size
+
+    def layer(self, name, x, gain=1.0):
+        w = self.w[f"{name}.weight"]
+        norm = torch.linalg.vector_norm(w.flatten(1), dim=1).reshape(-1, *[1] * (w.ndim - 1))  # equation 66
+        w = w / (norm + 1e-4 * math.sqrt(w[0].numel())) * gain
+        return x @ w.T if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+    def pixel_norm(self, x, dim):
+        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+        return x / (1e-4 + norm / math.sqrt(x.shape[dim]))
+
+    def silu(self, x):
+        return x * torch.sigmoid(x) / 0.596  # equation 81
+
+    def sum(self, a, b, t):
+        return ((1 - t) * a + t * b) / math.sqrt((1 - t) ** 2 + t**2)  # equation 88
+
+    def cat(self, a, b):  # equation 103
+        t, n, m = 0.5, a.shape[1], b.shape[1]
+        c = math.sqrt((n + m) / ((1 - t) ** 2 + t**2))
+        return torch.cat([c * (1 - t) / math.sqrt(n) * a, c * t / math.sqrt(m) * b], dim=1)
+
+    def features(self, t):
+        n = self.width * self.mult[0] // 2
+        phase = torch.stack([t * (1 / 10000) ** (k / n) for k in range(n)], dim=1)
+        return torch.cat([torch.cos(phase), torch.sin(phase)], dim=1) * 2**0.5
+
+    def embed(self, s, t, label):
+        e = self.layer("embedding.start", self.features(s))
+        if t is not None:  # Boffi et al. 2025: both times, by halves
+            e = self.sum(e, self.layer("embedding.gap", self.features(t - s)), 0.5)
+        if self.classes:
+            one_hot = torch.eye(self.classes, dtype=s.dtype)[label] * math.sqrt(self.classes)
+            e = self.sum(e, self.layer("embedding.label", one_hot), 0.5)
+        return self.silu(e)
+
+    def block(self, name, x, e, kind, attention):
+        if f"{name}.skip.weight" in self.w and kind == "encoder":
+            x = self.layer(f"{name}.skip", x)
+        if kind == "encoder":
+            x = self.pixel_norm(x, 1)
+        y = self.layer(f"{name}.conv1", self.silu(x))
+        c = self.layer(f"{name}.modulation", e, self.w[f"{name}.gain"]) + 1
+        y = self.layer(f"{name}.conv2", self.silu(y * c[:, :, None, None]))
+        if f"{name}.skip.weight" in self.w and kind == "decoder":
+            x = self.layer(f"{name}.skip", x)
+        x = self.sum(x, y, 0.3)
+        if attention:
+            b, c, h, w = x.shape
+            heads = max(1, c // 64)
+            y = self.layer(f"{name}.qkv", x).reshape(b, heads, c // heads, 3, h * w)
+            q, k, v = self.pixel_norm(y, 2).unbind(3)
+            a = torch.einsum("bhcq,bhck->bhqk", q, k / math.sqrt(c // heads)).softmax(dim=3)
+            y = torch.einsum("bhqk,bhck->bhcq", a, v).reshape(b, c, h, w)
+            x = self.sum(x, self.layer(f"{name}.out", y), 0.3)
+        return torch.clip(x, -256, 256)
+
+    def __call__(self, x, s, t, label, data_std=0.5):
+        """Two times, or with ``t`` None the network of one time, as published."""
+        e = self.embed(s, t, label)
+        x = torch.cat([x / data_std, torch.ones_like(x[:, :1])], dim=1)
+        x = self.layer("stem", x)
+        skips, size, n = [x], self.size, 0
+        for level in range(len(self.mult)):
+            for i in range(self.blocks + (level > 0)):
+                down = level > 0 and i == 0
+                if down:
+                    size //= 2
+                    x = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+                x = self.block(f"down.{n}", x, e, "encoder", size in self.attention and not down)
+                skips.append(x)
+                n += 1
+        x = self.block("middle.0", x, e, "decoder", True)
+        x = self.block("middle.1", x, e, "decoder", False)
+        n = 0
+        for level in reversed(range(len(self.mult))):
+            if level < len(self.mult) - 1:
+                size *= 2
+                x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+                x = self.block(f"up.{n}", x, e, "decoder", False)
+                n += 1
+            for _ in range(self.blocks + 1):
+                x = self.block(f"up.{n}", self.cat(x, skips.pop()), e, "decoder", size in self.attention)
+                n += 1
+        assert not skips
+        return data_std * self.layer("head", x, self.w["gain"])
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_edm2_unet_is_the_published_one(classes):
+    shape = {"width": 32, "channel_mult": (1, 2, 4), "blocks": 2, "attention_resolutions": (8, 4)}
+    network = randomised(EDM2UNet(image_size=16, channels=3, num_classes=classes, **shape))
+    x, label = 0.5 * torch.randn(4, 3, 16, 16), torch.arange(4) if classes else None
+    s, t = torch.rand(2, 4).sort(dim=0).values
+    weights = dict(network.state_dict())
+    paper = EDM2(weights, 32, (1, 2, 4), 2, (8, 4), classes, 16)
+    with torch.no_grad():
+        network.embedding.gains["gap"].fill_(1.0)
+        two = network(x, s, t, label)
+        network.embedding.gains["gap"].zero_()
+        one = network(x, t, t, label)
+    assert two.std() > 0.01
+    for ours, theirs in ((two, paper(x, s, t, label)), (one, paper(x, t, None, label))):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def dit(weights, x, s, t, label, patch, heads, data_std, qk_norm):
+    """DiT with adaLN-zero (arXiv 2212.09748, section 3.2), two times added; ``t`` None: one time, as published."""
+    w = weights
+
+    def linear(name, x):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def silu(x):
+        return x * torch.sigmoid(x)
+
+    def norm(x):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+
+    def mlp(name, time):
+        frequencies = torch.tensor([32 ** (k / 127) for k in range(128)], dtype=x.dtype)
+        phase = time[:, None] * frequencies
+        features = torch.cat([phase.cos(), phase.sin()], dim=1)
+        return linear(f"embedding.{name}.2", silu(linear(f"embedding.{name}.0", features)))
+
+    b, c, size, _ = x.shape
+    n, width = size // patch, w["stem.weight"].shape[0]
+    tokens = [
+        (x[:, :, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch] / data_std).reshape(b, -1)
+        for i in range(n)
+        for j in range(n)
+    ]
+    place = []
+    for i in range(n):
+        for j in range(n):
+            omega = [10000 ** (-k / (width / 4)) for k in range(width // 4)]
+            place.append([f(p * o) for p in (j, i) for f in (math.sin, math.cos) for o in omega])
+    h = linear("stem", torch.stack(tokens, dim=1)) + torch.tensor(place, dtype=x.dtype)
+    e = mlp("start", s) + w["embedding.label.weight"][label]
+    if t is not None:
+        e = e + mlp("gap", t - s)
+    e = silu(e)
+    depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
+    for k in range(depth):
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"blocks.{k}.modulation", e)[:, None].chunk(6, dim=-1)
+        y = linear(f"blocks.{k}.attention.qkv", norm(h) * (1 + scale1) + shift1)
+        q, key, v = y.reshape(b, n * n, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+        if qk_norm:
+            g = w[f"blocks.{k}.attention.scales"]
+            q, key = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * g[i] for i, z in enumerate((q, key)))
+        a = torch.softmax(q @ key.mT / math.sqrt(width // heads), dim=-1) @ v
+        h = h + gate1 * linear(f"blocks.{k}.attention.out", a.transpose(1, 2).reshape(b, n * n, width))
+        y = linear(f"blocks.{k}.mlp.0", norm(h) * (1 + scale2) + shift2)
+        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        h = h + gate2 * linear(f"blocks.{k}.mlp.3", y)
+    shift, scale = linear("modulation", e)[:, None].chunk(2, dim=-1)
+    h = linear("head", norm(h) * (1 + scale) + shift)
+    out = torch.zeros_like(x)
+    for k in range(n * n):
+        i, j = divmod(k, n)
+        out[:, :, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch] = h[:, k].reshape(b, c, patch, patch)
+    return data_std * out
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_dit_is_the_published_one(qk_norm):
+    network = DiT(image_size=8, channels=3, patch=2, width=32, depth=3, heads=4, num_classes=5, qk_norm=qk_norm)
+    network = randomised(network, std=0.15)
+    x, label = 0.5 * torch.randn(4, 3, 8, 8), torch.tensor([0, 2, 4, 5])  # 5: no label
+    s, t = torch.rand(2, 4).sort(dim=0).values
+    weights = dict(network.state_dict())
+    with torch.no_grad():
+        two = network(x, s, t, label)
+        for p in network.embedding.gap[2].parameters():
+            p.zero_()
+        one = network(x, t, t, label)
+    weights = {k: v.clone() for k, v in randomised(network, std=0.15).state_dict().items()}
+    for ours, theirs in (
+        (two, dit(weights, x, s, t, label, 2, 4, 0.5, qk_norm)),
+        (one, dit(weights, x, t, None, label, 2, 4, 0.5, qk_norm)),
+    ):
+        assert theirs.std() > 0.01
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
