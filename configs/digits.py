@@ -48,8 +48,18 @@ def smoke(config: Config) -> None:
     config.log_every = config.sample_every = config.checkpoint_every = 5
 
 
+def edm2(method: str, **options: Any) -> Config:
+    """A row with the magnitude-preserving network of the same size, at the learning rate that it bears."""
+    config, net = base(method, **options), base(method).network
+    sizes = {name: getattr(net, name) for name in ("image_size", "channels", "width", "channel_mult", "blocks")}
+    config.network = network("EDM2UNet", **sizes, attention_resolutions=(4,), num_classes=10)
+    config.optim.lr = 1e-2
+    return config
+
+
 ROWS = method_rows(base) | {
     "consistency": lambda: base("consistency", stage_steps=200),
+    "lagrangian_edm2": lambda: edm2("lagrangian"),
     "lagrangian_guided": lambda: guided("lagrangian", guidance_max=4.0),
 }
 

@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py --suite=checkerboard --seeds=0,1,2 --cpu_minutes=2 --json=checkerboard.json
 python scripts/benchmark.py --suite=digits --rows=lagrangian --seeds=0,1,2 --json=digits.json
+python scripts/benchmark.py --suite=learning --rows=lagrangian,lagrangian_edm2 --rates=2e-3,1e-2 --plot=learning.png
 python scripts/benchmark.py --suite=step --threads=1
 python scripts/benchmark.py --suite=cost --threads=1
 
@@ -20,31 +21,34 @@ from flowmaps.files import writable_file, write_file
 from training import cli
 
 SUITE = flags.DEFINE_string(
-    "suite", None, "checkerboard, digits, step (time of a training step) or cost (of each objective)"
+    "suite", None, "checkerboard, digits, learning (curves), step (time of a training step) or cost (of each objective)"
 )
 ROWS = flags.DEFINE_list("rows", ["flow_matching", "lagrangian"], "Rows of the suite's config")
+RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds")
 TRAIN_STEPS = flags.DEFINE_integer("train_steps", None, "Training steps, instead of the config's", lower_bound=1)
 CPU_MINUTES = flags.DEFINE_float("cpu_minutes", None, "Process time to train for, instead of steps", 0.01)
 NUM = flags.DEFINE_integer("num", None, "Samples to score: 32768 points or 2000 images by default", lower_bound=2)
 THREADS = flags.DEFINE_integer("threads", None, "Threads that torch may use", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "File for the records, written after each one; those in it are not run again")
-PLOT = flags.DEFINE_string("plot", None, "PNG file for the scores against the number of steps")
+PLOT = flags.DEFINE_string("plot", None, "PNG file for the scores against the number of steps, or of images")
 
 
 def main() -> None:
-    from training.benchmark import markdown, plot, run, stored_records
+    from training.benchmark import PLOTTED, markdown, plot, run, stored_records
 
     if SUITE.value is None:
-        raise UserError("--suite is missing: checkerboard, digits, step or cost")
+        raise UserError("--suite is missing: checkerboard, digits, learning, networks, step or cost")
     try:
-        seeds = [int(seed) for seed in SEEDS.value]
+        seeds, rates = [int(seed) for seed in SEEDS.value], [float(rate) for rate in RATES.value]
     except ValueError:
-        seeds = []
+        seeds, rates = [], []
     if not seeds or not ROWS.value:
         raise UserError(f"--seeds={','.join(SEEDS.value)} --rows={','.join(ROWS.value)}: give whole numbers and rows")
-    if PLOT.value and (SUITE.value not in ("checkerboard", "digits") or not PLOT.value.endswith(".png")):
-        raise UserError(f"--plot={PLOT.value}: a .png file, for --suite=checkerboard or digits")
+    if (SUITE.value == "learning") != bool(rates) or not all(rate > 0 for rate in rates):
+        raise UserError(f"--rates={','.join(RATES.value)}: positive numbers, for --suite=learning and no other")
+    if PLOT.value and (SUITE.value not in PLOTTED or not PLOT.value.endswith(".png")):
+        raise UserError(f"--plot={PLOT.value}: a .png file, for --suite={', '.join(PLOTTED)}")
     for name, file in (("--json", JSON.value), ("--plot", PLOT.value)):
         if file:
             writable_file(Path(file), name)
@@ -54,14 +58,14 @@ def main() -> None:
     records = stored_records(JSON.value, SUITE.value, budget) if JSON.value else []
     done = {(record["row"], record["seed"]) for record in records}
     machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    for record in run(SUITE.value, ROWS.value, seeds, **budget, done=done):
+    for record in run(SUITE.value, ROWS.value, seeds, **budget, rates=rates, done=done):
         records.append({**record, "machine": machine})
         print(json.dumps(records[-1]), flush=True)
         if JSON.value:
             content = {"suite": SUITE.value, "budget": budget, "records": records}
             write_file(Path(JSON.value), json.dumps(content, indent=1).encode())
     if PLOT.value:
-        plot(records).save(PLOT.value)
+        plot(records, SUITE.value).save(PLOT.value)
     print(markdown(records, SUITE.value))
 
 

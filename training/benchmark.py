@@ -1,9 +1,10 @@
 """Experiments that the documents quote: train rows of a config with several seeds, score them, make a table."""
 
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from training.config import Config, load_row
 from training.costs import COST_NETWORKS, objective_costs, step_times
 from training.data import load_arrays
 from training.evaluation import samples
-from training.report import lines
+from training.report import EVALUATIONS, lines
 from training.scoring import floor, neighbours, pick_extractor, source_stats
 from training.trainer import Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
+PLOTTED = ("checkerboard", "digits", "learning")
 CALIBRATION = 30  # steps timed to turn CPU minutes into a number of steps
 
 
@@ -65,6 +67,23 @@ def digits_scores(fm: FlowMap, n: int = 2000) -> Scores:
     return scores | {"floor": floor("digits", extractor, "")} | neighbours(images, "digits", "")
 
 
+def learning_scores(config: Config, num: int = 2000) -> Scores:
+    """FD-digits of ``num`` samples at 1 and 4 steps, after 1/8, 1/4, 1/2 and all of the training."""
+    extractor = pick_extractor(None, None, "digits", torch.device("cpu"))
+    heldout = source_stats("digits:heldout", extractor, "", "--data")
+    trainer, scores = Trainer.build(config), {}
+    marks = [config.steps // part for part in (8, 4, 2, 1)]
+    for step in range(config.steps):
+        trainer.step(step)
+        if step + 1 in marks:
+            fm = trainer.averaged(step + 1)
+            for count in (1, 4):
+                images = to_uint8(samples(fm, count, num, seed=1))
+                value = frechet_distance(extractor.stats(torch.split(images, 500)), heldout)
+                scores[f"FD-digits, steps={count}@{(step + 1) * config.batch}"] = value
+    return scores
+
+
 SUITES: dict[str, tuple[str, Callable[..., Scores]]] = {
     "checkerboard": ("configs/checkerboard.py", checkerboard_scores),
     "digits": ("configs/digits.py", digits_scores),
@@ -78,6 +97,7 @@ def run(
     train_steps: int | None = None,
     cpu_minutes: float | None = None,
     num: int | None = None,
+    rates: Sequence[float] = (),
     done: Collection[tuple[str, int]] = (),
 ) -> Iterator[dict[str, Any]]:
     """Yield one record a (row, seed) that is not ``done``: what was trained, for how long, and its scores."""
@@ -89,8 +109,16 @@ def run(
         for name in (name for name in COST_NETWORKS if (f"{name}, flow_matching", 0) not in done):
             yield from ({"row": row, "seed": 0, "scores": scores} for row, scores in objective_costs(name))
         return
+    if suite == "learning":
+        for row, rate, seed in itertools.product(rows, rates, seeds):
+            name = f"{row}, lr {rate:g}"
+            if (name, seed) not in done:
+                config = load_row("configs/digits.py", row)
+                config.seed, config.steps, config.optim.lr = seed, train_steps or config.steps, rate
+                yield {"row": name, "seed": seed, "train_steps": config.steps, "scores": learning_scores(config)}
+        return
     if suite not in SUITES:
-        raise UserError(f"--suite={suite}: choose one of cost, step, {', '.join(SUITES)}")
+        raise UserError(f"--suite={suite}: choose one of cost, learning, step, {', '.join(SUITES)}")
     file, score = SUITES[suite]
     for row in rows:
         for seed in seeds:
@@ -153,12 +181,12 @@ def markdown(records: list[dict[str, Any]], suite: str = "") -> str:
     return "\n".join(table)
 
 
-def plot(records: list[dict[str, Any]]) -> Image.Image:
-    """Each metric against the number of steps, one line a row: mean over seeds, with the range as bars."""
+def plot(records: list[dict[str, Any]], suite: str) -> Image.Image:
+    """Each metric against the number of steps or images, one line a row: mean over seeds, with the range as bars."""
     found = []
     for record in records:
         for name, value in record["scores"].items():
             metric, _, steps = name.partition("@")
             if steps:
                 found.append((record["row"], metric, int(steps), value))
-    return lines(found)
+    return lines(found, xlabel="images seen" if suite == "learning" else EVALUATIONS)

@@ -57,13 +57,18 @@ def grid_of(models: dict[str, FlowMap], counts: Sequence[int], columns: int, see
     return picture
 
 
+EVALUATIONS = "network evaluations a sample"
+
+
 def plot(results: Sequence[Result], metric: str, floor: float) -> Image.Image:
     """Distance against number of steps, both logarithmic, with the floor as a dashed line."""
     return lines([(row["model"], metric, row["steps"], row[metric]) for row in results], floor)
 
 
-def lines(points: Sequence[tuple[str, str, int, float]], floor: float | None = None) -> Image.Image:
-    """A panel a metric and a line a name over (name, metric, steps, value): means, with the range as bars."""
+def lines(
+    points: Sequence[tuple[str, str, int, float]], floor: float | None = None, xlabel: str = EVALUATIONS
+) -> Image.Image:
+    """A panel a metric and a line a name over (name, metric, x, value): means, with the range as bars."""
     try:
         import matplotlib
     except ImportError:
@@ -89,9 +94,7 @@ def lines(points: Sequence[tuple[str, str, int, float]], floor: float | None = N
             shown[name] = axes.errorbar(list(values), mean, yerr=[below, above], label=name, **style)
         if floor is not None:
             shown["floor"] = axes.axhline(floor, color="grey", linestyle="--", label="floor: training images")
-        axes.set(
-            xscale="log", yscale="log", xlabel="network evaluations a sample", ylabel=f"{metric} (lower is better)"
-        )
+        axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=f"{metric} (lower is better)")
         axes.set_xticks(steps, [str(s) for s in steps])
         axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.grid(alpha=0.3)
