@@ -4,7 +4,7 @@ python scripts/benchmark.py --suite=checkerboard --seeds=0,1,2 --cpu_minutes=2 -
 python scripts/benchmark.py --suite=digits --rows=lagrangian --seeds=0,1,2 --json=digits.json
 python scripts/benchmark.py --suite=learning --rows=lagrangian,lagrangian_edm2 --rates=2e-3,1e-2 --plot=learning.png
 python scripts/benchmark.py --suite=step --threads=1
-python scripts/benchmark.py --suite=cost --threads=1
+python scripts/benchmark.py --suite=networks --threads=1
 
 Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n and euler@n are at n sampling steps.
 """
@@ -21,9 +21,11 @@ from flowmaps.files import writable_file, write_file
 from training import cli
 
 SUITE = flags.DEFINE_string(
-    "suite", None, "checkerboard, digits, learning (curves), step (time of a training step) or cost (of each objective)"
+    "suite",
+    None,
+    "checkerboard, digits, learning (curves), networks (time and memory of each objective) or step (its time)",
 )
-ROWS = flags.DEFINE_list("rows", ["flow_matching", "lagrangian"], "Rows of the suite's config")
+ROWS = flags.DEFINE_list("rows", None, "Rows of the suite's config; of networks: small ones, or names of presets")
 RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds")
 TRAIN_STEPS = flags.DEFINE_integer("train_steps", None, "Training steps, instead of the config's", lower_bound=1)
@@ -35,16 +37,18 @@ PLOT = flags.DEFINE_string("plot", None, "PNG file for the scores against the nu
 
 
 def main() -> None:
-    from training.benchmark import PLOTTED, markdown, plot, run, stored_records
+    from training.benchmark import PLOTTED, USUAL_ROWS, markdown, plot, run, stored_records
+    from training.costs import COST_NETWORKS
 
     if SUITE.value is None:
-        raise UserError("--suite is missing: checkerboard, digits, learning, networks, step or cost")
+        raise UserError("--suite is missing: checkerboard, digits, learning, networks or step")
     try:
         seeds, rates = [int(seed) for seed in SEEDS.value], [float(rate) for rate in RATES.value]
     except ValueError:
         seeds, rates = [], []
-    if not seeds or not ROWS.value:
-        raise UserError(f"--seeds={','.join(SEEDS.value)} --rows={','.join(ROWS.value)}: give whole numbers and rows")
+    rows = (COST_NETWORKS if SUITE.value == "networks" else USUAL_ROWS) if ROWS.value is None else ROWS.value
+    if not seeds or not rows:
+        raise UserError(f"--seeds={','.join(SEEDS.value)} --rows={','.join(rows)}: give whole numbers and rows")
     if (SUITE.value == "learning") != bool(rates) or not all(rate > 0 for rate in rates):
         raise UserError(f"--rates={','.join(RATES.value)}: positive numbers, for --suite=learning and no other")
     if PLOT.value and (SUITE.value not in PLOTTED or not PLOT.value.endswith(".png")):
@@ -58,7 +62,7 @@ def main() -> None:
     records = stored_records(JSON.value, SUITE.value, budget) if JSON.value else []
     done = {(record["row"], record["seed"]) for record in records}
     machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    for record in run(SUITE.value, ROWS.value, seeds, **budget, rates=rates, done=done):
+    for record in run(SUITE.value, list(rows), seeds, **budget, rates=rates, done=done):
         records.append({**record, "machine": machine})
         print(json.dumps(records[-1]), flush=True)
         if JSON.value:

@@ -3,11 +3,12 @@
 import json
 import re
 
+import torch
 from helpers import run_script
 from PIL import Image
 
 from flowmaps.objectives import OBJECTIVES, Shortcut, TerminalVelocity
-from training.costs import COSTS, objective_costs
+from training.costs import COSTS, network_costs, peak_memory
 
 
 def test_demo_writes_a_self_contained_report(tmp_path):
@@ -51,7 +52,10 @@ def test_benchmark_mistakes():
         (["--suite=nothing"], "--suite"),
         (["--suite=digits", "--seeds=x"], "--seeds"),
         (["--suite=digits", "--rows="], "--rows"),
-        (["--suite=cost", "--plot=a.png"], "--plot"),
+        (["--suite=networks", "--plot=a.png"], "--plot"),
+        (["--suite=networks", "--rows=VAE"], "--rows"),
+        (["--suite=learning"], "--rates"),
+        (["--suite=digits", "--rates=1e-3"], "--rates"),
         ([], "--suite"),
     ):
         done = run_script("scripts/benchmark.py", *arguments)
@@ -60,7 +64,19 @@ def test_benchmark_mistakes():
 
 def test_benchmark_costs_cover_every_objective():
     """One round on a tiny batch: every method that has a row in the table is timed, relative to flow matching."""
-    rows = dict(objective_costs("DiT", rounds=1, batch=4))
-    assert rows["DiT, flow_matching"]["/ flow_matching"] == 1 and all(s["seconds"] > 0 for s in rows.values())
+    rows = dict(network_costs("DiT", rounds=1, batch=4))
+    assert rows["DiT, flow_matching"]["time / flow_matching"] == 1
+    assert all(scores["images/s"] > 0 and scores["GiB"] > 0 for scores in rows.values())
     timed = {type(objective) for objective in COSTS.values()}
     assert timed >= set(OBJECTIVES.values()) - {Shortcut, TerminalVelocity}  # which cost what their parents do
+
+
+def test_peak_memory_is_the_most_at_a_time():
+    def work():
+        a = torch.zeros(2**20)
+        a = a + 1  # two of 4 MiB here
+        del a
+        b = torch.zeros(2**20)
+        del b
+
+    assert 2 * 2**22 <= peak_memory(work, torch.device("cpu")) < 2 * 2**22 + 2**20

@@ -15,7 +15,7 @@ from flowmaps import FlowMap, UserError
 from flowmaps.images import to_uint8
 from flowmaps.metrics import board_kl, frechet_distance, sliced_w2
 from training.config import Config, load_row
-from training.costs import COST_NETWORKS, objective_costs, step_times
+from training.costs import network_costs, step_times
 from training.data import load_arrays
 from training.evaluation import samples
 from training.report import EVALUATIONS, lines
@@ -23,6 +23,7 @@ from training.scoring import floor, neighbours, pick_extractor, source_stats
 from training.trainer import Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
+USUAL_ROWS = ["flow_matching", "lagrangian"]
 PLOTTED = ("checkerboard", "digits", "learning")
 CALIBRATION = 30  # steps timed to turn CPU minutes into a number of steps
 
@@ -105,9 +106,9 @@ def run(
         for row in (row for row in rows if (row, 0) not in done):
             yield {"row": row, "seed": 0, "train_steps": 18, "scores": step_times("configs/digits.py", row)}
         return
-    if suite == "cost":
-        for name in (name for name in COST_NETWORKS if (f"{name}, flow_matching", 0) not in done):
-            yield from ({"row": row, "seed": 0, "scores": scores} for row, scores in objective_costs(name))
+    if suite == "networks":
+        for name in (name for name in rows if (f"{name}, flow_matching", 0) not in done):
+            yield from ({"row": row, "seed": 0, "scores": scores} for row, scores in network_costs(name))
         return
     if suite == "learning":
         for row, rate, seed in itertools.product(rows, rates, seeds):
@@ -118,7 +119,7 @@ def run(
                 yield {"row": name, "seed": seed, "train_steps": config.steps, "scores": learning_scores(config)}
         return
     if suite not in SUITES:
-        raise UserError(f"--suite={suite}: choose one of cost, learning, step, {', '.join(SUITES)}")
+        raise UserError(f"--suite={suite}: choose one of learning, networks, step, {', '.join(SUITES)}")
     file, score = SUITES[suite]
     for row in rows:
         for seed in seeds:

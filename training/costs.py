@@ -1,9 +1,11 @@
 """What a training step costs: by objective and network, and by precision, memory layout and compilation."""
 
 import dataclasses
+import functools
+import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +13,9 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from flowmaps import FlowMap
+from flowmaps import FlowMap, UserError
 from flowmaps.derivatives import velocity_jvp
-from flowmaps.networks import NETWORKS
+from flowmaps.networks import NETWORKS, PRESETS
 from flowmaps.objectives import (
     Consistency,
     Draws,
@@ -100,27 +102,67 @@ COSTS: dict[str, Objective] = {
     "eulerian, slim": Eulerian(stop=Stop.slim),
     "consistency": Consistency(),
 }
-COST_NETWORKS: dict[str, Any] = {
-    "UNet": {"width": 32, "channel_mult": (1, 2, 2), "blocks": 1, "attention_resolutions": (8,)},
-    "DiT": {"patch": 4, "width": 192, "depth": 6, "heads": 3},
+_IMAGES = {"image_size": 32, "channels": 1, "num_classes": 10}
+_NARROW = {**_IMAGES, "width": 32, "channel_mult": (1, 2, 2), "blocks": 1, "attention_resolutions": (8,)}
+COST_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # beside PRESETS, which want a GPU
+    "UNet": ("UNet", _NARROW),
+    "EDM2UNet": ("EDM2UNet", _NARROW),
+    "DiT": ("DiT", {**_IMAGES, "patch": 4, "width": 192, "depth": 6, "heads": 3}),
 }
 
 
-def objective_costs(name: str, rounds: int = 7, batch: int = 32) -> Iterator[tuple[str, dict[str, float]]]:
-    """Process time of loss and gradient on ``batch`` images of 32 x 32, relative to flow matching.
+def peak_memory(work: Callable[[], None], device: torch.device) -> int:
+    """Most bytes of tensors that ``work`` has allocated at a time."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes), default=0)
 
-    Medians of interleaved rounds, one process, no optimiser; every objective at its own share of diagonal rows.
+
+def network_costs(name: str, rounds: int = 7, batch: int = 32) -> Iterator[tuple[str, dict[str, float]]]:
+    """Time and memory of loss and gradient for every objective, on ``batch`` images of ``name``'s shape.
+
+    ``name`` is a row of COST_NETWORKS or PRESETS. Medians of interleaved rounds, one process, no optimiser; every
+    objective at its own share of diagonal rows. On the CPU process time in float32; on a GPU wall time with bf16
+    autocast, eager and compiled.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     torch.manual_seed(0)
-    fm = FlowMap(NETWORKS[name](image_size=32, channels=1, num_classes=10, **COST_NETWORKS[name]), base_std=0.5)
-    x1, label = torch.randn(batch, 1, 32, 32), torch.arange(batch) % 10
-    seconds: dict[str, list[float]] = {objective: [] for objective in COSTS}
-    for step in range(rounds + 1):
-        for key, objective in COSTS.items():
-            draws = objective.draw(fm, x1, generator(0, "cost", step))
-            start = time.process_time()
-            objective.loss(fm, x1, label, draws).value.backward()  # type: ignore[no-untyped-call]
-            seconds[key].append(time.process_time() - start)
+    if name not in COST_NETWORKS and name not in PRESETS:
+        raise UserError(f"--rows={name}: choose from {', '.join([*COST_NETWORKS, *PRESETS])}")
+    cls, options = COST_NETWORKS.get(name) or PRESETS[name][:2]
+    network = NETWORKS[cls](**options).to(device)
+    fm, config = FlowMap(network, base_std=0.5), network.config
+    x1 = torch.randn(batch, config.channels, config.image_size, config.image_size, device=device)
+    label = torch.arange(batch, device=device) % config.num_classes if config.num_classes else None
+    losses: dict[str, Callable[..., Any]] = {key: objective.loss for key, objective in COSTS.items()}
+    if device.type == "cuda":
+        losses |= {f"{key}, compiled": torch.compile(objective.loss) for key, objective in COSTS.items()}
+
+    def work(key: str, step: int) -> None:
+        draws = COSTS[key.removesuffix(", compiled")].draw(fm, x1, generator(0, "cost", step, device=device))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            loss = losses[key](fm, x1, label, draws)
+        loss.value.backward()
+        network.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    seconds: dict[str, list[float]] = {key: [] for key in losses}
+    for step in range(rounds + 1):  # the first one warms up, and compiles
+        for key in losses:
+            start = clock()
+            work(key, step)
+            seconds[key].append(clock() - start)
     median = {key: statistics.median(values[1:]) for key, values in seconds.items()}
     for key, value in median.items():
-        yield f"{name}, {key}", {"seconds": value, "/ flow_matching": value / median["flow_matching"]}
+        memory = peak_memory(functools.partial(work, key, 0), device) / 2**30
+        scores = {"images/s": batch / value, "GiB": memory, "time / flow_matching": value / median["flow_matching"]}
+        yield f"{name}, {key}", scores
