@@ -1,10 +1,12 @@
 import pytest
 import torch
+from helpers import generator
 from small_networks import IMAGES, LABELLED, SMALL, inputs, small
 
-from flowmaps.networks import MLP, NETWORKS, DiT, UNet
+from flowmaps.networks import MLP, NETWORKS, PRESETS, DiT, UNet
 from flowmaps.networks.dit import positions
 from flowmaps.networks.layers import normalise
+from flowmaps.objectives import OBJECTIVES
 
 
 def build(name):
@@ -106,3 +108,35 @@ def test_in_bfloat16(name):
     half = network.bfloat16()(x.bfloat16(), s, t)
     assert half.dtype == torch.bfloat16
     assert (half.float() - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_their_published_size(name):
+    preset = PRESETS[name]
+    with torch.device("meta"):
+        network = NETWORKS[preset.network](**preset.options)
+        parameters = sum(p.numel() for p in network.parameters())
+    assert parameters / 1e6 == pytest.approx(preset.millions, rel=5e-3)
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "lagrangian", "eulerian", "consistency"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_checkpointed_gradients_are_the_same(name, objective):
+    """With dropout: off in some terms, shared between passes in others, and the backward pass comes after all that."""
+    fm, method, gradients, kept = small(name, dropout=0.3).double(), OBJECTIVES[objective](), [], []
+    x1, _, _, label = inputs(fm, 8, torch.float64)
+    draws = method.draw(fm, x1, generator())
+    for checkpointing in (False, True):
+        if checkpointing:
+            fm.network.enable_gradient_checkpointing()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            torch.manual_seed(0)
+            loss = method.loss(fm, x1, label, draws).value
+        gradients.append(torch.autograd.grad(loss, list(fm.parameters()), allow_unused=True))
+        kept.append(sum(sizes))
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert kept[1] < kept[0] / 2

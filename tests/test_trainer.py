@@ -227,3 +227,22 @@ def test_gradient_norms_are_those_of_the_terms(name):
     if rows < len(x1):
         expected["grad_norm_off_diagonal"] = (whole - diagonal).norm().item()
     assert norms == pytest.approx(expected, rel=1e-3)
+
+
+def test_gradient_checkpointing_is_refused_where_it_cannot_be():
+    with pytest.raises(UserError, match="gradient_checkpointing: MLP"):
+        Trainer.build(tiny(gradient_checkpointing=True))
+    with pytest.raises(UserError, match=r"gradient_checkpointing and --config\.compile"):
+        Trainer.build(tiny(gradient_checkpointing=True, compile=True))
+
+
+def test_gradient_checkpointing_makes_the_same_steps():
+    states = []
+    for on in (False, True):
+        config = digits("lagrangian,smoke")
+        config.gradient_checkpointing, config.network.dropout = on, 0.2
+        trainer = Trainer.build(config)
+        for step in range(3):
+            trainer.step(step)
+        states.append(trainer.module.state_dict())
+    assert_same(*states)
