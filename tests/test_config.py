@@ -40,8 +40,11 @@ def config_rows():
             slow = [] if small else [pytest.mark.slow]
             yield pytest.param(module, row, id=f"{file.stem}:{row}", marks=slow)
             yield pytest.param(module, f"{row},smoke", id=f"{file.stem}:{row},smoke")
-            if hasattr(module, "cpu"):
-                yield pytest.param(module, f"{row},cpu", id=f"{file.stem}:{row},cpu", marks=slow)
+            for variant in ("cpu", "ddpmpp"):
+                if hasattr(module, variant):
+                    yield pytest.param(module, f"{row},{variant}", id=f"{file.stem}:{row},{variant}", marks=slow)
+                    if row == "lagrangian":
+                        yield pytest.param(module, f"{row},{variant},smoke", id=f"{file.stem}:{row},{variant},smoke")
 
 
 @pytest.mark.parametrize(("module", "row"), list(config_rows()))

@@ -21,7 +21,7 @@ _EDM2 = {**_64, "attention_resolutions": (16, 8)}
 _LATENTS_512 = {"channels": 4, "num_classes": 1000, **_EDM2}
 _LATENTS_256 = {"image_size": 32, "channels": 4, "num_classes": 1000, "data_std": 1.0}
 
-BOFFI, EDM2 = "Boffi et al. 2025 (arXiv 2505.18825)", "Karras et al. 2024 (arXiv 2312.02696), table 2"
+BOFFI, EDM2 = "Boffi et al. 2025 (arXiv 2505.18825)", "Karras et al. 2024 (arXiv 2312.02696)"
 DIT = "Peebles and Xie 2023 (arXiv 2212.09748)"
 EDM, TWO_TIMES = "Karras et al. 2022 (arXiv 2206.00364)", "Geng et al. 2025 (arXiv 2505.13447), two times"
 
@@ -36,8 +36,8 @@ def _dit(patch: int, width: int, depth: int, heads: int, millions: float, source
 PRESETS = {
     "edm2-cifar10": Preset("EDM2UNet", _CIFAR10, 54.67, BOFFI),
     "edm2-64": Preset("EDM2UNet", {**_EDM2, "width": 128}, 124.26, BOFFI),
-    "edm2-s-imagenet512": Preset("EDM2UNet", {**_LATENTS_512, "width": 192}, 280.2, EDM2),
-    "edm2-xxl-imagenet512": Preset("EDM2UNet", {**_LATENTS_512, "width": 448, "dropout": 0.1}, 1523.2, EDM2),
+    "edm2-s-imagenet512": Preset("EDM2UNet", {**_LATENTS_512, "width": 192}, 280.0, EDM2),
+    "edm2-xxl-imagenet512": Preset("EDM2UNet", {**_LATENTS_512, "width": 448, "dropout": 0.1}, 1523.0, EDM2),
     "ddpm++-cifar10": Preset("UNet", {**_CIFAR10, "variant": "ddpm++"}, 55.7, EDM),
     "adm-imagenet64": Preset(
         "UNet",
