@@ -85,7 +85,7 @@ FLAGS = {
     "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt"},
     "fid.py": SAMPLING | SCORING | {"samples", "reference", "max_fid", "json", "memorisation"},
     "train_extractor.py": {"data", "root", "out", "epochs", "seed"},
-    "benchmark.py": {"suite", "rows", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
+    "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
     "demo.py": {"workdir", "steps", "num"},
 }
 

@@ -1,4 +1,4 @@
-"""EDM2UNet and DiT against evaluations written down from the papers, on shared weights."""
+"""EDM2UNet, UNet and DiT against evaluations written down from the papers, on shared weights."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flowmaps.networks import DiT, EDM2UNet
+from flowmaps.networks import DiT, EDM2UNet, UNet
 
 
 def randomised(network, std=0.3):
@@ -126,6 +126,96 @@ def test_edm2_unet_is_the_published_one(classes):
     assert two.std() > 0.01
     for ours, theirs in ((two, paper(x, s, t, label)), (one, paper(x, t, None, label))):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+class EDM:
+    """The U-Nets of EDM (arXiv 2206.00364, table 1, appendix F.6), of one time: DDPM++ and ADM."""
+
+    def __init__(self, weights, variant, width, mult, blocks, attention, size):
+        self.w, self.ddpm, self.width, self.mult = weights, variant == "ddpm++", width, mult
+        self.blocks, self.attention, self.size = blocks, attention, size
+        self.eps = 1e-6 if self.ddpm else 1e-5
+        self.scale = 0.5**0.5 if self.ddpm else 1.0
+
+    def layer(self, name, x):
+        w, b = self.w[f"{name}.weight"], self.w[f"{name}.bias"]
+        return x @ w.T + b if w.ndim == 2 else F.conv2d(x, w, b, padding=w.shape[-1] // 2)
+
+    def standard(self, x):
+        groups = min(32, x.shape[1] // 4)
+        y = x.reshape(len(x), groups, -1)
+        y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, correction=0) + self.eps).sqrt()
+        return y.reshape(x.shape)
+
+    def norm(self, name, x):
+        return self.standard(x) * self.w[f"{name}.weight"][:, None, None] + self.w[f"{name}.bias"][:, None, None]
+
+    def block(self, name, x, e, attention=False, change=lambda x: x):
+        y = self.layer(f"{name}.conv1", change(F.silu(self.norm(f"{name}.norm1", x))))
+        m = self.layer(f"{name}.modulation", e)[:, :, None, None]
+        if self.ddpm:
+            y = F.silu(self.norm(f"{name}.norm2", y + m))
+        else:
+            y = F.silu(self.standard(y) * m.chunk(2, dim=1)[0] + m.chunk(2, dim=1)[1])
+        y = self.layer(f"{name}.conv2", y)
+        x = change(x)
+        assert (f"{name}.skip.weight" in self.w) >= (x.shape[1] != y.shape[1])
+        x = ((self.layer(f"{name}.skip", x) if f"{name}.skip.weight" in self.w else x) + y) * self.scale
+        if attention:
+            b, c, h, w = x.shape
+            heads = 1 if self.ddpm else max(1, c // 64)
+            qkv = self.layer(f"{name}.attention.qkv", self.norm(f"{name}.attention.norm", x))
+            q, k, v = (part.reshape(b * heads, c // heads, h * w) for part in qkv.chunk(3, dim=1))
+            a = torch.einsum("ncq,nck->nqk", q, k / (c // heads) ** 0.5).softmax(dim=2)
+            y = torch.einsum("nqk,nck->ncq", a, v).reshape(b, c, h, w)
+            x = (self.layer(f"{name}.attention.out", y) + x) * self.scale
+        assert attention == (f"{name}.attention.qkv.weight" in self.w)
+        return x
+
+    def __call__(self, x, t, label, data_std=0.5):
+        n = self.width // 2
+        phase = t[:, None] * torch.tensor([32 ** (k / (n - 1)) for k in range(n)])
+        e, classes = torch.cat([phase.cos(), phase.sin()], dim=1), self.w["embedding.label.weight"][label]
+        e = e + classes if self.ddpm else e
+        e = self.layer("embedding.start.2", F.silu(self.layer("embedding.start.0", e)))
+        e = F.silu(e if self.ddpm else e + classes)
+        x = self.layer("stem", x / data_std)
+        skips, size, n = [x], self.size, 0
+        for level in range(len(self.mult)):
+            if level:
+                size //= 2
+                x = self.block(f"down.{n}", x, e, change=lambda x: F.avg_pool2d(x, 2))
+                skips.append(x)
+                n += 1
+            for _ in range(self.blocks):
+                x = self.block(f"down.{n}", x, e, size in self.attention)
+                skips.append(x)
+                n += 1
+        x = self.block("middle.1", self.block("middle.0", x, e, True), e)
+        n = 0
+        for level in reversed(range(len(self.mult))):
+            if level < len(self.mult) - 1:
+                size *= 2
+                x = self.block(f"up.{n}", x, e, change=lambda x: x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+                n += 1
+            for i in range(self.blocks + 1):
+                attention = size in self.attention and (i == self.blocks or not self.ddpm)
+                x = self.block(f"up.{n}", torch.cat([x, skips.pop()], dim=1), e, attention)
+                n += 1
+        return data_std * self.layer("head.2", F.silu(self.norm("head.0", x)))
+
+
+@pytest.mark.parametrize("variant", ["ddpm++", "adm"])
+def test_unet_is_the_published_one(variant):
+    shape = {"width": 32, "channel_mult": (1, 2, 4), "blocks": 2, "attention_resolutions": (8,)}
+    network = randomised(UNet(image_size=16, channels=3, num_classes=5, variant=variant, **shape), std=0.1)
+    x, label, t = 0.5 * torch.randn(4, 3, 16, 16), torch.tensor([0, 2, 4, 5]), torch.rand(4)
+    with torch.no_grad():
+        for p in network.embedding.gap[2].parameters():
+            p.zero_()
+        ours = network(x, t, t, label)
+        theirs = EDM(dict(network.state_dict()), variant, 32, (1, 2, 4), 2, (8,), 16)(x, t, label)
+    assert theirs.std() > 0.01 and (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 def dit(weights, x, s, t, label, patch, heads, data_std, qk_norm):

@@ -61,6 +61,8 @@ def memory_guess(trainer: Trainer, double: Trainer, size: int) -> str:
     return (
         f"{(fixed + growing) / gib:.2f} GiB a process = {fixed / gib:.2f} GiB for weights, gradients, optimiser and "
         f"averages + {growing / gib:.2f} GiB for {size} images a micro-step"
+        + ", without what is computed again"
+        * trainer.config.gradient_checkpointing
     )
 
 
