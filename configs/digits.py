@@ -53,7 +53,7 @@ def edm2(method: str, **options: Any) -> Config:
     config, net = base(method, **options), base(method).network
     sizes = {name: getattr(net, name) for name in ("image_size", "channels", "width", "channel_mult", "blocks")}
     config.network = network("EDM2UNet", **sizes, attention_resolutions=(4,), num_classes=10)
-    config.optim.lr = 1e-2
+    config.optim.lr = 1e-1
     return config
 
 
