@@ -13,9 +13,14 @@ SMALL = {
     "UNet": (UNet, {**UNET, **LABELS}),
     "UNet patch": (UNet, {**UNET, "image_size": 16, "patch": 2}),
     "UNet adm": (UNet, {**UNET, **LABELS, "variant": "adm"}),
+    "UNet ddpm": (UNet, {**UNET, **LABELS, "variant": "ddpm", "convention": "ddpm"}),
+    "UNet diffusers": (UNet, {**UNET, **LABELS, "variant": "diffusers", "convention": "rectified_flow"}),
+    "UNet edm": (UNet, {**UNET, **LABELS, "variant": "ddpm++", "convention": "edm"}),
     "UNet ddpm++": (UNet, {**UNET, **LABELS, "variant": "ddpm++"}),
     "EDM2UNet": (EDM2UNet, {**UNET, **LABELS}),
     "DiT": (DiT, DIT),
+    "EDM2UNet edm": (EDM2UNet, {**UNET, **LABELS, "convention": "edm"}),
+    "DiT velocity": (DiT, {**DIT, "convention": "velocity"}),
     "DiT qk_norm": (DiT, {**DIT, "qk_norm": True, "mlp_ratio": 2.0}),
 }
 IMAGES = [name for name in SMALL if name != "MLP"]

@@ -1,6 +1,5 @@
 """What a network is told beside x: two times, and a label with what may ride on it (augmentation, guidance weight)."""
 
-import math
 from typing import NamedTuple, cast
 
 import torch
@@ -10,23 +9,16 @@ from torch import Tensor, nn
 from flowmaps.networks.layers import zero
 
 
-class TimeFeatures(nn.Module):
-    """cos and sin of a time in [0, 1] at ``channels / 2`` geometrically spaced frequencies, 1 to 32: [B, channels].
+def time_features(t: Tensor, channels: int, last: float = 32.0) -> Tensor:
+    """cos and sin of t [B] at ``channels / 2`` geometrically spaced frequencies, 1 to ``last``: [B, channels].
 
-    The bandwidth is modest on purpose. With times scaled to 0 .. 1000, as diffusion models have it, the tangent of
-    the embedding is some hundred times its value and drowns the derivative of everything else.
+    For times in [0, 1], 32 is modest on purpose. With times scaled to 0 .. 1000, as diffusion models have it, the
+    tangent of the embedding is some hundred times its value and drowns the derivative of everything else.
     """
-
-    frequencies: Tensor
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        frequencies = torch.logspace(0, math.log2(32), channels // 2, base=2)
-        self.register_buffer("frequencies", frequencies, persistent=False)
-
-    def forward(self, t: Tensor) -> Tensor:
-        phase = t[:, None] * self.frequencies.to(t.dtype)
-        return torch.cat([phase.cos(), phase.sin()], dim=1)
+    count = channels // 2
+    exponents = torch.arange(count, device=t.device, dtype=t.dtype) / max(1, count - 1)
+    phase = t[:, None] * last**exponents
+    return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
 def soft_label(label: Tensor | None, augmentation: Tensor, num_classes: int) -> Tensor:
@@ -93,9 +85,10 @@ def condition(
 
 
 class TimeEmbedding(nn.Module):
-    """Embeds (s, t, label) as one vector [B, channels]: MLP(s) + MLP(t - s) + class and guidance vectors.
+    """Embeds (s, t, label) as one vector [B, channels]: MLP(level) + MLP(t - s) + class and guidance vectors.
 
-    The MLPs see ``features`` time features, augmentation parameters are added to those of s, and class vectors too if
+    The MLPs see ``features`` time features, those of the level (s, or what a published network counts in its place)
+    at frequencies up to ``last``. Augmentation parameters are added to the latter, and class vectors too if
     ``label_first`` (DDPM++), else to the MLP's output (ADM, DiT). A guidance weight w >= 1 enters as the features of
     1 / w. For ``label`` see ``condition``.
 
@@ -111,12 +104,13 @@ class TimeEmbedding(nn.Module):
         augment_dim: int = 0,
         guidance: bool = False,
         label_first: bool = False,
+        last: float = 32.0,
     ) -> None:
         super().__init__()
         if guidance and not num_classes:
             raise ValueError("guidance needs classes: num_classes is 0")
         self.num_classes, self.augment_dim, self.label_first = num_classes, augment_dim, label_first
-        self.features = TimeFeatures(features)
+        self.channels, self.last = features, last
         self.start = nn.Sequential(nn.Linear(features, channels), nn.SiLU(), nn.Linear(channels, channels))
         self.gap = self.second(features, channels)
         self.label = nn.Embedding(num_classes + 1, features if label_first else channels) if num_classes else None
@@ -128,18 +122,18 @@ class TimeEmbedding(nn.Module):
         """An MLP that starts as nothing, narrow, so that a published network keeps its size."""
         return nn.Sequential(nn.Linear(features, features), nn.SiLU(), zero(nn.Linear(features, channels)))
 
-    def forward(self, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    def forward(self, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         given = condition(label, s, self.num_classes, self.augment_dim, self.guidance is not None)
         dtype = cast(nn.Linear, self.start[0]).weight.dtype  # times keep their own precision until here
-        start = self.features(s).to(dtype)
+        start = time_features(level, self.channels, self.last).to(dtype)
         classes = None if self.label is None else given.classes.to(dtype) @ self.label.weight
         if self.augmentation is not None:
             start = start + self.augmentation(given.augmentation.to(dtype))
         if classes is not None and self.label_first:
             start = start + classes
-        embedding: Tensor = self.start(start) + self.gap(self.features(t - s).to(dtype))
+        embedding: Tensor = self.start(start) + self.gap(time_features(t - s, self.channels).to(dtype))
         if classes is not None and not self.label_first:
             embedding = embedding + classes
         if self.guidance is not None:
-            embedding = embedding + self.guidance(self.features(1 / given.guidance).to(dtype))
+            embedding = embedding + self.guidance(time_features(1 / given.guidance, self.channels).to(dtype))
         return embedding

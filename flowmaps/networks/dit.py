@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flowmaps.networks.conditioning import TimeEmbedding
 from flowmaps.networks.layers import Dropout, layer_norm, run, zero
+from flowmaps.networks.preconditioning import Preconditioned
 
 
 def positions(size: int, width: int) -> Tensor:
@@ -66,13 +67,12 @@ class TransformerBlock(nn.Module):
         return torch.addcmul(x, gate2[:, None], self.mlp(modulate(x, shift2, scale2)))
 
 
-class DiT(ModelMixin, ConfigMixin):
+class DiT(Preconditioned, ModelMixin, ConfigMixin):
     """v(x, s, t, label) for x [B, channels, image_size, image_size]: a transformer over patches.
 
     Peebles and Xie 2023 (arXiv 2212.09748), with adaLN-zero modulation; the second time's embedding is added and starts
     at zero (``conditioning.TimeEmbedding``). ``qk_norm`` normalises queries and keys, which keeps attention's
-    derivative in check. Input is divided and output multiplied by ``data_std``; ``augment_dim`` and ``guidance`` as in
-    ``UNet``.
+    derivative in check. ``data_std``, ``augment_dim``, ``guidance``, ``convention`` and ``base_std`` as in ``UNet``.
     """
 
     _supports_gradient_checkpointing = True
@@ -93,6 +93,8 @@ class DiT(ModelMixin, ConfigMixin):
         data_std: float = 0.5,
         augment_dim: int = 0,
         guidance: bool = False,
+        convention: str = "",
+        base_std: float = 0.5,
     ) -> None:
         super().__init__()
         if min(image_size, channels, patch, width, depth, heads) < 1 or not mlp_ratio > 0:
@@ -102,14 +104,16 @@ class DiT(ModelMixin, ConfigMixin):
                 f"image_size ({image_size}) must be divisible by patch ({patch}), width ({width}) by heads ({heads}) "
                 "and by 4"
             )
-        if not data_std > 0 or not 0 <= dropout < 1 or min(num_classes, augment_dim) < 0:
-            raise ValueError("data_std must be positive, dropout in [0, 1), num_classes and augment_dim not negative")
-        self.data_std, self.patch, self.size = data_std, patch, image_size // patch
+        if not 0 <= dropout < 1 or min(num_classes, augment_dim) < 0:
+            raise ValueError("dropout must be in [0, 1), num_classes and augment_dim not negative")
+        self.precondition(convention, base_std, data_std)
+        self.patch, self.size = patch, image_size // patch
         self.gradient_checkpointing = False
         self.register_buffer("positions", positions(self.size, width), persistent=False)
         pixels = channels * patch**2
         self.stem = nn.Linear(pixels, width)
-        self.embedding = TimeEmbedding(256, width, num_classes, augment_dim, guidance)
+        last = 10000.0 ** -(127 / 128) if convention else 32.0
+        self.embedding = TimeEmbedding(256, width, num_classes, augment_dim, guidance, last=last)
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, mlp_ratio, qk_norm, dropout) for _ in range(depth))
         self.modulation, self.head = zero(nn.Linear(width, 2 * width)), zero(nn.Linear(width, pixels))
         for name, module in self.named_modules():
@@ -117,14 +121,14 @@ class DiT(ModelMixin, ConfigMixin):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def body(self, x: Tensor, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        """F, or v over ``data_std``: tokens, blocks, pixels."""
         p = self.patch
-        x = self.stem(rearrange(x / self.data_std, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
+        x = self.stem(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
         x = x + self.positions.to(x.dtype)
-        embedding = F.silu(self.embedding(s, t, label))
+        embedding = F.silu(self.embedding(level, s, t, label))
         for block in self.blocks:
             x = run(self, block, x, embedding)
         shift, scale = self.modulation(embedding).to(x.dtype).chunk(2, dim=1)
         x = self.head(modulate(x, shift, scale))
-        x = rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=self.size, p=p, q=p)
-        return self.data_std * x
+        return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=self.size, p=p, q=p)

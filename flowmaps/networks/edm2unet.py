@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowmaps.networks.conditioning import condition
 from flowmaps.networks.layers import Dropout, Stage, check_unet, heads_of, resample, run, u_shape
 from flowmaps.networks.magnitude import MPLayer, mp_add, mp_cat, mp_silu, mp_sum, unit
+from flowmaps.networks.preconditioning import Preconditioned
 
 BALANCE = 0.3  # share of a branch in its sum with the skip
 LABEL_BALANCE = 0.5
@@ -34,10 +35,16 @@ class MPEmbedding(nn.Module):
     A layer of the features of s, then with learned gains those of t - s, of the augmentation and of the guidance
     weight's inverse, then that of the class with share 1/2 ("no label" is a zero vector). The gains start at zero: a
     network of one time, loaded into this one, is the same function at s = t. A gain of 1 for t - s is the equal
-    mixture of Boffi et al. 2025.
+    mixture of Boffi et al. 2025. ``random`` features are EDM2's, cos(level f + p) sqrt 2 with random f and p, in place
+    of those of s.
     """
 
-    def __init__(self, features: int, channels: int, num_classes: int, augment_dim: int, guidance: bool) -> None:
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(
+        self, features: int, channels: int, num_classes: int, augment_dim: int, guidance: bool, random: bool
+    ) -> None:
         super().__init__()
         if guidance and not num_classes:
             raise ValueError("guidance needs classes: num_classes is 0")
@@ -47,16 +54,24 @@ class MPEmbedding(nn.Module):
         self.augmentation = MPLayer(augment_dim, channels) if augment_dim else None
         self.guidance = MPLayer(features, channels) if guidance else None
         names = ("gap", *["augmentation"] * bool(augment_dim), *["guidance"] * guidance)
+        self.random = random
+        if random:
+            self.register_buffer("frequencies", 2 * math.pi * torch.randn(features))
+            self.register_buffer("phases", 2 * math.pi * torch.rand(features))
         self.gains = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in names})
 
-    def forward(self, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    def forward(self, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         given = condition(label, s, self.num_classes, self.augment_dim, self.guidance is not None)
         dtype = self.start.weight.dtype  # times keep their own precision until here
 
         def features(time: Tensor) -> Tensor:
             return raw_features(time, self.channels).to(dtype)
 
-        x = mp_add(self.start(features(s)), self.gap(features(t - s)), self.gains["gap"])
+        start = features(level)
+        if self.random:
+            phase = torch.outer(level, self.frequencies.to(level.dtype)) + self.phases.to(level.dtype)
+            start = (math.sqrt(2) * phase.cos()).to(dtype)
+        x = mp_add(self.start(start), self.gap(features(t - s)), self.gains["gap"])
         if self.augmentation is not None:
             x = mp_add(x, self.augmentation(given.augmentation.to(dtype)), self.gains["augmentation"])
         if self.guidance is not None:
@@ -109,13 +124,12 @@ class Block(nn.Module):
         return rearrange(F.scaled_dot_product_attention(q, k, v), "b heads (h w) c -> b (heads c) h w", h=h, w=w)
 
 
-class EDM2UNet(ModelMixin, ConfigMixin):
+class EDM2UNet(Preconditioned, ModelMixin, ConfigMixin):
     """v(x, s, t, label) for images or latents x [B, channels, image_size, image_size].
 
     Karras et al. 2024 (EDM2, arXiv 2312.02696), configuration G, as Boffi et al. 2025 use it: the two times enter as
-    (s, t - s) through ``raw_features``, input is divided and output multiplied by ``data_std``, nothing else depends on
-    time. Trained with ``magnitude.normalise_weights`` after each step, it bears learning rates of 1e-2.
-    Arguments as in ``UNet``.
+    (s, t - s) through ``raw_features``, nothing else depends on time. Trained with ``magnitude.normalise_weights``
+    after each step, it bears learning rates of 1e-2 and more. Arguments as in ``UNet``.
     """
 
     _supports_gradient_checkpointing = True
@@ -134,13 +148,16 @@ class EDM2UNet(ModelMixin, ConfigMixin):
         data_std: float = 0.5,
         augment_dim: int = 0,
         guidance: bool = False,
+        convention: str = "",
+        base_std: float = 0.5,
     ) -> None:
         super().__init__()
         check_unet(self.config)
-        self.data_std, self.gradient_checkpointing = data_std, False
+        self.precondition(convention, base_std, data_std)
+        self.gradient_checkpointing = False
         widths = tuple(mult * width for mult in channel_mult)
         embedding = max(widths)
-        self.embedding = MPEmbedding(widths[0], embedding, num_classes, augment_dim, guidance)
+        self.embedding = MPEmbedding(widths[0], embedding, num_classes, augment_dim, guidance, bool(convention))
         self.stem = MPLayer(channels + 1, widths[0], 3)
         down, up = u_shape(image_size, widths[0], widths, blocks)
 
@@ -155,10 +172,11 @@ class EDM2UNet(ModelMixin, ConfigMixin):
         self.head = MPLayer(widths[0], channels, 3)
         self.gain = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        embedding = self.embedding(s, t, label)
+    def body(self, x: Tensor, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        """F, or v over ``data_std``: the U-Net."""
+        embedding = self.embedding(level, s, t, label)
         ones = x.new_ones(len(x), 1, *x.shape[2:])  # acts as a bias
-        x = self.stem(torch.cat([x / self.data_std, ones], dim=1))
+        x = self.stem(torch.cat([x, ones], dim=1))
         skips = [x]
         for block in self.down:
             x = run(self, block, x, embedding)
@@ -169,5 +187,5 @@ class EDM2UNet(ModelMixin, ConfigMixin):
             if block.resample == "keep":
                 x = mp_cat(x, skips.pop())
             x = run(self, block, x, embedding)
-        v: Tensor = self.data_std * self.head(x, self.gain)
-        return v
+        out: Tensor = self.head(x, self.gain)
+        return out

@@ -212,8 +212,8 @@ def check_unet(config: Mapping[str, Any]) -> None:
         raise ValueError("image_size, channels, width, channel_mult, blocks and patch must be at least 1")
     if min(config["num_classes"], config["augment_dim"]) < 0 or not 0 <= config["dropout"] < 1:
         raise ValueError("num_classes and augment_dim must not be negative, dropout must be in [0, 1)")
-    if config["width"] % 2 or not config["data_std"] > 0:
-        raise ValueError("width must be even and data_std positive")
+    if config["width"] % 2:
+        raise ValueError("width must be even")
     if image_size % (patch * 2 ** (len(mult) - 1)):
         raise ValueError(
             f"image_size {image_size} cannot be folded by patch={patch} and halved {len(mult) - 1} times: "

@@ -23,27 +23,33 @@ from flowmaps.networks.layers import (
     u_shape,
     zero,
 )
+from flowmaps.networks.preconditioning import Preconditioned
 
 
 class Variant(NamedTuple):
     """Where the U-Nets of this line differ."""
 
-    resampling_blocks: bool  # resolution changes inside blocks of their own, else by pooling between blocks
+    resampling: str  # resolution changes inside blocks of their own ("block"), or between blocks ("pool", "conv")
     scale: bool  # the embedding scales and shifts after the second norm, else it is added before it
     skip_scale: float  # of every sum of a branch and its skip
     head_channels: int | None  # of attention; None: one head
     up_attention: bool  # in every decoder block of a level, else in its last one
     label_first: bool  # class vectors enter before the time MLP
     eps: float
+    endpoint: bool = False  # with a convention: frequencies of its level reach 1e-4, else stop one short of it
+    asymmetric: bool = False  # "conv" pads right and bottom only
 
 
 # ADM: Dhariwal and Nichol 2021 (arXiv 2105.05233); DDPM++: Song et al. 2021 (arXiv 2011.13456); both as EDM has them,
 # Karras et al. 2022 (arXiv 2206.00364), table 1 and appendix F.6. "small" is ADM without resampling blocks and with
-# attention at the listed resolutions only, which is what small images on a CPU want.
+# attention at the listed resolutions only, which is what small images on a CPU want. "ddpm": Ho et al. 2020
+# (arXiv 2006.11239) as in diffusers' UNet2DModel, "diffusers": that class as it is by default.
 VARIANTS = {
-    "small": Variant(False, True, 1.0, 64, True, False, 1e-5),
-    "adm": Variant(True, True, 1.0, 64, True, False, 1e-5),
-    "ddpm++": Variant(True, False, math.sqrt(0.5), None, False, True, 1e-6),
+    "small": Variant("pool", True, 1.0, 64, True, False, 1e-5),
+    "adm": Variant("block", True, 1.0, 64, True, False, 1e-5),
+    "ddpm++": Variant("block", False, math.sqrt(0.5), None, False, True, 1e-6, endpoint=True),
+    "ddpm": Variant("conv", False, 1.0, None, True, False, 1e-6, endpoint=True, asymmetric=True),
+    "diffusers": Variant("conv", False, 1.0, 8, True, False, 1e-5),
 }
 
 
@@ -84,26 +90,34 @@ class Block(nn.Module):
 
 
 class Resample(nn.Module):
-    """A change of resolution without weights, in the place of a block."""
+    """A change of resolution in the place of a block: without weights, or a convolution with stride 2 or after it."""
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, stage: Stage, variant: Variant) -> None:
         super().__init__()
-        self.resample = mode
+        self.resample, self.asymmetric = stage.resample, variant.asymmetric
+        self.conv = nn.Conv2d(stage.channels, stage.channels, 3) if variant.resampling == "conv" else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return resample(x, self.resample)
+        if self.conv is None:
+            return resample(x, self.resample)
+        weight, bias = self.conv.weight, self.conv.bias
+        if self.resample == "up":
+            return F.conv2d(resample(x, "up"), weight, bias, padding=1)
+        return F.conv2d(F.pad(x, (0, 1, 0, 1) if self.asymmetric else (1, 1, 1, 1)), weight, bias, stride=2)
 
 
-class UNet(ModelMixin, ConfigMixin):
+class UNet(Preconditioned, ModelMixin, ConfigMixin):
     """v(x, s, t, label) for images x [B, channels, image_size, image_size], from 8x8 up.
 
     ``variant`` is a key of ``VARIANTS``: the U-Net of a paper, or "small".
     ``patch`` > 1 folds patch x patch pixels into channels first, which is what a small image on a CPU wants.
     ``channel_mult`` gives the width of each level in units of ``width``; each level halves the resolution, and levels
     whose resolution is in ``attention_resolutions`` (counted after folding) get self-attention. Input is divided and
-    output multiplied by ``data_std`` (no skip, no time-dependent scaling), as in Boffi et al. 2025. ``augment_dim`` > 0
-    makes room for the parameters of an augmentation, given in the label (``conditioning.soft_label``), ``guidance``
-    for the weight of a guidance that is baked in (``conditioning.with_guidance``).
+    output multiplied by ``data_std`` (no skip, no time-dependent scaling), as in Boffi et al. 2025, unless imported
+    weights want another ``convention``, with noise of ``base_std`` (``preconditioning.Preconditioned``).
+    ``augment_dim`` > 0 makes room for the parameters of an augmentation, given in the label
+    (``conditioning.soft_label``), ``guidance`` for the weight of a guidance that is baked in
+    (``conditioning.with_guidance``).
     """
 
     _supports_gradient_checkpointing = True
@@ -124,23 +138,29 @@ class UNet(ModelMixin, ConfigMixin):
         augment_dim: int = 0,
         guidance: bool = False,
         variant: str = "small",
+        convention: str = "",
+        base_std: float = 0.5,
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant}")
         check_unet(self.config)
-        self.patch, self.data_std, self.gradient_checkpointing = patch, data_std, False
+        self.precondition(convention, base_std, data_std)
+        self.patch, self.gradient_checkpointing = patch, False
         chosen = VARIANTS[variant]
         size, embedding = image_size // patch, 4 * width
         pixels = channels * patch**2
         features = embedding if variant == "small" else width
-        self.embedding = TimeEmbedding(features, embedding, num_classes, augment_dim, guidance, chosen.label_first)
+        last = 10000.0 ** -(1 if chosen.endpoint else 1 - 2 / features) if convention else 32.0
+        self.embedding = TimeEmbedding(
+            features, embedding, num_classes, augment_dim, guidance, chosen.label_first, last
+        )
         self.stem = nn.Conv2d(pixels, width, 3, padding=1)
         down, up = u_shape(size, width, tuple(mult * width for mult in channel_mult), blocks)
 
         def block(stage: Stage, attention: bool) -> nn.Module:
-            if stage.resample != "keep" and not chosen.resampling_blocks:
-                return Resample(stage.resample)
+            if stage.resample != "keep" and chosen.resampling != "block":
+                return Resample(stage, chosen)
             return Block(stage, embedding, dropout, attention, chosen)
 
         def listed(stage: Stage) -> bool:
@@ -148,16 +168,17 @@ class UNet(ModelMixin, ConfigMixin):
 
         self.down = nn.ModuleList(block(stage, listed(stage)) for stage in down)
         low = Stage("keep", down[-1].channels, down[-1].channels, down[-1].size)
-        self.middle = nn.ModuleList([block(low, chosen.resampling_blocks or listed(low)), block(low, False)])
+        self.middle = nn.ModuleList([block(low, chosen.resampling != "pool" or listed(low)), block(low, False)])
         self.up = nn.ModuleList(block(stage, listed(stage) and (stage.last or chosen.up_attention)) for stage in up)
         self.head = nn.Sequential(
             GroupNorm(up[-1].channels, chosen.eps), nn.SiLU(), zero(nn.Conv2d(up[-1].channels, pixels, 3, padding=1))
         )
 
-    def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def body(self, x: Tensor, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        """F, or v over ``data_std``: the U-Net."""
         p = self.patch
-        x = rearrange(x / self.data_std, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
-        embedding = F.silu(self.embedding(s, t, label))
+        x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
+        embedding = F.silu(self.embedding(level, s, t, label))
         x = self.stem(x)
         skips = [x]
         for block in self.down:
@@ -169,5 +190,5 @@ class UNet(ModelMixin, ConfigMixin):
             if block.resample == "keep":
                 x = torch.cat([x, skips.pop()], dim=1)
             x = run(self, block, x, embedding)
-        x = rearrange(self.head(x), "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
-        return self.data_std * x
+        out: Tensor = self.head(x)
+        return rearrange(out, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)

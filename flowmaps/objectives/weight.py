@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from flowmaps.networks.conditioning import TimeFeatures
+from flowmaps.networks.conditioning import time_features
 from flowmaps.networks.layers import zero
 
 
@@ -19,11 +19,10 @@ class LogVariance(nn.Module):
 
     def __init__(self, channels: int = 128, limit: float = 2.0) -> None:
         super().__init__()
-        self.limit = limit
-        self.features = TimeFeatures(channels)
+        self.limit, self.channels = limit, channels
         self.linear = zero(nn.Linear(2 * channels, 1))
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor:
-        features = torch.cat([self.features(s.float()), self.features(t.float())], dim=1)
+        features = torch.cat([time_features(s.float(), self.channels), time_features(t.float(), self.channels)], dim=1)
         w: Tensor = self.linear(features)[:, 0]
         return self.limit * torch.tanh(w / self.limit)

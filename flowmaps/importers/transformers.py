@@ -1,0 +1,79 @@
+"""facebookresearch's DiT and SiT: state dicts of one transformer, with two ways to train it."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor
+
+from flowmaps.importers.build import Source, side
+from flowmaps.importers.pickles import read_tensors
+from flowmaps.networks.dit import positions
+
+
+def dit(path: Path) -> Source:
+    """DiT's ``.pt`` files, the released weights or a training checkpoint (its EMA): noise prediction, DDPM's times."""
+    return _transformer(path, "ddpm")
+
+
+def sit(path: Path) -> Source:
+    """SiT's ``.pt`` files likewise: velocity prediction on the linear path, noise at time 0 as here."""
+    return _transformer(path, "velocity")
+
+
+def state_dict(content: Any) -> dict[str, Tensor]:
+    """The weights in a training checkpoint's "ema", or the whole content if that is weights."""
+    weights = content.get("ema", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise pickle.UnpicklingError("it has no weights, and no ema that has")
+    return weights
+
+
+def _transformer(path: Path, convention: str) -> Source:
+    w = dict(state_dict(read_tensors(path)))
+    stem, table = w.pop("x_embedder.proj.weight"), w.pop("y_embedder.embedding_table.weight")
+    width, channels, patch, _ = stem.shape
+    depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
+    if width % 64:
+        raise pickle.UnpicklingError(f"its width is {width}, which is no number of heads of 64")
+    place = w.pop("pos_embed")[0]
+    size = side(len(place), "pos_embed")
+    if place.shape[1] != width or (place.float() - positions(size, width)).abs().max() > 1e-3:
+        raise pickle.UnpicklingError("its pos_embed is not DiT's table of sines and cosines")
+    head, bias = w.pop("final_layer.linear.weight"), w.pop("final_layer.linear.bias")
+
+    def pixels(rows: Tensor) -> Tensor:
+        """Rows for (p, q, c), c running over prediction and variance: those for (c, p, q) of the prediction."""
+        both = rearrange(rows, "(p q c) ... -> p q c ...", p=patch, q=patch)
+        return rearrange(both[:, :, :channels], "p q c ... -> (c p q) ...")
+
+    names = {
+        "x_embedder.proj": "stem",
+        "t_embedder.mlp": "embedding.start",
+        "final_layer.adaLN_modulation.1": "modulation",
+        "attn.qkv": "attention.qkv",
+        "attn.proj": "attention.out",
+        "mlp.fc1": "mlp.0",
+        "mlp.fc2": "mlp.3",
+        "adaLN_modulation.1": "modulation",
+    }
+    ours = {"stem.weight": stem.flatten(1), "embedding.label.weight": table}
+    ours |= {"head.weight": pixels(head), "head.bias": pixels(bias)}
+    for name, tensor in w.items():
+        theirs = next((key for key in names if f"{key}." in name), None)
+        ours[name if theirs is None else name.replace(theirs, names[theirs])] = tensor
+    options = {
+        "image_size": size * patch,
+        "channels": channels,
+        "patch": patch,
+        "width": width,
+        "depth": depth,
+        "heads": 16 if width == 1152 else width // 64,  # not to be seen in the weights: XL, and S, B, L
+        "mlp_ratio": len(w["blocks.0.mlp.fc1.bias"]) / width,
+        "num_classes": len(table) - 1,
+        "data_std": 1.0,
+        "convention": convention,
+        "base_std": 1.0,
+    }
+    return Source("DiT", options, ours)
