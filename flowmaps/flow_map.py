@@ -30,6 +30,7 @@ class FlowMapInfo:
     schedules: dict[str, tuple[float, ...]] = field(default_factory=dict)  # step count -> times, 0 .. 1
     t_range: tuple[float, float] = (0.0, 1.0)  # times on which the velocity is defined
     label_dropout: float = 0.0  # share of training rows without a label; 0: "no label" was never trained
+    origin: dict[str, str] = field(default_factory=dict)  # of imported weights: format, sha256, license and the like
 
     def __post_init__(self) -> None:
         if self.kind not in ("map", "drift", "consistency"):
@@ -84,6 +85,8 @@ class FlowMapInfo:
                 raise TypeError("shape, num_classes, images_seen or t_range")
             if not all(v is None or isinstance(v, (int, float)) for v in (info.guidance, info.guidance_max)):
                 raise TypeError("guidance or guidance_max")
+            if not all(isinstance(text, str) for item in info.origin.items() for text in item):
+                raise TypeError("origin")
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"flow map facts of the wrong type: {error}") from None
         return info
@@ -109,6 +112,12 @@ class FlowMap(nn.Module):
             raise UserError(f"unknown interpolant {interpolant!r}: choose one of {', '.join(INTERPOLANTS)}")
         if not base_std > 0:
             raise UserError(f"base_std must be positive, got {base_std}")
+        config = getattr(network, "config", {})
+        if config.get("convention") and (interpolant, base_std) != ("linear", config["base_std"]):
+            raise UserError(
+                f"the network's weights want the linear path and base_std {config['base_std']:g}, "
+                f"got {interpolant} and {base_std:g}"
+            )
         self.network = network
         self.interpolant_name = interpolant
         self.interpolant = INTERPOLANTS[interpolant]

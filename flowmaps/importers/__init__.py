@@ -1,12 +1,12 @@
 """Published checkpoints as flow maps of kind "drift", read without running anything in them."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from flowmaps.errors import UserError
+from flowmaps.files import sha256
 from flowmaps.flow_map import FlowMap
 from flowmaps.importers.build import Source, build
 from flowmaps.importers.convolutional import diffusers_unet, rectified_flow
@@ -26,7 +26,7 @@ FORMATS = {
     "edm": Format(edm, "NVIDIA's released weights: CC BY-NC-SA 4.0 (no commercial use)"),
     "edm2": Format(edm2, "NVIDIA's released weights: CC BY-NC-SA 4.0 (no commercial use)"),
     "dit": Format(dit, "facebookresearch's released weights: CC BY-NC 4.0 (no commercial use)"),
-    "sit": Format(sit, "facebookresearch's released weights: MIT"),
+    "sit": Format(sit, "see the publisher of the weights"),
     "rectified_flow": Format(rectified_flow, "see the publisher of the weights"),
     "diffusers_unet": Format(diffusers_unet, "see the model card of the weights"),
 }
@@ -43,23 +43,13 @@ def import_checkpoint(format: str, src: Path) -> FlowMap:
     if not src.exists():
         raise UserError(f"--src={src}: no such file or directory")
     try:
-        fm = build(chosen.read(src))
+        source = chosen.read(src)
+        fm, weights = build(source), source.file or src
     except Exception as error:  # whatever a foreign file can hold
         raise refusal(src, error) from None
-    facts = {"format": format, "sha256": _digest(src), "license": chosen.license, **fm.info.origin}
+    facts = {"format": format, "sha256": sha256(weights), "license": chosen.license, **fm.info.origin}
     fm.info = replace(fm.info, origin=facts)
     return fm
-
-
-def _digest(src: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of a folder's files."""
-    if src.is_file():
-        with src.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    whole = hashlib.sha256()
-    for file in sorted(p for p in src.rglob("*") if p.is_file()):
-        whole.update(file.relative_to(src).as_posix().encode() + b"\0" + _digest(file).encode())
-    return whole.hexdigest()
 
 
 __all__ = ["FORMATS", "Format", "import_checkpoint"]

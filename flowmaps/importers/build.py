@@ -1,8 +1,9 @@
 """From weights under our names to a flow map: everything is checked before a weight is copied."""
 
 import math
-import pickle
 from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Source:
     weights: dict[str, Tensor]
     unlabelled: bool = True  # "no label" was trained
     notes: dict[str, str] | None = None
+    file: Path | None = None  # of the weights, if it is in a folder
 
 
 def build(source: Source) -> FlowMap:
@@ -32,11 +34,11 @@ def build(source: Source) -> FlowMap:
         expected = {name: tuple(w.shape) for name, w in cls(**options).state_dict().items()}
     wanted = {name for name in expected if not name.startswith(ZERO_AT_FIRST)}
     if wrong := sorted(wanted ^ source.weights.keys()):
-        raise pickle.UnpicklingError(f"it is built otherwise: {wrong[0]} is {'missing' if wrong[0] in wanted else 'new'}")
+        raise UnpicklingError(f"it is built otherwise: {wrong[0]} is {'missing' if wrong[0] in wanted else 'new'}")
     for name in sorted(wanted):
         found = tuple(source.weights[name].shape)
         if found != expected[name]:
-            raise pickle.UnpicklingError(f"{name} is {found}, expected {expected[name]}")
+            raise UnpicklingError(f"{name} is {found}, expected {expected[name]}")
     network = cls(**options)
     network.load_state_dict({**network.state_dict(), **{k: w.float() for k, w in source.weights.items()}})
     classes, base_std = options["num_classes"], options["base_std"]
@@ -54,5 +56,5 @@ def build(source: Source) -> FlowMap:
 def side(tokens: int, name: str) -> int:
     """The side of a square of ``tokens``."""
     if math.isqrt(tokens) ** 2 != tokens:
-        raise pickle.UnpicklingError(f"{name} has {tokens} places, which are no square")
+        raise UnpicklingError(f"{name} has {tokens} places, which are no square")
     return math.isqrt(tokens)

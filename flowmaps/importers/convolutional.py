@@ -1,8 +1,8 @@
 """Rectified flow's DDPM++ (in the code of Song et al. 2021) and diffusers' UNet2DModel."""
 
 import json
-import pickle
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,12 +23,12 @@ def rectified_flow(path: Path) -> Source:
     """
     content = read_tensors(path)
     if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ("model", "ema")):
-        raise pickle.UnpicklingError("it has no model and no ema")
+        raise UnpicklingError("it has no model and no ema")
     model = {name.removeprefix("module."): tensor for name, tensor in content["model"].items()}
     trained = {name: tensor for name, tensor in model.items() if name.startswith("all_modules.")}
     shadow = content["ema"].get("shadow_params")
     if not isinstance(shadow, list) or [w.shape for w in shadow] != [w.shape for w in trained.values()]:
-        raise pickle.UnpicklingError("it is no DDPM++: its ema does not have the parameters of its model, in that order")
+        raise UnpicklingError("it is no DDPM++: its ema does not have the parameters of its model, in that order")
     parts: dict[int, Weights] = {}
     for name, tensor in zip(trained, shadow, strict=True):
         _, number, key = name.split(".", 2)
@@ -95,7 +95,9 @@ def _renamed(place: str, part: Weights, prefix: str = "") -> Weights:
 
 def _parts(place: str, weights: Weights, names: dict[str, str]) -> Weights:
     found = {mine: theirs for mine, theirs in names.items() if f"{theirs}.weight" in weights}
-    return {k: w for mine, theirs in found.items() for k, w in _renamed(f"{place}.{mine}", weights, f"{theirs}.").items()}
+    return {
+        k: w for mine, theirs in found.items() for k, w in _renamed(f"{place}.{mine}", weights, f"{theirs}.").items()
+    }
 
 
 def _attention(place: str, qkv: Tensor, qkv_bias: Tensor, out: Tensor, out_bias: Tensor) -> Weights:
@@ -131,25 +133,25 @@ def diffusers_unet(path: Path) -> Source:
     config = _json(folder / "config.json")
     for key, value in ALWAYS.items():
         if config.get(key, value) != value:
-            raise pickle.UnpicklingError(f"its {key} is {config[key]}, and only {value} has a network here")
+            raise UnpicklingError(f"its {key} is {config[key]}, and only {value} has a network here")
     kind = tuple(config.get(key, default) for key, default in zip(CHOICES, DEFAULTS, strict=True))
     if kind not in KINDS:
-        raise pickle.UnpicklingError(f"its {', '.join(CHOICES)} are {kind}, and only {' or '.join(map(str, KINDS))} are known")
+        raise UnpicklingError(f"its {', '.join(CHOICES)} are {kind}, and only {' or '.join(map(str, KINDS))} are known")
     for scheduler in (path / "scheduler", path.parent / "scheduler"):
         if (file := scheduler / "scheduler_config.json").is_file():
             noising = {"prediction_type": "epsilon", **NOISING, **_json(file)}
             for key, value in {"prediction_type": "epsilon", **NOISING}.items():
                 if noising[key] != value:
-                    raise pickle.UnpicklingError(f"its scheduler's {key} is {noising[key]}, and only {value} is known")
+                    raise UnpicklingError(f"its scheduler's {key} is {noising[key]}, and only {value} is known")
             break
-    w = _diffusers_weights(folder)
+    w, file = _diffusers_weights(folder)
     widths, each = tuple(config["block_out_channels"]), int(config.get("layers_per_block", 2))
     size, channels, levels = int(config["sample_size"]), int(config["in_channels"]), len(widths)
     if any(width % 32 or width < 128 or width % widths[0] for width in widths):
-        raise pickle.UnpicklingError(f"its block_out_channels are {widths}, and 32 groups of at least 4 need multiples of 128")
+        raise UnpicklingError(f"its block_out_channels are {widths}, and 32 groups of at least 4 need multiples of 128")
     types = config["down_block_types"]
     if set(types) - {"DownBlock2D", "AttnDownBlock2D"}:
-        raise pickle.UnpicklingError(f"its down_block_types are {types}, and only DownBlock2D and AttnDownBlock2D are known")
+        raise UnpicklingError(f"its down_block_types are {types}, and only DownBlock2D and AttnDownBlock2D are known")
     ours: Weights = {
         **_renamed("embedding.start.0", w, "time_embedding.linear_1."),
         **_renamed("embedding.start.2", w, "time_embedding.linear_2."),
@@ -169,7 +171,9 @@ def diffusers_unet(path: Path) -> Source:
         for n, stage in enumerate(stages):
             theirs = f"{side}_blocks.{level}"
             if stage.resample == "keep":
-                ours |= _diffusers_block(w, f"{side}.{n}", f"{theirs}.resnets.{index}.", f"{theirs}.attentions.{index}.")
+                ours |= _diffusers_block(
+                    w, f"{side}.{n}", f"{theirs}.resnets.{index}.", f"{theirs}.attentions.{index}."
+                )
                 index += 1
             else:
                 level, index = level + 1, 0
@@ -190,7 +194,7 @@ def diffusers_unet(path: Path) -> Source:
         "convention": "ddpm",
         "base_std": 1.0,
     }
-    return Source("UNet", options, ours, unlabelled=False)
+    return Source("UNet", options, ours, unlabelled=False, file=file)
 
 
 def _diffusers_block(w: Weights, place: str, block: str, attention: str) -> Weights:
@@ -204,16 +208,16 @@ def _diffusers_block(w: Weights, place: str, block: str, attention: str) -> Weig
     return ours
 
 
-def _diffusers_weights(folder: Path) -> Weights:
-    name = "diffusion_pytorch_model"
-    if (file := folder / f"{name}.safetensors").is_file():
-        return load_file(file)
-    weights = read_tensors(folder / f"{name}.bin")
-    return weights if isinstance(weights, dict) else {}
+def _diffusers_weights(folder: Path) -> tuple[Weights, Path]:
+    file = folder / "diffusion_pytorch_model.safetensors"
+    if file.is_file():
+        return load_file(file), file
+    file = file.with_suffix(".bin")
+    return dict(read_tensors(file)), file
 
 
 def _json(file: Path) -> dict[str, Any]:
     values = json.loads(file.read_bytes())
     if not isinstance(values, dict):
-        raise pickle.UnpicklingError(f"{file.name} holds no object")
+        raise UnpicklingError(f"{file.name} holds no object")
     return values

@@ -2,8 +2,8 @@
 
 import json
 import math
-import pickle
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ def _ema(path: Path, name: str) -> tuple[Record, dict[str, Any]]:
     net = content.get("ema") if isinstance(content, dict) else None
     if not isinstance(net, Record) or net.name != name:
         kind = net.name if isinstance(net, Record) else "nothing of that kind"
-        raise pickle.UnpicklingError(f"its ema is {kind}, expected {name}")
+        raise UnpicklingError(f"its ema is {kind}, expected {name}")
     return net, content
 
 
@@ -40,7 +40,7 @@ def _shape(enc: dict[str, Any], width: int, out: str, qkv: str) -> tuple[tuple[i
     mult = [block["_modules"][out].tensors()["weight"].shape[0] / width for k, block in enc.items() if "_block0" in k]
     attention = {int(k.partition("x")[0]) for k, block in enc.items() if "_block" in k and block["_modules"].get(qkv)}
     if any(m != int(m) for m in mult):
-        raise pickle.UnpicklingError(f"its levels are {mult} times its first one")
+        raise UnpicklingError(f"its levels are {mult} times its first one")
     return tuple(int(m) for m in mult), tuple(sorted(attention, reverse=True))
 
 
@@ -51,7 +51,7 @@ def edm(path: Path) -> Source:
     children = model.children
     adm = model.name == "DhariwalUNet"
     if not adm and (model.name != "SongUNet" or children["map_noise"].name != "PositionalEmbedding"):
-        raise pickle.UnpicklingError("it is an NCSN++ (a -ve file), which has no network here: take the -vp one")
+        raise UnpicklingError("it is an NCSN++ (a -ve file), which has no network here: take the -vp one")
     enc, dec = children["enc"].children, children["dec"].children
     blocks = [block for block in (*enc.values(), *dec.values()) if block.name == "UNetBlock"]
     for block in blocks:
@@ -60,7 +60,7 @@ def edm(path: Path) -> Source:
         heads = block["out_channels"] // 64 if adm else 1
         same = all(w.numel() == 4 for w in filters) and block["num_heads"] in (0, heads)
         if not same or not math.isclose(scale, 1 if adm else math.sqrt(0.5)):
-            raise pickle.UnpicklingError("its blocks filter, scale or attend otherwise than DDPM++ and ADM do")
+            raise UnpicklingError("its blocks filter, scale or attend otherwise than DDPM++ and ADM do")
     places, _, each = _layout(list(enc), list(dec))
     first, *_ = enc
     theirs = model.tensors()

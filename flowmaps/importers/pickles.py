@@ -117,7 +117,8 @@ def _reconstruct(meta: Any) -> Record:
 def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Tensor:
     if not isinstance(storage, torch.storage.TypedStorage):
         raise pickle.UnpicklingError("a tensor has no storage")
-    return torch.empty(0, dtype=storage.dtype).set_(storage.untyped(), offset, size, stride)
+    untyped: Any = storage.untyped()  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=storage.dtype).set_(untyped, offset, size, stride)
 
 
 def _parameter(tensor: Tensor, *rest: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """facebookresearch's DiT and SiT: state dicts of one transformer, with two ways to train it."""
 
-import pickle
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from einops import rearrange
@@ -26,7 +26,7 @@ def state_dict(content: Any) -> dict[str, Tensor]:
     """The weights in a training checkpoint's "ema", or the whole content if that is weights."""
     weights = content.get("ema", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise pickle.UnpicklingError("it has no weights, and no ema that has")
+        raise UnpicklingError("it has no weights, and no ema that has")
     return weights
 
 
@@ -36,11 +36,11 @@ def _transformer(path: Path, convention: str) -> Source:
     width, channels, patch, _ = stem.shape
     depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
     if width % 64:
-        raise pickle.UnpicklingError(f"its width is {width}, which is no number of heads of 64")
+        raise UnpicklingError(f"its width is {width}, which is no number of heads of 64")
     place = w.pop("pos_embed")[0]
     size = side(len(place), "pos_embed")
     if place.shape[1] != width or (place.float() - positions(size, width)).abs().max() > 1e-3:
-        raise pickle.UnpicklingError("its pos_embed is not DiT's table of sines and cosines")
+        raise UnpicklingError("its pos_embed is not DiT's table of sines and cosines")
     head, bias = w.pop("final_layer.linear.weight"), w.pop("final_layer.linear.bias")
 
     def pixels(rows: Tensor) -> Tensor:
