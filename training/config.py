@@ -97,6 +97,7 @@ class Config:
     network: Any  # network("UNet", width=...)
     objective: Any  # objective("lagrangian", diagonal=...)
     teacher: str = ""  # checkpoint whose drift teaches, frozen; empty: the network itself, or its average
+    init_from: str = ""  # checkpoint whose weights the network starts from; empty: random weights
     data: Data = field(default_factory=Data)
     interpolant: str = "linear"
     base_std: float = 0.5  # standard deviation of the noise; the paper takes that of the data

@@ -66,6 +66,8 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             fm = build_flow_map(config, data.shape, data.num_classes)
+            if config.init_from:
+                start_from(config, fm)
             weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
         objective = build_objective(config)
         if objective.diagonal and not objective.diagonal_rows(size):
@@ -207,7 +209,10 @@ class Trainer:
     def origin(self) -> dict[str, str]:
         """What the run rests on beside its config, by flag: a resume must find the same."""
         teacher = self.module.teacher if self.config.teacher else None
-        return {"data.root": self.data.digest(), "teacher": teacher.fingerprint() if teacher else ""}
+        start = FlowMap.from_pretrained(self.config.init_from) if self.config.init_from else None
+        found = {"teacher": teacher, "init_from": start}
+        prints = {name: fm.fingerprint() if fm else "" for name, fm in found.items()}
+        return {"data.root": self.data.digest(), **prints}
 
 
 def micro_batch_size(config: Config, processes: int) -> int:
@@ -218,6 +223,36 @@ def micro_batch_size(config: Config, processes: int) -> int:
             f"--config.accumulate={config.accumulate}"
         )
     return config.batch // (processes * config.accumulate)
+
+
+# What a network may have otherwise than the one whose weights it starts from.
+FREE = {"dropout", "guidance"}
+
+
+def start_from(config: Config, fm: FlowMap) -> None:
+    """Give ``fm`` the weights of ``config.init_from``, whose network must be of the same class and arguments.
+
+    What no checkpoint has, the guidance weight's embedding, stays as it is: it starts as nothing.
+    """
+    start = FlowMap.from_pretrained(config.init_from)
+    if type(start.network) is not type(fm.network):
+        raise UserError(
+            f"--config.init_from={config.init_from} has a {type(start.network).__name__}, this run's network is a "
+            f"{config.network.target}"
+        )
+    for name, ours in fm.network.config.items():
+        theirs = start.network.config.get(name)
+        if not name.startswith("_") and name not in FREE and theirs != ours:
+            raise UserError(
+                f"--config.init_from={config.init_from} has --config.network.{name}={theirs}, this run {ours}"
+            )
+    if (start.interpolant_name, start.base_std) != (fm.interpolant_name, fm.base_std):
+        raise UserError(
+            f"--config.init_from={config.init_from} has interpolant {start.interpolant_name} and base_std "
+            f"{start.base_std:g}: --config.interpolant and --config.base_std must be the same"
+        )
+    fm.network.load_state_dict({**fm.network.state_dict(), **start.network.state_dict()})
+    fm.info = replace(fm.info, origin=start.info.origin)
 
 
 def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap | None:
@@ -235,7 +270,6 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
         ("num_classes", teacher.info.num_classes, fm.info.num_classes),
         ("interpolant", teacher.interpolant_name, fm.interpolant_name),
         ("base_std", teacher.base_std, fm.base_std),
-        ("t_range", teacher.info.t_range, fm.info.t_range),
         ("augment_dim", *(getattr(m.network.config, "augment_dim", 0) for m in (teacher, fm))),
     ):
         if theirs != ours:

@@ -1,5 +1,6 @@
 """Rectified flow's DDPM++ (in the code of Song et al. 2021) and diffusers' UNet2DModel."""
 
+import itertools
 import json
 from pathlib import Path
 from pickle import UnpicklingError
@@ -95,9 +96,8 @@ def _renamed(place: str, part: Weights, prefix: str = "") -> Weights:
 
 def _parts(place: str, weights: Weights, names: dict[str, str]) -> Weights:
     found = {mine: theirs for mine, theirs in names.items() if f"{theirs}.weight" in weights}
-    return {
-        k: w for mine, theirs in found.items() for k, w in _renamed(f"{place}.{mine}", weights, f"{theirs}.").items()
-    }
+    pairs = (_renamed(f"{place}.{mine}", weights, f"{theirs}.").items() for mine, theirs in found.items())
+    return dict(itertools.chain(*pairs))
 
 
 def _attention(place: str, qkv: Tensor, qkv_bias: Tensor, out: Tensor, out_bias: Tensor) -> Weights:
@@ -202,9 +202,11 @@ def _diffusers_block(w: Weights, place: str, block: str, attention: str) -> Weig
     ours = _parts(place, w, names | {"modulation": f"{block}time_emb_proj", "skip": f"{block}conv_shortcut"})
     for q, k, v, out in (("to_q", "to_k", "to_v", "to_out.0"), ("query", "key", "value", "proj_attn")):  # now, and once
         if f"{attention}{q}.weight" in w:
-            qkv = [torch.cat([w[f"{attention}{name}.{part}"] for name in (q, k, v)]) for part in ("weight", "bias")]
+            weight, bias = (
+                torch.cat([w[f"{attention}{name}.{key}"] for name in (q, k, v)]) for key in ("weight", "bias")
+            )
             ours |= _renamed(f"{place}.attention.norm", w, f"{attention}group_norm.")
-            ours |= _attention(place, *qkv, w[f"{attention}{out}.weight"], w[f"{attention}{out}.bias"])
+            ours |= _attention(place, weight, bias, w[f"{attention}{out}.weight"], w[f"{attention}{out}.bias"])
     return ours
 
 

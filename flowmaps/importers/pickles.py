@@ -83,8 +83,8 @@ class _Array(metaclass=_Inert):
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, content = state
-        order = "F" if fortran else "C"
-        self.__dict__["value"] = np.frombuffer(content, dtype.numpy()).reshape(shape, order=order)
+        values = np.frombuffer(content, dtype.numpy())
+        self.__dict__["value"] = values.reshape(tuple(map(int, shape)), order="F" if fortran else "C")
 
 
 class _DType(metaclass=_Inert):
