@@ -57,8 +57,17 @@ def edm2(method: str, **options: Any) -> Config:
     return config
 
 
+def started(method: str, teacher: str, **options: Any) -> Config:
+    """A row that starts from the weights of flow matching, and with a ``teacher`` follows its drift."""
+    config = base(method, **options)
+    config.init_from, config.teacher = "runs/digits-flow", teacher
+    return config
+
+
 ROWS = method_rows(base) | {
     "consistency": lambda: base("consistency", stage_steps=200),
+    "lagrangian_distilled": lambda: started("lagrangian", "runs/digits-flow"),
+    "lagrangian_started": lambda: started("lagrangian", ""),
     "lagrangian_edm2": lambda: edm2("lagrangian"),
     "lagrangian_guided": lambda: guided("lagrangian", guidance_max=4.0),
 }

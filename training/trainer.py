@@ -1,11 +1,12 @@
 """One optimiser step, and everything it touches."""
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +44,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer  # bare
     prepared: Any  # as accelerate wants it called
     ema: EMA
+    started: str = ""  # fingerprint of config.init_from
     latest: Any = None  # ((x1, label, draws), seed of dropout) of the latest shard
     skipped: int = 0  # steps with a non-finite gradient since the start or resume
 
@@ -66,8 +68,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             fm = build_flow_map(config, data.shape, data.num_classes)
-            if config.init_from:
-                start_from(config, fm)
+            started = start_from(config, fm) if config.init_from else ""
             weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
         objective = build_objective(config)
         if objective.diagonal and not objective.diagonal_rows(size):
@@ -97,7 +98,7 @@ class Trainer:
             return order.indices(step * config.batch + shard * size, size)
 
         loader = Loader(data, indices, config.data.workers, pin=accelerator.device.type == "cuda")
-        return cls(config, data, loader, accelerator, module, wrapped, optimizer, prepared, ema)
+        return cls(config, data, loader, accelerator, module, wrapped, optimizer, prepared, ema, started)
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Optimiser step ``step`` = 0, 1, ...; returns what to log, still on the device.
@@ -209,10 +210,8 @@ class Trainer:
     def origin(self) -> dict[str, str]:
         """What the run rests on beside its config, by flag: a resume must find the same."""
         teacher = self.module.teacher if self.config.teacher else None
-        start = FlowMap.from_pretrained(self.config.init_from) if self.config.init_from else None
-        found = {"teacher": teacher, "init_from": start}
-        prints = {name: fm.fingerprint() if fm else "" for name, fm in found.items()}
-        return {"data.root": self.data.digest(), **prints}
+        taught = teacher.fingerprint() if teacher else ""
+        return {"data.root": self.data.digest(), "teacher": taught, "init_from": self.started}
 
 
 def micro_batch_size(config: Config, processes: int) -> int:
@@ -229,10 +228,11 @@ def micro_batch_size(config: Config, processes: int) -> int:
 FREE = {"dropout", "guidance"}
 
 
-def start_from(config: Config, fm: FlowMap) -> None:
+def start_from(config: Config, fm: FlowMap) -> str:
     """Give ``fm`` the weights of ``config.init_from``, whose network must be of the same class and arguments.
 
-    What no checkpoint has, the guidance weight's embedding, stays as it is: it starts as nothing.
+    What no checkpoint has, the guidance weight's embedding, stays as it is: it starts as nothing. Returns the
+    fingerprint of the checkpoint.
     """
     start = FlowMap.from_pretrained(config.init_from)
     if type(start.network) is not type(fm.network):
@@ -240,11 +240,12 @@ def start_from(config: Config, fm: FlowMap) -> None:
             f"--config.init_from={config.init_from} has a {type(start.network).__name__}, this run's network is a "
             f"{config.network.target}"
         )
-    for name, ours in fm.network.config.items():
-        theirs = start.network.config.get(name)
-        if not name.startswith("_") and name not in FREE and theirs != ours:
+    ours, theirs = (dict(cast(Any, network).config) for network in (fm.network, start.network))
+    for name in (name for name in ours if not name.startswith("_") and name not in FREE):
+        if json.dumps(ours[name]) != json.dumps(theirs[name]):  # there, tuples are lists
             raise UserError(
-                f"--config.init_from={config.init_from} has --config.network.{name}={theirs}, this run {ours}"
+                f"--config.init_from={config.init_from} was made with --config.network.{name}={theirs[name]}, "
+                f"this run has {ours[name]}"
             )
     if (start.interpolant_name, start.base_std) != (fm.interpolant_name, fm.base_std):
         raise UserError(
@@ -253,6 +254,7 @@ def start_from(config: Config, fm: FlowMap) -> None:
         )
     fm.network.load_state_dict({**fm.network.state_dict(), **start.network.state_dict()})
     fm.info = replace(fm.info, origin=start.info.origin)
+    return start.fingerprint()
 
 
 def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap | None:
