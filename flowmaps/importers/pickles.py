@@ -117,7 +117,7 @@ def _reconstruct(meta: Any) -> Record:
 def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Tensor:
     if not isinstance(storage, torch.storage.TypedStorage):
         raise pickle.UnpicklingError("a tensor has no storage")
-    untyped: Any = storage.untyped()  # type: ignore[no-untyped-call]
+    untyped = storage._untyped_storage  # what torch itself does here; its public name warns
     return torch.empty(0, dtype=storage.dtype).set_(untyped, offset, size, stride)
 
 
