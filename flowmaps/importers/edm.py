@@ -25,14 +25,14 @@ def _ema(path: Path, name: str) -> tuple[Record, dict[str, Any]]:
     return net, content
 
 
-def _layout(enc: list[str], dec: list[str]) -> tuple[dict[str, str], int, int]:
-    """Our place for each of their blocks, by name; the number of levels and of blocks a level."""
-    places = {name: f"down.{n}" for n, name in enumerate(enc[1:])}
+def _layout(enc: list[str], dec: list[str]) -> tuple[dict[str, str], int]:
+    """Our place for each of their blocks, by name, and the number of blocks a level."""
+    places = {f"enc.{name}": f"down.{n}" for n, name in enumerate(enc[1:])}
     blocks = [name for name in dec if "_aux_" not in name]
-    places |= {name: f"middle.{n}" for n, name in enumerate(blocks[:2])}
-    places |= {name: f"up.{n}" for n, name in enumerate(blocks[2:])}
+    places |= {f"dec.{name}": f"middle.{n}" for n, name in enumerate(blocks[:2])}
+    places |= {f"dec.{name}": f"up.{n}" for n, name in enumerate(blocks[2:])}
     levels = 1 + sum(name.endswith("_down") for name in enc)
-    return places, levels, sum("_block" in name for name in enc) // levels
+    return places, sum("_block" in name for name in enc) // levels
 
 
 def _shape(enc: dict[str, Any], width: int, out: str, qkv: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -61,7 +61,7 @@ def edm(path: Path) -> Source:
         same = all(w.numel() == 4 for w in filters) and block["num_heads"] in (0, heads)
         if not same or not math.isclose(scale, 1 if adm else math.sqrt(0.5)):
             raise UnpicklingError("its blocks filter, scale or attend otherwise than DDPM++ and ADM do")
-    places, _, each = _layout(list(enc), list(dec))
+    places, each = _layout(list(enc), list(dec))
     first, *_ = enc
     theirs = model.tensors()
     width = theirs[f"enc.{first}.weight"].shape[0]
@@ -90,8 +90,7 @@ def edm(path: Path) -> Source:
     for name, theirs_name in (("head.0", norm), ("head.2", conv)):
         ours |= {f"{name}.{part}": theirs[f"{theirs_name}.{part}"] for part in ("weight", "bias")}
     for name, place in places.items():
-        side = "enc" if place.startswith("down") else "dec"
-        ours |= {f"{place}.{key}": w for key, w in _edm_block(theirs, f"{side}.{name}.", adm).items()}
+        ours |= {f"{place}.{key}": w for key, w in _edm_block(theirs, f"{name}.", adm).items()}
     options = {
         "image_size": int(net["img_resolution"]),
         "channels": int(net["img_channels"]),
@@ -139,7 +138,7 @@ def edm2(path: Path) -> Source:
     net, content = _ema(path, "Precond")
     unet = net.children["unet"]
     enc, dec = unet.children["enc"].children, unet.children["dec"].children
-    places, _, each = _layout(list(enc), list(dec))
+    places, each = _layout(list(enc), list(dec))
     theirs, (first, *_) = unet.tensors(), enc
     width = theirs[f"enc.{first}.weight"].shape[0]
     mult, attention = _shape(enc, width, "conv_res0", "attn_qkv")
@@ -157,9 +156,8 @@ def edm2(path: Path) -> Source:
     names = {"skip": "conv_skip", "conv1": "conv_res0", "modulation": "emb_linear", "conv2": "conv_res1"}
     names |= {"qkv": "attn_qkv", "out": "attn_proj"}
     for name, place in places.items():
-        prefix = f"{'enc' if place.startswith('down') else 'dec'}.{name}."
-        ours[f"{place}.gain"] = theirs[f"{prefix}emb_gain"].reshape(1)
-        found = {mine: theirs.get(f"{prefix}{old}.weight") for mine, old in names.items()}
+        ours[f"{place}.gain"] = theirs[f"{name}.emb_gain"].reshape(1)
+        found = {mine: theirs.get(f"{name}.{old}.weight") for mine, old in names.items()}
         ours |= {f"{place}.{mine}.weight": w for mine, w in found.items() if w is not None}
     options = {
         "image_size": int(net["img_resolution"]),
