@@ -1,5 +1,7 @@
 """Published checkpoints: files of the true structure, made here, against evaluations written from the papers."""
 
+import json
+
 import pytest
 import released
 import torch
@@ -37,3 +39,16 @@ def test_edm(variant, tmp_path):
     fm.float().save_pretrained(tmp_path / "out")
     again = FlowMap.from_pretrained(tmp_path / "out")
     assert again.info == fm.info and again.fingerprint() == fm.fingerprint()
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_edm2(classes, tmp_path):
+    net = released.edm2(tmp_path / "net.pkl", classes)
+    fm = import_checkpoint("edm2", tmp_path / "net.pkl")
+    x, label = 0.5 * torch.randn(5, 4, 16, 16), torch.tensor([0, 1, 2, 4, 5]) if classes else None
+    given = torch.eye(6)[label][:, :5] if classes else torch.zeros(5, 0)
+    with torch.no_grad():
+        theirs = drift_of_denoiser(net.double(), x.double(), T.double(), 0.5, given.double())
+        close(fm.double().drift(x.double(), T.double(), label), theirs)
+    latents = json.loads(fm.info.origin["latents"])
+    assert latents["vae"] == "stabilityai/sd-vae-ft-mse" and latents["scale"][1] == pytest.approx(0.5 / 4.62)
