@@ -1,13 +1,19 @@
 """Published checkpoints: files of the true structure, made here, against evaluations written from the papers."""
 
 import argparse
+import io
 import json
+import os
+import pickle
+import zipfile
 
+import numpy as np
 import pytest
 import released
 import torch
+from helpers import run_script
 
-from flowmaps import FlowMap
+from flowmaps import FlowMap, UserError
 from flowmaps.importers import import_checkpoint
 
 
@@ -115,3 +121,147 @@ def test_diffusers(kind, pipeline, tmp_path):
     with torch.no_grad():
         theirs = (x - net(z, k, label).sample) / wide
         close(fm.drift(x, t, label), theirs)
+
+
+class Shell:
+    """Asks whoever unpickles it to run a command."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.file}",))
+
+
+class Evil(released.Persistent):
+    """A record of persistence whose source writes a file."""
+
+
+def raw_tensor_bytes(content):
+    """What torch's storages look like in a plain pickle, with other contents."""
+
+    class Inside:
+        def __reduce__(self):
+            return (torch.storage._load_from_bytes, (content,))
+
+    return pickle.dumps({"ema": Inside()})
+
+
+def deflated(path):
+    """A file of torch.save in which one entry unpacks to a thousand times its size."""
+    torch.save({"ema": {"w": torch.zeros(3)}}, path)
+    with zipfile.ZipFile(path) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, content in entries.items():
+            new.writestr(name, bytes(50_000_000) if name.endswith("data/0") else content)
+
+
+def hostile(kind, path, ran):
+    """Write a hostile file of ``kind``; if any of it runs, the file ``ran`` appears. Returns the format to try."""
+    Evil.source = f"open({str(ran)!r}, 'w').close()"
+    if kind == "shell in a pickle":
+        path.write_bytes(pickle.dumps({"ema": Shell(ran)}))
+    elif kind == "shell in an old pickle":
+        path.write_bytes(pickle.dumps({"ema": Shell(ran)}, protocol=0))
+    elif kind == "foreign source":
+        released.dump({"ema": Evil()}, path)
+    elif kind == "foreign source beside a good network":
+        net = released.edm("ddpm++", path)
+        released.dump({"ema": net, "augment_pipe": Evil()}, path)
+    elif kind == "shell in the source's state":
+        net = released.edm("ddpm++", path)
+        net.model.extra = [{"deep": Shell(ran)}]
+        released.dump({"ema": net}, path)
+    elif kind == "shell in a tensor":
+        path.write_bytes(raw_tensor_bytes(pickle.dumps(Shell(ran))))
+    elif kind == "shell in a tensor's file":
+        buffer = io.BytesIO()
+        torch.save(Shell(ran), buffer, _use_new_zipfile_serialization=False)
+        path.write_bytes(raw_tensor_bytes(buffer.getvalue()))
+    elif kind == "changed class":
+        path.write_bytes(b"\x80\x02ctorch.nn.modules.container\nModuleList\nN}X\x04\x00\x00\x00nameX\x01\x00\x00\x00as\x86b.")
+    elif kind == "memo bomb":
+        path.write_bytes(b"\x80\x04Nr\xff\xff\xff\x7f.")
+    elif kind == "truncated pickle":
+        released.edm("ddpm++", path)
+        path.write_bytes(path.read_bytes()[:-5000])
+    elif kind == "expanded tensor":
+        net = released.edm("ddpm++", path)
+        net.model.map_layer0._parameters["weight"] = torch.zeros(1).expand(10**6, 10**6)
+        released.dump({"ema": net}, path)
+    elif kind == "nothing":
+        path.write_bytes(b"")
+    else:
+        return hostile_torch_file(kind, path, ran)
+    return "edm"
+
+
+def hostile_torch_file(kind, path, ran):
+    if kind == "shell in a state dict":
+        torch.save({"ema": {"w": torch.ones(2)}, "opt": [Shell(ran)]}, path)
+    elif kind == "shell in an old state dict":
+        torch.save({"ema": Shell(ran)}, path, _use_new_zipfile_serialization=False)
+    elif kind == "zip bomb":
+        deflated(path)
+    elif kind == "truncated state dict":
+        torch.save(released.Transformer().w, path)
+        path.write_bytes(path.read_bytes()[:-5000])
+    elif kind == "other network":
+        torch.save({"ema": {"w": torch.ones(2)}}, path)
+    return "dit"
+
+
+KINDS = (
+    *("shell in a pickle", "shell in an old pickle", "foreign source", "foreign source beside a good network"),
+    *("shell in the source's state", "shell in a tensor", "shell in a tensor's file", "changed class", "memo bomb"),
+    *("truncated pickle", "expanded tensor", "nothing", "shell in a state dict", "shell in an old state dict"),
+    *("zip bomb", "truncated state dict", "other network"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hostile_files_are_refused_in_one_line_and_nothing_runs(kind, tmp_path):
+    file, ran = tmp_path / "net.pkl", tmp_path / "ran"
+    form = hostile(kind, file, ran)
+    with pytest.raises(UserError, match=r"^--src=\S+net\.pkl is no checkpoint") as refused:
+        import_checkpoint(form, file)
+    assert "\n" not in str(refused.value) and not ran.exists()
+    if "shell" in kind and kind != "shell in a tensor":
+        assert "system" in str(refused.value)
+    if "foreign" in kind:
+        assert "Evil" in str(refused.value)
+
+
+def test_the_script_from_file_to_samples(tmp_path):
+    """Import, sample with both solvers; a hostile file ends in one line and exit code 2 and leaves nothing."""
+    released.edm("ddpm++", tmp_path / "net.pkl")
+    out = tmp_path / "made"
+    done = run_script("import_checkpoint.py", "--format=edm", f"--src={tmp_path}/net.pkl", f"--out={out}")
+    assert done.returncode == 0 and "NC" in done.stdout
+    card = (out / "README.md").read_text()
+    assert all(text in card for text in ("sha256", "license", "0.00621", "edm"))
+    for solver in ("euler", "heun"):
+        arguments = (f"--checkpoint={out}", f"--sampler={solver}", "--steps=2", "--num=4", f"--out={tmp_path}/{solver}")
+        assert run_script("sample.py", *arguments).returncode == 0
+        assert np.load(tmp_path / solver / "samples-2.npz")["samples"].shape == (4, 16, 16, 3)
+    refused = run_script("sample.py", f"--checkpoint={out}", "--steps=2", f"--out={tmp_path}/map")
+    assert refused.returncode == 2 and "drift" in refused.stderr
+    form = hostile("shell in a pickle", tmp_path / "bad.pkl", tmp_path / "ran")
+    bad = run_script("import_checkpoint.py", f"--format={form}", f"--src={tmp_path}/bad.pkl", f"--out={tmp_path}/bad")
+    assert bad.returncode == 2 and len(bad.stderr.strip().splitlines()) == 1 and "posix.system" in bad.stderr
+    assert not (tmp_path / "bad").exists() and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--src=x", "--out=y"], "--format is missing"),
+        (["--format=onnx", "--src=x", "--out=y"], "--format=onnx: choose one of edm"),
+        (["--format=edm", "--src=nowhere.pkl", "--out=y"], "--src=nowhere.pkl: no such file"),
+        (["--format=edm", "--src=README.md", "--out=tests"], "--out=tests exists"),
+    ],
+)
+def test_mistakes_name_their_flag(flags, reason):
+    done = run_script("import_checkpoint.py", *flags)
+    assert done.returncode == 2 and reason in done.stderr and len(done.stderr.strip().splitlines()) == 1
