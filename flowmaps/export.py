@@ -30,6 +30,25 @@ def save(fm: FlowMap, directory: Path) -> None:
 
     with new_directory(directory) as beside:
         FlowMapPipeline.from_flow_map(fm).save_pretrained(beside)
+        if fm.info.origin:
+            (beside / "README.md").write_text(card(fm))
+
+
+def card(fm: FlowMap) -> str:
+    """The model card of weights that come from elsewhere: what they are, where from, and under which license."""
+    (low, high), size = fm.info.t_range, sum(p.numel() for p in fm.network.parameters())
+    facts = {
+        "network": f"{type(fm.network).__name__}, {size / 1e6:.2f} million parameters",
+        "kind": fm.info.kind,
+        "t_range": f"{low:.5g} .. {high:.5g} (noise at 0, data at 1; outside, the drift is that of the nearest end)",
+        "base_std": f"{fm.base_std:g}",
+        **fm.info.origin,
+    }
+    rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+    return (
+        "---\nlibrary_name: flowmaps\n---\n\nWeights imported by flowmaps, or trained from imported ones. The license "
+        f"of the source applies to them.\n\n| | |\n|---|---|\n{rows}"
+    )
 
 
 def load(source: str | Path) -> FlowMap:

@@ -36,13 +36,14 @@ class Persistent(nn.Module):
 
 def dump(content, path, protocol=4):
     """Pickle under the modules' true names, as NVIDIA's code does."""
-    fakes = {name: types.ModuleType(name) for name in ("dnnlib", "dnnlib.util", "torch_utils", "torch_utils.persistence")}
+    fakes = {
+        name: types.ModuleType(name) for name in ("dnnlib", "dnnlib.util", "torch_utils", "torch_utils.persistence")
+    }
     fakes["dnnlib.util"].EasyDict = EasyDict
     fakes["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
     sys.modules.update(fakes)
     try:
-        with open(path, "wb") as file:
-            pickle.dump(content, file, protocol)
+        path.write_bytes(pickle.dumps(content, protocol))
     finally:
         for name in fakes:
             del sys.modules[name]
@@ -167,7 +168,9 @@ class _EDMUNet(Persistent):
                 self.enc[f"{res}x{res}_down"] = UNetBlock(now, now, emb, adm, down=True)
             skips.append(now)
             for i in range(blocks):
-                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(now, width * mult[level], emb, adm, attention=res in attention)
+                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(
+                    now, width * mult[level], emb, adm, attention=res in attention
+                )
                 skips.append(now := width * mult[level])
         for level, res in reversed(_levels(size, len(mult))):
             if level == len(mult) - 1:
@@ -237,7 +240,9 @@ def edm(variant, path, classes=5, augment=9):
     width = 64 if variant == "adm" else 16
     model = cls(16, 3, classes, augment, width, (1, 2), 2, (8,))
     net = randomise(EDMPrecond(model, 16, 3, classes), 0.08)
-    dump({"ema": net, "loss_fn": None, "augment_pipe": None, "dataset_kwargs": EasyDict(path="x", use_labels=True)}, path)
+    dump(
+        {"ema": net, "loss_fn": None, "augment_pipe": None, "dataset_kwargs": EasyDict(path="x", use_labels=True)}, path
+    )
     return net
 
 
@@ -444,7 +449,9 @@ class Transformer:
         h = F.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=p).flatten(2).transpose(1, 2)
         h = h + w["pos_embed"]
         for i in range(self.depth):
-            shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"blocks.{i}.adaLN_modulation.1", c)[:, None].chunk(6, -1)
+            shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"blocks.{i}.adaLN_modulation.1", c)[:, None].chunk(
+                6, -1
+            )
             qkv = linear(f"blocks.{i}.attn.qkv", norm(h) * (1 + scale1) + shift1).reshape(b, n * n, 3, heads, 64)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             y = ((q @ k.mT / 8).softmax(-1) @ v).transpose(1, 2).reshape(b, n * n, -1)
@@ -554,7 +561,9 @@ class NCSNpp:
 
         def block(x, change=lambda x: x):
             m = f"all_modules.{next(place)}."
-            y = F.conv2d(change(F.silu(norm(f"{m}GroupNorm_0.", x))), w[f"{m}Conv_0.weight"], w[f"{m}Conv_0.bias"], padding=1)
+            y = F.conv2d(
+                change(F.silu(norm(f"{m}GroupNorm_0.", x))), w[f"{m}Conv_0.weight"], w[f"{m}Conv_0.bias"], padding=1
+            )
             y = y + (F.silu(temb) @ w[f"{m}Dense_0.weight"].T + w[f"{m}Dense_0.bias"])[:, :, None, None]
             y = F.conv2d(F.silu(norm(f"{m}GroupNorm_1.", y)), w[f"{m}Conv_1.weight"], w[f"{m}Conv_1.bias"], padding=1)
             x = change(x)

@@ -100,7 +100,7 @@ def test_diffusers(kind, pipeline, tmp_path):
     """Against diffusers' own UNet2DModel and its DDPM scheduler's table."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-    options = {"ddpm": {"norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0}}.get(kind, {})
+    old = {"norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0}
     net = UNet2DModel(
         sample_size=8,
         block_out_channels=(128, 128),
@@ -109,7 +109,7 @@ def test_diffusers(kind, pipeline, tmp_path):
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=None if kind == "ddpm" else 8,
         num_class_embeds=None if kind == "ddpm" else 5,
-        **options,
+        **(old if kind == "ddpm" else {}),
     )
     net, scheduler = released.randomise(net, 0.05).double(), DDPMScheduler()
     DDPMPipeline(net, scheduler).save_pretrained(tmp_path) if pipeline else net.save_pretrained(tmp_path)
@@ -180,7 +180,9 @@ def hostile(kind, path, ran):
         torch.save(Shell(ran), buffer, _use_new_zipfile_serialization=False)
         path.write_bytes(raw_tensor_bytes(buffer.getvalue()))
     elif kind == "changed class":
-        path.write_bytes(b"\x80\x02ctorch.nn.modules.container\nModuleList\nN}X\x04\x00\x00\x00nameX\x01\x00\x00\x00as\x86b.")
+        path.write_bytes(
+            b"\x80\x02ctorch.nn.modules.container\nModuleList\nN}X\x04\x00\x00\x00nameX\x01\x00\x00\x00as\x86b."
+        )
     elif kind == "memo bomb":
         path.write_bytes(b"\x80\x04Nr\xff\xff\xff\x7f.")
     elif kind == "truncated pickle":
@@ -207,6 +209,8 @@ def hostile_torch_file(kind, path, ran):
     elif kind == "truncated state dict":
         torch.save(released.Transformer().w, path)
         path.write_bytes(path.read_bytes()[:-5000])
+    elif kind == "expanded state dict":
+        torch.save({"ema": released.Transformer().w | {"x": torch.zeros(1).expand(10**6, 10**6)}}, path)
     elif kind == "other network":
         torch.save({"ema": {"w": torch.ones(2)}}, path)
     return "dit"
@@ -216,7 +220,7 @@ KINDS = (
     *("shell in a pickle", "shell in an old pickle", "foreign source", "foreign source beside a good network"),
     *("shell in the source's state", "shell in a tensor", "shell in a tensor's file", "changed class", "memo bomb"),
     *("truncated pickle", "expanded tensor", "nothing", "shell in a state dict", "shell in an old state dict"),
-    *("zip bomb", "truncated state dict", "other network"),
+    *("zip bomb", "truncated state dict", "expanded state dict", "other network"),
 )
 
 
@@ -237,18 +241,21 @@ def test_the_script_from_file_to_samples(tmp_path):
     """Import, sample with both solvers; a hostile file ends in one line and exit code 2 and leaves nothing."""
     released.edm("ddpm++", tmp_path / "net.pkl")
     out = tmp_path / "made"
-    done = run_script("import_checkpoint.py", "--format=edm", f"--src={tmp_path}/net.pkl", f"--out={out}")
+    done = run_script("scripts/import_checkpoint.py", "--format=edm", f"--src={tmp_path}/net.pkl", f"--out={out}")
     assert done.returncode == 0 and "NC" in done.stdout
     card = (out / "README.md").read_text()
     assert all(text in card for text in ("sha256", "license", "0.00621", "edm"))
     for solver in ("euler", "heun"):
         arguments = (f"--checkpoint={out}", f"--sampler={solver}", "--steps=2", "--num=4", f"--out={tmp_path}/{solver}")
-        assert run_script("sample.py", *arguments).returncode == 0
+        assert run_script("scripts/sample.py", *arguments).returncode == 0
         assert np.load(tmp_path / solver / "samples-2.npz")["samples"].shape == (4, 16, 16, 3)
-    refused = run_script("sample.py", f"--checkpoint={out}", "--steps=2", f"--out={tmp_path}/map")
+    refused = run_script("scripts/sample.py", f"--checkpoint={out}", "--steps=2", f"--out={tmp_path}/map")
     assert refused.returncode == 2 and "drift" in refused.stderr
     form = hostile("shell in a pickle", tmp_path / "bad.pkl", tmp_path / "ran")
-    bad = run_script("import_checkpoint.py", f"--format={form}", f"--src={tmp_path}/bad.pkl", f"--out={tmp_path}/bad")
+    flags = (f"--format={form}", f"--src={tmp_path}/bad.pkl", f"--out={tmp_path}/bad")
+    bad = run_script(
+        "scripts/import_checkpoint.py", f"--format={form}", f"--src={tmp_path}/bad.pkl", f"--out={tmp_path}/bad"
+    )
     assert bad.returncode == 2 and len(bad.stderr.strip().splitlines()) == 1 and "posix.system" in bad.stderr
     assert not (tmp_path / "bad").exists() and not (tmp_path / "ran").exists()
 
@@ -263,5 +270,5 @@ def test_the_script_from_file_to_samples(tmp_path):
     ],
 )
 def test_mistakes_name_their_flag(flags, reason):
-    done = run_script("import_checkpoint.py", *flags)
+    done = run_script("scripts/import_checkpoint.py", *flags)
     assert done.returncode == 2 and reason in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowmaps.importers.build import Source
-from flowmaps.importers.pickles import read_tensors
+from flowmaps.importers.pickles import read_tensors, whole
 from flowmaps.networks.layers import u_shape
 
 Weights = dict[str, Tensor]
@@ -33,7 +33,7 @@ def rectified_flow(path: Path) -> Source:
     parts: dict[int, Weights] = {}
     for name, tensor in zip(trained, shadow, strict=True):
         _, number, key = name.split(".", 2)
-        parts.setdefault(int(number), {})[key] = tensor
+        parts.setdefault(int(number), {})[key] = whole(tensor)
     linear1, linear2, stem, *inside, norm, conv = (parts[i] for i in range(len(parts)))
     blocks: list[tuple[Weights, Weights | None]] = []  # each with the attention after it
     for part in inside:
@@ -215,7 +215,7 @@ def _diffusers_weights(folder: Path) -> tuple[Weights, Path]:
     if file.is_file():
         return load_file(file), file
     file = file.with_suffix(".bin")
-    return dict(read_tensors(file)), file
+    return {name: whole(tensor) for name, tensor in read_tensors(file).items()}, file
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Record(metaclass=_Inert):
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """Parameters and buffers of a module by their names in a state dict."""
         own = {**self["_parameters"], **self["_buffers"]}
-        found = {prefix + name: tensor for name, tensor in own.items() if isinstance(tensor, Tensor)}
+        found = {prefix + name: whole(tensor) for name, tensor in own.items() if isinstance(tensor, Tensor)}
         for name, child in self.children.items():
             found |= child.tensors(f"{prefix}{name}.")
         return found
@@ -119,6 +119,13 @@ def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Te
         raise pickle.UnpicklingError("a tensor has no storage")
     untyped = storage._untyped_storage  # what torch itself does here; its public name warns
     return torch.empty(0, dtype=storage.dtype).set_(untyped, offset, size, stride)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor``, if it is no small storage expanded to a large shape, which would fill the memory when copied."""
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise pickle.UnpicklingError(f"a tensor of shape {tuple(tensor.shape)} has too few numbers")
+    return tensor
 
 
 def _parameter(tensor: Tensor, *rest: Any) -> Tensor:
@@ -176,9 +183,10 @@ def read_tensors(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
                 if packed:
-                    size, name = packed[0].file_size, packed[0].filename
-                    raise pickle.UnpicklingError(f"{name} in it unpacks to {size} bytes, and torch packs nothing")
-                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    largest = max(packed, key=lambda entry: entry.file_size)
+                    raise pickle.UnpicklingError(
+                        f"{largest.filename} in it unpacks to {largest.file_size} bytes, and torch packs nothing"
+                    )
                     raise pickle.UnpicklingError("its parts are larger than the whole")
         with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             return _weights_only(file)
@@ -201,5 +209,8 @@ def refusal(path: Path, error: Exception) -> UserError:
     message = " ".join(str(error).split())
     if named := re.search(r"GLOBAL (\S+)", message):
         message = f"it names {named[1]}, which no such checkpoint needs"
+    if isinstance(error, KeyError):
+        message = f"it has no {message}"
     message = message.partition("WeightsUnpickler error: ")[2] or message
+    message = re.split(r" Check the documentation|\. This is an internal", message)[0]
     return UserError(f"--src={path} is no checkpoint of that format, or damaged, and was not run: {message[:200]}")

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flowmaps.importers.build import Source, side
-from flowmaps.importers.pickles import read_tensors
+from flowmaps.importers.pickles import read_tensors, whole
 from flowmaps.networks.dit import positions
 
 
@@ -22,16 +22,16 @@ def sit(path: Path) -> Source:
     return _transformer(path, "velocity")
 
 
-def state_dict(content: Any) -> dict[str, Tensor]:
+def _state_dict(content: Any) -> dict[str, Tensor]:
     """The weights in a training checkpoint's "ema", or the whole content if that is weights."""
     weights = content.get("ema", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
         raise UnpicklingError("it has no weights, and no ema that has")
-    return weights
+    return {name: whole(tensor) for name, tensor in weights.items()}
 
 
 def _transformer(path: Path, convention: str) -> Source:
-    w = dict(state_dict(read_tensors(path)))
+    w = _state_dict(read_tensors(path))
     stem, table = w.pop("x_embedder.proj.weight"), w.pop("y_embedder.embedding_table.weight")
     width, channels, patch, _ = stem.shape
     depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
