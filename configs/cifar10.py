@@ -9,6 +9,10 @@ clipping at 1, share of diagonal rows 0.75, dropout 0.13, learned weight and EMA
 on 4 H100 and reports, best checkpoint for each step count, FID-50k 8.10 / 4.37 / 3.34 / 3.33 at 1 / 2 / 4 / 8 steps.
 Append ",ddpmpp" for EDM's U-Net of 55.7 million parameters, at lr 5e-4 (a guess).
 
+Rows that start from published weights (docs/teachers.md), and follow their drift too with ",taught":
+from_edm (edm-cifar10-32x32-cond-vp), from_rectified_flow (DDPM++), from_ddpm (google/ddpm-cifar10-32), each imported to
+teachers/NAME first.
+
 The rows mean_flow (arXiv 2505.13447), improved_mean_flow (arXiv 2512.02012) and consistency (arXiv 2406.14548) have the
 shares, times and weights of their papers in this setting, not their batch, optimiser and augmentation. Nothing here was
 run by the authors of this package, who have no GPU yet.
@@ -43,6 +47,28 @@ def ddpmpp(config: Config) -> None:
     config.optim.lr, config.optim.warmup = 5e-4, 1000
 
 
+def started(name: str, base_std: float, **options: Any) -> Config:
+    """A row whose network has the shape and the weights of the import in teachers/``name``."""
+    config = base("lagrangian")
+    config.network = network("ddpm++-cifar10", base_std=base_std, **options)
+    config.init_from, config.base_std = f"teachers/{name}", base_std
+    config.optim = Optim(name=Optimizer.radam, lr=1e-4, warmup=1000)
+    config.weight.learned, config.steps = False, 100_000
+    return config
+
+
+def from_edm() -> Config:
+    """EDM's class-conditional network, told of its augmentation as in its own training."""
+    config = started("edm", 0.5, convention="edm", num_classes=10, augment_dim=9)
+    config.data.augment = 0.12
+    return config
+
+
+def taught(config: Config) -> None:
+    """The frozen import teaches the off-diagonal term: distillation."""
+    config.teacher = config.init_from
+
+
 def smoke(config: Config) -> None:
     """Seconds on two cores: every part runs, nothing is learned."""
     net = config.network
@@ -60,12 +86,16 @@ def weighted(method: str, **options: Any) -> Config:
 
 MEAN_FLOW = {"diagonal": 0.25, "adaptive": 0.75, "times": Times.logit_normal}
 IMPROVED = {"diagonal": 0.5, "adaptive": 1.0, "times": Times.logit_normal}
+DDPM = {"channel_mult": (1, 2, 2, 2)}
 ROWS = method_rows(base) | {
     "mean_flow": lambda: weighted("mean_flow", **MEAN_FLOW, time_mean=(2.0, 2.0), time_std=(2.0, 2.0)),
     "improved_mean_flow": lambda: weighted("improved_mean_flow", **IMPROVED),
     "consistency": lambda: weighted("consistency"),
+    "from_edm": from_edm,
+    "from_rectified_flow": lambda: started("rectified_flow", 1.0, convention="rectified_flow", **DDPM),
+    "from_ddpm": lambda: started("ddpm", 1.0, convention="ddpm", variant="ddpm", blocks=2, data_std=1.0, **DDPM),
 }
 
 
 def get_config(choice: str = "lagrangian") -> Config:
-    return select(choice, ROWS, {"ddpmpp": ddpmpp, "smoke": smoke})
+    return select(choice, ROWS, {"ddpmpp": ddpmpp, "taught": taught, "smoke": smoke})

@@ -7,6 +7,9 @@ python scripts/train.py --config=configs/folder.py:lagrangian --config.data.name
 Class-conditional with --config.network.num_classes=N (sub-folders or dataset.json; --dry_run lists the classes); other
 sizes with --config.network.image_size=N, grey images with --config.network.channels=1. The settings are those of
 Boffi et al. 2025 for CelebA-64 (arXiv 2505.18825, table 3) at a learning rate for this U-Net; not run by us yet.
+
+from_edm2 is for ImageNet in 1,000 sub-folders: it starts from edm2-img64-s, imported to teachers/edm2 (docs/teachers.md);
+",taught" follows its drift too.
 """
 
 from typing import Any
@@ -49,8 +52,31 @@ def smoke(config: Config) -> None:
     config.log_every = config.sample_every = config.checkpoint_every = 5
 
 
-ROWS = method_rows(base)
+def from_edm2() -> Config:
+    """The shape and weights of EDM2-S at 64 x 64."""
+    config = base("lagrangian")
+    config.network = network(
+        "EDM2UNet",
+        image_size=64,
+        width=192,
+        channel_mult=(1, 2, 3, 4),
+        blocks=3,
+        attention_resolutions=(16, 8),
+        num_classes=1000,
+        convention="edm",
+    )
+    config.init_from = "teachers/edm2"
+    config.optim = Optim(name=Optimizer.radam, lr=1e-3, warmup=1000)
+    return config
+
+
+def taught(config: Config) -> None:
+    """The frozen import teaches the off-diagonal term: distillation."""
+    config.teacher = config.init_from
+
+
+ROWS = method_rows(base) | {"from_edm2": from_edm2}
 
 
 def get_config(choice: str = "lagrangian") -> Config:
-    return select(choice, ROWS, {"smoke": smoke})
+    return select(choice, ROWS, {"smoke": smoke, "taught": taught})

@@ -87,6 +87,7 @@ FLAGS = {
     "train_extractor.py": {"data", "root", "out", "epochs", "seed"},
     "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
     "demo.py": {"workdir", "steps", "num"},
+    "import_checkpoint.py": {"format", "src", "out"},
 }
 
 

@@ -7,7 +7,8 @@ from accelerate.state import AcceleratorState
 from helpers import ROOT
 from test_training import tiny
 
-from flowmaps import UserError
+from flowmaps import FlowMap, FlowMapInfo, UserError
+from training import build_network
 from training.dry_run import dry_run
 
 
@@ -40,6 +41,8 @@ def config_rows():
             slow = [] if small else [pytest.mark.slow]
             yield pytest.param(module, row, id=f"{file.stem}:{row}", marks=slow)
             yield pytest.param(module, f"{row},smoke", id=f"{file.stem}:{row},smoke")
+            if row.startswith("from_"):
+                yield pytest.param(module, f"{row},taught,smoke", id=f"{file.stem}:{row},taught,smoke")
             for variant in ("cpu", "ddpmpp"):
                 if hasattr(module, variant):
                     yield pytest.param(module, f"{row},{variant}", id=f"{file.stem}:{row},{variant}", marks=slow)
@@ -47,12 +50,23 @@ def config_rows():
                         yield pytest.param(module, f"{row},{variant},smoke", id=f"{file.stem}:{row},{variant},smoke")
 
 
+def write_start(config, folder):
+    """What the config's init_from and teacher stand for: a drift of the same network, as an import gives it."""
+    net = config.network
+    info = FlowMapInfo((net.channels, net.image_size, net.image_size), net.num_classes, kind="drift")
+    FlowMap(build_network(config), config.interpolant, config.base_std, info).save_pretrained(folder)
+    config.init_from, config.teacher = str(folder), str(folder) if config.teacher else ""
+
+
 @pytest.mark.parametrize(("module", "row"), list(config_rows()))
-def test_every_config_row_passes_a_dry_run(module, row, data_root):
+def test_every_config_row_passes_a_dry_run(module, row, data_root, tmp_path):
     AcceleratorState._reset_state()  # rows differ in precision
     config = module.get_config(row)
     config.data.root = str(data_root / "folder" if config.data.name == "folder" else data_root)
     config.data.workers = min(config.data.workers, 1)  # torch warns of more workers than cores
+    if config.init_from:
+        config.network.num_classes = min(config.network.num_classes, 2 if config.data.name == "folder" else 10)
+        write_start(config, tmp_path)
     facts, picture = dry_run(config, batch=2)
     AcceleratorState._reset_state()
     assert facts["parameters"] > 0 and picture.width > 50 and "GiB" in facts["memory guess"]

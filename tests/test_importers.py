@@ -252,7 +252,6 @@ def test_the_script_from_file_to_samples(tmp_path):
     refused = run_script("scripts/sample.py", f"--checkpoint={out}", "--steps=2", f"--out={tmp_path}/map")
     assert refused.returncode == 2 and "drift" in refused.stderr
     form = hostile("shell in a pickle", tmp_path / "bad.pkl", tmp_path / "ran")
-    flags = (f"--format={form}", f"--src={tmp_path}/bad.pkl", f"--out={tmp_path}/bad")
     bad = run_script(
         "scripts/import_checkpoint.py", f"--format={form}", f"--src={tmp_path}/bad.pkl", f"--out={tmp_path}/bad"
     )
