@@ -41,14 +41,20 @@ class FlowMapInfo:
         """The sampler of ``flowmaps.generate`` that takes any number of steps and what the network was trained for."""
         return {"map": "map", "drift": "euler", "consistency": "stochastic"}[self.kind]
 
-    def check_guidance(self, weight: float | None) -> None:
-        """Refuse a guidance weight that the network does not take."""
+    def check_guidance(self, weight: float | None, sampler: str = "map") -> None:
+        """Refuse a guidance weight that neither the network takes nor a solver can bring about."""
         if weight is None:
             return
         if self.guidance is not None:
             raise UserError(f"guidance {self.guidance:g} is baked into this model: leave --guidance out")
         if self.guidance_max is None:
-            raise UserError("this model was not trained to take a guidance weight: leave --guidance out")
+            if self.label_dropout and sampler in ("euler", "heun"):
+                return  # classifier-free, from the drifts with and without a label
+            raise UserError(
+                "this model was not trained to take a guidance weight: leave --guidance out"
+                if self.label_dropout
+                else "this model was trained neither to take a guidance weight nor without labels: leave --guidance out"
+            )
         if not 1 <= weight <= self.guidance_max:
             raise UserError(f"--guidance={weight:g}: this model takes weights from 1 to {self.guidance_max:g}")
 

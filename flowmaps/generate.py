@@ -9,10 +9,12 @@ from torch import Tensor
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap, FlowMapInfo
 from flowmaps.networks.conditioning import soft_label, with_guidance
+from flowmaps.teachers import Guided
 from samplers import euler, heun, rollout, stochastic
 
 Renoise = Callable[[int], Tensor]  # k -> fresh noise for step k
 
+SOLVERS = {"euler": euler, "heun": heun}
 # name -> sampler(fm, x0, times, label, renoise, gamma)
 SAMPLERS: dict[str, Callable[[FlowMap, Tensor, Tensor, Tensor | None, Renoise, float], Tensor]] = {
     "map": lambda fm, x, times, label, renoise, gamma: rollout(fm, x, times, label),
@@ -23,6 +25,12 @@ SAMPLERS: dict[str, Callable[[FlowMap, Tensor, Tensor, Tensor | None, Renoise, f
     ),
 }
 EVALUATIONS_PER_STEP = {"map": 1, "euler": 1, "heun": 2, "stochastic": 1}
+
+
+def nfe(info: FlowMapInfo, sampler: str, steps: int, guidance: float | None = None) -> int:
+    """Network evaluations of ``steps`` steps: twice as many under guidance that the network does not take itself."""
+    twice = guidance not in (None, 1) and info.guidance_max is None
+    return steps * EVALUATIONS_PER_STEP[sampler] * (1 + twice)
 
 
 def labels_for(
@@ -73,17 +81,21 @@ def generate(
     """Yield (samples [b, *shape], label [b] or None) until ``n`` samples are made with the grid ``times``.
 
     Sample i depends on (``seed``, i) alone, whatever ``batch`` (to rounding). ``gamma``: for "stochastic" only.
-    ``guidance``: weight for a model that takes one (``FlowMapInfo.guidance_max``), None for 1.
+    ``guidance``: weight for a model that takes one (``FlowMapInfo.guidance_max``), None for 1; a solver guides any
+    model that was also trained without labels, classifier-free.
     """
     fm.info.check_sampler(sampler, len(times) - 1, gamma)
-    fm.info.check_guidance(guidance)
+    fm.info.check_guidance(guidance, sampler)
     device = next(fm.parameters()).device
     for start in range(0, n, batch):
         size = min(batch, n - start)
         y = labels_for(fm.info, size, label, start)
         y = None if y is None else y.to(device)
         x0, renoise = fm.noise(size, seed, start), partial(_renoise, fm, size, seed, start)
-        yield SAMPLERS[sampler](fm, x0, times, guided_label(fm, y, guidance), renoise, gamma), y
+        if guidance is not None and fm.info.guidance_max is None:
+            yield SOLVERS[sampler](Guided(fm.drift, guidance, fm.info.num_classes), x0, times, y), y
+        else:
+            yield SAMPLERS[sampler](fm, x0, times, guided_label(fm, y, guidance), renoise, gamma), y
 
 
 def _renoise(fm: FlowMap, n: int, seed: int, start: int, step: int) -> Tensor:

@@ -16,7 +16,7 @@ from absl import flags
 
 from flowmaps import UserError
 from flowmaps.files import writable_file, write_file
-from flowmaps.generate import EVALUATIONS_PER_STEP
+from flowmaps.generate import nfe
 from flowmaps.metrics import frechet_distance
 from training import cli, scoring
 from training.outputs import pick_device
@@ -54,7 +54,7 @@ def main() -> int:
     for count in SAMPLING.counts() if fm else [None]:
         if fm is not None and count is not None:
             made = scoring.generated(SAMPLING.batches(fm, count))
-            row = {"steps": count, "nfe": count * EVALUATIONS_PER_STEP[SAMPLING.sampler.value]}
+            row = {"steps": count, "nfe": nfe(fm.info, SAMPLING.sampler.value, count, SAMPLING.guidance.value)}
         else:
             made, row = scoring.image_batches(SAMPLES.value, ROOT.value, "--samples"), {}
         kept = list(made) if MEMORISATION.value else made

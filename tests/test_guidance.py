@@ -1,11 +1,14 @@
 """Guidance that is baked in: its target, its labels, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import gaussian_data, gaussian_map, generator
+from small_networks import small
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
-from flowmaps.generate import generate
+from flowmaps.generate import SOLVERS, generate, nfe
 from flowmaps.networks import UNet
 from flowmaps.networks.conditioning import soft_label, with_guidance, without_label
 from flowmaps.objectives import OBJECTIVES
@@ -102,3 +105,22 @@ def test_generate_and_pipeline_pass_the_weight_on(augment_dim):
     torch.testing.assert_close(found, made(3.0), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="from 1 to 4"):
         pipeline(guidance_scale=5.0)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_a_solver_guides_any_model_that_knows_no_label(sampler):
+    """Classifier-free guidance equals the solver on w b(label) + (1 - w) b(no label), at twice the evaluations."""
+    fm = small("UNet", guidance=False)
+    fm.info = replace(fm.eval().info, kind="drift", label_dropout=0.1)
+    classes, times = fm.info.num_classes, uniform_times(3)
+
+    def drift(x, t, label):
+        return 2.5 * fm.drift(x, t, label) - 1.5 * fm.drift(x, t, torch.full_like(label, classes))
+
+    found, label = next(generate(fm, times, 4, 0, sampler=sampler, guidance=2.5))
+    with torch.no_grad():
+        torch.testing.assert_close(found, SOLVERS[sampler](drift, fm.noise(4, 0), times, label))
+    assert nfe(fm.info, sampler, 3, 2.5) == 2 * nfe(fm.info, sampler, 3)
+    fm.info = replace(fm.info, label_dropout=0.0)
+    with pytest.raises(UserError, match="nor without labels"):
+        next(generate(fm, times, 4, 0, sampler=sampler, guidance=2.5))

@@ -24,7 +24,9 @@ class SamplingFlags:
             "sampler", "map", list(SAMPLERS), "map: jump; euler, heun: integrate the drift"
         )
         self.label = flags.DEFINE_integer("label", None, "Class of all samples; without it sample i has i mod classes")
-        self.guidance = flags.DEFINE_float("guidance", None, "Guidance weight, for a model that takes one", 1.0)
+        self.guidance = flags.DEFINE_float(
+            "guidance", None, "Guidance weight: for a model that takes one, or classifier-free with euler and heun", 1.0
+        )
         self.gamma = flags.DEFINE_float("gamma", 1.0, "Share of noise --sampler=stochastic renews a step", 0.0, 1.0)
         self.batch = flags.DEFINE_integer("batch", 500, "Samples at a time", lower_bound=1)
 
@@ -45,7 +47,7 @@ class SamplingFlags:
         counts = self.counts()
         fm = FlowMap.from_pretrained(self.checkpoint.value)
         labels_for(fm.info, 1, self.label.value)  # refuse a wrong label before any work
-        fm.info.check_guidance(self.guidance.value)
+        fm.info.check_guidance(self.guidance.value, self.sampler.value)
         fm.info.check_sampler(self.sampler.value, max(counts), self.gamma.value)
         return fm.to(pick_device())
 
