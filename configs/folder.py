@@ -8,9 +8,8 @@ Class-conditional with --config.network.num_classes=N (sub-folders or dataset.js
 sizes with --config.network.image_size=N, grey images with --config.network.channels=1. The settings are those of
 Boffi et al. 2025 for CelebA-64 (arXiv 2505.18825, table 3) at a learning rate for this U-Net; not run by us yet.
 
-from_edm2 is for ImageNet in 1,000 sub-folders: it starts from edm2-img64-s, imported to teachers/edm2 as docs/teachers.md
-says;
-",taught" follows its drift too.
+from_edm2 is for ImageNet in 1,000 sub-folders: it starts from edm2-img64-s, imported to teachers/edm2 (docs/teachers.md
+says how), and ",taught" follows its drift too.
 """
 
 from typing import Any

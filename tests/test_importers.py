@@ -271,3 +271,25 @@ def test_the_script_from_file_to_samples(tmp_path):
 def test_mistakes_name_their_flag(flags, reason):
     done = run_script("scripts/import_checkpoint.py", *flags)
     assert done.returncode == 2 and reason in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("form", ["edm", "edm2", "dit", "rectified_flow"])
+def test_an_import_has_no_second_time_yet(form, tmp_path):
+    """v_{s,t}(x) is the drift at s for every t: the second time starts as nothing, and can be trained."""
+    file = tmp_path / "net"
+    if form == "dit":
+        torch.save(released.Transformer().w, file)
+    else:
+        {"edm": lambda: released.edm("ddpm++", file), "edm2": lambda: released.edm2(file)}.get(
+            form, lambda: released.NCSNpp().save(file)
+        )()
+    fm = import_checkpoint(form, file)
+    x, s = torch.randn(4, *fm.info.shape), torch.tensor([0.0, 0.2, 0.5, 1.0])
+    t = torch.tensor([0.0, 0.9, 0.6, 1.0])
+    v = fm.velocity(x, s, t)
+    assert torch.equal(v, fm.drift(x, s)) and v.isfinite().all()
+    v.square().mean().backward()
+    second = [
+        p.grad for name, p in fm.network.named_parameters() if name.startswith(("embedding.gap.2", "embedding.gains"))
+    ]
+    assert any(grad is not None and grad.abs().max() > 0 for grad in second)

@@ -20,7 +20,7 @@ from training.trainer import Trainer
 # What may differ between a run's config.json and the config that resumes it: nothing that changes the steps done
 # (and ``steps`` itself, unless the learning rate follows it).
 MAY_CHANGE = {"log_every", "sample_every", "sample_steps", "checkpoint_every", "keep", "max_skipped_steps"}
-MAY_CHANGE |= {"data.root", "data.download", "data.workers", "teacher"}
+MAY_CHANGE |= {"data.root", "data.download", "data.workers", "teacher", "init_from"}
 MAY_CHANGE |= {f"best.{name}" for name in ("metric", "steps", "num", "every", "reference", "weights")}
 
 

@@ -25,7 +25,7 @@ class SamplingFlags:
         )
         self.label = flags.DEFINE_integer("label", None, "Class of all samples; without it sample i has i mod classes")
         self.guidance = flags.DEFINE_float(
-            "guidance", None, "Guidance weight: for a model that takes one, or classifier-free with euler and heun", 1.0
+            "guidance", None, "Guidance weight, of a model that takes one or of a solver", 1.0
         )
         self.gamma = flags.DEFINE_float("gamma", 1.0, "Share of noise --sampler=stochastic renews a step", 0.0, 1.0)
         self.batch = flags.DEFINE_integer("batch", 500, "Samples at a time", lower_bound=1)
