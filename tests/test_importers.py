@@ -10,6 +10,8 @@ import zipfile
 import numpy as np
 import pytest
 import released
+import released_edm2
+import released_state_dicts
 import torch
 from helpers import run_script
 
@@ -50,7 +52,7 @@ def test_edm(variant, tmp_path):
 
 @pytest.mark.parametrize("classes", [0, 5])
 def test_edm2(classes, tmp_path):
-    net = released.edm2(tmp_path / "net.pkl", classes)
+    net = released_edm2.edm2(tmp_path / "net.pkl", classes)
     fm = import_checkpoint("edm2", tmp_path / "net.pkl")
     x, label = 0.5 * torch.randn(5, 4, 16, 16), torch.tensor([0, 1, 2, 4, 5]) if classes else None
     given = torch.eye(6)[label][:, :5] if classes else torch.zeros(5, 0)
@@ -65,7 +67,7 @@ def test_edm2(classes, tmp_path):
 @pytest.mark.parametrize("training", [False, True])
 def test_transformers(kind, training, tmp_path):
     """Released weights are a bare state dict; a training checkpoint has its EMA and argparse's namespace too."""
-    model, file = released.Transformer(), tmp_path / "net.pt"
+    model, file = released_state_dicts.Transformer(), tmp_path / "net.pt"
     plain = {k: torch.zeros_like(v) for k, v in model.w.items()}
     args = argparse.Namespace(model="DiT-XL/2", lr=1e-4)
     torch.save({"model": plain, "ema": model.w, "opt": {"state": {}}, "args": args} if training else model.w, file)
@@ -85,7 +87,7 @@ def test_transformers(kind, training, tmp_path):
 
 
 def test_rectified_flow(tmp_path):
-    model = released.NCSNpp()
+    model = released_state_dicts.NCSNpp()
     model.save(tmp_path / "checkpoint_10.pth")
     fm = import_checkpoint("rectified_flow", tmp_path / "checkpoint_10.pth")
     x, t = torch.randn(5, 3, 32, 32).double(), T.double()
@@ -207,10 +209,10 @@ def hostile_torch_file(kind, path, ran):
     elif kind == "zip bomb":
         deflated(path)
     elif kind == "truncated state dict":
-        torch.save(released.Transformer().w, path)
+        torch.save(released_state_dicts.Transformer().w, path)
         path.write_bytes(path.read_bytes()[:-5000])
     elif kind == "expanded state dict":
-        torch.save({"ema": released.Transformer().w | {"x": torch.zeros(1).expand(10**6, 10**6)}}, path)
+        torch.save({"ema": released_state_dicts.Transformer().w | {"x": torch.zeros(1).expand(10**6, 10**6)}}, path)
     elif kind == "other network":
         torch.save({"ema": {"w": torch.ones(2)}}, path)
     return "dit"
@@ -278,10 +280,10 @@ def test_an_import_has_no_second_time_yet(form, tmp_path):
     """v_{s,t}(x) is the drift at s for every t: the second time starts as nothing, and can be trained."""
     file = tmp_path / "net"
     if form == "dit":
-        torch.save(released.Transformer().w, file)
+        torch.save(released_state_dicts.Transformer().w, file)
     else:
-        {"edm": lambda: released.edm("ddpm++", file), "edm2": lambda: released.edm2(file)}.get(
-            form, lambda: released.NCSNpp().save(file)
+        {"edm": lambda: released.edm("ddpm++", file), "edm2": lambda: released_edm2.edm2(file)}.get(
+            form, lambda: released_state_dicts.NCSNpp().save(file)
         )()
     fm = import_checkpoint(form, file)
     x, s = torch.randn(4, *fm.info.shape), torch.tensor([0.0, 0.2, 0.5, 1.0])

@@ -22,7 +22,7 @@ class Source:
     network: str
     options: dict[str, Any]
     weights: dict[str, Tensor]
-    unlabelled: bool = True  # "no label" was trained
+    label_dropout: float = 0.0  # share of training rows without a label
     notes: dict[str, str] | None = None
     file: Path | None = None  # of the weights, if it is in a folder
 
@@ -47,7 +47,7 @@ def build(source: Source) -> FlowMap:
         num_classes=classes,
         kind="drift",
         t_range=network.convention.t_range(base_std),
-        label_dropout=0.1 if classes and source.unlabelled else 0.0,
+        label_dropout=source.label_dropout if classes else 0.0,
         origin=source.notes or {},
     )
     return FlowMap(network, "linear", base_std, info).eval()

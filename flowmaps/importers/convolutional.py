@@ -194,7 +194,7 @@ def diffusers_unet(path: Path) -> Source:
         "convention": "ddpm",
         "base_std": 1.0,
     }
-    return Source("UNet", options, ours, unlabelled=False, file=file)
+    return Source("UNet", options, ours, file=file)
 
 
 def _diffusers_block(w: Weights, place: str, block: str, attention: str) -> Weights:

@@ -106,7 +106,7 @@ def edm(path: Path) -> Source:
         "convention": "edm",
         "base_std": float(net["sigma_data"]),
     }
-    return Source("UNet", options, ours, unlabelled=bool(model.get("label_dropout")))
+    return Source("UNet", options, ours, label_dropout=float(model.get("label_dropout") or 0))
 
 
 def _edm_block(w: Weights, name: str, adm: bool) -> Weights:
@@ -172,7 +172,7 @@ def edm2(path: Path) -> Source:
         "convention": "edm",
         "base_std": float(net["sigma_data"]),
     }
-    return Source("EDM2UNet", options, ours, unlabelled=False, notes=_latents(content.get("encoder")))
+    return Source("EDM2UNet", options, ours, notes=_latents(content.get("encoder")))
 
 
 def _latents(encoder: Any) -> dict[str, str]:

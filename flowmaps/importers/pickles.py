@@ -213,4 +213,7 @@ def refusal(path: Path, error: Exception) -> UserError:
         message = f"it has no {message}"
     message = message.partition("WeightsUnpickler error: ")[2] or message
     message = re.split(r" Check the documentation|\. This is an internal", message)[0]
-    return UserError(f"--src={path} is no checkpoint of that format, or damaged, and was not run: {message[:200]}")
+    return UserError(
+        f"--src={path} is no checkpoint of that --format, or damaged, and was not run: {message[:200]}; "
+        "download it again, or name another --format"
+    )

@@ -76,4 +76,4 @@ def _transformer(path: Path, convention: str) -> Source:
         "convention": convention,
         "base_std": 1.0,
     }
-    return Source("DiT", options, ours)
+    return Source("DiT", options, ours, label_dropout=0.1)
