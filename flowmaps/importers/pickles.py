@@ -205,7 +205,7 @@ def refusal(path: Path, error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error
     if isinstance(error, OSError) and error.strerror:
-        return UserError(f"--src={path}: {error.strerror}")
+        return UserError(f"--src={path}: {error.filename}: {error.strerror}: give what --format is made for")
     message = " ".join(str(error).split())
     if named := re.search(r"GLOBAL (\S+)", message):
         message = f"it names {named[1]}, which no such checkpoint needs"
