@@ -1,8 +1,20 @@
 """How to walk a probability-flow path: time grids, map rollouts and ODE solvers over plain callables."""
 
-from samplers.grids import check_times, uniform_times
-from samplers.ode import euler, heun
+from samplers.grids import check_times, log_snr_times, uniform_times
+from samplers.ode import dpm_solver, euler, heun
 from samplers.rollout import rollout
 from samplers.stochastic import stochastic
+from samplers.trajectories import Trajectory, trajectory
 
-__all__ = ["check_times", "euler", "heun", "rollout", "stochastic", "uniform_times"]
+__all__ = [
+    "Trajectory",
+    "check_times",
+    "dpm_solver",
+    "euler",
+    "heun",
+    "log_snr_times",
+    "rollout",
+    "stochastic",
+    "trajectory",
+    "uniform_times",
+]

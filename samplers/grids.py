@@ -11,6 +11,19 @@ def uniform_times(steps: int) -> Tensor:
     return torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
 
 
+def log_snr_times(steps: int, low: float, high: float) -> Tensor:
+    """``steps`` equal intervals of ln(t / (1 - t)) from ``low`` to ``high``: float64 tensor [steps + 1].
+
+    On the linear path that is the logarithm of signal over noise, up to a constant; 0 < low < high < 1.
+    """
+    if steps < 1 or not 0 < low < high < 1:
+        raise ValueError(f"log_snr_times needs steps >= 1 and 0 < low < high < 1, got {steps}, {low} and {high}")
+    ends = torch.tensor([low, high], dtype=torch.float64).logit()
+    times = torch.lerp(ends[0], ends[1], torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)).sigmoid()
+    times[0], times[-1] = low, high
+    return times
+
+
 def check_times(times: Tensor) -> Tensor:
     """Return ``times`` if it is a usable grid: 1-D, at least two finite entries in [0, 1], strictly increasing."""
     if times.ndim != 1 or len(times) < 2:

@@ -73,7 +73,8 @@ FROZEN = {
     flowmaps.networks: {"MLP", "NETWORKS", "PRESETS", "UNet", "EDM2UNet", "DiT"},
     flowmaps.objectives: {cls.__name__ for cls in OBJECTIVES.values()}
     | {"OBJECTIVES", "Draws", "LogVariance", "Loss", "Objective"},
-    samplers: {"check_times", "euler", "heun", "rollout", "stochastic", "uniform_times"},
+    samplers: {"check_times", "dpm_solver", "euler", "heun", "log_snr_times", "rollout", "stochastic"}
+    | {"Trajectory", "trajectory", "uniform_times"},
     training: {"Config", "build_network", "train"},
 }
 
