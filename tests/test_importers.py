@@ -1,6 +1,7 @@
 """Published checkpoints: files of the true structure, made here, against evaluations written from the papers."""
 
 import argparse
+import copy
 import io
 import json
 import os
@@ -159,6 +160,18 @@ def deflated(path):
             new.writestr(name, bytes(50_000_000) if name.endswith("data/0") else content)
 
 
+def overlapping(path):
+    """A file of torch.save whose directory lists one stored entry a thousand times."""
+    torch.save({"ema": {"w": torch.zeros(1000)}}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        for i in range(1000):
+            again = copy.copy(largest)
+            again.filename = f"net/data/{i + 10}"
+            archive.filelist.append(again)
+        archive._didModify = True  # so that the directory is written anew
+
+
 def hostile(kind, path, ran):
     """Write a hostile file of ``kind``; if any of it runs, the file ``ran`` appears. Returns the format to try."""
     Evil.source = f"open({str(ran)!r}, 'w').close()"
@@ -208,6 +221,8 @@ def hostile_torch_file(kind, path, ran):
         torch.save({"ema": Shell(ran)}, path, _use_new_zipfile_serialization=False)
     elif kind == "zip bomb":
         deflated(path)
+    elif kind == "overlapping zip":
+        overlapping(path)
     elif kind == "truncated state dict":
         torch.save(released_state_dicts.Transformer().w, path)
         path.write_bytes(path.read_bytes()[:-5000])
@@ -222,7 +237,7 @@ KINDS = (
     *("shell in a pickle", "shell in an old pickle", "foreign source", "foreign source beside a good network"),
     *("shell in the source's state", "shell in a tensor", "shell in a tensor's file", "changed class", "memo bomb"),
     *("truncated pickle", "expanded tensor", "nothing", "shell in a state dict", "shell in an old state dict"),
-    *("zip bomb", "truncated state dict", "expanded state dict", "other network"),
+    *("zip bomb", "overlapping zip", "truncated state dict", "expanded state dict", "other network"),
 )
 
 
@@ -235,6 +250,8 @@ def test_hostile_files_are_refused_in_one_line_and_nothing_runs(kind, tmp_path):
     assert "\n" not in str(refused.value) and not ran.exists()
     if "shell" in kind and kind != "shell in a tensor":
         assert "system" in str(refused.value)
+    if kind == "overlapping zip":
+        assert "larger than the whole" in str(refused.value)
     if "foreign" in kind:
         assert "Evil" in str(refused.value)
 

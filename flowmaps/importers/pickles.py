@@ -187,6 +187,7 @@ def read_tensors(path: Path) -> Any:
                     raise pickle.UnpicklingError(
                         f"{largest.filename} in it unpacks to {largest.file_size} bytes, and torch packs nothing"
                     )
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                     raise pickle.UnpicklingError("its parts are larger than the whole")
         with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             return _weights_only(file)
