@@ -12,7 +12,6 @@ x at time t is t (x1 + sigma e), with noise level sigma = base_std (1 - t) / t.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -73,11 +72,13 @@ def edm(t: Tensor, base_std: float, data_std: float) -> Reading:
     return Reading(entry, (base_std * (1 - t) / t).log() / 4, skip, base_std * data_std * entry)
 
 
-@cache
-def _ddpm_levels() -> tuple[float, ...]:
+def _ddpm_levels() -> Tensor:
     """ln sigma at the 1,000 times of DDPM's linear variances 1e-4 .. 0.02 (Ho et al. 2020, arXiv 2006.11239)."""
-    kept = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
-    return tuple(((1 - kept) / kept).log().div(2).tolist())
+    kept = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")).cumprod(0)
+    return ((1 - kept) / kept).log() / 2
+
+
+DDPM_LEVELS = _ddpm_levels()
 
 
 def ddpm(t: Tensor, base_std: float, data_std: float) -> Reading:
@@ -85,7 +86,7 @@ def ddpm(t: Tensor, base_std: float, data_std: float) -> Reading:
 
     b = (x - base_std F) / t. Between two times, k is interpolated in ln sigma.
     """
-    levels = torch.tensor(_ddpm_levels(), dtype=t.dtype, device=t.device)
+    levels = DDPM_LEVELS.to(t)
     wanted = (base_std * (1 - t) / t).log()
     after = torch.searchsorted(levels, wanted.detach().contiguous()).clamp(1, len(levels) - 1)
     low, high = levels[after - 1], levels[after]
@@ -98,5 +99,5 @@ CONVENTIONS = {
     "rectified_flow": Convention(rectified_flow),
     "denoiser": Convention(denoiser, (0.002, 80.0)),
     "edm": Convention(edm, (0.002, 80.0)),
-    "ddpm": Convention(ddpm, (math.exp(_ddpm_levels()[0]), math.exp(_ddpm_levels()[-1]))),
+    "ddpm": Convention(ddpm, (math.exp(DDPM_LEVELS[0]), math.exp(DDPM_LEVELS[-1]))),
 }

@@ -124,7 +124,13 @@ ALWAYS: dict[str, Any] = {
 CHOICES = ("norm_eps", "flip_sin_to_cos", "freq_shift", "downsample_padding", "attention_head_dim")
 DEFAULTS = (1e-5, True, 0, 1, 8)
 KINDS = {DEFAULTS: "diffusers", (1e-6, False, 1, 0, None): "ddpm"}
-NOISING = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+NOISING: dict[str, Any] = {
+    "prediction_type": "epsilon",
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+}
 
 
 def diffusers_unet(path: Path) -> Source:
@@ -139,9 +145,9 @@ def diffusers_unet(path: Path) -> Source:
         raise UnpicklingError(f"its {', '.join(CHOICES)} are {kind}, and only {' or '.join(map(str, KINDS))} are known")
     for scheduler in (path / "scheduler", path.parent / "scheduler"):
         if (file := scheduler / "scheduler_config.json").is_file():
-            noising = {"prediction_type": "epsilon", **NOISING, **_json(file)}
-            for key, value in {"prediction_type": "epsilon", **NOISING}.items():
-                if noising[key] != value:
+            noising = _json(file)
+            for key, value in NOISING.items():
+                if noising.get(key, value) != value:
                     raise UnpicklingError(f"its scheduler's {key} is {noising[key]}, and only {value} is known")
             break
     w, file = _diffusers_weights(folder)
