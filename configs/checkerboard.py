@@ -5,7 +5,8 @@ python scripts/train.py --config=configs/checkerboard.py:lagrangian --workdir=ru
 
 from typing import Any
 
-from training.config import Config, Data, Decay, Optim, Optimizer, method_rows, network, objective, select
+from training.config import Config, Data, Decay, Optim, Optimizer, network, objective
+from training.rows import Chain, method_rows, select
 
 DATA_STD = 0.577  # of a coordinate that is uniform on [-1, 1]: 1 / sqrt(3)
 
@@ -35,5 +36,5 @@ def smoke(config: Config) -> None:
 ROWS = method_rows(base) | {"consistency": lambda: base("consistency", stage_steps=300, adaptive=0.0)}
 
 
-def get_config(choice: str = "lagrangian") -> Config:
+def get_config(choice: str = "lagrangian") -> Config | Chain:
     return select(choice, ROWS, {"smoke": smoke})

@@ -21,7 +21,8 @@ run by the authors of this package, who have no GPU yet.
 from typing import Any
 
 from flowmaps.objectives.times import Times
-from training.config import Config, Data, Decay, Optim, Optimizer, Weight, method_rows, network, objective, select
+from training.config import Config, Data, Decay, Optim, Optimizer, Weight, network, objective
+from training.rows import Chain, method_rows, select
 
 
 def base(method: str, **options: Any) -> Config:
@@ -97,5 +98,5 @@ ROWS = method_rows(base) | {
 }
 
 
-def get_config(choice: str = "lagrangian") -> Config:
+def get_config(choice: str = "lagrangian") -> Config | Chain:
     return select(choice, ROWS, {"ddpmpp": ddpmpp, "taught": taught, "smoke": smoke})

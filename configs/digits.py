@@ -3,9 +3,12 @@
 python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/digits
 """
 
+from collections.abc import Callable
 from typing import Any
 
-from training.config import Config, Data, Decay, Optim, Optimizer, method_rows, network, objective, select
+from flowmaps.objectives.mid_training import Target
+from training.config import Config, Data, Decay, Optim, Optimizer, Solver, Trajectories, network, objective
+from training.rows import Chain, method_rows, select
 
 
 def base(method: str, **options: Any) -> Config:
@@ -57,6 +60,24 @@ def edm2(method: str, **options: Any) -> Config:
     return config
 
 
+def mid(steps: int, **options: Any) -> Config:
+    """Mid-training on the trajectories of the drift in runs/digits-flow, from its weights."""
+    config = base("mid_training", **options)
+    config.init_from = config.teacher = "runs/digits-flow"
+    config.trajectories = Trajectories(solver=Solver.heun, steps=16)
+    config.steps = steps
+    return config
+
+
+def pipeline(method: str, **options: Any) -> Chain:
+    """Flow matching, mid-training on its trajectories, and post-training by ``method``."""
+    target = Target.endpoint if method == "consistency" else Target.pairs
+    middle, post = mid(750, target=target), base(method, **options)
+    middle.init_from = middle.teacher = "pre_training"
+    post.init_from, post.steps = "mid_training", 750
+    return Chain(base("flow_matching"), middle, post)
+
+
 def started(method: str, teacher: str, **options: Any) -> Config:
     """A row that starts from the weights of flow matching, and with a ``teacher`` follows its drift."""
     config = base(method, **options)
@@ -64,14 +85,19 @@ def started(method: str, teacher: str, **options: Any) -> Config:
     return config
 
 
-ROWS = method_rows(base) | {
+ROWS: dict[str, Callable[[], Config | Chain]] = {
+    **method_rows(base),
     "consistency": lambda: base("consistency", stage_steps=200),
     "lagrangian_distilled": lambda: started("lagrangian", "runs/digits-flow"),
     "lagrangian_started": lambda: started("lagrangian", ""),
     "lagrangian_edm2": lambda: edm2("lagrangian"),
+    "mid_training": lambda: mid(1500),
+    "pipeline": lambda: pipeline("lagrangian"),
+    "pipeline_mean_flow": lambda: pipeline("mean_flow"),
+    "pipeline_consistency": lambda: pipeline("consistency", stage_steps=200),
     "lagrangian_guided": lambda: guided("lagrangian", guidance_max=4.0),
 }
 
 
-def get_config(choice: str = "lagrangian") -> Config:
+def get_config(choice: str = "lagrangian") -> Config | Chain:
     return select(choice, ROWS, {"smoke": smoke})

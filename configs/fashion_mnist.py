@@ -9,7 +9,8 @@ at 1 / 2 / 4 / 8 steps 13.9 / 7.6 / 6.6 / 6.2 (Euler on its drift: 121 / 41 / 9.
 
 from typing import Any
 
-from training.config import Config, Data, Decay, Optim, Optimizer, Precision, method_rows, network, objective, select
+from training.config import Config, Data, Decay, Optim, Optimizer, Precision, network, objective
+from training.rows import Chain, method_rows, select
 
 
 def base(method: str, **options: Any) -> Config:
@@ -46,7 +47,7 @@ def cpu(config: Config) -> None:
     net.patch, net.width, net.blocks, net.attention_resolutions, net.dropout = 2, 32, 1, (8,), 0.0
     config.steps, config.batch, config.precision, config.ema = 10_000, 64, Precision.fp32, (0.999,)
     config.optim.warmup = 200
-    if config.objective.target == "consistency":
+    if config.objective.name == "consistency":
         config.objective.stage_steps = 1250  # eight stages again
     config.sample_every = config.checkpoint_every = 1000
 
@@ -62,5 +63,5 @@ def smoke(config: Config) -> None:
 ROWS = method_rows(base) | {"consistency": lambda: base("consistency", stage_steps=6250)}
 
 
-def get_config(choice: str = "lagrangian") -> Config:
+def get_config(choice: str = "lagrangian") -> Config | Chain:
     return select(choice, ROWS, {"cpu": cpu, "smoke": smoke})

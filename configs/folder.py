@@ -14,7 +14,8 @@ says how), and ",taught" follows its drift too.
 
 from typing import Any
 
-from training.config import Config, Data, Decay, Optim, Optimizer, Precision, method_rows, network, objective, select
+from training.config import Config, Data, Decay, Optim, Optimizer, Precision, network, objective
+from training.rows import Chain, method_rows, select
 
 
 def base(method: str, **options: Any) -> Config:
@@ -78,5 +79,5 @@ def taught(config: Config) -> None:
 ROWS = method_rows(base) | {"from_edm2": from_edm2}
 
 
-def get_config(choice: str = "lagrangian") -> Config:
+def get_config(choice: str = "lagrangian") -> Config | Chain:
     return select(choice, ROWS, {"smoke": smoke, "taught": taught})

@@ -30,9 +30,9 @@ python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/lon
 
 def main() -> None:
     from training import report, scoring
-    from training.config import load_row
     from training.loop import train
     from training.outputs import pick_device
+    from training.rows import load_row
     from training.scoring import pick_extractor, source_stats, table
 
     workdir = Path(WORKDIR.value)

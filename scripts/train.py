@@ -2,6 +2,9 @@
 
 python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/digits
 python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/digits --config.optim.lr=1e-3 --dry_run
+python scripts/train.py --config=configs/digits.py:pipeline --workdir=runs/chain --config.post_training.steps=2000
+
+A row that is a chain trains its three stages in WORKDIR/pre_training, mid_training and post_training.
 """
 
 from pathlib import Path
@@ -15,17 +18,27 @@ from training import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File and row: configs/digits.py:lagrangian[,smoke]")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is resumed")
+STAGE = flags.DEFINE_string("stage", "", "The one stage of a chain to train; what it starts from must be there")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build everything, do two steps on a few images, draw a grid, stop")
 
 
 def main() -> None:
+    from training.chain import run_chain, table
     from training.dry_run import dry_run
     from training.loop import train
+    from training.rows import Chain
 
     if CONFIG.value is None:
         raise UserError("--config is missing: e.g. --config=configs/digits.py:lagrangian")
     if WORKDIR.value is None and not DRY_RUN.value:
         raise UserError("--workdir is missing: e.g. --workdir=runs/digits")
+    if isinstance(CONFIG.value, Chain):
+        if DRY_RUN.value:
+            raise UserError("--dry_run is for one run: try the rows of the chain's stages one by one")
+        print(table(run_chain(CONFIG.value, WORKDIR.value, STAGE.value)))
+        return
+    if STAGE.value:
+        raise UserError(f"--stage={STAGE.value}: this row is one run, not a chain")
     if not DRY_RUN.value:
         train(CONFIG.value, WORKDIR.value)
         return

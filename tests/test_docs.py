@@ -31,7 +31,7 @@ def test_every_objective_has_a_row_in_readme_maths_and_each_config():
         assert all(f"\n| `{name}`" in text for name in OBJECTIVES), file
     for config in (ROOT / "configs").glob("*.py"):
         module = importlib.import_module(f"configs.{config.stem}")
-        assert {module.get_config(row).objective.target for row in module.ROWS} == set(OBJECTIVES)
+        assert {module.get_config(row).objective.name for row in module.ROWS} == set(OBJECTIVES)
 
 
 def test_links_between_documents_lead_somewhere():

@@ -102,4 +102,4 @@ def test_every_weight_has_root_mean_square_one_after_a_step(monkeypatch):
 
 def test_a_preset_takes_changes():
     section = network("edm2-cifar10", dropout=0.0, num_classes=10)
-    assert (section.target, section.dropout, section.num_classes, section.blocks) == ("EDM2UNet", 0.0, 10, 4)
+    assert (section.name, section.dropout, section.num_classes, section.blocks) == ("EDM2UNet", 0.0, 10, 4)

@@ -14,11 +14,12 @@ from PIL import Image
 from flowmaps import FlowMap, UserError
 from flowmaps.images import to_uint8
 from flowmaps.metrics import board_kl, frechet_distance, sliced_w2
-from training.config import Config, load_row
+from training.config import Config
 from training.costs import network_costs, step_times
 from training.data import load_arrays
 from training.evaluation import samples
 from training.report import EVALUATIONS, lines
+from training.rows import load_row
 from training.scoring import floor, neighbours, pick_extractor, source_stats
 from training.trainer import Trainer
 

@@ -67,8 +67,8 @@ def list_checkpoints(workdir: Path) -> list[Path]:
     return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def load_checkpoint(path: Path, module: LossModule, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Any]:
-    """Restore ``module``, ``optimizer`` and ``ema`` in place; returns state.json. Damage is refused by file name."""
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """state.json of a checkpoint, and its tensors by file and name. Damage is refused by file name."""
     remedy = f"delete {path} to resume from the checkpoint before it"
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
@@ -84,7 +84,13 @@ def load_checkpoint(path: Path, module: LossModule, optimizer: torch.optim.Optim
         file = path / name
         if not file.is_file() or sha256(file) != digest:
             raise UserError(f"{file} is missing or damaged (its checksum differs): {remedy}")
-        tensors[file.stem if not name.startswith("ema-") else name.removesuffix(".safetensors")] = load_file(file)
+        tensors[name.removesuffix(".safetensors")] = load_file(file)
+    return state, tensors
+
+
+def load_checkpoint(path: Path, module: LossModule, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Any]:
+    """Restore ``module``, ``optimizer`` and ``ema`` in place; returns state.json."""
+    state, tensors = read_checkpoint(path)
     wanted = {"network", "optimizer", *(f"ema-{decay}" for decay in ema.shadows)}
     wanted |= {"weight"} if module.weight is not None else set()
     if wanted != set(tensors):

@@ -7,12 +7,9 @@ the arguments of the class they configure, read from its signature, so that noth
 
 import dataclasses
 import enum
-import functools
 import inspect
-import runpy
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from flowmaps.errors import UserError
@@ -20,8 +17,6 @@ from flowmaps.flow_map import FlowMap, FlowMapInfo
 from flowmaps.interpolants import INTERPOLANTS
 from flowmaps.networks import NETWORKS, PRESETS
 from flowmaps.objectives import OBJECTIVES, Objective
-from flowmaps.objectives.eulerian import Stop
-from flowmaps.objectives.progressive import Middle
 
 
 class Optimizer(enum.Enum):
@@ -82,14 +77,47 @@ class Best:
     weights: str = ""  # weight file of the extractor
 
 
+class Solver(enum.Enum):
+    euler = "euler"
+    heun = "heun"
+    dpm_solver = "dpm_solver"  # multistep, order 3
+
+
+class Grid(enum.Enum):
+    uniform = "uniform"  # from ``low`` to 1
+    log_snr = "log_snr"  # uniform in the logarithm of signal over noise from ``low`` to ``high``, and a last step to 1
+    given = "given"  # ``times``
+
+
+class Start(enum.Enum):
+    """The first state of a trajectory, at time ``low``: a point of the path with the data, or without them."""
+
+    noise = "noise"
+    data = "data"
+
+
+@dataclass
+class Trajectories:
+    """The solver paths of a teacher, on which ``mid_training`` regresses."""
+
+    solver: Solver = Solver.heun
+    steps: int = 16
+    grid: Grid = Grid.uniform
+    low: float = 0.0
+    high: float = 0.996  # for log_snr
+    times: tuple[float, ...] = ()  # for given: increasing, from at least 0 to 1
+    start: Start = Start.noise
+    files: str = ""  # directory that prepare_data.py wrote; empty: walk along the teacher's drift at each step
+
+
 @dataclass
 class Section:
-    """Options of one class from a table: ``target`` is its key, the other fields are its arguments."""
+    """Options of one class from a table: ``name`` is its key, the other fields are its arguments."""
 
-    target: str
+    name: str
 
     def options(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "target"}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "name"}
 
 
 @dataclass
@@ -98,6 +126,9 @@ class Config:
     objective: Any  # objective("lagrangian", diagonal=...)
     teacher: str = ""  # checkpoint whose drift teaches, frozen; empty: the network itself, or its average
     init_from: str = ""  # checkpoint whose weights the network starts from; empty: random weights
+    init_ema: str = ""  # which of a run's weights: the decay of one of its averages, or raw; empty: what it exports
+    init_fresh: tuple[str, ...] = ()  # parameters, by the beginnings of their names, that start from random weights
+    trajectories: Trajectories = field(default_factory=Trajectories)  # for the objective mid_training
     data: Data = field(default_factory=Data)
     interpolant: str = "linear"
     base_std: float = 0.5  # standard deviation of the noise; the paper takes that of the data
@@ -186,17 +217,17 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _section(target: str, cls: type[Any], options: dict[str, Any]) -> Any:
+def _section(key: str, cls: type[Any], options: dict[str, Any]) -> Any:
     """A mutable dataclass instance with the arguments of ``cls``, their types and defaults, and ``options`` set."""
     constructor = inspect.unwrap(vars(cls).get("__init__", cls))
     hints = typing.get_type_hints(constructor)
     parameters = [p for p in inspect.signature(constructor).parameters.values() if p.name != "self"]
     unknown = set(options) - {p.name for p in parameters}
     if unknown:
-        raise UserError(f"{target} has no option {', '.join(sorted(unknown))}")
+        raise UserError(f"{key} has no option {', '.join(sorted(unknown))}")
     arguments = [(p.name, hints[p.name], field(default=p.default)) for p in parameters]
     made = dataclasses.make_dataclass(f"{cls.__name__}Section", arguments, bases=(Section,))
-    return made(target, **options)
+    return made(key, **options)
 
 
 def network(name: str, **options: Any) -> Any:
@@ -223,10 +254,10 @@ def build_objective(config: Config) -> Objective:
 
 
 def _build(table: dict[str, Any], section: Section, name: str) -> Any:
-    if section.target not in table:
-        raise UserError(f"--config.{name}.target={section.target}: choose one of {', '.join(table)}")
+    if section.name not in table:
+        raise UserError(f"--config.{name}.name={section.name}: choose one of {', '.join(table)}")
     try:
-        return table[section.target](**section.options())
+        return table[section.name](**section.options())
     except (TypeError, ValueError) as error:
         raise UserError(f"--config.{name}: {error}") from None
 
@@ -254,43 +285,3 @@ def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int) -> 
         guidance_max=made.guidance_max if made.guidance_max > 1 else None,
     )
     return FlowMap(build_network(config), config.interpolant, config.base_std, info)
-
-
-# Rows that every config file has: objective and options by row.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in OBJECTIVES},
-    "lagrangian_slim": ("lagrangian", {"slim": True}),
-    "eulerian_slim": ("eulerian", {"stop": Stop.slim}),
-    "progressive_uniform": ("progressive", {"middle": Middle.uniform}),
-}
-
-
-def method_rows(base: typing.Callable[..., Config]) -> dict[str, typing.Callable[[], Config]]:
-    """A row for each of METHODS, from ``base(objective name, **options)``."""
-    return {row: functools.partial(base, name, **options) for row, (name, options) in METHODS.items()}
-
-
-def select(
-    choice: str,
-    rows: dict[str, typing.Callable[[], Config]],
-    variants: dict[str, typing.Callable[[Config], None]],
-) -> Config:
-    """The config of ``"row"`` or ``"row,variant"``: what a file in configs/ returns from ``get_config``."""
-    row, *changes = choice.split(",")
-    if row not in rows:
-        raise UserError(f"unknown row {row!r}: choose one of {', '.join(rows)}")
-    config = rows[row]()
-    for change in changes:
-        if change not in variants:
-            raise UserError(f"unknown variant {change!r}: choose one of {', '.join(variants)}")
-        variants[change](config)
-    return config
-
-
-def load_row(file: str, choice: str) -> Config:
-    """The config that ``--config=file:choice`` means."""
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"{file}: no such config file (run from the repository's root)")
-    config: Config = runpy.run_path(str(path))["get_config"](choice)
-    return config

@@ -32,7 +32,8 @@ from flowmaps.objectives.eulerian import Stop
 from flowmaps.objectives.lagrangian import Derivative
 from flowmaps.rng import generator
 from samplers.callables import Drift, expand
-from training.config import Precision, load_row
+from training.config import Precision
+from training.rows import load_row
 from training.trainer import CHANNELS_LAST, Trainer
 
 VARIANTS: dict[str, dict[str, Any]] = {

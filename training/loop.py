@@ -20,7 +20,7 @@ from training.trainer import Trainer
 # What may differ between a run's config.json and the config that resumes it: nothing that changes the steps done
 # (and ``steps`` itself, unless the learning rate follows it).
 MAY_CHANGE = {"log_every", "sample_every", "sample_steps", "checkpoint_every", "keep", "max_skipped_steps"}
-MAY_CHANGE |= {"data.root", "data.download", "data.workers", "teacher", "init_from"}
+MAY_CHANGE |= {"data.root", "data.download", "data.workers", "teacher", "init_from", "trajectories.files"}
 MAY_CHANGE |= {f"best.{name}" for name in ("metric", "steps", "num", "every", "reference", "weights")}
 
 
@@ -52,7 +52,8 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
     elif main:
         shutil.rmtree(workdir / "checkpoints" / "best", ignore_errors=True)  # of a run that left no checkpoint
     if main:
-        write_file(workdir / "config.json", json.dumps(config.to_dict(), indent=2).encode())
+        facts = {**config.to_dict(), "origin": trainer.origin()}
+        write_file(workdir / "config.json", json.dumps(facts, indent=2).encode())
     with _Stop() as stop, closing(Log(workdir, config.steps, done, enabled=main)) as log:
         last = done >= config.steps
         if done and not last:
@@ -115,6 +116,7 @@ def _same_run(config: Config, path: Path) -> None:
     """Refuse to resume a run under a config that would have made other steps."""
     try:
         stored = json.loads(path.read_text())
+        stored.pop("origin", None)  # compared with the checkpoint's
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): cannot tell whether the run is the same") from None
     allowed = MAY_CHANGE | ({"steps"} if config.optim.decay is not Decay.cosine else set())

@@ -3,10 +3,14 @@
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
+
+from torch import Tensor
 
 from flowmaps import FlowMap, UserError
 from flowmaps.objectives import Objective
+from training.checkpoint import list_checkpoints, read_checkpoint
 from training.config import Config
 
 # What a network may have otherwise than the one whose weights it starts from.
@@ -16,14 +20,17 @@ FREE = {"dropout", "guidance"}
 def start_from(config: Config, fm: FlowMap) -> str:
     """Give ``fm`` the weights of ``config.init_from``, whose network must be of the same class and arguments.
 
-    What no checkpoint has, the guidance weight's embedding, stays as it is: it starts as nothing. Returns the
-    fingerprint of the checkpoint.
+    They are those that the checkpoint exports or, with ``config.init_ema``, others of the same run. What no checkpoint
+    has, the guidance weight's embedding, stays as it is: it starts as nothing; so do the parameters of
+    ``config.init_fresh``. Returns the fingerprint of what ``init_from`` held.
     """
     start = FlowMap.from_pretrained(config.init_from)
+    if config.init_ema:
+        start.network.load_state_dict(run_weights(config.init_from, config.init_ema))
     if type(start.network) is not type(fm.network):
         raise UserError(
             f"--config.init_from={config.init_from} has a {type(start.network).__name__}, this run's network is a "
-            f"{config.network.target}"
+            f"{config.network.name}"
         )
     ours, theirs = (dict(cast(Any, network).config) for network in (fm.network, start.network))
     for name in (name for name in ours if not name.startswith("_") and name not in FREE):
@@ -37,9 +44,30 @@ def start_from(config: Config, fm: FlowMap) -> str:
             f"--config.init_from={config.init_from} has interpolant {start.interpolant_name} and base_std "
             f"{start.base_std:g}: --config.interpolant and --config.base_std must be the same"
         )
-    fm.network.load_state_dict({**fm.network.state_dict(), **start.network.state_dict()})
+    taken = start.network.state_dict()
+    for beginning in config.init_fresh:
+        fresh = [name for name in taken if name.startswith(beginning)]
+        if not fresh:
+            known = ", ".join(dict.fromkeys(name.partition(".")[0] for name in taken))
+            raise UserError(f"--config.init_fresh={beginning} begins no parameter's name: they are in {known}")
+        for name in fresh:
+            del taken[name]
+    fm.network.load_state_dict({**fm.network.state_dict(), **taken})
     fm.info = replace(fm.info, origin=start.info.origin)
     return start.fingerprint()
+
+
+def run_weights(run: str, which: str) -> dict[str, Tensor]:
+    """The network's weights in the last checkpoint of the directory ``run``: an average's, by its decay, or "raw"."""
+    found = list_checkpoints(Path(run))
+    if not found:
+        raise UserError(f"--config.init_ema={which}: {run} is no run with checkpoints, leave the flag out")
+    tensors = read_checkpoint(found[-1])[1]
+    name = "network" if which == "raw" else f"ema-{which}"
+    if name not in tensors:
+        have = [key.removeprefix("ema-") for key in tensors if key.startswith("ema-")]
+        raise UserError(f"--config.init_ema={which}: {found[-1]} has {', '.join([*have, 'raw'])}")
+    return tensors[name]
 
 
 def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap | None:
@@ -47,7 +75,7 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
     if not config.teacher:
         return copy.deepcopy(fm).requires_grad_(False).eval() if objective.teacher_ema else None
     if not objective.taught or objective.teacher_ema:
-        reason = f"{config.objective.target} takes no teacher: leave it out"
+        reason = f"{config.objective.name} takes no teacher: leave it out"
         if objective.taught:
             reason = "an average teaches already: add --config.objective.teacher_ema=0"
         raise UserError(f"--config.teacher={config.teacher}, but {reason}")

@@ -15,8 +15,9 @@ from flowmaps import FlowMap, UserError
 from flowmaps.images import from_uint8
 from flowmaps.networks.conditioning import soft_label
 from flowmaps.networks.magnitude import normalise_weights
-from flowmaps.objectives import LogVariance, Loss
+from flowmaps.objectives import LogVariance, Loss, MidTraining
 from flowmaps.rng import generator
+from samplers import Trajectory
 from training.augment import PARAMETERS, augmented, mirrored
 from training.checkpoint import prune_checkpoints, save_checkpoint
 from training.config import Config, Precision, build_flow_map, build_objective
@@ -26,6 +27,7 @@ from training.evaluation import check_best
 from training.loss_module import LossModule
 from training.optim import build_optimizer, learning_rate
 from training.start import build_teacher, start_from
+from training.walk import Paths, build_paths
 
 CHANNELS_LAST = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
 
@@ -44,6 +46,7 @@ class Trainer:
     prepared: Any  # as accelerate wants it called
     ema: EMA
     started: str = ""  # fingerprint of config.init_from
+    paths: Paths | None = None  # where mid-training's trajectories come from
     latest: Any = None  # ((x1, label, draws), seed of dropout) of the latest shard
     skipped: int = 0  # steps with a non-finite gradient since the start or resume
 
@@ -81,23 +84,30 @@ class Trainer:
         if config.channels_last:
             module.to(memory_format=torch.channels_last)
         if config.gradient_checkpointing:
-            _checkpoint_gradients(fm.network, config.network.target)
+            _checkpoint_gradients(fm.network, config.network.name)
         if config.compile:
             module.compile()  # in place: parameter names stay
         optimizer = build_optimizer(config.optim, module.parameters())
         wrapped, prepared = accelerator.prepare(module, optimizer)
         teaching = (objective.teacher_ema,) if objective.teacher_ema else ()
         ema = EMA(fm.network, tuple(dict.fromkeys((*config.ema, *teaching))))
-        order = Order(len(data), config.seed)
+        paths = build_paths(config, fm, module.teacher, data) if isinstance(objective, MidTraining) else None
+        items, rows = (paths.data, paths.rows) if paths else (data, 1)  # an item of the data gives so many rows
+        if size % rows:
+            raise UserError(
+                f"--config.batch={config.batch}: a micro-step of {size} rows is not a whole number of trajectories of "
+                f"{rows} steps, choose a multiple"
+            )
+        order = Order(len(items), config.seed)
 
         def indices(k: int) -> Tensor:
             """Items of micro-step k of this process, counted from the start of the run."""
             step, micro = divmod(k, config.accumulate)
             shard = accelerator.process_index * config.accumulate + micro
-            return order.indices(step * config.batch + shard * size, size)
+            return order.indices((step * config.batch + shard * size) // rows, size // rows)
 
-        loader = Loader(data, indices, config.data.workers, pin=accelerator.device.type == "cuda")
-        return cls(config, data, loader, accelerator, module, wrapped, optimizer, prepared, ema, started)
+        loader = Loader(items, indices, config.data.workers, pin=accelerator.device.type == "cuda")
+        return cls(config, data, loader, accelerator, module, wrapped, optimizer, prepared, ema, started, paths)
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Optimiser step ``step`` = 0, 1, ...; returns what to log, still on the device.
@@ -136,7 +146,6 @@ class Trainer:
         x1 = x1.to(device, non_blocking=True)
         label = label.to(device, non_blocking=True) if label is not None and fm.info.num_classes else None
         x1 = from_uint8(x1) if x1.dtype == torch.uint8 else x1
-        draws = self.module.objective.draw(fm, x1, generator(config.seed, "draws", step, shard, device), step)
         if label is not None and config.data.label_dropout:
             drawn = torch.rand(
                 len(label), generator=generator(config.seed, "labels", step, shard, device), device=device
@@ -147,6 +156,11 @@ class Trainer:
         if config.data.augment:
             x1, done = augmented(x1, config.data.augment, generator(config.seed, "augment", step, shard, device))
             label = soft_label(label, done, fm.info.num_classes)
+        batch: Tensor | Trajectory = x1
+        if self.paths:
+            batch = self.paths(x1, label, generator(config.seed, "paths", step, shard, device))
+        drawing = generator(config.seed, "draws", step, shard, device)
+        x1, label, draws = self.module.objective.prepare(fm, batch, label, drawing, step)
         if config.channels_last:
             x1 = x1.contiguous(memory_format=torch.channels_last)
         self.latest = (x1, label, draws), generator(config.seed, "dropout", step, shard).initial_seed()
@@ -210,7 +224,9 @@ class Trainer:
         """What the run rests on beside its config, by flag: a resume must find the same."""
         teacher = self.module.teacher if self.config.teacher else None
         taught = teacher.fingerprint() if teacher else ""
-        return {"data.root": self.data.digest(), "teacher": taught, "init_from": self.started}
+        walked = self.paths.data.digest() if self.paths and not self.paths.walk else ""
+        origin = {"data.root": self.data.digest(), "teacher": taught, "init_from": self.started}
+        return {**origin, "trajectories.files": walked}
 
 
 def micro_batch_size(config: Config, processes: int) -> int:

@@ -8,6 +8,7 @@ from flowmaps.objectives.consistency import Consistency
 from flowmaps.objectives.eulerian import Eulerian, ImprovedMeanFlow, MeanFlow
 from flowmaps.objectives.flow_matching import FlowMatching
 from flowmaps.objectives.lagrangian import Lagrangian, TerminalVelocity
+from flowmaps.objectives.mid_training import MidTraining
 from flowmaps.objectives.progressive import Progressive, Shortcut
 from flowmaps.objectives.weight import LogVariance
 
@@ -21,6 +22,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "mean_flow": MeanFlow,
     "improved_mean_flow": ImprovedMeanFlow,
     "consistency": Consistency,
+    "mid_training": MidTraining,
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "LogVariance",
     "Loss",
     "MeanFlow",
+    "MidTraining",
     "Objective",
     "Progressive",
     "Shortcut",

@@ -15,6 +15,7 @@ from flowmaps.networks.conditioning import with_guidance, without_label
 from flowmaps.networks.layers import no_dropout
 from flowmaps.objectives.times import Times, pair, single
 from samplers.callables import Drift, expand
+from samplers.trajectories import Trajectory
 
 Dropout = Callable[[nn.Module], AbstractContextManager[None]]  # a rule for the dropout of a network inside a block
 
@@ -63,7 +64,6 @@ class Objective:
     rows of the authors' code; squared residuals are averaged over a sample's dimensions.
     """
 
-    kind: ClassVar[str] = "map"  # what FlowMapInfo.kind says of the trained network
     dropout: ClassVar[Dropout] = no_dropout  # what the off-diagonal term does about dropout
 
     diagonal: float = 0.75  # share of rows with s = t
@@ -102,7 +102,7 @@ class Objective:
     def __call__(
         self,
         fm: FlowMap,
-        batch: Tensor,
+        batch: Tensor | Trajectory,
         label: Tensor | None = None,
         *,
         generator: torch.Generator,
@@ -112,11 +112,19 @@ class Objective:
     ) -> Loss:
         """The loss on data ``batch`` [B, ...] with ``label`` [B] or None; all randomness is from ``generator``.
 
+        Mid-training takes a ``Trajectory`` for its batch, which has the label.
+
         ``teacher``: the drift that the off-diagonal term distils, None for the live network itself.
         ``weight``: a module w(s, t) -> [B], None for an unweighted loss. Dropout follows the network's mode.
         ``step``: steps done so far, for a method whose times change over training.
         """
-        return self.loss(fm, batch, label, self.draw(fm, batch, generator, step), teacher=teacher, weight=weight)
+        x1, label, draws = self.prepare(fm, batch, label, generator, step)
+        return self.loss(fm, x1, label, draws, teacher=teacher, weight=weight)
+
+    @property
+    def kind(self) -> str:
+        """What ``FlowMapInfo.kind`` says of the trained network."""
+        return "map"
 
     @property
     def taught(self) -> bool:
@@ -131,6 +139,19 @@ class Objective:
     def guided(self) -> bool:
         """Whether guidance is baked in."""
         return max(self.guidance, self.guidance_max) > 1
+
+    def prepare(
+        self,
+        fm: FlowMap,
+        batch: Tensor | Trajectory,
+        label: Tensor | None,
+        generator: torch.Generator,
+        step: int = 0,
+    ) -> tuple[Tensor, Tensor | None, Draws]:
+        """What ``loss`` takes: data x1 [B, ...], their label, and the random part."""
+        if isinstance(batch, Trajectory):
+            raise UserError("this objective learns from data [B, ...], not from a Trajectory: mid_training does")
+        return batch, label, self.draw(fm, batch, generator, step)
 
     def draw(self, fm: FlowMap, x1: Tensor, generator: torch.Generator, step: int = 0) -> Draws:
         """Noise and times for one batch; apart from the loss, so that the loss can be compiled."""
@@ -190,7 +211,7 @@ class Objective:
             off = Rows(x0, x1, x_s, velocity, s[rows:], t[rows:], fraction, part(label, rows, None))
             with type(self).dropout(fm.network):
                 residual = self.residual(fm, off, teacher, terms)
-            squared.append(mean_square(residual))
+            squared.append(self.error(residual, off))
             terms["off_diagonal"] = squared[-1].detach().mean()
         per_sample = torch.cat(squared)
         if self.adaptive:  # Geng et al. 2025 (arXiv 2505.13447), with |r|^2 the sum over a sample's dimensions
@@ -224,6 +245,10 @@ class Objective:
     def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         """The off-diagonal residual [n, ...], with the method's stop-gradients; ``terms`` takes what to log."""
         raise NotImplementedError
+
+    def error(self, residual: Tensor, rows: Rows) -> Tensor:
+        """What is minimised of the off-diagonal residual [n, ...] of ``rows``: [n]."""
+        return mean_square(residual)
 
 
 def rms(value: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ class Consistency(Objective):
     Every row is of this kind: X_{s,1} is all that is trained, which is what kind "consistency" tells a sampler.
     """
 
-    kind: ClassVar[str] = "consistency"
     dropout: ClassVar[Dropout] = shared_dropout
 
     diagonal: float = field(default=0.0, init=False)
@@ -44,6 +43,10 @@ class Consistency(Objective):
     k: float = 8.0
     b: float = 1.0
     stage_steps: int = 50_000
+
+    @property
+    def kind(self) -> str:
+        return "consistency"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,6 +4,7 @@ from training.data.arrays import DATA, ArrayData, download, load_arrays
 from training.data.files import ImageFiles, open_images
 from training.data.load import FILES, load_data
 from training.data.loader import DataSet, Loader, Order, in_order
+from training.data.trajectories import TrajectoryFiles
 
 __all__ = [
     "DATA",
@@ -13,6 +14,7 @@ __all__ = [
     "ImageFiles",
     "Loader",
     "Order",
+    "TrajectoryFiles",
     "download",
     "in_order",
     "load_arrays",

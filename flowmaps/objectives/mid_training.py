@@ -1,0 +1,135 @@
+"""Consistency mid-training (CMT): learn jumps from the solver trajectories of a teacher, by plain regression."""
+
+import enum
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from flowmaps.errors import UserError
+from flowmaps.flow_map import FlowMap
+from flowmaps.metrics.perceptual import lpips
+from flowmaps.objectives.base import Draws, Dropout, Objective, Rows, mean_square
+from flowmaps.objectives.times import Times
+from samplers.callables import Drift, expand
+from samplers.trajectories import Trajectory
+
+
+class Target(enum.Enum):
+    """What a state of the trajectory is carried to."""
+
+    pairs = "pairs"  # another, later state: the map between any two times
+    endpoint = "endpoint"  # the last state: the map to data alone
+
+
+class Distance(enum.Enum):
+    """What is minimised of a residual r, a mean over a sample's dimensions."""
+
+    l2 = "l2"  # mean of r^2
+    l1 = "l1"  # mean of |r|
+    huber = "huber"  # sqrt(mean of r^2 + huber^2) - huber
+    lpips = "lpips"  # of the two images, by VGG-16
+
+
+def usual_dropout(network: nn.Module) -> AbstractContextManager[None]:
+    """The network's own dropout, a mask for each pass."""
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class MidTraining(Objective):
+    """Regression on states x_0, ..., x_N of a teacher's trajectories at times t_0 < ... < t_N; nothing moves with v.
+
+    ``target`` = pairs: r = v_{t_i,t_j}(x_i) - (x_j - x_i) / (t_j - t_i), the average velocity of the piece.
+    ``target`` = endpoint: r = X_{t_i,t_N}(x_i) - x_N, which trains a consistency model.
+    Hu et al. 2025 (arXiv 2509.24526), section 3. Every state but the last is the start of one row, so that a trajectory
+    of N steps gives N rows; for pairs, j is uniform on i + 1 .. N. In pairs, a share ``diagonal`` of the rows, drawn
+    at random, are replaced by flow matching towards the trajectory's end, which keeps the drift v_{t,t} in training
+    (ours; the paper has none).
+
+    ``distance`` = lpips compares images X_{t_i,t_N}(x_i) and x_N; ``lpips_weights`` is the folder of its weight files.
+    """
+
+    dropout: ClassVar[Dropout] = usual_dropout
+
+    diagonal: float = 0.0
+    target: Target = Target.pairs
+    distance: Distance = Distance.l2
+    huber: float = 5.4e-4  # a dimension's share of 5.4e-4 sqrt(dimensions), arXiv 2310.14189
+    lpips_weights: str = ""  # empty: where torch.hub keeps downloads
+    adaptive: float = field(default=0.0, init=False)
+    teacher_ema: float = field(default=0.0, init=False)
+    guidance: float = field(default=1.0, init=False)
+    guidance_max: float = field(default=1.0, init=False)
+    times: Times = field(default=Times.triangle, init=False)  # the trajectory's times take its place
+    time_mean: tuple[float, float] = field(default=(0.4, 0.4), init=False)
+    time_std: tuple[float, float] = field(default=(1.0, 1.0), init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target is Target.endpoint and self.diagonal:
+            raise UserError("objective.diagonal: a map to data alone has no drift to train, leave it at 0")
+        if self.target is Target.pairs and self.distance is Distance.lpips:
+            raise UserError("objective.distance=lpips compares images: it needs objective.target=endpoint")
+        if not self.huber >= 0:
+            raise UserError(f"objective.huber must not be negative, got {self.huber}")
+        if self.lpips_weights and self.distance is not Distance.lpips:
+            raise UserError("objective.lpips_weights mean nothing without objective.distance=lpips")
+
+    @property
+    def kind(self) -> str:
+        return "consistency" if self.target is Target.endpoint else "map"
+
+    @property
+    def taught(self) -> bool:
+        return True
+
+    def prepare(
+        self,
+        fm: FlowMap,
+        batch: Tensor | Trajectory,
+        label: Tensor | None,
+        generator: torch.Generator,
+        step: int = 0,
+    ) -> tuple[Tensor, Tensor | None, Draws]:
+        """Rows from every state of the M trajectories of ``batch``: x0 and x1 [M N, ...] are a piece's two ends."""
+        if not isinstance(batch, Trajectory):
+            raise UserError("mid_training learns from a Trajectory, not from data")
+        states, steps, paths = batch.states, len(batch.times) - 1, batch.states.shape[1]
+        times = batch.times.to(states.device, torch.promote_types(states.dtype, torch.float32))
+        index = torch.arange(steps * paths, device=states.device)
+        if self.diagonal:
+            index = torch.randperm(len(index), generator=generator, device=states.device)
+        path, i = index // steps, index % steps
+        fraction = torch.rand(len(index), generator=generator, device=states.device, dtype=times.dtype)
+        j = torch.full_like(i, steps)
+        if self.target is Target.pairs:
+            j = torch.minimum(i + 1 + (fraction * (steps - i)).long(), j)
+        x0, x1, s, t = states[i, path], states[j, path], times[i], times[j]
+        if rows := self.diagonal_rows(len(index)):
+            x1[:rows] = states[-1, path[:rows]]
+            x0[:rows] = fm.base_std * torch.randn(
+                x0[:rows].shape, generator=generator, device=x0.device, dtype=x0.dtype
+            )
+            s[:rows] = t[:rows] = torch.rand(rows, generator=generator, device=s.device, dtype=s.dtype)
+        return x1, None if batch.label is None else batch.label[path], Draws(x0, s, t, fraction)
+
+    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
+        """``rows.x0`` at s and ``rows.x1`` at t are the two ends of a piece of a trajectory."""
+        gap = expand(rows.t - rows.s, rows.x0)
+        v = fm.velocity(rows.x0, rows.s, rows.t, rows.label)
+        if self.target is Target.endpoint:
+            return rows.x0 + gap * v - rows.x1
+        return v - (rows.x1 - rows.x0) / gap
+
+    def error(self, residual: Tensor, rows: Rows) -> Tensor:
+        if self.distance is Distance.lpips:
+            return lpips(self.lpips_weights, residual.device)(rows.x1 + residual, rows.x1)
+        if self.distance is Distance.l1:
+            return residual.to(torch.promote_types(residual.dtype, torch.float32)).abs().flatten(1).mean(dim=1)
+        squared = mean_square(residual)
+        if self.distance is Distance.huber:
+            return (squared + self.huber**2).sqrt() - self.huber
+        return squared

@@ -1,0 +1,74 @@
+"""The rows of a file in configs/: one run, or the three runs of a chain, and variants of them."""
+
+import dataclasses
+import functools
+import runpy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowmaps.errors import UserError
+from flowmaps.objectives import OBJECTIVES
+from flowmaps.objectives.eulerian import Stop
+from flowmaps.objectives.progressive import Middle
+from training.config import Config
+
+
+@dataclass
+class Chain:
+    """Three runs, each from the weights of the one before: Hu et al. 2025 (arXiv 2509.24526).
+
+    In a stage's ``init_from`` and ``teacher`` the name of a stage before it means that stage's run.
+    """
+
+    pre_training: Config  # a drift, by flow matching
+    mid_training: Config  # a map, from the drift's trajectories
+    post_training: Config  # the map, by any objective
+
+    def stages(self) -> dict[str, Config]:
+        """The stages by name, in their order."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+# Rows that every config file has: objective and options by row. mid_training wants a teacher: each file has its own.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in OBJECTIVES if name != "mid_training"},
+    "lagrangian_slim": ("lagrangian", {"slim": True}),
+    "eulerian_slim": ("eulerian", {"stop": Stop.slim}),
+    "progressive_uniform": ("progressive", {"middle": Middle.uniform}),
+}
+
+
+def method_rows(base: Callable[..., Config]) -> dict[str, Callable[[], Config]]:
+    """A row for each of METHODS, from ``base(objective name, **options)``."""
+    return {row: functools.partial(base, name, **options) for row, (name, options) in METHODS.items()}
+
+
+def select(
+    choice: str,
+    rows: Mapping[str, Callable[[], Config | Chain]],
+    variants: Mapping[str, Callable[[Config], None]],
+) -> Config | Chain:
+    """What ``"row"`` or ``"row,variant"`` means in a file of configs/; a variant changes every stage of a chain."""
+    row, *changes = choice.split(",")
+    if row not in rows:
+        raise UserError(f"unknown row {row!r}: choose one of {', '.join(rows)}")
+    made = rows[row]()
+    for change in changes:
+        if change not in variants:
+            raise UserError(f"unknown variant {change!r}: choose one of {', '.join(variants)}")
+        for config in made.stages().values() if isinstance(made, Chain) else [made]:
+            variants[change](config)
+    return made
+
+
+def load_row(file: str, choice: str) -> Config:
+    """The config of one run that ``--config=file:choice`` means."""
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"{file}: no such config file (run from the repository's root)")
+    made = runpy.run_path(str(path))["get_config"](choice)
+    if not isinstance(made, Config):
+        raise UserError(f"{choice!r} of {file} is a chain of runs: choose a row that is one")
+    return made

@@ -1,0 +1,125 @@
+"""Where mid-training's trajectories come from: a teacher walks them at each step, or files have them."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowmaps import FlowMap, UserError
+from samplers import Trajectory, check_times, log_snr_times, trajectory, uniform_times
+from training.config import Config, Grid, Solver, Start, Trajectories
+from training.data import DataSet, TrajectoryFiles
+
+
+def grid(options: Trajectories, flag: str = "--config.trajectories.") -> Tensor:
+    """The times [N + 1] that ``options`` describe, the last one 1; ``flag`` begins the flags that errors name."""
+    low, high = options.low, options.high
+    if options.steps < 1:
+        raise UserError(f"{flag}steps must be at least 1, got {options.steps}")
+    if bool(options.times) != (options.grid is Grid.given):
+        raise UserError(f"{flag}times are for {flag}grid=given, and it for them: give both or none")
+    if options.grid is Grid.given:
+        times = torch.tensor(options.times, dtype=torch.float64)
+        try:
+            check_times(times)
+        except ValueError as error:
+            raise UserError(f"{flag}times: {error}") from None
+        if times[-1] != 1 or len(times) != options.steps + 1:
+            raise UserError(f"{flag}times must be {flag}steps + 1 = {options.steps + 1} numbers that end at 1")
+    elif options.grid is Grid.uniform:
+        if not 0 <= low < 1:
+            raise UserError(f"{flag}low must lie in [0, 1), got {low}")
+        times = low + (1 - low) * uniform_times(options.steps)
+    else:
+        if not 0 < low < high < 1 or options.steps < 2:
+            raise UserError(f"{flag}grid=log_snr needs two steps or more and 0 < low < high < 1, got {low} and {high}")
+        times = torch.cat([log_snr_times(options.steps - 1, low, high), torch.ones(1, dtype=torch.float64)])
+    if options.start is Start.data and not times[0] > 0:
+        raise UserError(f"{flag}start=data needs a first time above 0, where the data are: {flag}low=0.006")
+    return times
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Trajectories of ``teacher`` as ``options`` say."""
+
+    teacher: FlowMap
+    options: Trajectories
+
+    def __post_init__(self) -> None:
+        if self.options.solver is Solver.dpm_solver and self.teacher.interpolant_name != "linear":
+            raise UserError("--config.trajectories.solver=dpm_solver is for the linear path: choose heun")
+
+    def __call__(self, x0: Tensor, x1: Tensor | None = None, label: Tensor | None = None) -> Trajectory:
+        """From noise ``x0`` [B, ...], and data ``x1`` [B, ...] if they start from data; no gradient is kept."""
+        times = grid(self.options)
+        first = times[:1].to(x0.device, x0.dtype).expand(len(x0))
+        x1 = x1 if self.options.start is Start.data else None
+        x = self.teacher.interpolant.point(x0, torch.zeros_like(x0) if x1 is None else x1, first)
+        return trajectory(self.teacher.drift, x, times, label, self.options.solver.name)
+
+
+def described(options: Trajectories) -> dict[str, Any]:
+    """What ``options`` say of how trajectories are made, ready for JSON."""
+    facts = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "files"}
+    return facts | {name: facts[name].name for name in ("solver", "grid", "start")} | {"times": list(options.times)}
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Trajectories for training: items of ``data`` give one each, of ``rows`` training rows."""
+
+    data: DataSet
+    times: Tensor
+    walk: Walk | None = None  # None: the items are trajectories already
+
+    @property
+    def rows(self) -> int:
+        return len(self.times) - 1
+
+    def __call__(self, x: Tensor, label: Tensor | None, generator: torch.Generator) -> Trajectory:
+        """Trajectories of the items ``x`` [B, ...] with ``label`` [B] or None, the noise from ``generator``."""
+        if self.walk is None:
+            return Trajectory(self.times, x.transpose(0, 1), label)
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return self.walk(self.walk.teacher.base_std * noise, x, label)
+
+
+def build_paths(config: Config, fm: FlowMap, teacher: FlowMap | None, data: DataSet) -> Paths:
+    """What ``config`` says of the trajectories of the objective mid_training."""
+    options = config.trajectories
+    if options.files:
+        stored = TrajectoryFiles.open(options.files)
+        _check_files(config, fm, teacher, stored)
+        return Paths(stored, stored.times)
+    if teacher is None:
+        raise UserError(
+            "the objective mid_training needs a teacher whose trajectories it learns (--config.teacher=DIR), or "
+            "trajectories that prepare_data.py has made (--config.trajectories.files=DIR)"
+        )
+    return Paths(data, grid(options), Walk(teacher, options))
+
+
+def _check_files(config: Config, fm: FlowMap, teacher: FlowMap | None, stored: TrajectoryFiles) -> None:
+    """Refuse trajectories that this run does not describe or whose path is another."""
+    flag = f"--config.trajectories.files={stored.root}"
+    if config.data.label_dropout or config.data.augment or config.data.flip:
+        raise UserError(f"{flag}: --config.data.label_dropout, augment and flip come too late for stored trajectories")
+    ours: dict[str, Any] = {
+        "samples of shape": fm.info.shape,
+        "num_classes": fm.info.num_classes,
+        "interpolant": fm.interpolant_name,
+        "base_std": fm.base_std,
+    }
+    theirs: dict[str, Any] = {**stored.facts, "samples of shape": stored.shape}
+    if teacher is not None:
+        ours["teacher"] = teacher.fingerprint()
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise UserError(f"{flag} has {name} {theirs[name]}, this run {value}")
+    for name, value in described(config.trajectories).items():
+        made = stored.facts["made"][name]
+        if made != value:
+            raise UserError(f"{flag} was made with --{name}={made}, this run has --config.trajectories.{name}={value}")
