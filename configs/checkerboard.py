@@ -27,13 +27,23 @@ def base(method: str, **options: Any) -> Config:
     )
 
 
+def mid() -> Config:
+    """Mid-training on the trajectories of the drift in runs/checkerboard-flow, from its weights."""
+    config = base("mid_training")
+    config.init_from = config.teacher = "runs/checkerboard-flow"
+    return config
+
+
 def smoke(config: Config) -> None:
     """Seconds on two cores: every part runs, nothing is learned."""
     config.network.width, config.steps, config.batch = 32, 20, 64
     config.log_every = config.sample_every = config.checkpoint_every = 5
 
 
-ROWS = method_rows(base) | {"consistency": lambda: base("consistency", stage_steps=300, adaptive=0.0)}
+ROWS = method_rows(base) | {
+    "consistency": lambda: base("consistency", stage_steps=300, adaptive=0.0),
+    "mid_training": mid,
+}
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:

@@ -4,7 +4,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,9 +12,11 @@ from absl import flags
 
 from flowmaps.errors import Stopped, UserError
 
+Main = Callable[[], int | None]
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Parse the flags, call ``main`` and exit with its value.
+
+def run(main: Main | Mapping[str, Main]) -> NoReturn:
+    """Parse the flags, call ``main`` and exit with its value; of several mains, the one that the first argument names.
 
     0 success (or stopped politely), 1 failed gate, 2 the user's mistake in one line, 3 a bug with its traceback.
     """
@@ -26,6 +28,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         _check_config_file(sys.argv)
         rest = flags.FLAGS(sys.argv)[1:]
+        if isinstance(main, Mapping):
+            if not rest or rest[0] not in main:
+                raise UserError(f"say what to do first: {script} {' | '.join(main)}")
+            main = main[rest.pop(0)]
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}: flags look like --name=value")
     except (flags.Error, UserError, KeyError, AttributeError, TypeError) as error:

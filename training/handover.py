@@ -1,0 +1,134 @@
+"""What mid-training is worth: post-training from random weights, from a drift's and from mid-training's."""
+
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from flowmaps import FlowMap, UserError
+from flowmaps.images import to_uint8
+from flowmaps.metrics import board_kl, frechet_distance
+from flowmaps.objectives.mid_training import Target
+from training.config import Config, objective
+from training.evaluation import samples
+from training.rows import load_row
+from training.scoring import pick_extractor, source_stats
+from training.trainer import Trainer
+
+METHODS = ("lagrangian", "mean_flow", "consistency")
+MARKS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the map's training steps
+COUNTS = (1, 2)  # sampling steps
+
+
+class Setting(NamedTuple):
+    """A data set's part: ``steps`` train the map, and if it is mid-trained ``middle`` of them do that.
+
+    ``rate`` is the post-training's learning rate after mid-training, as a multiple of that from other weights.
+    """
+
+    steps: int
+    middle: int
+    diagonal: float
+    rate: float
+
+
+SETTINGS = {
+    "digits": Setting(steps=1000, middle=500, diagonal=0.0, rate=1.0),
+    "checkerboard": Setting(steps=2000, middle=1000, diagonal=0.0, rate=1.0),
+}
+
+
+class Curve:
+    """Scores of a map at ``MARKS`` of its training, whatever runs it is made of."""
+
+    def __init__(self, data: str, total: int) -> None:
+        self.data, self.total, self.scores = data, total, dict[str, float]()
+        if data == "digits":
+            self.extractor = pick_extractor(None, None, "digits", torch.device("cpu"))
+            self.heldout = source_stats("digits:heldout", self.extractor, "", "--data")
+
+    def run(self, config: Config, before: int = 0) -> FlowMap:
+        """Train ``config``; its first step is step ``before`` of the map's training."""
+        trainer, marks = Trainer.build(config), {round(mark * self.total) for mark in MARKS}
+        for step in range(config.steps):
+            trainer.step(step)
+            if (done := before + step + 1) in marks:
+                fm = trainer.averaged(step + 1)
+                for count in COUNTS:
+                    self.scores[f"{self.name}, steps={count}@{done * config.batch}"] = self.score(fm, count)
+        return trainer.averaged(config.steps)
+
+    @property
+    def name(self) -> str:
+        return "FD-digits" if self.data == "digits" else "KL"
+
+    def score(self, fm: FlowMap, count: int) -> float:
+        if self.data == "checkerboard":
+            return board_kl(samples(fm, count, 32_768, seed=1))
+        images = to_uint8(samples(fm, count, 2000, seed=1))
+        return frechet_distance(self.extractor.stats(torch.split(images, 500)), self.heldout)
+
+
+def middle(data: str, seed: int, target: Target, teacher: str, setting: Setting) -> Config:
+    """The config of mid-training from the weights and on the trajectories of ``teacher``."""
+    config = load_row(f"configs/{data}.py", "mid_training")
+    diagonal = setting.diagonal if target is Target.pairs else 0.0
+    config.objective = objective("mid_training", target=target, diagonal=diagonal)
+    config.init_from = config.teacher = teacher
+    config.seed, config.steps = seed, setting.middle
+    return config
+
+
+def records(
+    data: str,
+    seed: int,
+    setting: Setting,
+    methods: Sequence[str] = METHODS,
+    train_steps: int | None = None,
+    done: Collection[tuple[str, int]] = (),
+) -> Iterator[dict[str, Any]]:
+    """One record for each method and start that is not ``done``: scores against images, and what the teacher cost."""
+    names = [f"{data}, {method} from {start}" for method in methods for start in ("random", "drift", "mid-training")]
+    if all((name, seed) in done for name in names):
+        return
+    if train_steps:
+        setting = setting._replace(steps=train_steps, middle=train_steps // 2)
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_row(f"configs/{data}.py", "flow_matching")
+        config.seed, config.steps = seed, train_steps or config.steps
+        clock = time.process_time()
+        Curve(data, 0).run(config).save_pretrained(teacher := f"{folder}/teacher")
+        cost = {"teacher_images": config.steps * config.batch, "teacher_cpu_s": round(time.process_time() - clock)}
+        mid: dict[Target, Curve] = {}
+        for method in methods:
+            target = Target.endpoint if method == "consistency" else Target.pairs
+            for start in ("random", "drift", "mid-training"):
+                name = f"{data}, {method} from {start}"
+                if (name, seed) in done:
+                    continue
+                clock, curve, before = time.process_time(), Curve(data, setting.steps), 0
+                config = load_row(f"configs/{data}.py", method)
+                config.seed, config.steps = seed, setting.steps
+                config.init_from = teacher if start == "drift" else ""
+                if start == "mid-training":
+                    where = Path(folder) / target.name
+                    if target not in mid:
+                        mid[target] = Curve(data, setting.steps)
+                        mid[target].run(middle(data, seed, target, teacher, setting)).save_pretrained(where)
+                    curve.scores |= mid[target].scores
+                    before, config.init_from = setting.middle, str(where)
+                    config.steps, config.optim.lr = setting.steps - before, setting.rate * config.optim.lr
+                curve.run(config, before)
+                facts = {} if start == "random" else cost
+                seconds = round(time.process_time() - clock)
+                yield {"row": name, "seed": seed, **facts, "cpu_s": seconds, "scores": curve.scores}
+
+
+def chosen(rows: Sequence[str]) -> dict[str, Setting]:
+    """The settings of the data sets named in --rows."""
+    if unknown := [row for row in rows if row not in SETTINGS]:
+        raise UserError(f"--rows={','.join(unknown)}: of --suite=mid_training they are {', '.join(SETTINGS)}")
+    return {row: SETTINGS[row] for row in rows}
