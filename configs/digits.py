@@ -64,7 +64,7 @@ def mid(steps: int, **options: Any) -> Config:
     """Mid-training on the trajectories of the drift in runs/digits-flow, from its weights."""
     config = base("mid_training", **options)
     config.init_from = config.teacher = "runs/digits-flow"
-    config.trajectories = Trajectories(solver=Solver.heun, steps=16)
+    config.trajectories = Trajectories(solver=Solver.heun, steps=8)
     config.steps = steps
     return config
 

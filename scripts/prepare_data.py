@@ -52,8 +52,6 @@ def trajectories() -> None:
     if TEACHER.value is None or OUT.value is None:
         missing = "teacher" if TEACHER.value is None else "out"
         raise UserError(f"--{missing} is missing: e.g. --teacher=runs/digits-flow --out=data/walks")
-            f"--{'out' if TEACHER.value else 'teacher'} is missing: e.g. --teacher=runs/digits-flow --out=W"
-        )
     solver, kind, start = choice(Solver, "solver", SOLVER.value), choice(Grid, "grid", GRID.value), START.value
     try:
         times = tuple(float(time) for time in TIMES.value)
@@ -71,7 +69,7 @@ def trajectories() -> None:
         data = load_data(name, ROOT.value if DATA.value in KNOWN else DATA.value, size, False)
     out = writable_directory(Path(OUT.value), "--out")
     walk = Walk(teacher.to("cuda" if torch.cuda.is_available() else "cpu"), options)
-    with tqdm(total=NUM.value, unit="path") as bar:
+    with tqdm(total=NUM.value, unit="path", disable=None) as bar:
         for done in write_trajectories(out, walk, NUM.value, SEED.value, BATCH.value, SHARD.value, data):
             bar.update(done - bar.n)
 

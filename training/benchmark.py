@@ -14,6 +14,7 @@ from PIL import Image
 from flowmaps import FlowMap, UserError
 from flowmaps.images import to_uint8
 from flowmaps.metrics import board_kl, frechet_distance, sliced_w2
+from training import handover
 from training.config import Config
 from training.costs import network_costs, step_times
 from training.data import load_arrays
@@ -25,7 +26,7 @@ from training.trainer import Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
 USUAL_ROWS = ["flow_matching", "lagrangian"]
-PLOTTED = ("checkerboard", "digits", "learning")
+PLOTTED = ("checkerboard", "digits", "learning", "mid_training")
 CALIBRATION = 30  # steps timed to turn CPU minutes into a number of steps
 
 
@@ -107,6 +108,10 @@ def run(
         for row in (row for row in rows if (row, 0) not in done):
             yield {"row": row, "seed": 0, "train_steps": 18, "scores": step_times("configs/digits.py", row)}
         return
+    if suite == "mid_training":
+        for data, seed in itertools.product(handover.chosen(rows), seeds):
+            yield from handover.records(data, seed, handover.SETTINGS[data], train_steps=train_steps, done=done)
+        return
     if suite == "networks":
         for name in (name for name in rows if (f"{name}, flow_matching", 0) not in done):
             yield from ({"row": row, "seed": 0, "scores": scores} for row, scores in network_costs(name))
@@ -120,7 +125,7 @@ def run(
                 yield {"row": name, "seed": seed, "train_steps": config.steps, "scores": learning_scores(config)}
         return
     if suite not in SUITES:
-        raise UserError(f"--suite={suite}: choose one of learning, networks, step, {', '.join(SUITES)}")
+        raise UserError(f"--suite={suite}: choose one of learning, mid_training, networks, step, {', '.join(SUITES)}")
     file, score = SUITES[suite]
     for row in rows:
         for seed in seeds:
@@ -167,7 +172,7 @@ def markdown(records: list[dict[str, Any]], suite: str = "") -> str:
     found = list(dict.fromkeys(name for record in records for name in record["scores"]))
     metrics = list(dict.fromkeys(name.partition("@")[0] for name in found))
     names = sorted(found, key=lambda name: metrics.index(name.partition("@")[0]))
-    facts = [key for key in ("train_steps", "cpu_minutes") if key in records[0]]
+    facts = [key for key in records[0] if isinstance(records[0][key], (int, float)) and key != "seed"]
     table = ["| | " + " | ".join([*facts, *names]) + " |", "|---" * (1 + len(facts) + len(names)) + "|"]
     for row in dict.fromkeys(record["row"] for record in records):
         mine = [record for record in records if record["row"] == row]
@@ -191,4 +196,4 @@ def plot(records: list[dict[str, Any]], suite: str) -> Image.Image:
             metric, _, steps = name.partition("@")
             if steps:
                 found.append((record["row"], metric, int(steps), value))
-    return lines(found, xlabel="images seen" if suite == "learning" else EVALUATIONS)
+    return lines(found, xlabel="images seen" if suite in ("learning", "mid_training") else EVALUATIONS)

@@ -26,18 +26,19 @@ COUNTS = (1, 2)  # sampling steps
 class Setting(NamedTuple):
     """A data set's part: ``steps`` train the map, and if it is mid-trained ``middle`` of them do that.
 
-    ``rate`` is the post-training's learning rate after mid-training, as a multiple of that from other weights.
+    ``rate`` is the post-training's learning rate after mid-training, as a multiple of that from other weights, and
+    ``q`` then sets consistency's gap, from the first step on: no stages.
     """
 
     steps: int
     middle: int
-    diagonal: float
     rate: float
+    q: float
 
 
 SETTINGS = {
-    "digits": Setting(steps=1000, middle=500, diagonal=0.0, rate=1.0),
-    "checkerboard": Setting(steps=2000, middle=1000, diagonal=0.0, rate=1.0),
+    "digits": Setting(steps=1000, middle=500, rate=0.3, q=64.0),
+    "checkerboard": Setting(steps=2000, middle=1000, rate=0.3, q=64.0),
 }
 
 
@@ -75,8 +76,7 @@ class Curve:
 def middle(data: str, seed: int, target: Target, teacher: str, setting: Setting) -> Config:
     """The config of mid-training from the weights and on the trajectories of ``teacher``."""
     config = load_row(f"configs/{data}.py", "mid_training")
-    diagonal = setting.diagonal if target is Target.pairs else 0.0
-    config.objective = objective("mid_training", target=target, diagonal=diagonal)
+    config.objective = objective("mid_training", target=target, to_end=0.5 if target is Target.pairs else 0.0)
     config.init_from = config.teacher = teacher
     config.seed, config.steps = seed, setting.middle
     return config
@@ -121,14 +121,16 @@ def records(
                     curve.scores |= mid[target].scores
                     before, config.init_from = setting.middle, str(where)
                     config.steps, config.optim.lr = setting.steps - before, setting.rate * config.optim.lr
+                    if method == "consistency":
+                        config.objective.q, config.objective.stage_steps = setting.q, 0
                 curve.run(config, before)
-                facts = {} if start == "random" else cost
+                facts = dict.fromkeys(cost, 0) if start == "random" else cost
                 seconds = round(time.process_time() - clock)
                 yield {"row": name, "seed": seed, **facts, "cpu_s": seconds, "scores": curve.scores}
 
 
-def chosen(rows: Sequence[str]) -> dict[str, Setting]:
-    """The settings of the data sets named in --rows."""
+def chosen(rows: Sequence[str]) -> list[str]:
+    """The data sets named in --rows."""
     if unknown := [row for row in rows if row not in SETTINGS]:
         raise UserError(f"--rows={','.join(unknown)}: of --suite=mid_training they are {', '.join(SETTINGS)}")
-    return {row: SETTINGS[row] for row in rows}
+    return list(rows)

@@ -45,17 +45,17 @@ class MidTraining(Objective):
     ``target`` = pairs: r = v_{t_i,t_j}(x_i) - (x_j - x_i) / (t_j - t_i), the average velocity of the piece.
     ``target`` = endpoint: r = X_{t_i,t_N}(x_i) - x_N, which trains a consistency model.
     Hu et al. 2025 (arXiv 2509.24526), section 3. Every state but the last is the start of one row, so that a trajectory
-    of N steps gives N rows; for pairs, j is uniform on i + 1 .. N. In pairs, a share ``diagonal`` of the rows, drawn
-    at random, are replaced by flow matching towards the trajectory's end, which keeps the drift v_{t,t} in training
-    (ours; the paper has none).
+    of N steps gives N rows. For pairs, j is uniform on i + 1 .. N, and N itself in a share ``to_end`` of the rows: with
+    none, as published, one row in N^2 has the jump from noise to data.
 
     ``distance`` = lpips compares images X_{t_i,t_N}(x_i) and x_N; ``lpips_weights`` is the folder of its weight files.
     """
 
     dropout: ClassVar[Dropout] = usual_dropout
 
-    diagonal: float = 0.0
+    diagonal: float = field(default=0.0, init=False)
     target: Target = Target.pairs
+    to_end: float = 0.0  # for pairs
     distance: Distance = Distance.l2
     huber: float = 5.4e-4  # a dimension's share of 5.4e-4 sqrt(dimensions), arXiv 2310.14189
     lpips_weights: str = ""  # empty: where torch.hub keeps downloads
@@ -69,10 +69,10 @@ class MidTraining(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target is Target.endpoint and self.diagonal:
-            raise UserError("objective.diagonal: a map to data alone has no drift to train, leave it at 0")
         if self.target is Target.pairs and self.distance is Distance.lpips:
             raise UserError("objective.distance=lpips compares images: it needs objective.target=endpoint")
+        if not 0 <= self.to_end <= 1 or (self.to_end and self.target is Target.endpoint):
+            raise UserError(f"objective.to_end is a share, for objective.target=pairs, got {self.to_end}")
         if not self.huber >= 0:
             raise UserError(f"objective.huber must not be negative, got {self.huber}")
         if self.lpips_weights and self.distance is not Distance.lpips:
@@ -100,21 +100,14 @@ class MidTraining(Objective):
         states, steps, paths = batch.states, len(batch.times) - 1, batch.states.shape[1]
         times = batch.times.to(states.device, torch.promote_types(states.dtype, torch.float32))
         index = torch.arange(steps * paths, device=states.device)
-        if self.diagonal:
-            index = torch.randperm(len(index), generator=generator, device=states.device)
         path, i = index // steps, index % steps
-        fraction = torch.rand(len(index), generator=generator, device=states.device, dtype=times.dtype)
+        drawn = torch.rand(2, len(index), generator=generator, device=states.device, dtype=times.dtype)
         j = torch.full_like(i, steps)
         if self.target is Target.pairs:
-            j = torch.minimum(i + 1 + (fraction * (steps - i)).long(), j)
+            later = torch.minimum(i + 1 + (drawn[0] * (steps - i)).long(), j)
+            j = torch.where(drawn[1] < self.to_end, j, later)
         x0, x1, s, t = states[i, path], states[j, path], times[i], times[j]
-        if rows := self.diagonal_rows(len(index)):
-            x1[:rows] = states[-1, path[:rows]]
-            x0[:rows] = fm.base_std * torch.randn(
-                x0[:rows].shape, generator=generator, device=x0.device, dtype=x0.dtype
-            )
-            s[:rows] = t[:rows] = torch.rand(rows, generator=generator, device=s.device, dtype=s.dtype)
-        return x1, None if batch.label is None else batch.label[path], Draws(x0, s, t, fraction)
+        return x1, None if batch.label is None else batch.label[path], Draws(x0, s, t, drawn[0])
 
     def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         """``rows.x0`` at s and ``rows.x1`` at t are the two ends of a piece of a trajectory."""
