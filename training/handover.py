@@ -18,28 +18,20 @@ from training.rows import load_row
 from training.scoring import pick_extractor, source_stats
 from training.trainer import Trainer
 
-METHODS = ("lagrangian", "mean_flow", "consistency")
 MARKS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the map's training steps
 COUNTS = (1, 2)  # sampling steps
+RATES = {"lagrangian": 0.3, "mean_flow": 0.3, "consistency": 0.1}  # learning rates after mid-training, as multiples
+GAP = 64.0  # consistency's q after mid-training, from its first step on: no stages
 
 
 class Setting(NamedTuple):
-    """A data set's part: ``steps`` train the map, and if it is mid-trained ``middle`` of them do that.
-
-    ``rate`` is the post-training's learning rate after mid-training, as a multiple of that from other weights, and
-    ``q`` then sets consistency's gap, from the first step on: no stages.
-    """
+    """A data set's part: ``steps`` train the map, and if it is mid-trained ``middle`` of them do that."""
 
     steps: int
     middle: int
-    rate: float
-    q: float
 
 
-SETTINGS = {
-    "digits": Setting(steps=1000, middle=500, rate=0.3, q=64.0),
-    "checkerboard": Setting(steps=2000, middle=1000, rate=0.3, q=64.0),
-}
+SETTINGS = {"digits": Setting(1000, 500), "checkerboard": Setting(2000, 1000)}
 
 
 class Curve:
@@ -86,7 +78,7 @@ def records(
     data: str,
     seed: int,
     setting: Setting,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = tuple(RATES),
     train_steps: int | None = None,
     done: Collection[tuple[str, int]] = (),
 ) -> Iterator[dict[str, Any]]:
@@ -120,9 +112,9 @@ def records(
                         mid[target].run(middle(data, seed, target, teacher, setting)).save_pretrained(where)
                     curve.scores |= mid[target].scores
                     before, config.init_from = setting.middle, str(where)
-                    config.steps, config.optim.lr = setting.steps - before, setting.rate * config.optim.lr
+                    config.steps, config.optim.lr = setting.steps - before, RATES[method] * config.optim.lr
                     if method == "consistency":
-                        config.objective.q, config.objective.stage_steps = setting.q, 0
+                        config.objective.q, config.objective.stage_steps = GAP, 0
                 curve.run(config, before)
                 facts = dict.fromkeys(cost, 0) if start == "random" else cost
                 seconds = round(time.process_time() - clock)
