@@ -60,7 +60,14 @@ def smoke(config: Config) -> None:
     config.log_every = config.sample_every = config.checkpoint_every = 5
 
 
-ROWS = method_rows(base) | {"consistency": lambda: base("consistency", stage_steps=6250)}
+def mid() -> Config:
+    """Mid-training on the trajectories of the drift in runs/fashion-mnist-flow, from its weights."""
+    config = base("mid_training")
+    config.init_from = config.teacher = "runs/fashion-mnist-flow"
+    return config
+
+
+ROWS = method_rows(base) | {"consistency": lambda: base("consistency", stage_steps=6250), "mid_training": mid}
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:

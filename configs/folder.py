@@ -14,7 +14,21 @@ says how), and ",taught" follows its drift too.
 
 from typing import Any
 
-from training.config import Config, Data, Decay, Optim, Optimizer, Precision, network, objective
+from flowmaps.objectives.mid_training import Target
+from training.config import (
+    Config,
+    Data,
+    Decay,
+    Grid,
+    Optim,
+    Optimizer,
+    Precision,
+    Solver,
+    Start,
+    Trajectories,
+    network,
+    objective,
+)
 from training.rows import Chain, method_rows, select
 
 
@@ -49,7 +63,7 @@ def smoke(config: Config) -> None:
     net.width, net.channel_mult, net.blocks, net.attention_resolutions = 16, (1, 1, 2), 1, (16,)
     config.precision = Precision.fp32
     config.data.workers = 1
-    config.steps, config.batch = 20, 8
+    config.steps, config.batch = 20, 16
     config.log_every = config.sample_every = config.checkpoint_every = 5
 
 
@@ -76,7 +90,16 @@ def taught(config: Config) -> None:
     config.teacher = config.init_from
 
 
-ROWS = method_rows(base) | {"from_edm2": from_edm2}
+def mid() -> Config:
+    """Mid-training from EDM2-S, on its trajectories; the paper's settings at 64 x 64 are not public."""
+    config = from_edm2()
+    config.objective = objective("mid_training", target=Target.endpoint)
+    config.teacher = config.init_from
+    config.trajectories = Trajectories(Solver.dpm_solver, 16, Grid.log_snr, low=0.0062, start=Start.data)
+    return config
+
+
+ROWS = method_rows(base) | {"from_edm2": from_edm2, "mid_training": mid}
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:

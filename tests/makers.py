@@ -124,3 +124,18 @@ def write_data_root(root: Path) -> Path:
     for i in range(12):
         write_folder(root / "folder", {f"{'ab'[i % 2]}/{i}.png": encoded(photograph(i), "png")})
     return root
+
+
+def write_lpips(folder):
+    """The two weight files of LPIPS as they are released, with random numbers for the features of VGG-16."""
+    from torchvision.models.vgg import cfgs, make_layers
+
+    g = torch.Generator().manual_seed(0)
+    vgg = {"classifier.6.bias": torch.zeros(1000)}
+    for name, value in make_layers(cfgs["D"]).state_dict().items():
+        vgg[f"features.{name}"] = torch.randn(value.shape, generator=g) / max(1, value[0].numel()) ** 0.5
+    torch.save(vgg, folder / "vgg16-397923af.pth")
+    channels = (64, 128, 256, 512, 512)
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=g) / c for i, c in enumerate(channels)}
+    torch.save(linear, folder / "weights-vgg16-lpips.pth")
+    return folder

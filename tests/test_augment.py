@@ -137,6 +137,9 @@ def test_refusals():
     config.data.augment, config.network.augment_dim = 0.0, 9
     with pytest.raises(UserError, match=r"--config\.network\.augment_dim=0"):
         Trainer.build(config)
+    config.init_from = "nowhere"  # weights may know more than the run uses
+    with pytest.raises(UserError, match="no directory nowhere"):
+        Trainer.build(config)
     config = points("lagrangian,smoke")
     config.data.flip = True
     with pytest.raises(UserError, match=r"--config\.data\.flip"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import gaussian_data, gaussian_map, generator
 from small_networks import small
+from test_objectives import LIVE
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.generate import SOLVERS, generate, nfe
@@ -17,7 +18,7 @@ from samplers import uniform_times
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "consistency"])
+@pytest.mark.parametrize("name", [name for name in LIVE if name != "consistency"])
 def test_guidance_moves_the_target_to_the_guided_drift(name, drawn):
     """Class 1 stands for "no label": with dI_s/ds replaced by its mean given I_s and the label, the network's own drift
     is right where it equals w b(x; label) + (1 - w) b(x; no label), and not where it is b(x; label)."""

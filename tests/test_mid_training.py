@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import CASES, gaussian_data, gaussian_map, generator
+from makers import write_lpips
 from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
@@ -106,17 +107,7 @@ def test_data_and_trajectories_are_not_mixed_up():
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A folder of the two files as they are released, with random weights."""
-    folder, g = tmp_path_factory.mktemp("lpips"), generator()
-    features = make_layers(cfgs["D"]).state_dict()
-    vgg = {
-        f"features.{k}": torch.randn(v.shape, generator=g) / max(1, v[0].numel()) ** 0.5 for k, v in features.items()
-    }
-    vgg["classifier.6.bias"] = torch.zeros(1000)
-    torch.save(vgg, folder / "vgg16-397923af.pth")
-    channels = (64, 128, 256, 512, 512)
-    linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=g) / c for i, c in enumerate(channels)}
-    torch.save(linear, folder / "weights-vgg16-lpips.pth")
-    return folder
+    return write_lpips(tmp_path_factory.mktemp("lpips"))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -204,6 +204,7 @@ def test_learning_rates():
 
     assert [rate(k, warmup=3) for k in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert rate(0, decay=Decay.cosine) == 1 and rate(50, decay=Decay.cosine) == pytest.approx(0.5)
+    assert rate(0, decay=Decay.linear) == 1 and rate(75, decay=Decay.linear) == 0.25
     assert rate(10, decay=Decay.inverse_sqrt, decay_start=20) == 1
     assert rate(80, decay=Decay.inverse_sqrt, decay_start=20) == 0.5
 

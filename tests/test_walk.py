@@ -12,6 +12,7 @@ from test_training import assert_same, weights
 
 from configs.digits import get_config
 from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.objectives.mid_training import Distance, Target
 from training.config import Grid, Solver, Start, Trajectories
 from training.data import TrajectoryFiles
 from training.loop import train
@@ -164,6 +165,9 @@ def test_micro_steps_do_not_change_the_walks(start):  # noqa: F811
         Trainer.build(config)
 
 
+LPIPS = {"target": Target.endpoint, "distance": Distance.lpips, "lpips_weights": "nowhere"}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -172,6 +176,7 @@ def test_micro_steps_do_not_change_the_walks(start):  # noqa: F811
         (lambda c, root: setattr(c, "teacher", str(root / "points")), "samples of shape"),
         (lambda c, root: setattr(c, "teacher", str(root / "classes")), "num_classes 3"),
         (lambda c, root: setattr(c.trajectories, "files", "nowhere"), "nowhere: no such directory"),
+        (lambda c, root: vars(c.objective).update(LPIPS), "LPIPS: .*vgg16-397923af.pth is missing"),
         (lambda c, root: setattr(c.trajectories, "low", 2.0), r"--config\.trajectories\.low"),
     ],
 )

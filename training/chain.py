@@ -17,7 +17,7 @@ def run_chain(chain: Chain, workdir: str | Path, only: str = "") -> list[dict[st
     """Train the stages of ``chain``, or the one named ``only``, in ``workdir``/STAGE; returns a record of each.
 
     A stage that is done is only looked at, and one that was stopped resumes, by the rules of ``train``. The records
-    are also in ``workdir``/chain.json.
+    of a whole chain are also in ``workdir``/chain.json.
     """
     workdir = Path(workdir)
     stages = placed(chain, workdir)
@@ -38,7 +38,7 @@ def run_chain(chain: Chain, workdir: str | Path, only: str = "") -> list[dict[st
             except UserError as error:
                 raise UserError(f"stage {name}: {error}") from None
             records.append(record(name, config, workdir / name, fm))
-    if PartialState().is_main_process:
+    if PartialState().is_main_process and not only:
         write_file(workdir / "chain.json", json.dumps(records, indent=2).encode())
     return records
 

@@ -27,6 +27,7 @@ class Optimizer(enum.Enum):
 class Decay(enum.Enum):
     constant = "constant"
     cosine = "cosine"  # to zero at the last step
+    linear = "linear"  # likewise
     inverse_sqrt = "inverse_sqrt"  # lr / sqrt(max(step / decay_start, 1))
 
 

@@ -21,7 +21,9 @@ def dry_run(config: Config, batch: int = 16) -> tuple[dict[str, Any], Image.Imag
     micro_batch = micro_batch_size(config, processes)
     share = build_objective(config).diagonal
     least = math.ceil(1 / share) if share else 1  # a diagonal row has to be among them
-    small = min(micro_batch, max(least, batch // (processes * config.accumulate)))
+    if config.objective.name == "mid_training":
+        least = config.trajectories.steps  # the rows of a trajectory
+    small = min(micro_batch, max(1, batch // (processes * config.accumulate) // least) * least)
     trainer = Trainer.build(_with_micro_batch(config, small, processes))
     losses = [float(trainer.step(step)["loss"]) for step in range(2)]
     double = Trainer.build(_with_micro_batch(config, 2 * small, processes))

@@ -119,7 +119,7 @@ def _same_run(config: Config, path: Path) -> None:
         stored.pop("origin", None)  # compared with the checkpoint's
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): cannot tell whether the run is the same") from None
-    allowed = MAY_CHANGE | ({"steps"} if config.optim.decay is not Decay.cosine else set())
+    allowed = MAY_CHANGE | ({"steps"} if config.optim.decay in (Decay.constant, Decay.inverse_sqrt) else set())
     changed = [key for key in _differences(stored, config.to_dict()) if key not in allowed]
     if changed:
         raise UserError(

@@ -21,6 +21,8 @@ def learning_rate(config: Optim, step: int, steps: int) -> float:
     warm = min(1.0, (step + 1) / (config.warmup + 1))
     if config.decay is Decay.cosine:
         decay = 0.5 * (1 + math.cos(math.pi * step / steps))
+    elif config.decay is Decay.linear:
+        decay = 1 - step / steps
     elif config.decay is Decay.inverse_sqrt:
         decay = 1 / math.sqrt(max(step / config.decay_start, 1))
     else:

@@ -251,7 +251,7 @@ def _check_augmentation(config: Config, shape: tuple[int, ...]) -> None:
     if (data.flip or data.augment) and len(shape) != 3:
         raise UserError(f"--config.data.flip and --config.data.augment are for images, {data.name} has points")
     wanted, room = (PARAMETERS if data.augment else 0), getattr(config.network, "augment_dim", 0)
-    if wanted != room:
+    if wanted != room and (wanted or not config.init_from):  # weights may know augmentation that this run leaves out
         raise UserError(
             f"--config.data.augment={data.augment:g} needs --config.network.augment_dim={wanted}, got {room}: "
             "the network is told what was done to an image"

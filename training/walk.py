@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from flowmaps import FlowMap, UserError
+from flowmaps.objectives import MidTraining
 from samplers import Trajectory, check_times, log_snr_times, trajectory, uniform_times
-from training.config import Config, Grid, Solver, Start, Trajectories
+from training.config import Config, Grid, Solver, Start, Trajectories, build_objective
 from training.data import DataSet, TrajectoryFiles
 
 
@@ -90,6 +91,8 @@ class Paths:
 def build_paths(config: Config, fm: FlowMap, teacher: FlowMap | None, data: DataSet) -> Paths:
     """What ``config`` says of the trajectories of the objective mid_training."""
     options = config.trajectories
+    if isinstance(objective := build_objective(config), MidTraining):
+        objective.check(fm.info.shape, next(fm.parameters()).device)
     if options.files:
         stored = TrajectoryFiles.open(options.files)
         _check_files(config, fm, teacher, stored)

@@ -109,6 +109,14 @@ class MidTraining(Objective):
         x0, x1, s, t = states[i, path], states[j, path], times[i], times[j]
         return x1, None if batch.label is None else batch.label[path], Draws(x0, s, t, drawn[0])
 
+    def check(self, shape: tuple[int, ...], device: torch.device) -> None:
+        """Refuse, before any training, samples or weight files that the distance cannot take."""
+        if self.distance is Distance.lpips:
+            if len(shape) != 3:
+                raise UserError("objective.distance=lpips compares images, these samples are points")
+            image = torch.zeros(1, *shape, device=device)
+            lpips(self.lpips_weights, device)(image, image)
+
     def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         """``rows.x0`` at s and ``rows.x1`` at t are the two ends of a piece of a trajectory."""
         gap = expand(rows.t - rows.s, rows.x0)
@@ -119,10 +127,16 @@ class MidTraining(Objective):
 
     def error(self, residual: Tensor, rows: Rows) -> Tensor:
         if self.distance is Distance.lpips:
-            return lpips(self.lpips_weights, residual.device)(rows.x1 + residual, rows.x1)
+            return self.seen(rows.x1 + residual, rows.x1)
         if self.distance is Distance.l1:
             return residual.to(torch.promote_types(residual.dtype, torch.float32)).abs().flatten(1).mean(dim=1)
         squared = mean_square(residual)
         if self.distance is Distance.huber:
             return (squared + self.huber**2).sqrt() - self.huber
         return squared
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def seen(self, x: Tensor, y: Tensor) -> Tensor:
+        """LPIPS of two batches of images: [n]; runs eagerly in a compiled loss."""
+        distance: Tensor = lpips(self.lpips_weights, x.device)(x, y)
+        return distance
