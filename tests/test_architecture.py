@@ -81,7 +81,7 @@ FROZEN = {
 SAMPLING = {"checkpoint", "steps", "num", "seed", "sampler", "label", "guidance", "gamma", "batch"}
 SCORING = {"extractor", "weights", "root"}
 FLAGS = {
-    "train.py": {"config", "workdir", "dry_run"},
+    "train.py": {"config", "workdir", "dry_run", "stage"},
     "sample.py": SAMPLING | {"out"},
     "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt"},
     "fid.py": SAMPLING | SCORING | {"samples", "reference", "max_fid", "json", "memorisation"},
@@ -89,6 +89,8 @@ FLAGS = {
     "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
     "demo.py": {"workdir", "steps", "num"},
     "import_checkpoint.py": {"format", "src", "out"},
+    "prepare_data.py": {"teacher", "out", "num", "solver", "steps", "grid", "low", "high", "times", "start"}
+    | {"data", "root", "seed", "batch", "shard"},
 }
 
 

@@ -127,7 +127,8 @@ class MidTraining(Objective):
 
     def error(self, residual: Tensor, rows: Rows) -> Tensor:
         if self.distance is Distance.lpips:
-            return self.seen(rows.x1 + residual, rows.x1)
+            distance: Tensor = self.seen(rows.x1 + residual, rows.x1)
+            return distance
         if self.distance is Distance.l1:
             return residual.to(torch.promote_types(residual.dtype, torch.float32)).abs().flatten(1).mean(dim=1)
         squared = mean_square(residual)
@@ -138,5 +139,4 @@ class MidTraining(Objective):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def seen(self, x: Tensor, y: Tensor) -> Tensor:
         """LPIPS of two batches of images: [n]; runs eagerly in a compiled loss."""
-        distance: Tensor = lpips(self.lpips_weights, x.device)(x, y)
-        return distance
+        return lpips(self.lpips_weights, x.device)(x, y)
