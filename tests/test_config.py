@@ -9,8 +9,10 @@ from makers import write_lpips
 from test_training import tiny
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.objectives.eulerian import Velocity
 from flowmaps.objectives.mid_training import Distance
 from training import build_network
+from training.config import build_objective, network, objective
 from training.dry_run import dry_run
 
 
@@ -88,9 +90,14 @@ def test_dry_run_refuses_what_training_would():
         dry_run(config)
 
 
-def test_accidental_options_are_refused():
-    from training.config import network, objective
+def test_options_of_any_name_can_be_set():
+    """MeanFlow and mid-training have a ``target`` of their own, beside the section's name."""
+    section = objective("mean_flow", target=Velocity.model)
+    assert (section.name, section.target) == ("mean_flow", Velocity.model)
+    assert build_objective(tiny(objective=section)).taught
 
+
+def test_accidental_options_are_refused():
     with pytest.raises(UserError, match="heads"):
         network("UNet", heads=3)
     with pytest.raises(UserError, match="colour"):

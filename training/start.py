@@ -24,7 +24,7 @@ def start_from(config: Config, fm: FlowMap) -> str:
     has, the guidance weight's embedding, stays as it is: it starts as nothing; so do the parameters of
     ``config.init_fresh``. Returns the fingerprint of what ``init_from`` held.
     """
-    start = FlowMap.from_pretrained(config.init_from)
+    start = opened("init_from", config.init_from)
     if config.init_ema:
         start.network.load_state_dict(run_weights(config.init_from, config.init_ema))
     if type(start.network) is not type(fm.network):
@@ -57,6 +57,14 @@ def start_from(config: Config, fm: FlowMap) -> str:
     return start.fingerprint()
 
 
+def opened(flag: str, source: str) -> FlowMap:
+    """The checkpoint that ``--config.flag`` names."""
+    try:
+        return FlowMap.from_pretrained(source)
+    except UserError as error:
+        raise UserError(f"--config.{flag}: {error}") from None
+
+
 def run_weights(run: str, which: str) -> dict[str, Tensor]:
     """The network's weights in the last checkpoint of the directory ``run``: an average's, by its decay, or "raw"."""
     found = list_checkpoints(Path(run))
@@ -79,7 +87,7 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
         if objective.taught:
             reason = "an average teaches already: add --config.objective.teacher_ema=0"
         raise UserError(f"--config.teacher={config.teacher}, but {reason}")
-    teacher = FlowMap.from_pretrained(config.teacher)
+    teacher = opened("teacher", config.teacher)
     for name, theirs, ours in (
         ("samples of shape", teacher.info.shape, fm.info.shape),
         ("num_classes", teacher.info.num_classes, fm.info.num_classes),
