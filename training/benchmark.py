@@ -190,10 +190,12 @@ def markdown(records: list[dict[str, Any]], suite: str = "") -> str:
 
 def plot(records: list[dict[str, Any]], suite: str) -> Image.Image:
     """Each metric against the number of steps or images, one line a row: mean over seeds, with the range as bars."""
+    if suite == "mid_training":
+        return lines(handover.curves(records), xlabel="images seen")
     found = []
     for record in records:
         for name, value in record["scores"].items():
             metric, _, steps = name.partition("@")
             if steps:
                 found.append((record["row"], metric, int(steps), value))
-    return lines(found, xlabel="images seen" if suite in ("learning", "mid_training") else EVALUATIONS)
+    return lines(found, xlabel="images seen" if suite == "learning" else EVALUATIONS)

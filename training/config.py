@@ -194,6 +194,8 @@ class Config:
             raise UserError(f"--config.interpolant={self.interpolant}: choose one of {', '.join(INTERPOLANTS)}")
         if self.gradient_checkpointing and self.compile:
             raise UserError("--config.gradient_checkpointing and --config.compile exclude each other: leave one out")
+        if self.trajectories.files and self.objective.name != "mid_training":
+            raise UserError("--config.trajectories.files are for the objective mid_training: leave them out")
         made = build_objective(self)
         if made.guided and not self.data.label_dropout:
             raise UserError("--config.objective.guidance needs rows without a label: --config.data.label_dropout=0.1")

@@ -121,6 +121,20 @@ def records(
                 yield {"row": name, "seed": seed, **facts, "cpu_s": seconds, "scores": curve.scores}
 
 
+def curves(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, int, float]]:
+    """(start, panel, images, score) of one-step samples; where there is a teacher, with its images counted as well."""
+    points = []
+    for record in records:
+        method, _, start = record["row"].partition(", ")[2].partition(" from ")
+        for name, value in record["scores"].items():
+            metric, _, images = name.partition("@")
+            if metric.endswith("steps=1"):
+                points.append((start, f"{method}: {metric}", int(images), value))
+                if teacher := record["teacher_images"]:
+                    points.append((f"{start}, teacher counted", f"{method}: {metric}", int(images) + teacher, value))
+    return points
+
+
 def chosen(rows: Sequence[str]) -> list[str]:
     """The data sets named in --rows."""
     if unknown := [row for row in rows if row not in SETTINGS]:

@@ -95,7 +95,8 @@ def lines(
         if floor is not None:
             shown["floor"] = axes.axhline(floor, color="grey", linestyle="--", label="floor: training images")
         axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=f"{metric} (lower is better)")
-        axes.set_xticks(steps, [str(s) for s in steps])
+        if len(steps) <= 8:
+            axes.set_xticks(steps, [str(s) for s in steps])
         axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.grid(alpha=0.3)
     panels[0][0].legend(handles=list(shown.values()), fontsize="small")
