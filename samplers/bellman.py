@@ -1,0 +1,131 @@
+"""Step sizes for a given number of steps: the grid of least summed local error, by dynamic programming.
+
+Bellman optimal step sizes, Nguyen et al. 2024 (arXiv 2312.16414). A fine trajectory x_0 .. x_N at times t_0 .. t_N is
+walked once; c[j, k] is the error of jumping from x_j to t_k in one step, against x_k. A coarse grid is a path through
+the fine one, and its cost the sum of its jumps'.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from samplers.callables import Drift, Map
+from samplers.grids import check_times
+from samplers.trajectories import Trajectory, trajectory
+
+
+def solve(cost: Tensor, steps: int) -> tuple[list[int], float]:
+    """The path 0 = i_0 < ... < i_steps = N of least sum c[i_0, i_1] + c[i_1, i_2] + ...: (indices, value).
+
+    ``cost`` [N + 1, N + 1], of which the entries above the diagonal count. Of several best paths it is the one whose
+    first differing index is smaller.
+    """
+    return solve_all(cost, steps)[steps]
+
+
+def solve_all(cost: Tensor, most: int) -> dict[int, tuple[list[int], float]]:
+    """``solve`` for 1 .. ``most`` steps in one pass: O(most N^2).
+
+    V_1(j) = c[j, N] and V_n(j) = min over m of c[j, m] + V_{n-1}(m); the minimising m are kept, and followed from 0.
+    """
+    nodes = len(cost)
+    if cost.ndim != 2 or cost.shape[1] != nodes or nodes < 2:
+        raise ValueError(f"cost must be [N + 1, N + 1] with N >= 1, got {tuple(cost.shape)}")
+    if not 1 <= most <= nodes - 1:
+        raise ValueError(f"steps must be from 1 to the fine grid's {nodes - 1}, got {most}")
+    above = torch.ones(nodes, nodes, dtype=torch.bool).triu(1)
+    c = cost.detach().to("cpu", torch.float64)
+    if not bool(torch.isfinite(c[above]).all()):
+        raise ValueError("cost has entries that are not finite: the drift or the trajectory diverged")
+    c = torch.where(above, c, torch.inf)
+    value, choices = c[:, -1], list[Tensor]()
+    found = {1: ([0, nodes - 1], float(value[0]))}
+    for steps in range(2, most + 1):
+        value, choice = (c + value).min(dim=1).values, (c + value).argmin(dim=1)  # argmin: the first of several
+        choices.insert(0, choice)
+        path = [0]
+        for chosen in choices:
+            path.append(int(chosen[path[-1]]))
+        found[steps] = ([*path, nodes - 1], float(value[0]))
+    return found
+
+
+def euler_cost(
+    drift: Drift, x: Tensor, times: Tensor, label: Tensor | None = None, *, root: bool = False, batch: int = 64
+) -> Tensor:
+    """c[j, k] = mean over noises of |x_j + (t_k - t_j) b_{t_j}(x_j) - x_k|^2 along Euler's path: float64 [N + 1, N + 1].
+
+    From ``x`` [B, ...] at ``times[0]``, ``batch`` at a time; |.|^2 is a mean over dimensions, and ``root`` takes its
+    square root before the mean over noises. N evaluations of the drift a noise for all entries; c[j, j + 1] = 0.
+    """
+    return _streamed(x, label, batch, lambda part, lab: _euler_errors(drift, part, times, lab, root))
+
+
+def _euler_errors(drift: Drift, x: Tensor, times: Tensor, label: Tensor | None, root: bool) -> Tensor:
+    walked = trajectory(drift, x, times, label, "euler")
+    states, grid = walked.states, _like(times, x)
+    shape = [-1] + [1] * (states.ndim - 1)
+
+    def ends(j: int) -> Tensor:
+        velocity = (states[j + 1] - states[j]) / (grid[j + 1] - grid[j])  # Euler's step was a multiple of it
+        return states[j] + (grid[j + 1 :] - grid[j]).view(shape) * velocity
+
+    return _errors(walked, ends, root)
+
+
+def heun_cost(drift: Drift, walked: Trajectory, *, root: bool = False) -> Tensor:
+    """c[j, k] with one step of Heun's method from x_j to t_k, for the states of ``walked``: float64 [N + 1, N + 1].
+
+    N + N (N + 1) / 2 evaluations a path: each first slope once, and one second slope for each entry.
+    """
+    states, label, grid = walked.states, walked.label, _like(walked.times, walked.states)
+    count = states.shape[1]
+
+    @torch.no_grad()
+    def ends(j: int) -> Tensor:
+        b = drift(states[j], grid[j].expand(count), label)
+        steps = [(t.expand(count), t - grid[j]) for t in grid[j + 1 :]]
+        return torch.stack([states[j] + h / 2 * (b + drift(states[j] + h * b, t, label)) for t, h in steps])
+
+    return _errors(walked, ends, root)
+
+
+def map_cost(fm: Map, walked: Trajectory, *, root: bool = False) -> Tensor:
+    """c[j, k] = mean over paths of |X_{t_j,t_k}(x_j) - x_k|^2 for a learned map: float64 [N + 1, N + 1].
+
+    N (N + 1) / 2 evaluations a path.
+    """
+    states, label, grid = walked.states, walked.label, _like(walked.times, walked.states)
+    count = states.shape[1]
+
+    @torch.no_grad()
+    def ends(j: int) -> Tensor:
+        start = grid[j].expand(count)
+        return torch.stack([fm(states[j], start, t.expand(count), label) for t in grid[j + 1 :]])
+
+    return _errors(walked, ends, root)
+
+
+def _errors(walked: Trajectory, ends: Callable[[int], Tensor], root: bool) -> Tensor:
+    """c [N + 1, N + 1]: the mean over paths of the distance from ``ends(j)`` [N - j, B, ...] to states j + 1 .. N."""
+    nodes = len(walked.times)
+    cost = torch.zeros(nodes, nodes, dtype=torch.float64)
+    for j in range(nodes - 1):
+        squared = (ends(j) - walked.states[j + 1 :]).square().flatten(2).mean(dim=2).double()  # [N - j, B]
+        cost[j, j + 1 :] = (squared.sqrt() if root else squared).mean(dim=1).cpu()
+    return cost
+
+
+def _streamed(x: Tensor, label: Tensor | None, batch: int, errors: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+    """The mean over the rows of ``x`` of what ``errors`` gives for a part of them."""
+    starts = range(0, len(x), batch)
+    parts = [(x[i : i + batch], None if label is None else label[i : i + batch]) for i in starts]
+    return torch.stack([errors(part, lab) * (len(part) / len(x)) for part, lab in parts]).sum(dim=0)
+
+
+def _like(times: Tensor, x: Tensor) -> Tensor:
+    return check_times(times).to(x.device, torch.promote_types(x.dtype, torch.float32))
+
+
+__all__ = ["euler_cost", "heun_cost", "map_cost", "solve", "solve_all"]

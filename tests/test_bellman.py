@@ -1,0 +1,83 @@
+"""Dynamic programming against brute force, and costs against their definition."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import gaussian_map, generator
+
+from samplers import trajectory, uniform_times
+from samplers.bellman import euler_cost, heun_cost, map_cost, solve, solve_all
+
+
+def brute(cost, steps):
+    last = len(cost) - 1
+    paths = ((0, *inner, last) for inner in itertools.combinations(range(1, last), steps - 1))
+    return min((sum(float(cost[a, b]) for a, b in itertools.pairwise(path)), path) for path in paths)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_solve_equals_brute_force(whole):
+    """300 matrices of up to 12 nodes; with whole numbers there are ties, and the first path in order is taken."""
+    g = generator()
+    for trial in range(150):
+        nodes = 2 + trial % 11
+        cost = torch.rand(nodes, nodes, generator=g, dtype=torch.float64)
+        cost = (3 * cost).floor() if whole else cost
+        for steps, (path, value) in solve_all(cost, nodes - 1).items():
+            best, expected = brute(cost, steps)
+            assert value == pytest.approx(best, abs=1e-12) and solve(cost, steps) == (path, value)
+            assert not whole or path == list(expected)
+        assert solve(cost, 1)[0] == [0, nodes - 1] and solve(cost, nodes - 1)[0] == list(range(nodes))
+
+
+def test_never_above_the_uniform_grid():
+    fm, noise = gaussian_map(), torch.randn(50, 3, generator=generator(), dtype=torch.float64)
+    cost = euler_cost(fm.drift, noise, uniform_times(24))
+    for steps in (1, 2, 3, 4, 6, 8, 12, 24):
+        path = range(0, 25, 24 // steps)
+        assert solve(cost, steps)[1] <= sum(float(cost[a, b]) for a, b in itertools.pairwise(path)) + 1e-15
+
+
+@pytest.mark.parametrize("root", [False, True])
+@pytest.mark.parametrize("case", [("linear", 1.0, False), ("trigonometric", 0.7, True)])
+def test_costs_equal_their_definition(case, root):
+    fm, times = gaussian_map(*case), uniform_times(6)
+    x = torch.randn(10, 3, generator=generator(), dtype=torch.float64)
+    label = torch.arange(10) % 2 if case[2] else None
+    walked = trajectory(fm.drift, x, times, label, "euler")
+
+    def jump(name, j, k):
+        a, s, t = walked.states[j], times[j].expand(10), times[k].expand(10)
+        b = fm.drift(a, s, label)
+        if name == "map":
+            return fm(a, s, t, label)
+        end = a + (t - s)[:, None] * b
+        return end if name == "euler" else a + (t - s)[:, None] / 2 * (b + fm.drift(end, t, label))
+
+    found = {
+        "euler": euler_cost(fm.drift, x, times, label, root=root, batch=3),
+        "heun": heun_cost(fm.drift, walked, root=root),
+        "map": map_cost(fm, walked, root=root),
+    }
+    for name, cost in found.items():
+        expected = torch.zeros(7, 7, dtype=torch.float64)
+        for j, k in itertools.combinations(range(7), 2):
+            squared = (jump(name, j, k) - walked.states[k]).square().mean(dim=1).detach()
+            expected[j, k] = (squared.sqrt() if root else squared).mean()
+        torch.testing.assert_close(cost, expected, rtol=1e-9, atol=1e-13)
+    assert found["euler"].diagonal(1).abs().max() < (1e-14 if root else 1e-28)
+
+
+@pytest.mark.parametrize(
+    ("cost", "steps", "reason"),
+    [
+        (torch.zeros(4, 4), 4, "from 1 to the fine grid's 3"),
+        (torch.zeros(4, 4), 0, "from 1 to"),
+        (torch.zeros(4, 3), 1, "N \\+ 1"),
+        (torch.full((4, 4), torch.nan), 2, "not finite"),
+    ],
+)
+def test_what_cannot_be_solved_is_refused(cost, steps, reason):
+    with pytest.raises(ValueError, match=reason):
+        solve(cost, steps)
