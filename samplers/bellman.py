@@ -54,10 +54,10 @@ def solve_all(cost: Tensor, most: int) -> dict[int, tuple[list[int], float]]:
 def euler_cost(
     drift: Drift, x: Tensor, times: Tensor, label: Tensor | None = None, *, root: bool = False, batch: int = 64
 ) -> Tensor:
-    """c[j, k] = mean over noises of |x_j + (t_k - t_j) b_{t_j}(x_j) - x_k|^2 along Euler's path: float64 [N + 1, N + 1].
+    """c[j, k] = E |x_j + (t_k - t_j) b_{t_j}(x_j) - x_k|^2 along Euler's path: float64 [N + 1, N + 1].
 
     From ``x`` [B, ...] at ``times[0]``, ``batch`` at a time; |.|^2 is a mean over dimensions, and ``root`` takes its
-    square root before the mean over noises. N evaluations of the drift a noise for all entries; c[j, j + 1] = 0.
+    square root before the mean E over noises. N evaluations of the drift a noise for all entries; c[j, j + 1] = 0.
     """
     return _streamed(x, label, batch, lambda part, lab: _euler_errors(drift, part, times, lab, root))
 
