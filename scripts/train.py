@@ -23,6 +23,8 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build everything, do two steps on
 
 
 def main() -> None:
+    from accelerate import PartialState
+
     from training.chain import run_chain, table
     from training.dry_run import dry_run
     from training.loop import train
@@ -35,7 +37,9 @@ def main() -> None:
     if isinstance(CONFIG.value, Chain):
         if DRY_RUN.value:
             raise UserError("--dry_run is for one run: try the rows of the chain's stages one by one")
-        print(table(run_chain(CONFIG.value, WORKDIR.value, STAGE.value)))
+        records = run_chain(CONFIG.value, WORKDIR.value, STAGE.value)
+        if PartialState().is_main_process:
+            print(table(records))
         return
     if STAGE.value:
         raise UserError(f"--stage={STAGE.value}: this row is one run, not a chain")
