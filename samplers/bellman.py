@@ -52,17 +52,35 @@ def solve_all(cost: Tensor, most: int) -> dict[int, tuple[list[int], float]]:
 
 
 def euler_cost(
-    drift: Drift, x: Tensor, times: Tensor, label: Tensor | None = None, *, root: bool = False, batch: int = 64
+    drift: Drift,
+    x: Tensor,
+    times: Tensor,
+    label: Tensor | None = None,
+    *,
+    root: bool = False,
+    batch: int = 64,
+    covectors: int = 0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """c[j, k] = E |x_j + (t_k - t_j) b_{t_j}(x_j) - x_k|^2 along Euler's path: float64 [N + 1, N + 1].
 
     From ``x`` [B, ...] at ``times[0]``, ``batch`` at a time; |.|^2 is a mean over dimensions, and ``root`` takes its
     square root before the mean E over noises. N evaluations of the drift a noise for all entries; c[j, j + 1] = 0.
+
+    With ``covectors`` > 0 an error e at t_k counts as what is left of it at the end, |J e|^2 with J the derivative of
+    Euler's path from x_k to x_N: the mean of (w J e)^2 over so many normal w from ``generator``, which N
+    vector-Jacobian products each pull back to all the times.
     """
-    return _streamed(x, label, batch, lambda part, lab: _euler_errors(drift, part, times, lab, root))
+    parts = [(x[i : i + batch], None if label is None else label[i : i + batch]) for i in range(0, len(x), batch)]
+    cost = torch.zeros(len(times), len(times), dtype=torch.float64)
+    for part, lab in parts:
+        shape = (covectors, *part.shape)
+        w = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype) if covectors else None
+        cost += len(part) / len(x) * _euler_errors(drift, part, times, lab, root, w)
+    return cost
 
 
-def _euler_errors(drift: Drift, x: Tensor, times: Tensor, label: Tensor | None, root: bool) -> Tensor:
+def _euler_errors(drift: Drift, x: Tensor, times: Tensor, label: Tensor | None, root: bool, w: Tensor | None) -> Tensor:
     walked = trajectory(drift, x, times, label, "euler")
     states, grid = walked.states, _like(times, x)
     shape = [-1] + [1] * (states.ndim - 1)
@@ -71,7 +89,25 @@ def _euler_errors(drift: Drift, x: Tensor, times: Tensor, label: Tensor | None, 
         velocity = (states[j + 1] - states[j]) / (grid[j + 1] - grid[j])  # Euler's step was a multiple of it
         return states[j] + (grid[j + 1 :] - grid[j]).view(shape) * velocity
 
-    return _errors(walked, ends, root)
+    return _errors(walked, ends, root, None if w is None else pulled_back(drift, walked, w))
+
+
+def pulled_back(drift: Drift, walked: Trajectory, w: Tensor) -> Tensor:
+    """w J for covectors ``w`` [C, B, ...] at the end and J the derivative of Euler's path from each state to the last.
+
+    Returns [N + 1, C, B, ...]; the last entry is ``w`` itself.
+    """
+    grid, count = _like(walked.times, w), walked.states.shape[1]
+    found = [w]
+    for k in range(len(grid) - 2, -1, -1):
+        x = walked.states[k].detach().requires_grad_()
+        with torch.enable_grad():
+            b = drift(x, grid[k].expand(count), walked.label)
+        step = grid[k + 1] - grid[k]
+        last = len(w) - 1
+        pulled = [torch.autograd.grad(b, x, p, retain_graph=i < last)[0] for i, p in enumerate(found[0])]
+        found.insert(0, found[0] + step * torch.stack(pulled))
+    return torch.stack(found)
 
 
 def heun_cost(drift: Drift, walked: Trajectory, *, root: bool = False) -> Tensor:
@@ -107,25 +143,26 @@ def map_cost(fm: Map, walked: Trajectory, *, root: bool = False) -> Tensor:
     return _errors(walked, ends, root)
 
 
-def _errors(walked: Trajectory, ends: Callable[[int], Tensor], root: bool) -> Tensor:
-    """c [N + 1, N + 1]: the mean over paths of the distance from ``ends(j)`` [N - j, B, ...] to states j + 1 .. N."""
+def _errors(walked: Trajectory, ends: Callable[[int], Tensor], root: bool, weight: Tensor | None = None) -> Tensor:
+    """c [N + 1, N + 1]: the mean over paths of the distance from ``ends(j)`` [N - j, B, ...] to states j + 1 .. N.
+
+    With ``weight`` [N + 1, C, B, ...] the mean over C of the squared product of error and weight takes its place.
+    """
     nodes = len(walked.times)
     cost = torch.zeros(nodes, nodes, dtype=torch.float64)
     for j in range(nodes - 1):
-        squared = (ends(j) - walked.states[j + 1 :]).square().flatten(2).mean(dim=2).double()  # [N - j, B]
+        error = (ends(j) - walked.states[j + 1 :]).flatten(2)  # [N - j, B, dim]
+        if weight is None:
+            squared = error.square().mean(dim=2).double()  # [N - j, B]
+        else:
+            product = torch.einsum("kbd,kcbd->kcb", error, weight[j + 1 :].flatten(3))
+            squared = (product.square().mean(dim=1) / error.shape[2]).double()
         cost[j, j + 1 :] = (squared.sqrt() if root else squared).mean(dim=1).cpu()
     return cost
-
-
-def _streamed(x: Tensor, label: Tensor | None, batch: int, errors: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-    """The mean over the rows of ``x`` of what ``errors`` gives for a part of them."""
-    starts = range(0, len(x), batch)
-    parts = [(x[i : i + batch], None if label is None else label[i : i + batch]) for i in starts]
-    return torch.stack([errors(part, lab) * (len(part) / len(x)) for part, lab in parts]).sum(dim=0)
 
 
 def _like(times: Tensor, x: Tensor) -> Tensor:
     return check_times(times).to(x.device, torch.promote_types(x.dtype, torch.float32))
 
 
-__all__ = ["euler_cost", "heun_cost", "map_cost", "solve", "solve_all"]
+__all__ = ["euler_cost", "heun_cost", "map_cost", "pulled_back", "solve", "solve_all"]

@@ -7,7 +7,7 @@ import torch
 from helpers import gaussian_map, generator
 
 from samplers import trajectory, uniform_times
-from samplers.bellman import euler_cost, heun_cost, map_cost, solve, solve_all
+from samplers.bellman import euler_cost, heun_cost, map_cost, pulled_back, solve, solve_all
 
 
 def brute(cost, steps):
@@ -67,6 +67,25 @@ def test_costs_equal_their_definition(case, root):
             expected[j, k] = (squared.sqrt() if root else squared).mean()
         torch.testing.assert_close(cost, expected, rtol=1e-9, atol=1e-13)
     assert found["euler"].diagonal(1).abs().max() < (1e-14 if root else 1e-28)
+
+
+def test_errors_carried_to_the_end_by_the_linearised_flow():
+    """The Gaussian drift is affine with slope A_t on each axis: J is the product of 1 + h A over the steps left."""
+    fm, times = gaussian_map(), uniform_times(5)
+    x = torch.randn(7, 3, generator=generator(), dtype=torch.float64)
+    walked = trajectory(fm.drift, x, times, None, "euler")
+    w = torch.randn(2, 7, 3, generator=generator(1), dtype=torch.float64)
+    std, t = fm.network.std, times[:-1, None]
+    slope = (-(1 - t) + t * std**2) / ((1 - t) ** 2 + t**2 * std**2)
+    left = torch.ones(6, 3, dtype=torch.float64)
+    for k in range(4, -1, -1):
+        left[k] = left[k + 1] * (1 + slope[k] / 5)
+    torch.testing.assert_close(pulled_back(fm.drift, walked, w), w * left[:, None, None])
+    many = euler_cost(fm.drift, x, times, covectors=4000, generator=generator(2))
+    for j, k in ((0, 5), (0, 3), (2, 4)):
+        end = walked.states[j] + (times[k] - times[j]) * fm.drift(walked.states[j], times[j].expand(7))
+        expected = ((end - walked.states[k]) * left[k]).square().mean().item()
+        assert many[j, k].item() == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(
