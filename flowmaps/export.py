@@ -7,6 +7,7 @@ scheduler/scheduler_config.json             the time grid's conventions
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from flowmaps.errors import UserError
-from flowmaps.files import new_directory
+from flowmaps.files import new_directory, write_file
 from flowmaps.flow_map import FlowMap, FlowMapInfo
 from flowmaps.networks import NETWORKS
+from samplers import Schedule
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -51,13 +53,36 @@ def card(fm: FlowMap) -> str:
     )
 
 
+def store_schedule(source: str | Path, schedule: Schedule) -> None:
+    """Put ``schedule`` into a pipeline directory or a run's, in the place of one for the same sampler."""
+    if not Path(source).is_dir():
+        raise UserError(f"{source} is no directory: a schedule can be stored in one, or written to a file")
+    path = _pipeline_directory(Path(source)) / "model_index.json"
+    index = _read_json(path)
+    index["info"]["schedules"] = {**index["info"].get("schedules", {}), schedule.sampler: asdict(schedule)}
+    write_file(path, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_schedule(file: str, flag: str) -> Schedule:
+    """The schedule in ``file``, which ``flag`` names."""
+    try:
+        return Schedule.from_json(Path(file).read_bytes())
+    except OSError as error:
+        raise UserError(f"{flag}={file}: {error.strerror}; schedule.py writes such files") from None
+    except ValueError as error:
+        raise UserError(f"{flag}={file} is no schedule of schedule.py: {error}") from None
+
+
+def _pipeline_directory(directory: Path) -> Path:
+    if not (directory / "model_index.json").exists() and (directory / "model").is_dir():
+        return directory / "model"  # of a run directory
+    return directory
+
+
 def load(source: str | Path) -> FlowMap:
     """Read a pipeline directory, or download one by its hub id; anything unexpected is refused by file name."""
     directory = Path(source)
-    if not directory.is_dir():
-        directory = _download(str(source))
-    if not (directory / "model_index.json").exists() and (directory / "model").is_dir():
-        directory /= "model"  # a run directory
+    directory = _pipeline_directory(directory if directory.is_dir() else _download(str(source)))
     index = _read_json(directory / "model_index.json")
     component = index.get("network")
     if not isinstance(component, list) or len(component) != 2 or str(component[1]) not in NETWORKS:

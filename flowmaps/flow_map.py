@@ -13,6 +13,7 @@ from flowmaps.errors import UserError
 from flowmaps.interpolants import INTERPOLANTS
 from flowmaps.rng import generator
 from samplers.callables import expand
+from samplers.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class FlowMapInfo:
     images_seen: int = 0
     guidance: float | None = None  # the guidance weight that is baked in, if any
     guidance_max: float | None = None  # the network takes a guidance weight from [1, this]
-    schedules: dict[str, tuple[float, ...]] = field(default_factory=dict)  # step count -> times, 0 .. 1
+    schedules: dict[str, Schedule] = field(default_factory=dict)  # sampler -> its fitted step sizes
     t_range: tuple[float, float] = (0.0, 1.0)  # times on which the velocity is defined
     label_dropout: float = 0.0  # share of training rows without a label; 0: "no label" was never trained
     origin: dict[str, str] = field(default_factory=dict)  # of imported weights: format, sha256, license and the like
@@ -72,6 +73,13 @@ class FlowMapInfo:
                 "with fresh noise between them (--sampler=stochastic --gamma=1)"
             )
 
+    def times(self, sampler: str, steps: int, guidance: float | None = None) -> Tensor | None:
+        """The stored grid of ``steps`` steps for ``sampler``, which was fitted under ``guidance``; None without one."""
+        schedule = self.schedules.get(sampler)
+        if schedule is None or steps not in schedule or (schedule.guidance or 1) != (guidance or 1):
+            return None
+        return schedule[steps]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return asdict(self)
@@ -84,7 +92,7 @@ class FlowMapInfo:
             raise UserError(f"unknown flow map facts {unknown}: the checkpoint is from a newer version of flowmaps")
         frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
-            frozen["schedules"] = {str(k): tuple(map(float, v)) for k, v in values.get("schedules", {}).items()}
+            frozen["schedules"] = {k: Schedule.from_dict(v) for k, v in values.get("schedules", {}).items()}
             info = cls(**frozen)
             whole = (*info.shape, info.num_classes, info.images_seen)
             if not all(isinstance(v, int) and v >= 0 for v in whole) or len(info.t_range) != 2:

@@ -69,7 +69,8 @@ class FlowMapPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate ``num_images`` samples, or one for each row of ``latents`` (noise of standard deviation base_std).
 
-        ``sigmas``: start points of the steps, decreasing from 1 (diffusers' direction); the final 0 is implied.
+        ``sigmas``: start points of the steps, decreasing from 1 (diffusers' direction); the final 0 is implied. Without
+        them the steps are those of the model's schedule if it has one of this length, else equal.
         ``class_labels``: one label for all or one each; None cycles through the classes.
         ``guidance_scale``: weight for a model that takes one (``info["guidance_max"]``).
         ``output_type``: "pil", "np" ([n, h, w, c] in 0 .. 1) or "pt" (the raw samples).
@@ -86,6 +87,8 @@ class FlowMapPipeline(DiffusionPipeline):
         x = latents.to(device=device, dtype=self.network.dtype)
         label = labels_for(fm.info, len(x), class_labels)
         label = guided_label(fm, None if label is None else label.to(device), guidance_scale)
+        if sigmas is None and (times := fm.info.times(solver, num_inference_steps, guidance_scale)) is not None:
+            sigmas = (1 - times[:-1]).tolist()
         if sigmas is None:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         else:

@@ -3,10 +3,12 @@
 from samplers.grids import check_times, log_snr_times, uniform_times
 from samplers.ode import dpm_solver, euler, heun
 from samplers.rollout import rollout
+from samplers.schedule import Schedule
 from samplers.stochastic import stochastic
 from samplers.trajectories import Trajectory, trajectory
 
 __all__ = [
+    "Schedule",
     "Trajectory",
     "check_times",
     "dpm_solver",

@@ -68,32 +68,52 @@ def euler_cost(
     square root before the mean E over noises. N evaluations of the drift a noise for all entries; c[j, j + 1] = 0.
 
     With ``covectors`` > 0 an error e at t_k counts as what is left of it at the end, |J e|^2 with J the derivative of
-    Euler's path from x_k to x_N: the mean of (w J e)^2 over so many normal w from ``generator``, which N
-    vector-Jacobian products each pull back to all the times.
+    the path from x_k to x_N: the mean of (w J e)^2 over so many normal w from ``generator``, which N vector-Jacobian
+    products each pull back to all the times. With ``root`` the sum of costs then bounds the error at the end, to first
+    order, by the triangle inequality.
     """
-    parts = [(x[i : i + batch], None if label is None else label[i : i + batch]) for i in range(0, len(x), batch)]
     cost = torch.zeros(len(times), len(times), dtype=torch.float64)
-    for part, lab in parts:
-        shape = (covectors, *part.shape)
-        w = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype) if covectors else None
-        cost += len(part) / len(x) * _euler_errors(drift, part, times, lab, root, w)
+    for i in range(0, len(x), batch):
+        part, lab = x[i : i + batch], None if label is None else label[i : i + batch]
+        walked = trajectory(drift, part, times, lab, "euler")
+        weight = None
+        if covectors:
+            w = torch.randn((covectors, *part.shape), generator=generator, device=x.device, dtype=x.dtype)
+            weight = pulled_back(drift, walked, w)
+        cost += len(part) / len(x) * _errors(walked, _extrapolated(walked), root, weight)
     return cost
 
 
-def _euler_errors(drift: Drift, x: Tensor, times: Tensor, label: Tensor | None, root: bool, w: Tensor | None) -> Tensor:
-    walked = trajectory(drift, x, times, label, "euler")
-    states, grid = walked.states, _like(times, x)
+def _extrapolated(walked: Trajectory) -> Callable[[int], Tensor]:
+    """Euler's jumps from state j of Euler's own path to all later times, whose slope is that of the first step."""
+    states, grid = walked.states, _like(walked.times, walked.states)
     shape = [-1] + [1] * (states.ndim - 1)
 
     def ends(j: int) -> Tensor:
-        velocity = (states[j + 1] - states[j]) / (grid[j + 1] - grid[j])  # Euler's step was a multiple of it
-        return states[j] + (grid[j + 1 :] - grid[j]).view(shape) * velocity
+        lengths = (grid[j + 1 :] - grid[j]) / (grid[j + 1] - grid[j])  # in first steps
+        return torch.lerp(states[j], states[j + 1], lengths.to(states.dtype).view(shape))  # exact where it is 1
 
-    return _errors(walked, ends, root, None if w is None else pulled_back(drift, walked, w))
+    return ends
+
+
+def jump_cost(drift: Drift, walked: Trajectory, *, root: bool = False, weight: Tensor | None = None) -> Tensor:
+    """``euler_cost`` for the states of any path, such as a solver's of higher order: float64 [N + 1, N + 1].
+
+    N evaluations a path. ``weight`` [N + 1, C, B, ...], what ``pulled_back`` returns, weighs errors by their end.
+    """
+    states, label, grid = walked.states, walked.label, _like(walked.times, walked.states)
+    shape = [-1] + [1] * (states.ndim - 1)
+
+    @torch.no_grad()
+    def ends(j: int) -> Tensor:
+        slope = drift(states[j], grid[j].expand(states.shape[1]), label)
+        return states[j] + (grid[j + 1 :] - grid[j]).to(states.dtype).view(shape) * slope
+
+    return _errors(walked, ends, root, weight)
 
 
 def pulled_back(drift: Drift, walked: Trajectory, w: Tensor) -> Tensor:
-    """w J for covectors ``w`` [C, B, ...] at the end and J the derivative of Euler's path from each state to the last.
+    """w J for covectors ``w`` [C, B, ...] at the end and J the derivative of Euler's steps from each state to the last.
 
     Returns [N + 1, C, B, ...]; the last entry is ``w`` itself.
     """
@@ -110,10 +130,11 @@ def pulled_back(drift: Drift, walked: Trajectory, w: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def heun_cost(drift: Drift, walked: Trajectory, *, root: bool = False) -> Tensor:
+def heun_cost(drift: Drift, walked: Trajectory, *, root: bool = False, weight: Tensor | None = None) -> Tensor:
     """c[j, k] with one step of Heun's method from x_j to t_k, for the states of ``walked``: float64 [N + 1, N + 1].
 
-    N + N (N + 1) / 2 evaluations a path: each first slope once, and one second slope for each entry.
+    N + N (N + 1) / 2 evaluations a path: each first slope once, and one second slope for each entry. ``weight`` as in
+    ``jump_cost``.
     """
     states, label, grid = walked.states, walked.label, _like(walked.times, walked.states)
     count = states.shape[1]
@@ -124,13 +145,13 @@ def heun_cost(drift: Drift, walked: Trajectory, *, root: bool = False) -> Tensor
         steps = [(t.expand(count), t - grid[j]) for t in grid[j + 1 :]]
         return torch.stack([states[j] + h / 2 * (b + drift(states[j] + h * b, t, label)) for t, h in steps])
 
-    return _errors(walked, ends, root)
+    return _errors(walked, ends, root, weight)
 
 
-def map_cost(fm: Map, walked: Trajectory, *, root: bool = False) -> Tensor:
+def map_cost(fm: Map, walked: Trajectory, *, root: bool = False, weight: Tensor | None = None) -> Tensor:
     """c[j, k] = mean over paths of |X_{t_j,t_k}(x_j) - x_k|^2 for a learned map: float64 [N + 1, N + 1].
 
-    N (N + 1) / 2 evaluations a path.
+    N (N + 1) / 2 evaluations a path. ``weight`` as in ``jump_cost``.
     """
     states, label, grid = walked.states, walked.label, _like(walked.times, walked.states)
     count = states.shape[1]
@@ -140,7 +161,7 @@ def map_cost(fm: Map, walked: Trajectory, *, root: bool = False) -> Tensor:
         start = grid[j].expand(count)
         return torch.stack([fm(states[j], start, t.expand(count), label) for t in grid[j + 1 :]])
 
-    return _errors(walked, ends, root)
+    return _errors(walked, ends, root, weight)
 
 
 def _errors(walked: Trajectory, ends: Callable[[int], Tensor], root: bool, weight: Tensor | None = None) -> Tensor:
@@ -165,4 +186,4 @@ def _like(times: Tensor, x: Tensor) -> Tensor:
     return check_times(times).to(x.device, torch.promote_types(x.dtype, torch.float32))
 
 
-__all__ = ["euler_cost", "heun_cost", "map_cost", "pulled_back", "solve", "solve_all"]
+__all__ = ["euler_cost", "heun_cost", "jump_cost", "map_cost", "pulled_back", "solve", "solve_all"]

@@ -55,6 +55,7 @@ def main() -> int:
         if fm is not None and count is not None:
             made = scoring.generated(SAMPLING.batches(fm, count))
             row = {"steps": count, "nfe": nfe(fm.info, SAMPLING.sampler.value, count, SAMPLING.guidance.value)}
+            row["grid"] = SAMPLING.grid(fm, count)[0]
         else:
             made, row = scoring.image_batches(SAMPLES.value, ROOT.value, "--samples"), {}
         kept = list(made) if MEMORISATION.value else made

@@ -4,7 +4,7 @@ from helpers import CASES, gaussian_data, gaussian_map
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.rng import generator
-from samplers import euler, rollout, uniform_times
+from samplers import Schedule, euler, rollout, uniform_times
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,7 +64,9 @@ def test_bad_arguments_are_named(wrong):
 
 
 def test_info_round_trip_and_unknown_field():
-    info = FlowMapInfo(shape=(1, 8, 8), num_classes=10, schedules={"2": (0.0, 0.4, 1.0)}, images_seen=7)
+    info = FlowMapInfo(
+        shape=(1, 8, 8), num_classes=10, schedules={"map": Schedule({2: (0.0, 0.4, 1.0)})}, images_seen=7
+    )
     assert FlowMapInfo.from_dict(info.to_dict()) == info
     with pytest.raises(UserError, match="newer"):
         FlowMapInfo.from_dict({"colour": "red"})

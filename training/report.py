@@ -16,6 +16,8 @@ from flowmaps.files import write_file
 from flowmaps.images import sample_grid, to_pil, to_uint8
 from flowmaps.metrics import FeatureStats, frechet_distance
 from flowmaps.metrics.extractors import Extractor
+from flowmaps.step_sizes import Fitted
+from samplers import uniform_times
 from training.evaluation import samples
 
 Result = dict[str, Any]
@@ -65,10 +67,8 @@ def plot(results: Sequence[Result], metric: str, floor: float) -> Image.Image:
     return lines([(row["model"], metric, row["steps"], row[metric]) for row in results], floor)
 
 
-def lines(
-    points: Sequence[tuple[str, str, int, float]], floor: float | None = None, xlabel: str = EVALUATIONS
-) -> Image.Image:
-    """A panel a metric and a line a name over (name, metric, x, value): means, with the range as bars."""
+def pyplot() -> Any:
+    """matplotlib's pyplot, without a display."""
     try:
         import matplotlib
     except ImportError:
@@ -76,6 +76,23 @@ def lines(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    return plt
+
+
+def picture(figure: Any) -> Image.Image:
+    """A matplotlib figure, which is closed."""
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    pyplot().close(figure)
+    return Image.open(buffer)
+
+
+def lines(
+    points: Sequence[tuple[str, str, int, float]], floor: float | None = None, xlabel: str = EVALUATIONS
+) -> Image.Image:
+    """A panel a metric and a line a name over (name, metric, x, value): means, with the range as bars."""
+    plt = pyplot()
     metrics = list(dict.fromkeys(metric for _, metric, _, _ in points))
     names = list(dict.fromkeys(point[0] for point in points))
     colours = {name: f"C{i}" for i, name in enumerate(names)}
@@ -97,14 +114,28 @@ def lines(
         axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=f"{metric} (lower is better)")
         if len(steps) <= 8:
             axes.set_xticks(steps, [str(s) for s in steps])
-        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0][0].legend(handles=list(shown.values()), fontsize="small")
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    plt.close(figure)
-    return Image.open(buffer)
+    return picture(figure)
+
+
+def step_sizes(fitted: Fitted) -> Image.Image:
+    """The times of each grid beside those of equal steps, and the matrix of costs with the grids' jumps in it."""
+    schedule, cost = fitted
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 4.5), dpi=110)
+    for row, (steps, times) in enumerate(schedule.items()):
+        left.plot(uniform_times(steps), [row - 0.15] * (steps + 1), "|", color="grey", markersize=9)
+        left.plot(times, [row + 0.1] * (steps + 1), "|", color=f"C{row}", markersize=14, markeredgewidth=2)
+        index = (times * schedule.fine).round()
+        right.plot(index[1:], index[:-1], "o", color=f"C{row}", markersize=5, label=f"{steps} steps")
+    left.set_yticks(range(len(schedule)), [f"{steps} steps" for steps in schedule])
+    left.set(xlabel="time (0 noise, 1 data); grey: equal steps", ylim=(-0.6, len(schedule) - 0.4))
+    drawn = right.imshow(cost.where(cost > 0, torch.nan).log10(), cmap="viridis")
+    figure.colorbar(drawn, ax=right, label=f"log10 of the cost: {schedule.cost}")
+    right.set(xlabel=f"to time (of {schedule.fine})", ylabel="from time")
+    right.legend(fontsize="small", loc="lower left")
+    return picture(figure)
 
 
 PAGE = """\

@@ -1,14 +1,17 @@
 """The flags that sample.py and fid.py share, and what they mean."""
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 from absl import flags
 from torch import Tensor
 from tqdm import tqdm
 
 from flowmaps import FlowMap, UserError
+from flowmaps.export import read_schedule
 from flowmaps.generate import SAMPLERS, generate, labels_for
-from samplers import uniform_times
+from samplers import Schedule, uniform_times
 from training.outputs import pick_device
 
 
@@ -28,6 +31,11 @@ class SamplingFlags:
             "guidance", None, "Guidance weight, of a model that takes one or of a solver", 1.0
         )
         self.gamma = flags.DEFINE_float("gamma", 1.0, "Share of noise --sampler=stochastic renews a step", 0.0, 1.0)
+        self.schedule = flags.DEFINE_string(
+            "schedule",
+            "stored",
+            "Step sizes: stored (in the checkpoint, else uniform), uniform, or a schedule file",
+        )
         self.batch = flags.DEFINE_integer("batch", 500, "Samples at a time", lower_bound=1)
 
     def counts(self) -> list[int]:
@@ -41,7 +49,10 @@ class SamplingFlags:
         return counts
 
     def load(self) -> FlowMap:
-        """The flow map of ``--checkpoint``, on the accelerator if there is one, checked against the other flags."""
+        """The flow map of ``--checkpoint``, on the accelerator if there is one, checked against the other flags.
+
+        Its stored schedules are those of ``--schedule``.
+        """
         if self.checkpoint.value is None:
             raise UserError("--checkpoint is missing: a run directory, an exported directory or a hub id")
         counts = self.counts()
@@ -49,13 +60,38 @@ class SamplingFlags:
         labels_for(fm.info, 1, self.label.value)  # refuse a wrong label before any work
         fm.info.check_guidance(self.guidance.value, self.sampler.value)
         fm.info.check_sampler(self.sampler.value, max(counts), self.gamma.value)
+        if self.schedule.value != "stored":
+            schedule = None if self.schedule.value == "uniform" else self._given(fm, counts)
+            fm.info = replace(fm.info, schedules={} if schedule is None else {self.sampler.value: schedule})
         return fm.to(pick_device())
 
+    def _given(self, fm: FlowMap, counts: list[int]) -> Schedule:
+        """The schedule of the file ``--schedule``, which must have all the step counts."""
+        flag = f"--schedule={self.schedule.value}"
+        schedule = read_schedule(self.schedule.value, "--schedule")
+        if schedule.sampler not in ("", self.sampler.value):
+            raise UserError(f"{flag} is for --sampler={schedule.sampler}, not {self.sampler.value}")
+        if missing := [count for count in counts if count not in schedule]:
+            raise UserError(f"{flag} has no {missing[0]} steps, only {', '.join(map(str, schedule))}: see --steps")
+        if (schedule.guidance or 1) != (self.guidance.value or 1):
+            raise UserError(f"{flag} was made with --guidance={schedule.guidance}, not {self.guidance.value}")
+        if schedule.checkpoint not in ("", fm.fingerprint()):
+            print(
+                f"warning: {flag} was fitted to another checkpoint than --checkpoint={self.checkpoint.value}",
+                file=sys.stderr,
+            )
+        return schedule
+
+    def grid(self, fm: FlowMap, count: int) -> tuple[str, Tensor]:
+        """What step sizes ``count`` steps have, and their times."""
+        times = fm.info.times(self.sampler.value, count, self.guidance.value)
+        return ("uniform", uniform_times(count)) if times is None else (self.schedule.value, times)
+
     def batches(self, fm: FlowMap, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Samples and labels, batch by batch, in ``count`` uniform steps; a progress bar on a terminal."""
+        """Samples and labels, batch by batch, in ``count`` steps; a progress bar on a terminal."""
         made = generate(
             fm,
-            uniform_times(count),
+            self.grid(fm, count)[1],
             self.num.value,
             self.seed.value,
             sampler=self.sampler.value,

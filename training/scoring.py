@@ -134,7 +134,7 @@ def record(stats: FeatureStats, extractor: Extractor, fm: FlowMap | None, facts:
 
     model = {} if fm is None else {k: getattr(fm.info, k) for k in ("data", "kind", "ema", "images_seen", "guidance")}
     if fm is not None:
-        model |= {"interpolant": fm.interpolant_name, "base_std": fm.base_std, "time_grid": "uniform"}
+        model |= {"interpolant": fm.interpolant_name, "base_std": fm.base_std}
     packages = {name: version(name) for name in ("torch", "torchvision", "torch-fidelity", "numpy")}
     return {
         "metric": extractor.metric,

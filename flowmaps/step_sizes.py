@@ -1,0 +1,143 @@
+"""Step sizes fitted to a model: what a few steps of a sampler lose against a fine solution, made as small as can be."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowmaps.errors import UserError
+from flowmaps.flow_map import FlowMap
+from flowmaps.generate import SOLVERS, guided_label, labels_for
+from flowmaps.teachers import Guided
+from samplers import Schedule, heun, rollout, trajectory, uniform_times
+from samplers.bellman import heun_cost, jump_cost, map_cost, pulled_back, solve_all
+from samplers.callables import Drift
+
+
+class Cost(NamedTuple):
+    """What of an error counts: its norm instead of the square, and the error itself or what is left of it at data."""
+
+    root: bool
+    at_end: bool
+
+
+COSTS = {
+    "end": Cost(root=False, at_end=True),
+    "end_root": Cost(root=True, at_end=True),
+    "local": Cost(root=False, at_end=False),  # that of Nguyen et al. 2024
+    "local_root": Cost(root=True, at_end=False),
+}
+FINE = {"euler": 96, "heun": 32, "map": 32}  # steps of the fine grid; the last two need an evaluation for each entry
+COVECTORS = 4
+
+
+class Fitted(NamedTuple):
+    """A schedule, and the matrix of costs [N + 1, N + 1] that it was solved from."""
+
+    schedule: Schedule
+    cost: Tensor
+
+
+def fit(
+    fm: FlowMap,
+    steps: Sequence[int],
+    *,
+    sampler: str | None = None,
+    cost: str = "end",
+    noises: int = 256,
+    seed: int = 1,
+    fine: int | None = None,
+    guidance: float | None = None,
+    batch: int = 64,
+) -> Fitted:
+    """The grids of ``steps`` steps for ``sampler`` (euler, heun or map; the model's own by default).
+
+    ``noises`` paths are walked by Heun's method along ``fine`` equal steps, ``cost`` (a key of ``COSTS``) says how the
+    errors of jumps between their states count, and dynamic programming picks the grids (``samplers.bellman``). Each is
+    then compared with equal steps on as many other noises by the root mean square error at data, and equal steps are
+    kept where they are better. The noise is that of samples at ``seed``: take another to score samples.
+    """
+    sampler = sampler or fm.info.sampler
+    fine = fine or FINE.get(sampler, 0)
+    if sampler not in FINE or fm.info.kind == "consistency":
+        raise UserError(f"step sizes are for the samplers {', '.join(FINE)} of a map or a drift, not for {sampler}")
+    if cost not in COSTS:
+        raise UserError(f"unknown cost {cost!r}: choose one of {', '.join(COSTS)}")
+    fm.info.check_sampler(sampler)
+    fm.info.check_guidance(guidance, sampler)
+    if not steps or min(steps) < 1 or max(steps) > fine:
+        raise UserError(f"steps must be from 1 to the fine grid's {fine}, got {', '.join(map(str, steps))}")
+    drift, walk = _drift(fm, guidance), uniform_times(fine)
+    jump = {"euler": partial(jump_cost, drift), "heun": partial(heun_cost, drift), "map": partial(map_cost, fm)}
+    total = torch.zeros(fine + 1, fine + 1, dtype=torch.float64)
+    generator = torch.Generator(next(fm.parameters()).device).manual_seed(seed)
+    for x, label in _noise(fm, noises, seed, 0, batch, guidance):
+        walked, weight = trajectory(drift, x, walk, label, "heun"), None
+        if COSTS[cost].at_end:
+            w = torch.randn((COVECTORS, *x.shape), generator=generator, device=x.device, dtype=x.dtype)
+            weight = pulled_back(drift, walked, w)
+        total += len(x) / noises * jump[sampler](walked, root=COSTS[cost].root, weight=weight)
+    try:
+        solved = solve_all(total, max(steps))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    grids = {count: walk[solved[count][0]] for count in steps}
+    equal = {count: uniform_times(count) for count in steps}
+    others = [*_noise(fm, noises, seed, noises, batch, guidance)]
+    found, uniform = (_errors(fm, drift, sampler, others, fine, tried) for tried in (grids, equal))
+    schedule = Schedule(
+        {count: grids[count] if found[count] < uniform[count] else equal[count] for count in steps},
+        sampler=sampler,
+        cost=cost,
+        checkpoint=fm.fingerprint(),
+        noises=noises,
+        seed=seed,
+        fine=fine,
+        guidance=guidance,
+        errors=found,
+        uniform_errors=uniform,
+    )
+    return Fitted(schedule, total)
+
+
+def _drift(fm: FlowMap, guidance: float | None) -> Drift:
+    """The drift that is sampled: guided where the network does not take the weight itself."""
+    if guidance is None or fm.info.guidance_max is not None:
+        return fm.drift
+    return Guided(fm.drift, guidance, fm.info.num_classes)
+
+
+def _noise(
+    fm: FlowMap, count: int, seed: int, start: int, batch: int, guidance: float | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Noise and labels of samples ``start`` .. ``start + count - 1``, as ``generate`` has them."""
+    for first in range(start, start + count, batch):
+        size = min(batch, start + count - first)
+        x = fm.noise(size, seed, first)
+        label = labels_for(fm.info, size, start=first)
+        label = None if label is None else label.to(x.device)
+        yield x, guided_label(fm, label, guidance if fm.info.guidance_max is not None else None)
+
+
+@torch.no_grad()
+def _errors(
+    fm: FlowMap,
+    drift: Drift,
+    sampler: str,
+    noise: Sequence[tuple[Tensor, Tensor | None]],
+    fine: int,
+    grids: dict[int, Tensor],
+) -> dict[int, float]:
+    """Root mean square distance at data between ``sampler`` on each grid and Heun's method on the fine one."""
+    walk = partial(rollout, fm) if sampler == "map" else partial(SOLVERS[sampler], drift)
+    squares = dict.fromkeys(grids, 0.0)
+    for x, label in noise:
+        end = heun(drift, x, uniform_times(fine), label)
+        for count, times in grids.items():
+            squares[count] += float((walk(x, times, label) - end).double().square().flatten(1).mean(1).sum())
+    return {count: (total / sum(len(x) for x, _ in noise)) ** 0.5 for count, total in squares.items()}
+
+
+__all__ = ["COSTS", "FINE", "Fitted", "fit"]

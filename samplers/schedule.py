@@ -1,0 +1,93 @@
+"""Step sizes that were fitted to a model: grids by their number of steps, and how they were found."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from samplers.grids import check_times, uniform_times
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule(Mapping[int, Tensor]):
+    """{steps: times}: ``schedule[4]`` is a float64 tensor of 5 times that increase from 0 (noise) to 1 (data).
+
+    The other fields say what the grids are for and how they were found; an empty one says nothing.
+    """
+
+    grids: Mapping[int, Sequence[float] | Tensor]
+    sampler: str = ""  # whose error was made small: map, euler or heun
+    cost: str = ""  # what was minimised
+    checkpoint: str = ""  # FlowMap.fingerprint of the model
+    noises: int = 0  # how many paths were walked
+    seed: int = 0  # of their noise
+    fine: int = 0  # steps of the fine grid that the times are taken from
+    guidance: float | None = None  # weight under which the paths were walked
+    errors: Mapping[int, float] = field(default_factory=dict)  # by steps: of the grid, on other noises
+    uniform_errors: Mapping[int, float] = field(default_factory=dict)  # likewise, of equal steps
+
+    def __post_init__(self) -> None:
+        grids = {}
+        for steps, times in self.grids.items():
+            grid = check_times(torch.as_tensor(times, dtype=torch.float64))
+            if len(grid) != steps + 1 or grid[0] != 0 or grid[-1] != 1:
+                raise ValueError(f"times of {steps} steps must be {steps + 1}, from 0 to 1, got {grid.tolist()}")
+            grids[steps] = tuple(grid.tolist())
+        object.__setattr__(self, "grids", dict(sorted(grids.items())))
+
+    def __getitem__(self, steps: int) -> Tensor:
+        return torch.tensor(self.grids[steps], dtype=torch.float64)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.grids)
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def __eq__(self, other: object) -> bool:
+        return asdict(self) == asdict(other) if isinstance(other, Schedule) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def sigmas(self, steps: int) -> list[float]:
+        """What ``set_timesteps(sigmas=...)`` of diffusers' flow-matching schedulers takes: 1 is noise, 0 is implied."""
+        return (1 - self[steps][:-1]).tolist()
+
+    @classmethod
+    def uniform(cls, *steps: int) -> Self:
+        """Equal steps, for each number of them."""
+        return cls({count: uniform_times(count) for count in steps})
+
+    def to_json(self) -> str:
+        """Text that ``from_json`` reads."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Rebuild from ``to_json``; ValueError for anything else."""
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Rebuild from plain values, whose keys JSON has turned to text; ValueError for an unknown field."""
+        if not isinstance(values, dict) or "grids" not in values:
+            raise ValueError("not a schedule: there are no grids")
+        kinds = {f.name: f.type for f in fields(cls)}
+        if unknown := sorted(set(values) - set(kinds)):
+            raise ValueError(f"a schedule has no field {', '.join(map(str, unknown))}")
+        taken = dict(values)
+        try:
+            for name in {"grids", "errors", "uniform_errors"} & set(taken):
+                taken[name] = {int(steps): value for steps, value in taken[name].items()}
+            for name, value in taken.items():
+                if kinds[name] in (str, int) and type(value) is not kinds[name]:
+                    raise TypeError(f"{name} is {value!r}")
+            if not isinstance(taken.get("guidance"), (int, float, type(None))):
+                raise TypeError(f"guidance is {taken['guidance']!r}")
+            return cls(**taken)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"a schedule's field is of the wrong type: {error}") from None
