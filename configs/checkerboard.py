@@ -6,7 +6,7 @@ python scripts/train.py --config=configs/checkerboard.py:lagrangian --workdir=ru
 from typing import Any
 
 from training.config import Config, Data, Decay, Optim, Optimizer, network, objective
-from training.rows import Chain, method_rows, select
+from training.rows import Chain, method_rows, select, straightening_rows
 
 DATA_STD = 0.577  # of a coordinate that is uniform on [-1, 1]: 1 / sqrt(3)
 
@@ -34,6 +34,13 @@ def mid() -> Config:
     return config
 
 
+def short(method: str) -> Config:
+    """A fine-tune."""
+    config = base(method)
+    config.steps, config.optim.lr, config.optim.warmup = 500, 6e-4, 50
+    return config
+
+
 def smoke(config: Config) -> None:
     """Seconds on two cores: every part runs, nothing is learned."""
     config.network.width, config.steps, config.batch = 32, 20, 64
@@ -43,6 +50,7 @@ def smoke(config: Config) -> None:
 ROWS = method_rows(base) | {
     "consistency": lambda: base("consistency", stage_steps=300, adaptive=0.0),
     "mid_training": mid,
+    **straightening_rows(lambda: short("flow_matching"), "runs/checkerboard-flow"),
 }
 
 

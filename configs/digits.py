@@ -8,7 +8,7 @@ from typing import Any
 
 from flowmaps.objectives.mid_training import Target
 from training.config import Config, Data, Decay, Optim, Optimizer, Solver, Trajectories, network, objective
-from training.rows import Chain, method_rows, select
+from training.rows import Chain, method_rows, select, straightening_rows
 
 
 def base(method: str, **options: Any) -> Config:
@@ -78,6 +78,13 @@ def pipeline(method: str, **options: Any) -> Chain:
     return Chain(base("flow_matching"), middle, post)
 
 
+def short(method: str) -> Config:
+    """A fine-tune."""
+    config = base(method)
+    config.steps, config.optim.lr = 500, 6e-4
+    return config
+
+
 def started(method: str, teacher: str, **options: Any) -> Config:
     """A row that starts from the weights of flow matching, and with a ``teacher`` follows its drift."""
     config = base(method, **options)
@@ -92,6 +99,7 @@ ROWS: dict[str, Callable[[], Config | Chain]] = {
     "lagrangian_started": lambda: started("lagrangian", ""),
     "lagrangian_edm2": lambda: edm2("lagrangian"),
     "mid_training": lambda: mid(1500),
+    **straightening_rows(lambda: short("flow_matching"), "runs/digits-flow"),
     "pipeline": lambda: pipeline("lagrangian"),
     "pipeline_mean_flow": lambda: pipeline("mean_flow"),
     "pipeline_consistency": lambda: pipeline("consistency", stage_steps=200),

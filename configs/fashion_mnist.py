@@ -10,7 +10,7 @@ at 1 / 2 / 4 / 8 steps 13.9 / 7.6 / 6.6 / 6.2 (Euler on its drift: 121 / 41 / 9.
 from typing import Any
 
 from training.config import Config, Data, Decay, Optim, Optimizer, Precision, network, objective
-from training.rows import Chain, method_rows, select
+from training.rows import Chain, method_rows, select, straightening_rows
 
 
 def base(method: str, **options: Any) -> Config:
@@ -67,7 +67,15 @@ def mid() -> Config:
     return config
 
 
+def short(method: str) -> Config:
+    """A fine-tune."""
+    config = base(method)
+    config.steps, config.optim.lr = 10_000, 3e-4
+    return config
+
+
 ROWS = method_rows(base) | {"consistency": lambda: base("consistency", stage_steps=6250), "mid_training": mid}
+ROWS |= straightening_rows(lambda: short("flow_matching"), "runs/fashion-mnist-flow")
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:

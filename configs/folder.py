@@ -29,7 +29,7 @@ from training.config import (
     network,
     objective,
 )
-from training.rows import Chain, method_rows, select
+from training.rows import Chain, method_rows, select, straightening_rows
 
 
 def base(method: str, **options: Any) -> Config:
@@ -100,6 +100,7 @@ def mid() -> Config:
 
 
 ROWS = method_rows(base) | {"from_edm2": from_edm2, "mid_training": mid}
+ROWS |= straightening_rows(from_edm2, "teachers/edm2")
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:

@@ -63,16 +63,6 @@ def store_schedule(source: str | Path, schedule: Schedule) -> None:
     write_file(path, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
 
 
-def read_schedule(file: str, flag: str) -> Schedule:
-    """The schedule in ``file``, which ``flag`` names."""
-    try:
-        return Schedule.from_json(Path(file).read_bytes())
-    except OSError as error:
-        raise UserError(f"{flag}={file}: {error.strerror}; schedule.py writes such files") from None
-    except ValueError as error:
-        raise UserError(f"{flag}={file} is no schedule of schedule.py: {error}") from None
-
-
 def _pipeline_directory(directory: Path) -> Path:
     if not (directory / "model_index.json").exists() and (directory / "model").is_dir():
         return directory / "model"  # of a run directory

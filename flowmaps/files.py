@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from flowmaps.errors import UserError
+from samplers.schedule import Schedule
 
 
 def _sync(path: Path) -> None:
@@ -101,3 +102,13 @@ def read_npz(path: str | Path, remedy: str) -> dict[str, Any]:
         zlib.error,
     ) as error:
         raise UserError(f"{path} is no readable .npz ({error}): {remedy}") from None
+
+
+def read_schedule(file: str, flag: str) -> Schedule:
+    """The schedule in ``file``, which ``flag`` names."""
+    try:
+        return Schedule.from_json(Path(file).read_bytes())
+    except OSError as error:
+        raise UserError(f"{flag}={file}: {error.strerror}; schedule.py writes such files") from None
+    except ValueError as error:
+        raise UserError(f"{flag}={file} is no schedule of schedule.py: {error}") from None

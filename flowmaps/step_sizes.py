@@ -1,6 +1,6 @@
 """Step sizes fitted to a model: what a few steps of a sampler lose against a fine solution, made as small as can be."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from flowmaps.flow_map import FlowMap
 from flowmaps.generate import SOLVERS, guided_label, labels_for
 from flowmaps.teachers import Guided
 from samplers import Schedule, heun, rollout, trajectory, uniform_times
-from samplers.bellman import heun_cost, jump_cost, map_cost, pulled_back, solve_all
+from samplers.bellman import errors, euler_jumps, heun_jumps, map_jumps, pulled_back, solve_all
 from samplers.callables import Drift
 
 
@@ -31,6 +31,7 @@ COSTS = {
 }
 FINE = {"euler": 96, "heun": 32, "map": 32}  # steps of the fine grid; the last two need an evaluation for each entry
 COVECTORS = 4
+SOLVER_JUMPS = {"euler": euler_jumps, "heun": heun_jumps}
 
 
 class Fitted(NamedTuple):
@@ -50,7 +51,7 @@ def fit(
     seed: int = 1,
     fine: int | None = None,
     guidance: float | None = None,
-    batch: int = 64,
+    batch: int = 128,
 ) -> Fitted:
     """The grids of ``steps`` steps for ``sampler`` (euler, heun or map; the model's own by default).
 
@@ -69,24 +70,16 @@ def fit(
     fm.info.check_guidance(guidance, sampler)
     if not steps or min(steps) < 1 or max(steps) > fine:
         raise UserError(f"steps must be from 1 to the fine grid's {fine}, got {', '.join(map(str, steps))}")
-    drift, walk = _drift(fm, guidance), uniform_times(fine)
-    jump = {"euler": partial(jump_cost, drift), "heun": partial(heun_cost, drift), "map": partial(map_cost, fm)}
-    total = torch.zeros(fine + 1, fine + 1, dtype=torch.float64)
-    generator = torch.Generator(next(fm.parameters()).device).manual_seed(seed)
-    for x, label in _noise(fm, noises, seed, 0, batch, guidance):
-        walked, weight = trajectory(drift, x, walk, label, "heun"), None
-        if COSTS[cost].at_end:
-            w = torch.randn((COVECTORS, *x.shape), generator=generator, device=x.device, dtype=x.dtype)
-            weight = pulled_back(drift, walked, w)
-        total += len(x) / noises * jump[sampler](walked, root=COSTS[cost].root, weight=weight)
+    total = costs(fm, sampler, (cost,), noises=noises, seed=seed, fine=fine, guidance=guidance, batch=batch)[cost]
     try:
         solved = solve_all(total, max(steps))
     except ValueError as error:
         raise UserError(str(error)) from None
+    drift, walk = _drift(fm, guidance), uniform_times(fine)
     grids = {count: walk[solved[count][0]] for count in steps}
     equal = {count: uniform_times(count) for count in steps}
-    others = [*_noise(fm, noises, seed, noises, batch, guidance)]
-    found, uniform = (_errors(fm, drift, sampler, others, fine, tried) for tried in (grids, equal))
+    solutions = fine_solutions(drift, _noise(fm, noises, seed, noises, batch, guidance), fine)
+    found, uniform = end_errors(fm, drift, sampler, solutions, (grids, equal))
     schedule = Schedule(
         {count: grids[count] if found[count] < uniform[count] else equal[count] for count in steps},
         sampler=sampler,
@@ -100,6 +93,33 @@ def fit(
         uniform_errors=uniform,
     )
     return Fitted(schedule, total)
+
+
+def costs(
+    fm: FlowMap,
+    sampler: str,
+    names: Sequence[str] = tuple(COSTS),
+    *,
+    noises: int = 256,
+    seed: int = 1,
+    fine: int | None = None,
+    guidance: float | None = None,
+    batch: int = 128,
+) -> dict[str, Tensor]:
+    """The matrix [N + 1, N + 1] of each cost in ``names``, all from one walk; arguments as in ``fit``."""
+    drift, walk = _drift(fm, guidance), uniform_times(fine or FINE[sampler])
+    totals = {name: torch.zeros(len(walk), len(walk), dtype=torch.float64) for name in names}
+    generator = torch.Generator(next(fm.parameters()).device).manual_seed(seed)
+    for x, label in _noise(fm, noises, seed, 0, batch, guidance):
+        walked, weight = trajectory(drift, x, walk, label, "heun"), None
+        if any(COSTS[name].at_end for name in names):
+            w = torch.randn((COVECTORS, *x.shape), generator=generator, device=x.device, dtype=x.dtype)
+            weight = pulled_back(drift, walked, w)
+        ends = map_jumps(fm, walked) if sampler == "map" else SOLVER_JUMPS[sampler](drift, walked)
+        counts = [(COSTS[name].root, weight if COSTS[name].at_end else None) for name in names]
+        for name, cost in zip(names, errors(walked, ends, counts), strict=True):
+            totals[name] += len(x) / noises * cost
+    return totals
 
 
 def _drift(fm: FlowMap, guidance: float | None) -> Drift:
@@ -121,23 +141,36 @@ def _noise(
         yield x, guided_label(fm, label, guidance if fm.info.guidance_max is not None else None)
 
 
+class Solution(NamedTuple):
+    """Noise [B, ...], its label, and where the fine solution from it ends."""
+
+    noise: Tensor
+    label: Tensor | None
+    end: Tensor
+
+
 @torch.no_grad()
-def _errors(
-    fm: FlowMap,
-    drift: Drift,
-    sampler: str,
-    noise: Sequence[tuple[Tensor, Tensor | None]],
-    fine: int,
-    grids: dict[int, Tensor],
-) -> dict[int, float]:
-    """Root mean square distance at data between ``sampler`` on each grid and Heun's method on the fine one."""
-    walk = partial(rollout, fm) if sampler == "map" else partial(SOLVERS[sampler], drift)
-    squares = dict.fromkeys(grids, 0.0)
+def fine_solutions(
+    drift: Drift, noise: Iterable[tuple[Tensor, Tensor | None]], fine: int = FINE["euler"]
+) -> Iterator[Solution]:
+    """Heun's method in ``fine`` equal steps along ``drift``, from batches of ``noise`` with their label."""
     for x, label in noise:
-        end = heun(drift, x, uniform_times(fine), label)
-        for count, times in grids.items():
-            squares[count] += float((walk(x, times, label) - end).double().square().flatten(1).mean(1).sum())
-    return {count: (total / sum(len(x) for x, _ in noise)) ** 0.5 for count, total in squares.items()}
+        yield Solution(x, label, heun(drift, x, uniform_times(fine), label))
 
 
-__all__ = ["COSTS", "FINE", "Fitted", "fit"]
+@torch.no_grad()
+def end_errors(
+    fm: FlowMap, drift: Drift, sampler: str, solutions: Iterable[Solution], several: Sequence[dict[int, Tensor]]
+) -> list[dict[int, float]]:
+    """Root mean square distance at data to ``solutions`` of ``sampler`` on the grids by steps, each of ``several``."""
+    walk = partial(rollout, fm) if sampler == "map" else partial(SOLVERS[sampler], drift)
+    squares, count = [dict.fromkeys(grids, 0.0) for grids in several], 0
+    for x, label, end in solutions:
+        count += len(x)
+        for found, grids in zip(squares, several, strict=True):
+            for steps, times in grids.items():
+                found[steps] += float((walk(x, times, label) - end).double().square().flatten(1).mean(1).sum())
+    return [{steps: (total / count) ** 0.5 for steps, total in found.items()} for found in squares]
+
+
+__all__ = ["COSTS", "FINE", "Fitted", "Solution", "costs", "end_errors", "fine_solutions", "fit"]

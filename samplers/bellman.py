@@ -5,7 +5,7 @@ walked once; c[j, k] is the error of jumping from x_j to t_k in one step, agains
 the fine one, and its cost the sum of its jumps'.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch import Tensor
 from samplers.callables import Drift, Map
 from samplers.grids import check_times
 from samplers.trajectories import Trajectory, trajectory
+
+Jumps = Callable[[int], Tensor]  # j -> where single steps from state j to all later times land: [N - j, B, ...]
 
 
 def solve(cost: Tensor, steps: int) -> tuple[list[int], float]:
@@ -80,11 +82,11 @@ def euler_cost(
         if covectors:
             w = torch.randn((covectors, *part.shape), generator=generator, device=x.device, dtype=x.dtype)
             weight = pulled_back(drift, walked, w)
-        cost += len(part) / len(x) * _errors(walked, _extrapolated(walked), root, weight)
+        cost += len(part) / len(x) * errors(walked, _extrapolated(walked), [(root, weight)])[0]
     return cost
 
 
-def _extrapolated(walked: Trajectory) -> Callable[[int], Tensor]:
+def _extrapolated(walked: Trajectory) -> Jumps:
     """Euler's jumps from state j of Euler's own path to all later times, whose slope is that of the first step."""
     states, grid = walked.states, _like(walked.times, walked.states)
     shape = [-1] + [1] * (states.ndim - 1)
@@ -96,20 +98,16 @@ def _extrapolated(walked: Trajectory) -> Callable[[int], Tensor]:
     return ends
 
 
-def jump_cost(drift: Drift, walked: Trajectory, *, root: bool = False, weight: Tensor | None = None) -> Tensor:
-    """``euler_cost`` for the states of any path, such as a solver's of higher order: float64 [N + 1, N + 1].
-
-    N evaluations a path. ``weight`` [N + 1, C, B, ...], what ``pulled_back`` returns, weighs errors by their end.
-    """
+def euler_jumps(drift: Drift, walked: Trajectory) -> Jumps:
+    """Euler's steps from each state of any path, such as a solver's of higher order, to all later times."""
     states, label, grid = walked.states, walked.label, _like(walked.times, walked.states)
     shape = [-1] + [1] * (states.ndim - 1)
 
-    @torch.no_grad()
     def ends(j: int) -> Tensor:
         slope = drift(states[j], grid[j].expand(states.shape[1]), label)
         return states[j] + (grid[j + 1 :] - grid[j]).to(states.dtype).view(shape) * slope
 
-    return _errors(walked, ends, root, weight)
+    return ends
 
 
 def pulled_back(drift: Drift, walked: Trajectory, w: Tensor) -> Tensor:
@@ -130,60 +128,72 @@ def pulled_back(drift: Drift, walked: Trajectory, w: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def heun_cost(drift: Drift, walked: Trajectory, *, root: bool = False, weight: Tensor | None = None) -> Tensor:
-    """c[j, k] with one step of Heun's method from x_j to t_k, for the states of ``walked``: float64 [N + 1, N + 1].
-
-    N + N (N + 1) / 2 evaluations a path: each first slope once, and one second slope for each entry. ``weight`` as in
-    ``jump_cost``.
-    """
+def heun_jumps(drift: Drift, walked: Trajectory) -> Jumps:
+    """Steps of Heun's method: each first slope once, and one second slope for each jump."""
     states, label, grid = walked.states, walked.label, _like(walked.times, walked.states)
     count = states.shape[1]
 
-    @torch.no_grad()
     def ends(j: int) -> Tensor:
         b = drift(states[j], grid[j].expand(count), label)
         steps = [(t.expand(count), t - grid[j]) for t in grid[j + 1 :]]
         return torch.stack([states[j] + h / 2 * (b + drift(states[j] + h * b, t, label)) for t, h in steps])
 
-    return _errors(walked, ends, root, weight)
+    return ends
+
+
+def map_jumps(fm: Map, walked: Trajectory) -> Jumps:
+    """X_{t_j,t_k}(x_j) of a learned map."""
+    states, label, grid = walked.states, walked.label, _like(walked.times, walked.states)
+    count = states.shape[1]
+
+    def ends(j: int) -> Tensor:
+        start = grid[j].expand(count)
+        return torch.stack([fm(states[j], start, t.expand(count), label) for t in grid[j + 1 :]])
+
+    return ends
+
+
+def heun_cost(drift: Drift, walked: Trajectory, *, root: bool = False, weight: Tensor | None = None) -> Tensor:
+    """c[j, k] with one step of Heun's method from x_j to t_k, for the states of ``walked``: float64 [N + 1, N + 1].
+
+    N + N (N + 1) / 2 evaluations a path. ``root`` and ``weight`` as in ``errors``.
+    """
+    return errors(walked, heun_jumps(drift, walked), [(root, weight)])[0]
 
 
 def map_cost(fm: Map, walked: Trajectory, *, root: bool = False, weight: Tensor | None = None) -> Tensor:
     """c[j, k] = mean over paths of |X_{t_j,t_k}(x_j) - x_k|^2 for a learned map: float64 [N + 1, N + 1].
 
-    N (N + 1) / 2 evaluations a path. ``weight`` as in ``jump_cost``.
+    N (N + 1) / 2 evaluations a path. ``root`` and ``weight`` as in ``errors``.
     """
-    states, label, grid = walked.states, walked.label, _like(walked.times, walked.states)
-    count = states.shape[1]
-
-    @torch.no_grad()
-    def ends(j: int) -> Tensor:
-        start = grid[j].expand(count)
-        return torch.stack([fm(states[j], start, t.expand(count), label) for t in grid[j + 1 :]])
-
-    return _errors(walked, ends, root, weight)
+    return errors(walked, map_jumps(fm, walked), [(root, weight)])[0]
 
 
-def _errors(walked: Trajectory, ends: Callable[[int], Tensor], root: bool, weight: Tensor | None = None) -> Tensor:
-    """c [N + 1, N + 1]: the mean over paths of the distance from ``ends(j)`` [N - j, B, ...] to states j + 1 .. N.
+@torch.no_grad()
+def errors(walked: Trajectory, ends: Jumps, counts: Sequence[tuple[bool, Tensor | None]]) -> list[Tensor]:
+    """c [N + 1, N + 1] for each (root, weight) of ``counts``: how far ``ends`` lands from states j + 1 .. N.
 
-    With ``weight`` [N + 1, C, B, ...] the mean over C of the squared product of error and weight takes its place.
+    The mean over paths of the squared distance, itself a mean over dimensions; with ``root`` of its square root. With
+    ``weight`` [N + 1, C, B, ...], what ``pulled_back`` returns, the mean over C of the squared product of error and
+    weight takes the squared distance's place: the error as it arrives at the end.
     """
     nodes = len(walked.times)
-    cost = torch.zeros(nodes, nodes, dtype=torch.float64)
+    found = [torch.zeros(nodes, nodes, dtype=torch.float64) for _ in counts]
     for j in range(nodes - 1):
         error = (ends(j) - walked.states[j + 1 :]).flatten(2)  # [N - j, B, dim]
-        if weight is None:
-            squared = error.square().mean(dim=2).double()  # [N - j, B]
-        else:
-            product = torch.einsum("kbd,kcbd->kcb", error, weight[j + 1 :].flatten(3))
-            squared = (product.square().mean(dim=1) / error.shape[2]).double()
-        cost[j, j + 1 :] = (squared.sqrt() if root else squared).mean(dim=1).cpu()
-    return cost
+        for cost, (root, weight) in zip(found, counts, strict=True):
+            if weight is None:
+                squared = error.square().mean(dim=2).double()  # [N - j, B]
+            else:
+                product = torch.einsum("kbd,kcbd->kcb", error, weight[j + 1 :].flatten(3))
+                squared = (product.square().mean(dim=1) / error.shape[2]).double()
+            cost[j, j + 1 :] = (squared.sqrt() if root else squared).mean(dim=1).cpu()
+    return found
 
 
 def _like(times: Tensor, x: Tensor) -> Tensor:
     return check_times(times).to(x.device, torch.promote_types(x.dtype, torch.float32))
 
 
-__all__ = ["euler_cost", "heun_cost", "jump_cost", "map_cost", "pulled_back", "solve", "solve_all"]
+__all__ = ["errors", "euler_cost", "euler_jumps", "heun_cost", "heun_jumps", "map_cost", "map_jumps"]
+__all__ += ["pulled_back", "solve", "solve_all"]

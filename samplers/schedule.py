@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from samplers.grids import check_times, uniform_times
+
+BY_STEPS = {"grids", "errors", "uniform_errors"}  # fields that are mappings from step counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,11 @@ class Schedule(Mapping[int, Tensor]):
     def __hash__(self) -> int:
         return hash(self.to_json())
 
+    def only(self, *steps: int) -> Self:
+        """The same schedule with the grids of these numbers of steps alone."""
+        kept = {name: {n: v for n, v in getattr(self, name).items() if n in steps} for name in BY_STEPS}
+        return replace(self, **kept)  # type: ignore[arg-type]
+
     def sigmas(self, steps: int) -> list[float]:
         """What ``set_timesteps(sigmas=...)`` of diffusers' flow-matching schedulers takes: 1 is noise, 0 is implied."""
         return (1 - self[steps][:-1]).tolist()
@@ -81,7 +88,7 @@ class Schedule(Mapping[int, Tensor]):
             raise ValueError(f"a schedule has no field {', '.join(map(str, unknown))}")
         taken = dict(values)
         try:
-            for name in {"grids", "errors", "uniform_errors"} & set(taken):
+            for name in BY_STEPS & set(taken):
                 taken[name] = {int(steps): value for steps, value in taken[name].items()}
             for name, value in taken.items():
                 if kinds[name] in (str, int) and type(value) is not kinds[name]:

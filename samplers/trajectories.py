@@ -30,8 +30,20 @@ class Trajectory:
 
 
 @torch.no_grad()
-def trajectory(drift: Drift, x: Tensor, times: Tensor, label: Tensor | None = None, solver: str = "heun") -> Trajectory:
-    """Every state of ``solver``, a key of ``SOLVERS``, from ``x`` [B, ...] at ``times[0]`` along the grid."""
+def trajectory(
+    drift: Drift, x: Tensor, times: Tensor, label: Tensor | None = None, solver: str = "heun", every: int = 1
+) -> Trajectory:
+    """The states of ``solver``, a key of ``SOLVERS``, from ``x`` [B, ...] at ``times[0]`` along the grid.
+
+    With ``every`` > 1 only each so-manieth state is kept; the grid's last one must be among them.
+    """
+    if (len(times) - 1) % every:
+        raise ValueError(f"{len(times) - 1} steps are no multiple of every = {every}")
     states: list[Tensor] = []
-    SOLVERS[solver](drift, x, times, label, lambda k, t, state: states.append(state))
-    return Trajectory(times, torch.stack(states), label)
+
+    def keep(k: int, t: Tensor, state: Tensor) -> None:
+        if k % every == 0:
+            states.append(state)
+
+    SOLVERS[solver](drift, x, times, label, keep)
+    return Trajectory(times[::every], torch.stack(states), label)

@@ -4,6 +4,7 @@ python scripts/benchmark.py --suite=checkerboard --seeds=0,1,2 --cpu_minutes=2 -
 python scripts/benchmark.py --suite=digits --rows=lagrangian --seeds=0,1,2 --json=digits.json
 python scripts/benchmark.py --suite=learning --rows=lagrangian,lagrangian_edm2 --rates=2e-3,1e-2 --plot=learning.png
 python scripts/benchmark.py --suite=mid_training --rows=digits --threads=1 --plot=mid-training.png
+python scripts/benchmark.py --suite=bellman --rows=digits --threads=1 --plot=bellman.png
 python scripts/benchmark.py --suite=step --threads=1
 python scripts/benchmark.py --suite=networks --threads=1
 
@@ -24,8 +25,8 @@ from training import cli
 SUITE = flags.DEFINE_string(
     "suite",
     None,
-    "checkerboard, digits, learning (curves), mid_training (what it is worth to post-training), networks (time and "
-    "memory of each objective) or step (its time)",
+    "bellman (step sizes), checkerboard, digits, learning (curves), mid_training (what it is worth to post-training), "
+    "networks (time and memory of each objective) or step (its time)",
 )
 ROWS = flags.DEFINE_list("rows", None, "Rows of the suite's config; of networks: small ones, or names of presets")
 RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning")
@@ -39,17 +40,18 @@ PLOT = flags.DEFINE_string("plot", None, "PNG file for the scores against the nu
 
 
 def main() -> None:
+    from training.bellman_suite import ROWS as BELLMAN_ROWS
     from training.benchmark import PLOTTED, USUAL_ROWS, markdown, plot, run, stored_records
     from training.costs import COST_NETWORKS
     from training.handover import SETTINGS
 
     if SUITE.value is None:
-        raise UserError("--suite is missing: checkerboard, digits, learning, mid_training, networks or step")
+        raise UserError("--suite is missing: bellman, checkerboard, digits, learning, mid_training, networks or step")
     try:
         seeds, rates = [int(seed) for seed in SEEDS.value], [float(rate) for rate in RATES.value]
     except ValueError:
         seeds, rates = [], []
-    usual = {"networks": list(COST_NETWORKS), "mid_training": list(SETTINGS)}
+    usual = {"bellman": BELLMAN_ROWS, "networks": list(COST_NETWORKS), "mid_training": list(SETTINGS)}
     rows = usual.get(SUITE.value, USUAL_ROWS) if ROWS.value is None else ROWS.value
     if not seeds or not rows:
         raise UserError(f"--seeds={','.join(SEEDS.value)} --rows={','.join(rows)}: give whole numbers and rows")

@@ -4,8 +4,8 @@ python scripts/prepare_data.py trajectories --teacher=runs/digits-flow --out=dat
 python scripts/prepare_data.py trajectories --teacher=teachers/edm --out=data/walks --num=50000 \\
     --solver=dpm_solver --grid=log_snr --low=0.0062 --start=data --data=cifar10
 
-trajectories: the solver paths of a drift, for --config.trajectories.files of the objective mid_training. The same
-command goes on where a stopped one was.
+trajectories: the solver paths of a drift, for --config.trajectories.files of the objectives mid_training and
+straightening. The same command goes on where a stopped one was.
 """
 
 import enum
@@ -24,6 +24,7 @@ OUT = flags.DEFINE_string("out", None, "Directory for the files; a set that was 
 NUM = flags.DEFINE_integer("num", 8192, "Trajectories", lower_bound=1)
 SOLVER = flags.DEFINE_string("solver", "heun", "euler, heun or dpm_solver")
 STEPS = flags.DEFINE_integer("steps", 16, "Steps of a trajectory, each a training row")
+SUBSTEPS = flags.DEFINE_integer("substeps", 1, "Solver steps in each of them, not kept", lower_bound=1)
 GRID = flags.DEFINE_string("grid", "uniform", "uniform, log_snr or given")
 LOW = flags.DEFINE_float("low", 0.0, "First time")
 HIGH = flags.DEFINE_float("high", 0.996, "Last time but one, for --grid=log_snr")
@@ -57,7 +58,9 @@ def trajectories() -> None:
         times = tuple(float(time) for time in TIMES.value)
     except ValueError:
         raise UserError(f"--times={','.join(TIMES.value)}: give numbers, such as 0,0.3,1") from None
-    options = Trajectories(solver, STEPS.value, kind, LOW.value, HIGH.value, times, choice(Start, "start", start))
+    options = Trajectories(
+        solver, STEPS.value, kind, LOW.value, HIGH.value, times, choice(Start, "start", start), SUBSTEPS.value
+    )
     grid(options, "--")
     teacher = FlowMap.from_pretrained(TEACHER.value)
     if teacher.info.kind == "consistency":

@@ -28,7 +28,7 @@ NOISES = flags.DEFINE_integer("noises", 256, "Paths that are walked", lower_boun
 SEED = flags.DEFINE_integer("seed", 1, "Seed of their noise: another than that of samples to be scored")
 FINE = flags.DEFINE_integer("fine", None, "Steps of the fine grid that the times are taken from", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance weight that will be sampled with", 1.0)
-BATCH = flags.DEFINE_integer("batch", 64, "Paths at a time", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 128, "Paths at a time", lower_bound=1)
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ FROZEN = {
     flowmaps: {"FlowMap", "FlowMapInfo", "UserError", "__version__"},
     flowmaps.networks: {"MLP", "NETWORKS", "PRESETS", "UNet", "EDM2UNet", "DiT"},
     flowmaps.objectives: {cls.__name__ for cls in OBJECTIVES.values()}
-    | {"OBJECTIVES", "Draws", "LogVariance", "Loss", "Objective"},
+    | {"OBJECTIVES", "Draws", "LogVariance", "Loss", "Objective", "PathObjective"},
     samplers: {"check_times", "dpm_solver", "euler", "heun", "log_snr_times", "rollout", "stochastic"}
     | {"Schedule", "Trajectory", "trajectory", "uniform_times"},
     training: {"Config", "build_network", "train"},
@@ -91,7 +91,7 @@ FLAGS = {
     "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
     "demo.py": {"workdir", "steps", "num"},
     "import_checkpoint.py": {"format", "src", "out"},
-    "prepare_data.py": {"teacher", "out", "num", "solver", "steps", "grid", "low", "high", "times", "start"}
+    "prepare_data.py": {"teacher", "out", "num", "solver", "steps", "substeps", "grid", "low", "high", "times", "start"}
     | {"data", "root", "seed", "batch", "shard"},
 }
 

@@ -7,7 +7,7 @@ import torch
 from helpers import run_script
 from PIL import Image
 
-from flowmaps.objectives import OBJECTIVES, MidTraining, Shortcut, TerminalVelocity
+from flowmaps.objectives import OBJECTIVES, MidTraining, Shortcut, Straightening, TerminalVelocity
 from training.costs import COSTS, network_costs, peak_memory
 
 
@@ -70,6 +70,7 @@ def test_benchmark_costs_cover_every_objective():
     timed = {type(objective) for objective in COSTS.values()}
     assert timed >= set(OBJECTIVES.values()) - {
         MidTraining,
+        Straightening,
         Shortcut,
         TerminalVelocity,
     }  # a plain pass and a teacher; what their parents do

@@ -13,7 +13,7 @@ from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.derivatives import velocity_jvp
 from flowmaps.networks import MLP, UNet
 from flowmaps.networks.layers import Dropout
-from flowmaps.objectives import OBJECTIVES, LogVariance, eulerian, lagrangian
+from flowmaps.objectives import OBJECTIVES, LogVariance, PathObjective, eulerian, lagrangian
 from flowmaps.objectives.times import Times
 from samplers import Trajectory, uniform_times
 from training.costs import Unsplit
@@ -140,7 +140,7 @@ def test_compiled_loss_equals_eager(network, name, options):
     fm, objective = small(network), OBJECTIVES[name](**options)
     x1, label = torch.randn(8, *fm.info.shape), torch.arange(8) % 3 if fm.info.num_classes else None
     batch = x1
-    if name == "mid_training":  # two paths of four steps: eight rows
+    if issubclass(OBJECTIVES[name], PathObjective):  # two paths of four steps: eight rows
         batch = Trajectory(uniform_times(4), torch.randn(5, 2, *fm.info.shape), None if label is None else label[:2])
     x1, label, draws = objective.prepare(fm, batch, label, generator())
 

@@ -100,7 +100,7 @@ def test_data_and_trajectories_are_not_mixed_up():
     x1, _ = gaussian_data(fm, 8)
     with pytest.raises(UserError, match="not from data"):
         MidTraining()(fm, x1, generator=generator())
-    with pytest.raises(UserError, match="mid_training does"):
+    with pytest.raises(UserError, match="not from a Trajectory"):
         OBJECTIVES["lagrangian"]()(fm, exact_paths(fm), generator=generator())
 
 

@@ -7,12 +7,12 @@ from helpers import CASES, gaussian_data, gaussian_map, generator
 from flowmaps import FlowMap, UserError
 from flowmaps.derivatives import velocity_difference, velocity_jvp
 from flowmaps.networks import UNet
-from flowmaps.objectives import OBJECTIVES, Draws
+from flowmaps.objectives import OBJECTIVES, Draws, PathObjective
 from flowmaps.objectives.eulerian import Stop
 from flowmaps.objectives.lagrangian import Derivative
 from flowmaps.objectives.progressive import Middle
 
-LIVE = [name for name in OBJECTIVES if name != "mid_training"]  # that learn from data: tests/test_mid_training.py
+LIVE = [name for name, cls in OBJECTIVES.items() if not issubclass(cls, PathObjective)]  # that learn from data
 MAPS = [name for name in LIVE if OBJECTIVES[name]().kind == "map"]
 ANCHORED = [name for name, cls in OBJECTIVES.items() if cls().diagonal]  # with rows that regress the drift
 CONDITIONAL = ("mean_flow", "improved_mean_flow")  # targets are right in the mean over (x0, x1) given I_s only

@@ -161,7 +161,7 @@ def test_micro_steps_do_not_change_the_walks(start):  # noqa: F811
     (x1, label, draws), _ = trainer.latest
     assert len(x1) == len(label) == len(draws.s) == 8
     config.accumulate = 8
-    with pytest.raises(UserError, match="whole number of trajectories of 4 steps"):
+    with pytest.raises(UserError, match="whole number of trajectories of 4 rows"):
         Trainer.build(config)
 
 

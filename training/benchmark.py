@@ -14,7 +14,7 @@ from PIL import Image
 from flowmaps import FlowMap, UserError
 from flowmaps.images import to_uint8
 from flowmaps.metrics import board_kl, frechet_distance, sliced_w2
-from training import handover
+from training import bellman_suite, handover
 from training.config import Config
 from training.costs import network_costs, step_times
 from training.data import load_arrays
@@ -26,7 +26,7 @@ from training.trainer import Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
 USUAL_ROWS = ["flow_matching", "lagrangian"]
-PLOTTED = ("checkerboard", "digits", "learning", "mid_training")
+PLOTTED = ("bellman", "checkerboard", "digits", "learning", "mid_training")
 CALIBRATION = 30  # steps timed to turn CPU minutes into a number of steps
 
 
@@ -112,6 +112,10 @@ def run(
         for data, seed in itertools.product(handover.chosen(rows), seeds):
             yield from handover.records(data, seed, handover.SETTINGS[data], train_steps=train_steps, done=done)
         return
+    if suite == "bellman":
+        for data, seed in itertools.product(bellman_suite.chosen(rows), seeds):
+            yield from bellman_suite.records(data, seed, train_steps, num, done)
+        return
     if suite == "networks":
         for name in (name for name in rows if (f"{name}, flow_matching", 0) not in done):
             yield from ({"row": row, "seed": 0, "scores": scores} for row, scores in network_costs(name))
@@ -125,7 +129,9 @@ def run(
                 yield {"row": name, "seed": seed, "train_steps": config.steps, "scores": learning_scores(config)}
         return
     if suite not in SUITES:
-        raise UserError(f"--suite={suite}: choose one of learning, mid_training, networks, step, {', '.join(SUITES)}")
+        raise UserError(
+            f"--suite={suite}: choose one of bellman, learning, mid_training, networks, step, {', '.join(SUITES)}"
+        )
     file, score = SUITES[suite]
     for row in rows:
         for seed in seeds:

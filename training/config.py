@@ -16,7 +16,7 @@ from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap, FlowMapInfo
 from flowmaps.interpolants import INTERPOLANTS
 from flowmaps.networks import NETWORKS, PRESETS
-from flowmaps.objectives import OBJECTIVES, Objective
+from flowmaps.objectives import OBJECTIVES, Objective, PathObjective
 
 
 class Optimizer(enum.Enum):
@@ -99,7 +99,7 @@ class Start(enum.Enum):
 
 @dataclass
 class Trajectories:
-    """The solver paths of a teacher, on which ``mid_training`` regresses."""
+    """The solver paths of a teacher, on which ``mid_training`` and ``straightening`` regress."""
 
     solver: Solver = Solver.heun
     steps: int = 16
@@ -108,6 +108,7 @@ class Trajectories:
     high: float = 0.996  # for log_snr
     times: tuple[float, ...] = ()  # for given: increasing, from at least 0 to 1
     start: Start = Start.noise
+    substeps: int = 1  # solver steps in each step, whose states are not kept
     files: str = ""  # directory that prepare_data.py wrote; empty: walk along the teacher's drift at each step
 
 
@@ -129,7 +130,8 @@ class Config:
     init_from: str = ""  # checkpoint whose weights the network starts from; empty: random weights
     init_ema: str = ""  # which of a run's weights: the decay of one of its averages, or raw; empty: what it exports
     init_fresh: tuple[str, ...] = ()  # parameters, by the beginnings of their names, that start from random weights
-    trajectories: Trajectories = field(default_factory=Trajectories)  # for the objective mid_training
+    lora: int = 0  # rank of the low-rank changes that are trained instead of the weights; 0: the weights
+    trajectories: Trajectories = field(default_factory=Trajectories)  # for mid_training and straightening
     data: Data = field(default_factory=Data)
     interpolant: str = "linear"
     base_std: float = 0.5  # standard deviation of the noise; the paper takes that of the data
@@ -174,6 +176,10 @@ class Config:
         ):
             if number < least:
                 raise UserError(f"--config.{name} must be at least {least}, got {number}")
+        if self.lora < 0 or (self.lora and not self.init_from):
+            raise UserError(
+                f"--config.lora={self.lora} is the rank of changes to weights: name these by --config.init_from"
+            )
         for name, share in (("augment", self.data.augment), ("label_dropout", self.data.label_dropout)):
             if not 0 <= share <= 1:
                 raise UserError(f"--config.data.{name} is a probability, got {share}")
@@ -194,9 +200,9 @@ class Config:
             raise UserError(f"--config.interpolant={self.interpolant}: choose one of {', '.join(INTERPOLANTS)}")
         if self.gradient_checkpointing and self.compile:
             raise UserError("--config.gradient_checkpointing and --config.compile exclude each other: leave one out")
-        if self.trajectories.files and self.objective.name != "mid_training":
-            raise UserError("--config.trajectories.files are for the objective mid_training: leave them out")
         made = build_objective(self)
+        if self.trajectories.files and not isinstance(made, PathObjective):
+            raise UserError(f"--config.trajectories.files: {self.objective.name} learns from data, leave them out")
         if made.guided and not self.data.label_dropout:
             raise UserError("--config.objective.guidance needs rows without a label: --config.data.label_dropout=0.1")
         if made.guided and self.teacher:
@@ -286,5 +292,6 @@ def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int) -> 
         label_dropout=config.data.label_dropout,
         guidance=made.guidance if made.guidance > 1 else None,
         guidance_max=made.guidance_max if made.guidance_max > 1 else None,
+        schedules=made.schedules,
     )
     return FlowMap(build_network(config), config.interpolant, config.base_std, info)

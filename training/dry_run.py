@@ -9,20 +9,22 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
+from flowmaps.objectives import PathObjective
 from training.config import Config, build_objective
 from training.data import ImageFiles
 from training.evaluation import grid_image
 from training.trainer import Trainer, micro_batch_size
+from training.walk import grid
 
 
 def dry_run(config: Config, batch: int = 16) -> tuple[dict[str, Any], Image.Image]:
     """Two steps on at most about ``batch`` images; returns (facts, picture)."""
     processes = PartialState().num_processes
     micro_batch = micro_batch_size(config, processes)
-    share = build_objective(config).diagonal
-    least = math.ceil(1 / share) if share else 1  # a diagonal row has to be among them
-    if config.objective.name == "mid_training":
-        least = config.trajectories.steps  # the rows of a trajectory
+    objective = build_objective(config)
+    least = math.ceil(1 / objective.diagonal) if objective.diagonal else 1  # a diagonal row has to be among them
+    if isinstance(objective, PathObjective):
+        least = objective.rows(grid(config.trajectories))  # of a trajectory
     small = min(micro_batch, max(1, batch // (processes * config.accumulate) // least) * least)
     trainer = Trainer.build(_with_micro_batch(config, small, processes))
     losses = [float(trainer.step(step)["loss"]) for step in range(2)]

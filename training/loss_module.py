@@ -35,7 +35,8 @@ class LossModule(nn.Module):
         """Norm of the gradient that the diagonal and the off-diagonal rows each put into that of ``forward``."""
         drift = None if self.teacher is None else self.teacher.drift
         per_sample, _ = self.objective.per_sample(self.fm, x1, label, draws, drift, self.weight)
-        rows, parameters, norms = self.objective.diagonal_rows(len(x1)), list(self.parameters()), {}
+        rows, norms = self.objective.diagonal_rows(len(x1)), {}
+        parameters = [p for p in self.parameters() if p.requires_grad]
         for name, part in (("diagonal", per_sample[:rows]), ("off_diagonal", per_sample[rows:])):
             if len(part):
                 value = part.sum() / len(x1)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from flowmaps.errors import UserError
-from flowmaps.objectives import OBJECTIVES
+from flowmaps.objectives import OBJECTIVES, PathObjective
 from flowmaps.objectives.eulerian import Stop
 from flowmaps.objectives.progressive import Middle
-from training.config import Config
+from flowmaps.objectives.straightening import State
+from training.config import Config, Trajectories, objective
 
 
 @dataclass
@@ -31,9 +32,9 @@ class Chain:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
-# Rows that every config file has: objective and options by row. mid_training wants a teacher: each file has its own.
+# Rows that every config file has: objective and options by row. A file adds what learns from a teacher's paths.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in OBJECTIVES if name != "mid_training"},
+    **{name: (name, {}) for name, cls in OBJECTIVES.items() if not issubclass(cls, PathObjective)},
     "lagrangian_slim": ("lagrangian", {"slim": True}),
     "eulerian_slim": ("eulerian", {"stop": Stop.slim}),
     "progressive_uniform": ("progressive", {"middle": Middle.uniform}),
@@ -43,6 +44,19 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 def method_rows(base: Callable[..., Config]) -> dict[str, Callable[[], Config]]:
     """A row for each of METHODS, from ``base(objective name, **options)``."""
     return {row: functools.partial(base, name, **options) for row, (name, options) in METHODS.items()}
+
+
+def straightening_rows(base: Callable[[], Config], run: str, steps: int = 4) -> dict[str, Callable[[], Config]]:
+    """The rows straightening and reflow: ``base()`` from the weights and on the paths of the drift in ``run``."""
+
+    def row(state: State) -> Config:
+        config = base()
+        config.objective = objective("straightening", steps=(steps,), state=state)
+        config.init_from = config.teacher = run
+        config.trajectories, config.weight.learned = Trajectories(steps=96), False
+        return config
+
+    return {"straightening": lambda: row(State.path), "reflow": lambda: row(State.chord)}
 
 
 def select(

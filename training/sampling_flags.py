@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowmaps import FlowMap, UserError
-from flowmaps.export import read_schedule
+from flowmaps.files import read_schedule
 from flowmaps.generate import SAMPLERS, generate, labels_for
 from samplers import Schedule, uniform_times
 from training.outputs import pick_device

@@ -75,6 +75,8 @@ def run_weights(run: str, which: str) -> dict[str, Tensor]:
     if name not in tensors:
         have = [key.removeprefix("ema-") for key in tensors if key.startswith("ema-")]
         raise UserError(f"--config.init_ema={which}: {found[-1]} has {', '.join([*have, 'raw'])}")
+    if any(".base_layer." in key for key in tensors[name]):
+        raise UserError(f"--config.init_ema={which}: {run} was trained with --config.lora, leave the flag out")
     return tensors[name]
 
 

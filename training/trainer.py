@@ -1,5 +1,6 @@
 """One optimiser step, and everything it touches."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from flowmaps import FlowMap, UserError
 from flowmaps.images import from_uint8
 from flowmaps.networks.conditioning import soft_label
 from flowmaps.networks.magnitude import normalise_weights
-from flowmaps.objectives import LogVariance, Loss, MidTraining
+from flowmaps.objectives import LogVariance, Loss, PathObjective
 from flowmaps.rng import generator
 from samplers import Trajectory
 from training.augment import PARAMETERS, augmented, mirrored
@@ -24,6 +25,7 @@ from training.config import Config, Precision, build_flow_map, build_objective
 from training.data import DataSet, Loader, Order, download, load_data
 from training.ema import EMA
 from training.evaluation import check_best
+from training.lora import add_lora, merge_lora
 from training.loss_module import LossModule
 from training.optim import build_optimizer, learning_rate
 from training.start import build_teacher, start_from
@@ -46,7 +48,7 @@ class Trainer:
     prepared: Any  # as accelerate wants it called
     ema: EMA
     started: str = ""  # fingerprint of config.init_from
-    paths: Paths | None = None  # where mid-training's trajectories come from
+    paths: Paths | None = None  # where the trajectories of a PathObjective come from
     latest: Any = None  # ((x1, label, draws), seed of dropout) of the latest shard
     skipped: int = 0  # steps with a non-finite gradient since the start or resume
 
@@ -72,6 +74,8 @@ class Trainer:
             fm = build_flow_map(config, data.shape, data.num_classes)
             started = start_from(config, fm) if config.init_from else ""
             weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
+            if config.lora:
+                add_lora(fm.network, config.lora)
         objective = build_objective(config)
         if objective.diagonal and not objective.diagonal_rows(size):
             raise UserError(
@@ -87,16 +91,19 @@ class Trainer:
             _checkpoint_gradients(fm.network, config.network.name)
         if config.compile:
             module.compile()  # in place: parameter names stay
-        optimizer = build_optimizer(config.optim, module.parameters())
+        optimizer = build_optimizer(config.optim, [p for p in module.parameters() if p.requires_grad])
         wrapped, prepared = accelerator.prepare(module, optimizer)
         teaching = (objective.teacher_ema,) if objective.teacher_ema else ()
         ema = EMA(fm.network, tuple(dict.fromkeys((*config.ema, *teaching))))
-        paths = build_paths(config, fm, module.teacher, data) if isinstance(objective, MidTraining) else None
+        paths = None
+        if isinstance(objective, PathObjective):
+            paths = build_paths(config, objective, fm, module.teacher, data)
+            objective.check(data.shape, paths.times, accelerator.device)
         items, rows = (paths.data, paths.rows) if paths else (data, 1)  # an item of the data gives so many rows
         if size % rows:
             raise UserError(
                 f"--config.batch={config.batch}: a micro-step of {size} rows is not a whole number of trajectories of "
-                f"{rows} steps, choose a multiple"
+                f"{rows} rows, choose a multiple"
             )
         order = Order(len(items), config.seed)
 
@@ -206,7 +213,10 @@ class Trainer:
         """A copy of the flow map with the first moving average of the weights after ``done`` steps, in eval mode."""
         fm, decay = self.module.fm, self.config.ema[0]
         info = replace(fm.info, images_seen=done * self.config.batch)
-        return FlowMap(self.ema.network(decay), fm.interpolant_name, fm.base_std, info).eval()
+        network = self.ema.network(decay)
+        if self.config.lora:
+            merge_lora(network)
+        return FlowMap(network, fm.interpolant_name, fm.base_std, info).eval()
 
     def save(self, workdir: Path, done: int) -> None:
         """Export the averaged model after ``done`` steps, then write the checkpoint, which makes the step final."""
@@ -226,7 +236,9 @@ class Trainer:
         taught = teacher.fingerprint() if teacher else ""
         walked = self.paths.data.digest() if self.paths and not self.paths.walk else ""
         origin = {"data.root": self.data.digest(), "teacher": taught, "init_from": self.started}
-        return {**origin, "trajectories.files": walked}
+        grids = "".join(schedule.to_json() for schedule in self.module.objective.schedules.values())
+        fitted = hashlib.sha256(grids.encode()).hexdigest() if grids else ""
+        return {**origin, "trajectories.files": walked, "objective.schedule": fitted}
 
 
 def micro_batch_size(config: Config, processes: int) -> int:

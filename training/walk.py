@@ -1,4 +1,4 @@
-"""Where mid-training's trajectories come from: a teacher walks them at each step, or files have them."""
+"""Where trajectories to learn from come from: a teacher walks them at each step, or files have them."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from flowmaps import FlowMap, UserError
-from flowmaps.objectives import MidTraining
+from flowmaps.objectives import PathObjective
 from samplers import Trajectory, check_times, log_snr_times, trajectory, uniform_times
-from training.config import Config, Grid, Solver, Start, Trajectories, build_objective
+from training.config import Config, Grid, Solver, Start, Trajectories
 from training.data import DataSet, TrajectoryFiles
 
 
 def grid(options: Trajectories, flag: str = "--config.trajectories.") -> Tensor:
     """The times [N + 1] that ``options`` describe, the last one 1; ``flag`` begins the flags that errors name."""
     low, high = options.low, options.high
-    if options.steps < 1:
-        raise UserError(f"{flag}steps must be at least 1, got {options.steps}")
+    for name in ("steps", "substeps"):
+        if getattr(options, name) < 1:
+            raise UserError(f"{flag}{name} must be at least 1, got {getattr(options, name)}")
     if bool(options.times) != (options.grid is Grid.given):
         raise UserError(f"{flag}times are for {flag}grid=given, and it for them: give both or none")
     if options.grid is Grid.given:
@@ -55,11 +56,14 @@ class Walk:
 
     def __call__(self, x0: Tensor, x1: Tensor | None = None, label: Tensor | None = None) -> Trajectory:
         """From noise ``x0`` [B, ...], and data ``x1`` [B, ...] if they start from data; no gradient is kept."""
-        times = grid(self.options)
+        times, substeps = grid(self.options), self.options.substeps
+        if substeps > 1:
+            shares = torch.arange(substeps, dtype=times.dtype) / substeps
+            times = torch.cat([torch.lerp(times[:-1, None], times[1:, None], shares).flatten(), times[-1:]])
         first = times[:1].to(x0.device, x0.dtype).expand(len(x0))
         x1 = x1 if self.options.start is Start.data else None
         x = self.teacher.interpolant.point(x0, torch.zeros_like(x0) if x1 is None else x1, first)
-        return trajectory(self.teacher.drift, x, times, label, self.options.solver.name)
+        return trajectory(self.teacher.drift, x, times, label, self.options.solver.name, substeps)
 
 
 def described(options: Trajectories) -> dict[str, Any]:
@@ -74,11 +78,8 @@ class Paths:
 
     data: DataSet
     times: Tensor
+    rows: int
     walk: Walk | None = None  # None: the items are trajectories already
-
-    @property
-    def rows(self) -> int:
-        return len(self.times) - 1
 
     def __call__(self, x: Tensor, label: Tensor | None, generator: torch.Generator) -> Trajectory:
         """Trajectories of the items ``x`` [B, ...] with ``label`` [B] or None, the noise from ``generator``."""
@@ -88,21 +89,19 @@ class Paths:
         return self.walk(self.walk.teacher.base_std * noise, x, label)
 
 
-def build_paths(config: Config, fm: FlowMap, teacher: FlowMap | None, data: DataSet) -> Paths:
-    """What ``config`` says of the trajectories of the objective mid_training."""
+def build_paths(config: Config, objective: PathObjective, fm: FlowMap, teacher: FlowMap | None, data: DataSet) -> Paths:
+    """What ``config`` says of the trajectories of ``objective``."""
     options = config.trajectories
-    if isinstance(objective := build_objective(config), MidTraining):
-        objective.check(fm.info.shape, next(fm.parameters()).device)
     if options.files:
         stored = TrajectoryFiles.open(options.files)
         _check_files(config, fm, teacher, stored)
-        return Paths(stored, stored.times)
+        return Paths(stored, stored.times, objective.rows(stored.times))
     if teacher is None:
         raise UserError(
-            "the objective mid_training needs a teacher whose trajectories it learns (--config.teacher=DIR), or "
-            "trajectories that prepare_data.py has made (--config.trajectories.files=DIR)"
+            f"the objective {config.objective.name} needs a teacher to walk along (--config.teacher=DIR), "
+            "or trajectories that prepare_data.py has made (--config.trajectories.files=DIR)"
         )
-    return Paths(data, grid(options), Walk(teacher, options))
+    return Paths(data, grid(options), objective.rows(grid(options)), Walk(teacher, options))
 
 
 def _check_files(config: Config, fm: FlowMap, teacher: FlowMap | None, stored: TrajectoryFiles) -> None:

@@ -9,7 +9,9 @@ from flowmaps.objectives.eulerian import Eulerian, ImprovedMeanFlow, MeanFlow
 from flowmaps.objectives.flow_matching import FlowMatching
 from flowmaps.objectives.lagrangian import Lagrangian, TerminalVelocity
 from flowmaps.objectives.mid_training import MidTraining
+from flowmaps.objectives.paths import PathObjective
 from flowmaps.objectives.progressive import Progressive, Shortcut
+from flowmaps.objectives.straightening import Straightening
 from flowmaps.objectives.weight import LogVariance
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -23,6 +25,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "improved_mean_flow": ImprovedMeanFlow,
     "consistency": Consistency,
     "mid_training": MidTraining,
+    "straightening": Straightening,
 }
 
 __all__ = [
@@ -38,7 +41,9 @@ __all__ = [
     "MeanFlow",
     "MidTraining",
     "Objective",
+    "PathObjective",
     "Progressive",
     "Shortcut",
+    "Straightening",
     "TerminalVelocity",
 ]

@@ -15,6 +15,7 @@ from flowmaps.networks.conditioning import with_guidance, without_label
 from flowmaps.networks.layers import no_dropout
 from flowmaps.objectives.times import Times, pair, single
 from samplers.callables import Drift, expand
+from samplers.schedule import Schedule
 from samplers.trajectories import Trajectory
 
 Dropout = Callable[[nn.Module], AbstractContextManager[None]]  # a rule for the dropout of a network inside a block
@@ -112,7 +113,7 @@ class Objective:
     ) -> Loss:
         """The loss on data ``batch`` [B, ...] with ``label`` [B] or None; all randomness is from ``generator``.
 
-        Mid-training takes a ``Trajectory`` for its batch, which has the label.
+        A ``PathObjective`` takes a ``Trajectory`` for its batch, which has the label.
 
         ``teacher``: the drift that the off-diagonal term distils, None for the live network itself.
         ``weight``: a module w(s, t) -> [B], None for an unweighted loss. Dropout follows the network's mode.
@@ -125,6 +126,11 @@ class Objective:
     def kind(self) -> str:
         """What ``FlowMapInfo.kind`` says of the trained network."""
         return "map"
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """Step sizes that the network is trained for, by sampler."""
+        return {}
 
     @property
     def taught(self) -> bool:
@@ -150,7 +156,7 @@ class Objective:
     ) -> tuple[Tensor, Tensor | None, Draws]:
         """What ``loss`` takes: data x1 [B, ...], their label, and the random part."""
         if isinstance(batch, Trajectory):
-            raise UserError("this objective learns from data [B, ...], not from a Trajectory: mid_training does")
+            raise UserError("this objective learns from data [B, ...], not from a Trajectory")
         return batch, label, self.draw(fm, batch, generator, step)
 
     def draw(self, fm: FlowMap, x1: Tensor, generator: torch.Generator, step: int = 0) -> Draws:

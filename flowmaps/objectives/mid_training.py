@@ -1,20 +1,17 @@
 """Consistency mid-training (CMT): learn jumps from the solver trajectories of a teacher, by plain regression."""
 
 import enum
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.metrics.perceptual import lpips
-from flowmaps.objectives.base import Draws, Dropout, Objective, Rows, mean_square
-from flowmaps.objectives.times import Times
+from flowmaps.objectives.base import Rows, mean_square
+from flowmaps.objectives.paths import PathObjective
 from samplers.callables import Drift, expand
-from samplers.trajectories import Trajectory
 
 
 class Target(enum.Enum):
@@ -33,13 +30,8 @@ class Distance(enum.Enum):
     lpips = "lpips"  # of the two images, by VGG-16
 
 
-def usual_dropout(network: nn.Module) -> AbstractContextManager[None]:
-    """The network's own dropout, a mask for each pass."""
-    return nullcontext()
-
-
 @dataclass(frozen=True)
-class MidTraining(Objective):
+class MidTraining(PathObjective):
     """Regression on states x_0, ..., x_N of a teacher's trajectories at times t_0 < ... < t_N; nothing moves with v.
 
     ``target`` = pairs: r = v_{t_i,t_j}(x_i) - (x_j - x_i) / (t_j - t_i), the average velocity of the piece.
@@ -51,21 +43,11 @@ class MidTraining(Objective):
     ``distance`` = lpips compares images X_{t_i,t_N}(x_i) and x_N; ``lpips_weights`` is the folder of its weight files.
     """
 
-    dropout: ClassVar[Dropout] = usual_dropout
-
-    diagonal: float = field(default=0.0, init=False)
     target: Target = Target.pairs
     to_end: float = 0.0  # for pairs
     distance: Distance = Distance.l2
     huber: float = 5.4e-4  # a dimension's share of 5.4e-4 sqrt(dimensions), arXiv 2310.14189
     lpips_weights: str = ""  # empty: where torch.hub keeps downloads
-    adaptive: float = field(default=0.0, init=False)
-    teacher_ema: float = field(default=0.0, init=False)
-    guidance: float = field(default=1.0, init=False)
-    guidance_max: float = field(default=1.0, init=False)
-    times: Times = field(default=Times.triangle, init=False)  # the trajectory's times take its place
-    time_mean: tuple[float, float] = field(default=(0.4, 0.4), init=False)
-    time_std: tuple[float, float] = field(default=(1.0, 1.0), init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,35 +64,15 @@ class MidTraining(Objective):
     def kind(self) -> str:
         return "consistency" if self.target is Target.endpoint else "map"
 
-    @property
-    def taught(self) -> bool:
-        return True
-
-    def prepare(
-        self,
-        fm: FlowMap,
-        batch: Tensor | Trajectory,
-        label: Tensor | None,
-        generator: torch.Generator,
-        step: int = 0,
-    ) -> tuple[Tensor, Tensor | None, Draws]:
-        """Rows from every state of the M trajectories of ``batch``: x0 and x1 [M N, ...] are a piece's two ends."""
-        if not isinstance(batch, Trajectory):
-            raise UserError("mid_training learns from a Trajectory, not from data")
-        states, steps, paths = batch.states, len(batch.times) - 1, batch.states.shape[1]
-        times = batch.times.to(states.device, torch.promote_types(states.dtype, torch.float32))
-        index = torch.arange(steps * paths, device=states.device)
-        path, i = index // steps, index % steps
-        drawn = torch.rand(2, len(index), generator=generator, device=states.device, dtype=times.dtype)
-        j = torch.full_like(i, steps)
+    def pieces(self, times: Tensor, row: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        last = len(times) - 1
+        j = torch.full_like(row, last)
         if self.target is Target.pairs:
-            later = torch.minimum(i + 1 + (drawn[0] * (steps - i)).long(), j)
-            j = torch.where(drawn[1] < self.to_end, j, later)
-        x0, x1, s, t = states[i, path], states[j, path], times[i], times[j]
-        return x1, None if batch.label is None else batch.label[path], Draws(x0, s, t, drawn[0])
+            later = torch.minimum(row + 1 + (uniform[0] * (last - row)).long(), j)
+            j = torch.where(uniform[1] < self.to_end, j, later)
+        return row, j
 
-    def check(self, shape: tuple[int, ...], device: torch.device) -> None:
-        """Refuse, before any training, samples or weight files that the distance cannot take."""
+    def check(self, shape: tuple[int, ...], times: Tensor, device: torch.device) -> None:
         if self.distance is Distance.lpips:
             if len(shape) != 3:
                 raise UserError("objective.distance=lpips compares images, these samples are points")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowmaps.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 REMEDY = "run scripts/prepare_data.py trajectories with the same --out again"
 
 
