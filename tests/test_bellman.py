@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers import gaussian_map, generator
 
-from samplers import trajectory, uniform_times
-from samplers.bellman import euler_cost, heun_cost, map_cost, pulled_back, solve, solve_all
+from samplers import Trajectory, trajectory, uniform_times
+from samplers.bellman import errors, euler_cost, euler_jumps, heun_cost, map_cost, pulled_back, solve, solve_all
 
 
 def brute(cost, steps):
@@ -86,6 +86,57 @@ def test_errors_carried_to_the_end_by_the_linearised_flow():
         end = walked.states[j] + (times[k] - times[j]) * fm.drift(walked.states[j], times[j].expand(7))
         expected = ((end - walked.states[k]) * left[k]).square().mean().item()
         assert many[j, k].item() == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("root", [False, True])
+def test_solved_grids_match_a_continuous_optimiser(root, at_end):
+    """Exact states of the Gaussian drift on 400 steps, against L-BFGS on the same objective in closed form.
+
+    Errors are linear in noise, axis by axis: the two noises +1 and -1 have the moments of all noise.
+    """
+    fm, fine = gaussian_map(), uniform_times(400)
+    mean, std = fm.network.mean, fm.network.std
+
+    def variance(t):
+        return (1 - t) ** 2 + t**2 * std**2
+
+    x0 = torch.tensor([[1.0], [-1.0]], dtype=torch.float64).expand(2, 3)
+    t = fine[:, None, None]
+    states = t * mean + variance(t).sqrt() * x0
+    left = (std**2 / variance(fine[:, None])).sqrt()  # [401, 3]: what is left of an error at the end
+    covectors = (3**0.5 * torch.diag_embed(left))[:, :, None].expand(-1, -1, 2, -1)  # [401, 3, 2, 3]
+    walked = Trajectory(fine, states)
+    (cost,) = errors(walked, euler_jumps(fm.drift, walked), [(root, covectors if at_end else None)])
+
+    def objective(times):
+        s, e = times[:-1, None], times[1:, None]
+        slope = (-(1 - s) + s * std**2) / variance(s)
+        error = (1 + (e - s) * slope) * variance(s).sqrt() - variance(e).sqrt()
+        if at_end:
+            error = error * std / variance(e).sqrt()
+        squared = error.square().mean(dim=1)
+        return (squared.sqrt() if root else squared).sum()
+
+    for steps in range(2, 9):
+        logits = torch.zeros(steps, dtype=torch.float64, requires_grad=True)
+        search = torch.optim.LBFGS([logits], max_iter=1000, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+
+        def grid(logits=logits):
+            return torch.cat([torch.zeros(1, dtype=torch.float64), logits.softmax(0).cumsum(0)])
+
+        def closure(logits=logits, grid=grid):
+            logits.grad = None
+            value = objective(grid())
+            value.backward()
+            return value
+
+        search.step(closure)
+        path, value = solve(cost, steps)
+        best = grid().detach()
+        assert (fine[path] - best).abs().max() < 0.01, steps
+        assert value == pytest.approx(float(objective(best)), rel=0.01)
+        assert value == pytest.approx(float(objective(fine[path])), rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,6 @@ class Straightening(PathObjective):
         super().__post_init__()
         if any(steps < 1 for steps in self.steps) or len(set(self.steps)) < len(self.steps):
             raise UserError(f"objective.steps are different step counts of at least 1, got {self.steps}")
-        if missing := [steps for steps in self.steps if steps not in self.grids]:
-            have = ", ".join(map(str, self.grids))
-            raise UserError(f"objective.steps={missing[0]}, but objective.schedule={self.schedule} has {have}")
         if self.schedule and self.grids.sampler not in ("", "euler"):
             raise UserError(f"objective.schedule={self.schedule} is for the sampler {self.grids.sampler}, not euler")
 
@@ -55,7 +52,10 @@ class Straightening(PathObjective):
         if not self.schedule:
             return Schedule.uniform(*self.steps)
         stored = read_schedule(self.schedule, "objective.schedule")
-        return stored if not self.steps else stored.only(*(set(self.steps) & set(stored)))
+        if missing := [steps for steps in self.steps if steps not in stored]:
+            have = ", ".join(map(str, stored))
+            raise UserError(f"objective.steps={missing[0]}, but objective.schedule={self.schedule} has {have}")
+        return stored.only(*self.steps) if self.steps else stored
 
     @property
     def kind(self) -> str:
