@@ -118,6 +118,7 @@ def smoke(config: Config) -> None:
     net = config.network
     net.width, net.channel_mult, net.blocks = 16, (1, 2, 2), 1
     config.steps, config.batch = 20, 16
+    config.trajectories.steps = min(config.trajectories.steps, 8)
     config.log_every = config.sample_every = config.checkpoint_every = 5
 
 

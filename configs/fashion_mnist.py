@@ -57,6 +57,7 @@ def smoke(config: Config) -> None:
     cpu(config)
     config.network.width = 16
     config.steps, config.batch = 20, 16
+    config.trajectories.steps = min(config.trajectories.steps, 8)
     config.log_every = config.sample_every = config.checkpoint_every = 5
 
 

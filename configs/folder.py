@@ -64,6 +64,7 @@ def smoke(config: Config) -> None:
     config.precision = Precision.fp32
     config.data.workers = 1
     config.steps, config.batch = 20, 16
+    config.trajectories.steps = min(config.trajectories.steps, 8)
     config.log_every = config.sample_every = config.checkpoint_every = 5
 
 

@@ -31,21 +31,22 @@ Grids = dict[int, Tensor]
 
 
 class Setting(NamedTuple):
-    """A data set's part; each path that is straightened gives sum(STEPS) = 20 rows."""
+    """A data set's part."""
 
     num: int  # samples to score
     noises: int  # paths that grids are fitted on
     paths: int  # paths to straighten on
-    batch: int = 80  # rows of a step of straightening
+    batch: int = 80  # rows of a step of straightening, at least
     variant: str = ""  # of the rows in configs/
     steps: int = 0  # to train drift and map; 0: those of the row
-    straighten: int = 500  # steps of straightening
+    straighten: int = 200  # steps of straightening
+    each: bool = True  # straighten for each number of steps apart, beside once for all of them
 
 
 SETTINGS = {
-    "checkerboard": Setting(32_768, 512, 4096, batch=640),
+    "checkerboard": Setting(32_768, 512, 4096, batch=640, straighten=400),
     "digits": Setting(2000, 128, 1024),
-    "fashion_mnist": Setting(1000, 32, 128, variant=",cpu", steps=1000, straighten=200),
+    "fashion_mnist": Setting(1000, 32, 128, variant=",cpu", steps=1000, each=False),
 }
 
 
@@ -166,14 +167,16 @@ def run(config: Config) -> FlowMap:
 
 
 def straightened(
-    data: str, seed: int, folder: Path, state: State, schedule: str, lora: int, train_steps: int | None
+    data: str, seed: int, folder: Path, steps: tuple[int, ...], how: tuple[State, str, int], train_steps: int | None
 ) -> FlowMap:
-    """The drift in ``folder``, fine-tuned for all of STEPS at once on the paths there."""
+    """The drift in ``folder``, fine-tuned on the paths there for ``steps``; ``how``: state, schedule, rank of LoRA."""
+    state, schedule, lora = how
     config = load_row(f"configs/{data}.py", "straightening" + SETTINGS[data].variant)
-    config.objective = objective("straightening", steps=STEPS, schedule=schedule, state=state)
+    config.objective = objective("straightening", steps=steps, schedule=schedule, state=state)
     config.teacher = config.init_from = str(folder / "drift")
     config.trajectories = Trajectories(steps=FINE["euler"], files=str(folder / "paths"))
-    config.seed, config.lora, config.batch = seed, lora, SETTINGS[data].batch
+    config.seed, config.lora = seed, lora
+    config.batch = -(-SETTINGS[data].batch // sum(steps)) * sum(steps)
     config.steps = train_steps or SETTINGS[data].straighten
     config.optim.warmup, config.optim.lr = 50, config.optim.lr * (3 if lora else 1)
     return run(config)
@@ -201,14 +204,18 @@ def records(
         for _ in write_trajectories(folder / "paths", Walk(drift, Trajectories(steps=FINE["euler"])), paths, seed=3):
             pass
         fitted_file = str(folder / "schedule.json")
-        for row, state, file, lora in (
-            ("straightened, Bellman, end", State.path, fitted_file, 0),
-            (f"straightened, Bellman, end, LoRA {RANK}", State.path, fitted_file, RANK),
-            ("straightened, equal steps", State.path, "", 0),
-            ("reflow, equal steps", State.chord, "", 0),
-        ):
-            fm = straightened(data, seed, folder, state, file, lora, train_steps)
-            found[row] = score(fm, "euler", grids["Bellman, end" if file else "equal steps"], ends)
+        for row, how in {
+            "straightened, Bellman, end": (State.path, fitted_file, 0),
+            f"straightened, Bellman, end, LoRA {RANK}": (State.path, fitted_file, RANK),
+            "straightened, equal steps": (State.path, "", 0),
+            "reflow, equal steps": (State.chord, "", 0),
+        }.items():
+            tried = grids["Bellman, end" if how[1] else "equal steps"]
+            for steps in STEPS if setting.each else ():
+                fm = straightened(data, seed, folder, (steps,), how, train_steps)
+                found[row] = found.get(row, {}) | score(fm, "euler", {steps: tried[steps]}, ends)
+            fm = straightened(data, seed, folder, STEPS, how, train_steps)
+            found[f"{row}, all at once"] = score(fm, "euler", tried, ends)
     fm = trained(data, "lagrangian", seed, train_steps)
     ends = score.solutions(fm)  # a map is compared with the path of its own drift
     for row, tried in fitted(fm, "map", noises).items():
