@@ -1,0 +1,53 @@
+"""The suites of benchmark.py whose records the documents quote: they run, and do not run again what is there."""
+
+import json
+
+import pytest
+from helpers import run_script
+
+
+def run(file, *flags):
+    done = run_script("scripts/benchmark.py", f"--json={file}", "--threads=1", *flags, check=True)
+    return done.stdout.strip().splitlines(), json.loads(file.read_text())["records"]
+
+
+@pytest.mark.slow
+def test_mid_training(tmp_path):
+    flags = ["--suite=mid_training", "--rows=checkerboard", "--train_steps=8"]
+    lines, records = run(tmp_path / "m.json", *flags)
+    rows = [r["row"] for r in records]
+    starts = ("random", "drift", "mid-training")
+    assert rows == [
+        f"checkerboard, {method} from {start}"
+        for method in ("lagrangian", "mean_flow", "consistency")
+        for start in starts
+    ]
+    seen = {name.partition("@")[2] for name in records[0]["scores"]}
+    assert len(seen) == 5 and all(record["scores"].keys() == records[0]["scores"].keys() for record in records)
+    again, _ = run(tmp_path / "m.json", *flags)
+    assert again == lines[-len(again) :]
+
+
+def test_bellman(tmp_path):
+    flags = ["--suite=bellman", "--rows=narrow,checkerboard", "--train_steps=2", "--num=32", "--seeds=3"]
+    lines, records = run(tmp_path / "b.json", *flags)
+    scores = {(r["row"], r["seed"]): r["scores"] for r in records}
+    assert len(scores) == len(records)
+    assert scores["narrow, Bellman, end", 0]["W2@4"] < 0.5 * scores["narrow, equal steps", 0]["W2@4"]
+    for row in (
+        "equal steps",
+        "Bellman, local_root",
+        "straightened, Bellman, end",
+        "straightened, Bellman, end, LoRA 4, all at once",
+        "reflow, equal steps",
+        "map, Bellman, end",
+    ):
+        assert set(scores[f"checkerboard, {row}", 3]) == {f"{m}@{k}" for m in ("KL", "error") for k in (2, 4, 6, 8)}
+    again, _ = run(tmp_path / "b.json", *flags)
+    assert again == lines[-len(again) :]
+
+
+@pytest.mark.parametrize("suite", ["mid_training", "bellman"])
+def test_unknown_rows_are_named(suite):
+    done = run_script("scripts/benchmark.py", f"--suite={suite}", "--rows=moon")
+    assert done.returncode == 2 and "--rows=moon" in done.stderr and done.stderr.count("\n") == 1
