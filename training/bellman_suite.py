@@ -221,3 +221,15 @@ def records(
     for row, tried in fitted(fm, "map", noises).items():
         found[f"map, {row}"] = score(fm, "map", tried, ends)
     yield from ({"row": f"{data}, {row}", "seed": seed, "scores": scores} for row, scores in found.items())
+
+
+def curves(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, int, float]]:
+    """(row, panel, steps, score) of what is fitted for each number of steps apart, maps in panels of their own."""
+    found = []
+    for record in records:
+        data, _, row = record["row"].partition(", ")
+        for name, value in record["scores"].items() if not row.endswith("all at once") else ():
+            metric, _, steps = name.partition("@")
+            panel = f"{data}{', map' if row.startswith('map, ') else ''}: {metric}"
+            found.append((row.removeprefix("map, "), panel, int(steps), value))
+    return found

@@ -199,6 +199,8 @@ def plot(records: list[dict[str, Any]], suite: str) -> Image.Image:
     """Each metric against the number of steps or images, one line a row: mean over seeds, with the range as bars."""
     if suite == "mid_training":
         return lines(handover.curves(records), xlabel="images seen")
+    if suite == "bellman":
+        return lines(bellman_suite.curves(records))
     found = []
     for record in records:
         for name, value in record["scores"].items():
