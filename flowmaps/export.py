@@ -4,6 +4,7 @@ model_index.json                            the pipeline's components, interpola
 network/config.json                         the network's class and arguments
 network/diffusion_pytorch_model.safetensors its weights
 scheduler/scheduler_config.json             the time grid's conventions
+vae/                                        of a model of latents: what makes images of them, if it was at hand
 """
 
 import json
@@ -12,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from flowmaps.errors import UserError
 from flowmaps.files import new_directory, write_file
 from flowmaps.flow_map import FlowMap, FlowMapInfo
+from flowmaps.hub import from_hub
+from flowmaps.latents import Decoder
 from flowmaps.networks import NETWORKS
 from samplers import Schedule
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+FILES = ("model_index.json", "scheduler/*.json", "network/*.json", f"network/{WEIGHTS}")
 
 
 def save(fm: FlowMap, directory: Path) -> None:
@@ -72,7 +74,7 @@ def _pipeline_directory(directory: Path) -> Path:
 def load(source: str | Path) -> FlowMap:
     """Read a pipeline directory, or download one by its hub id; anything unexpected is refused by file name."""
     directory = Path(source)
-    directory = _pipeline_directory(directory if directory.is_dir() else _download(str(source)))
+    directory = _pipeline_directory(directory if directory.is_dir() else from_hub(str(source), FILES))
     index = _read_json(directory / "model_index.json")
     component = index.get("network")
     if not isinstance(component, list) or len(component) != 2 or str(component[1]) not in NETWORKS:
@@ -102,11 +104,14 @@ def load(source: str | Path) -> FlowMap:
         raise UserError(f"{weights} does not fit {directory}/network/config.json: {reason}") from None
     try:
         info = FlowMapInfo.from_dict(index["info"])
-        return FlowMap(network, index["interpolant"], index["base_std"], info).eval()
+        fm = FlowMap(network, index["interpolant"], index["base_std"], info).eval()
     except KeyError as error:
         raise UserError(f"{directory}/model_index.json has no {error}: not a flow map written by flowmaps") from None
     except (UserError, TypeError, AttributeError) as error:
         raise UserError(f"{directory}/model_index.json: {error}") from None
+    if info.latent_scale and isinstance(index.get("vae"), list) and index["vae"][1]:
+        fm.decoder = Decoder(str(source), info.latent_shift, info.latent_scale, flag="the checkpoint")
+    return fm
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -121,14 +126,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object")
     return values
-
-
-def _download(hub_id: str) -> Path:
-    try:
-        patterns = ["model_index.json", "scheduler/*.json", "network/*.json", f"network/{WEIGHTS}"]
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except HFValidationError:
-        raise UserError(f"no directory {hub_id}, and not a hub id (owner/name) either") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"no directory {hub_id}, and the hub gave none of that name: {reason}") from None

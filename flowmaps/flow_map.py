@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from flowmaps.interpolants import INTERPOLANTS
 from flowmaps.rng import generator
 from samplers.callables import expand
 from samplers.schedule import Schedule
+
+if TYPE_CHECKING:
+    from flowmaps.latents import Decoder
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,20 @@ class FlowMapInfo:
     schedules: dict[str, Schedule] = field(default_factory=dict)  # sampler -> its fitted step sizes
     t_range: tuple[float, float] = (0.0, 1.0)  # times on which the velocity is defined
     label_dropout: float = 0.0  # share of training rows without a label; 0: "no label" was never trained
+    vae: str = ""  # of latents: the directory or hub id of the VAE that made them
+    latent_shift: tuple[float, ...] = ()  # of latents: a sample is scale (z - shift), a number a channel, see
+    latent_scale: tuple[float, ...] = ()  # flowmaps.latents; empty: samples are images or points
     origin: dict[str, str] = field(default_factory=dict)  # of imported weights: format, sha256, license and the like
 
     def __post_init__(self) -> None:
         if self.kind not in ("map", "drift", "consistency"):
             raise UserError(f"FlowMapInfo.kind must be 'map', 'drift' or 'consistency', got {self.kind!r}")
+        channels = self.shape[0] if self.latent_scale and self.shape else 0
+        if (len(self.latent_scale), len(self.latent_shift)) != (channels, channels) or 0 in self.latent_scale:
+            raise UserError(
+                f"FlowMapInfo.latent_shift and latent_scale are a number for each of {channels} channels, the latter "
+                f"not 0, got {self.latent_shift} and {self.latent_scale}"
+            )
 
     @property
     def sampler(self) -> str:
@@ -99,8 +111,10 @@ class FlowMapInfo:
                 raise TypeError("shape, num_classes, images_seen or t_range")
             if not all(v is None or isinstance(v, (int, float)) for v in (info.guidance, info.guidance_max)):
                 raise TypeError("guidance or guidance_max")
-            if not all(isinstance(text, str) for item in info.origin.items() for text in item):
-                raise TypeError("origin")
+            if not all(isinstance(text, str) for item in [*info.origin.items(), (info.vae,)] for text in item):
+                raise TypeError("origin or vae")
+            if not all(isinstance(v, (int, float)) for v in (*info.latent_shift, *info.latent_scale)):
+                raise TypeError("latent_shift or latent_scale")
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"flow map facts of the wrong type: {error}") from None
         return info
@@ -137,6 +151,7 @@ class FlowMap(nn.Module):
         self.interpolant = INTERPOLANTS[interpolant]
         self.base_std = base_std
         self.info = info or FlowMapInfo()
+        self.decoder: Decoder | None = None  # of latents, made when needed; no part of the module's parameters
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """X_{s,t}(x), same shape as ``x``; refused for a network of kind "drift", where it was never trained."""
@@ -151,6 +166,19 @@ class FlowMap(nn.Module):
     def drift(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """b_t(x) = v_{t,t}(x), the velocity of the probability-flow ODE."""
         return self.velocity(x, t, t, label)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images of samples x [B, ...]: those that the VAE makes of latents [B, 3, H, W], else x itself."""
+        return self.open_decoder()(x) if self.info.latent_scale else x
+
+    def open_decoder(self) -> "Decoder":
+        """The decoder of latents, its VAE open."""
+        from flowmaps.latents import Decoder  # needs diffusers, which `import flowmaps` does not load
+
+        if self.decoder is None:
+            self.decoder = Decoder(self.info.vae, self.info.latent_shift, self.info.latent_scale)
+        self.decoder.open()
+        return self.decoder
 
     def noise(self, n: int, seed: int, start: int = 0, draw: int = 0) -> Tensor:
         """x0 of samples ``start`` .. ``start + n - 1``: [n, *shape], normal with standard deviation ``base_std``.

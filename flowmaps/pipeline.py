@@ -5,10 +5,16 @@ sigma = 1 - s, so that x + (t - s) v = x - (sigma_s - sigma_t) u.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, ImagePipelineOutput, SchedulerMixin
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMapEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    SchedulerMixin,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -17,6 +23,7 @@ from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap, FlowMapInfo
 from flowmaps.generate import guided_label, labels_for
 from flowmaps.images import to_pil, to_uint8
+from flowmaps.latents import decode
 
 
 class FlowMapScheduler(FlowMapEulerDiscreteScheduler, SchedulerMixin):  # diffusers looks the mixin up in this module
@@ -26,10 +33,13 @@ class FlowMapScheduler(FlowMapEulerDiscreteScheduler, SchedulerMixin):  # diffus
 class FlowMapPipeline(DiffusionPipeline):
     """Sample images (or points) from a flow map in ``num_inference_steps`` network evaluations.
 
-    A drift (``info["kind"] == "drift"``) is integrated by Euler steps on the same grid.
+    A drift (``info["kind"] == "drift"``) is integrated by Euler steps on the same grid. A model of latents has the
+    component ``vae`` (``pipe.vae.enable_tiling()`` for large images), or is given one:
+    ``FlowMapPipeline.from_pretrained(directory, vae=AutoencoderKL.from_pretrained(...))``.
     """
 
-    model_cpu_offload_seq = "network"
+    model_cpu_offload_seq = "network->vae"
+    _optional_components: ClassVar[list[str]] = ["vae"]
 
     def __init__(
         self,
@@ -38,15 +48,17 @@ class FlowMapPipeline(DiffusionPipeline):
         interpolant: str = "linear",
         base_std: float = 1.0,
         info: dict[str, Any] | None = None,
+        vae: AutoencoderKL | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(network=network, scheduler=scheduler)
+        self.register_modules(network=network, scheduler=scheduler, vae=vae)
         self.register_to_config(interpolant=interpolant, base_std=base_std, info=info)
 
     @classmethod
     def from_flow_map(cls, fm: FlowMap) -> "FlowMapPipeline":
-        """Wrap ``fm``; the pipeline shares its network."""
-        return cls(fm.network, FlowMapScheduler(), fm.interpolant_name, fm.base_std, fm.info.to_dict())
+        """Wrap ``fm``; the pipeline shares its network, and its VAE if that is open."""
+        vae = None if fm.decoder is None else fm.decoder.vae
+        return cls(fm.network, FlowMapScheduler(), fm.interpolant_name, fm.base_std, fm.info.to_dict(), vae)
 
     @property
     def flow_map(self) -> FlowMap:
@@ -66,6 +78,7 @@ class FlowMapPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        decode_batch: int = 8,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate ``num_images`` samples, or one for each row of ``latents`` (noise of standard deviation base_std).
 
@@ -73,11 +86,17 @@ class FlowMapPipeline(DiffusionPipeline):
         them the steps are those of the model's schedule if it has one of this length, else equal.
         ``class_labels``: one label for all or one each; None cycles through the classes.
         ``guidance_scale``: weight for a model that takes one (``info["guidance_max"]``).
-        ``output_type``: "pil", "np" ([n, h, w, c] in 0 .. 1) or "pt" (the raw samples).
+        ``output_type``: "pil", "np" ([n, h, w, c] in 0 .. 1), "pt" (images in -1 .. 1, or points) or "latent" (the raw
+        samples). ``decode_batch``: latents that the VAE decodes at a time.
         """
-        if output_type not in ("pil", "np", "pt"):
-            raise UserError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise UserError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
         fm, device = self.flow_map, self._execution_device
+        if fm.info.latent_scale and output_type != "latent" and self.vae is None:
+            raise UserError(
+                "this model makes latents and came without a VAE: from_pretrained(directory, vae=AutoencoderKL...), or "
+                "output_type='latent'"
+            )
         solver = "euler" if fm.info.kind == "drift" else "map"
         fm.info.check_guidance(guidance_scale)
         fm.info.check_sampler(solver, num_inference_steps if sigmas is None else len(sigmas))
@@ -98,9 +117,11 @@ class FlowMapPipeline(DiffusionPipeline):
             s, t = grid[k].expand(len(x)), grid[k + 1].expand(len(x))
             v = fm.velocity(x, s, s if solver == "euler" else t, label)
             x = self.scheduler.step(-v, timestep, x, return_dict=False)[0]
+        if fm.info.latent_scale and output_type != "latent":
+            x = decode(self.vae, x, fm.info.latent_shift, fm.info.latent_scale, decode_batch)
         self.maybe_free_model_hooks()
         images: Any = x
-        if output_type != "pt" and x.ndim != 4:
+        if output_type in ("pil", "np") and x.ndim != 4:
             raise UserError(f"samples of shape {tuple(x.shape[1:])} are no images: use output_type='pt'")
         if output_type == "pil":
             images = [to_pil(image) for image in to_uint8(x)]

@@ -139,3 +139,51 @@ def write_lpips(folder):
     linear = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=g) / c for i, c in enumerate(channels)}
     torch.save(linear, folder / "weights-vgg16-lpips.pth")
     return folder
+
+
+def synset(number: int) -> str:
+    """A folder's name as in ImageNet; in order of number."""
+    return f"n{1440764 + 97 * number:08d}"
+
+
+def write_imagenet(root: Path, classes: int = 1000, each: int = 1, sizes: tuple[tuple[int, int], ...] = ()) -> Path:
+    """A tree of ImageNet's layout under ``root``/train: ``classes`` synsets with ``each`` JPEGs, of odd sizes and modes.
+
+    As in the real one there are grey images, one in CMYK, one that is a PNG by content, and rotation marks.
+    """
+    sizes = sizes or ((37, 53), (64, 91), (130, 67), (41, 41), (153, 149))
+    for number in range(classes):
+        for i in range(each):
+            seed = number * each + i
+            image = photograph(seed, *sizes[seed % len(sizes)])
+            options: dict[str, object] = {"quality": 95}
+            kind = "jpeg"
+            if seed % 11 == 3:
+                image = image.convert("L")
+            elif seed % 11 == 5:
+                image = image.convert("CMYK")
+            elif seed == 7:
+                kind, options = "png", {}
+            elif seed % 11 == 8:
+                exif = Image.Exif()
+                exif[274] = 6  # turned by 90 degrees
+                options["exif"] = exif
+            name = f"train/{synset(number)}/{synset(number)}_{i * 37 + 18}.JPEG"
+            write_folder(root, {name: encoded(image, kind, **options)})
+    return root / "train"
+
+
+def write_vae(folder: Path, levels: int = 4, channels: int = 4, **options: object) -> Path:
+    """An ``AutoencoderKL`` of the true format with random weights: 24,000 of them at four levels, images / 8."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=levels * ("DownEncoderBlock2D",),
+        up_block_types=levels * ("UpDecoderBlock2D",),
+        block_out_channels=levels * (8,),
+        norm_num_groups=4,
+        latent_channels=channels,
+        **options,
+    ).save_pretrained(folder)
+    return folder

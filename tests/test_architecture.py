@@ -79,6 +79,7 @@ FROZEN = {
 }
 
 SAMPLING = {"checkpoint", "steps", "num", "seed", "sampler", "label", "guidance", "gamma", "batch", "schedule"}
+SAMPLING |= {"vae", "vae_dtype", "vae_batch", "vae_tiling"}
 SCORING = {"extractor", "weights", "root"}
 FLAGS = {
     "train.py": {"config", "workdir", "dry_run", "stage"},
@@ -92,7 +93,7 @@ FLAGS = {
     "demo.py": {"workdir", "steps", "num"},
     "import_checkpoint.py": {"format", "src", "out"},
     "prepare_data.py": {"teacher", "out", "num", "solver", "steps", "substeps", "grid", "low", "high", "times", "start"}
-    | {"data", "root", "seed", "batch", "shard"},
+    | {"data", "root", "seed", "batch", "shard", "src", "size", "vae", "flip", "skip_corrupt", "workers"},
 }
 
 

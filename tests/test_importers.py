@@ -3,7 +3,6 @@
 import argparse
 import copy
 import io
-import json
 import os
 import pickle
 import zipfile
@@ -60,8 +59,8 @@ def test_edm2(classes, tmp_path):
     with torch.no_grad():
         theirs = drift_of_denoiser(net.double(), x.double(), T.double(), 0.5, given.double())
         close(fm.double().drift(x.double(), T.double(), label), theirs)
-    latents = json.loads(fm.info.origin["latents"])
-    assert latents["vae"] == "stabilityai/sd-vae-ft-mse" and latents["scale"][1] == pytest.approx(0.5 / 4.62)
+    assert fm.info.vae == "stabilityai/sd-vae-ft-mse"
+    assert fm.info.latent_scale[1] == pytest.approx(0.5 / 4.62) and fm.info.latent_shift[1] == pytest.approx(3.25)
 
 
 @pytest.mark.parametrize("kind", ["dit", "sit"])
@@ -85,6 +84,7 @@ def test_transformers(kind, training, tmp_path):
     with torch.no_grad():
         close(fm.double().drift(x, t, label), theirs)
     assert fm.info.num_classes == 5 and fm.info.label_dropout > 0 and fm.base_std == 1
+    assert fm.info.latent_scale == 4 * (0.18215,)
 
 
 def test_rectified_flow(tmp_path):

@@ -19,6 +19,8 @@ from training.loop import train
 from training.trainer import Trainer
 from training.walk import Walk, grid
 
+FLAG = "--config.trajectories.files"
+
 
 @pytest.mark.parametrize(
     ("options", "times"),
@@ -82,7 +84,7 @@ def files(start, tmp_path_factory):  # noqa: F811
 
 
 def test_files_have_the_walks_and_a_stopped_call_goes_on(start, files, tmp_path):  # noqa: F811
-    stored, teacher = TrajectoryFiles.open(files), FlowMap.from_pretrained(start)
+    stored, teacher = TrajectoryFiles.open(files, FLAG), FlowMap.from_pretrained(start)
     states, label = stored.fetch(torch.tensor([0, 17, 39]))
     assert len(stored) == 40 and label.tolist() == [0, 7, 9] and stored.shape == (1, 8, 8)
     noise = teacher.noise(40, 0)[[0, 17, 39]]
@@ -93,21 +95,21 @@ def test_files_have_the_walks_and_a_stopped_call_goes_on(start, files, tmp_path)
     (half / "checksums.json").unlink()
     before = (half / "shard-00000.safetensors").stat().st_mtime_ns
     with pytest.raises(UserError, match="no complete set"):
-        TrajectoryFiles.open(half)
+        TrajectoryFiles.open(half, FLAG)
     assert prepared(start, half).returncode == 0
     assert (half / "shard-00000.safetensors").stat().st_mtime_ns == before
     assert_same(load_file(half / "shard-00001.safetensors"), load_file(files / "shard-00001.safetensors"))
-    assert TrajectoryFiles.open(half).digest() == stored.digest()
+    assert TrajectoryFiles.open(half, FLAG).digest() == stored.digest()
     other = prepared(start, half, "--seed=1")
     assert other.returncode == 2 and "another seed" in other.stderr and other.stderr.count("\n") == 1
     (half / "shard-00001.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match=r"shard-00001\.safetensors is missing or damaged"):
-        TrajectoryFiles.open(half)
+        TrajectoryFiles.open(half, FLAG)
 
 
 def test_files_from_data(start, tmp_path):  # noqa: F811
     assert prepared(start, tmp_path / "w", "--start=data", "--low=0.1", "--data=digits").returncode == 0
-    stored = TrajectoryFiles.open(tmp_path / "w")
+    stored = TrajectoryFiles.open(tmp_path / "w", FLAG)
     states, _ = stored.fetch(torch.arange(40))
     noise = FlowMap.from_pretrained(start).noise(40, 0)
     data = (states[:, 0] - 0.9 * noise) / 0.1

@@ -38,13 +38,16 @@ class Precision(enum.Enum):
 
 @dataclass
 class Data:
-    name: str = "digits"  # a key of training.data.DATA, or folder or zip for images of your own
-    root: str = "data"  # folder of the data set's files, where it has any; the folder or the zip file
+    name: str = "digits"  # a key of training.data.DATA; folder or zip for images of your own; prepared, by prepare_data
+    root: str = "data"  # folder of the data set's files, where it has any; the folder, zip file or prepared set
     download: bool = False  # fetch the files into root first
     workers: int = 0  # processes that read ahead; 0: read between the steps
     skip_corrupt: bool = False  # leave out files that are no whole images, instead of refusing the folder
     flip: bool = False  # mirror half of the images
     label_dropout: float = 0.0  # share of rows trained without their label, for "no label" and guidance
+    vae: str = ""  # of latents: what makes images of them, a directory or hub id; empty: the VAE that made them
+    latent_shift: tuple[float, ...] = ()  # of latents z: a sample is scale (z - shift), a number a channel; empty: as
+    latent_scale: tuple[float, ...] = ()  # the VAE's config says
     augment: float = 0.0  # probability of each of EDM's transforms; the network needs augment_dim=9
 
 
@@ -271,8 +274,8 @@ def _build(table: dict[str, Any], section: Section, name: str) -> Any:
         raise UserError(f"--config.{name}: {error}") from None
 
 
-def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int) -> FlowMap:
-    """A flow map round a fresh network, for samples of ``shape``."""
+def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int, **facts: Any) -> FlowMap:
+    """A flow map round a fresh network, for samples of ``shape``; ``facts`` are further fields of its info."""
     wants = config.network
     expected = (wants.dim,) if hasattr(wants, "dim") else (wants.channels, wants.image_size, wants.image_size)
     if expected != shape:
@@ -293,5 +296,6 @@ def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int) -> 
         guidance=made.guidance if made.guidance > 1 else None,
         guidance_max=made.guidance_max if made.guidance_max > 1 else None,
         schedules=made.schedules,
+        **facts,
     )
     return FlowMap(build_network(config), config.interpolant, config.base_std, info)

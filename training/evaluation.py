@@ -18,18 +18,20 @@ from flowmaps.metrics import board_kl, frechet_distance, sliced_w2
 from flowmaps.metrics.extractors import EXTRACTORS, load_extractor
 from samplers import uniform_times
 from training.config import Best
-from training.data import DataSet, in_order
+from training.data import DataSet, Latents, in_order
 from training.scoring import NotFinite, generated, reference_stats
 
 
 def samples(fm: FlowMap, steps: int, n: int, seed: int, sampler: str | None = None) -> Tensor:
-    """``n`` samples with ``steps`` uniform steps: by the map, unless ``fm`` is of another kind."""
-    return torch.cat([x for x, _ in generate(fm, uniform_times(steps), n, seed, sampler=sampler or fm.info.sampler)])
+    """``n`` samples (images, of latents too) with ``steps`` uniform steps: by the map, if ``fm`` is of that kind."""
+    made = generate(fm, uniform_times(steps), n, seed, sampler=sampler or fm.info.sampler)
+    return torch.cat([fm.decode(x) for x, _ in made])
 
 
 def grid_image(fm: FlowMap, steps: Sequence[int], seed: int, columns: int = 16) -> Image.Image:
     """A picture of the same noise carried to data in different step counts, one row each."""
     n = columns if len(fm.info.shape) == 3 else 8192  # points are drawn as a density
+    n = min(n, 8) if fm.info.latent_scale else n  # large images
     return to_pil(sample_grid([samples(fm, count, n, seed) for count in steps]))
 
 
@@ -65,7 +67,8 @@ class Judge:
             return math.inf
 
     def _batches(self, fm: FlowMap) -> Iterator[tuple[Tensor, Tensor | None]]:
-        return generate(fm, uniform_times(self.best.steps), self.best.num, self.seed, sampler=fm.info.sampler)
+        made = generate(fm, uniform_times(self.best.steps), self.best.num, self.seed, sampler=fm.info.sampler)
+        return ((fm.decode(x), label) for x, label in made)
 
     def _features(self, data: DataSet, device: torch.device) -> Callable[[FlowMap], float]:
         best, name = self.best, EXTRACTOR_OF[self.best.metric]
@@ -73,6 +76,8 @@ class Judge:
             if best.reference:
                 reference, extractor = reference_stats(best.reference, name, best.weights or None, "", device)
             else:
+                if isinstance(data, Latents):
+                    raise UserError("--reference is missing: latents are no images to compare with (see stats.py)")
                 extractor = load_extractor(name, best.weights or None, device)
                 reference = extractor.stats(rows for rows, _ in in_order(data))
         except UserError as error:

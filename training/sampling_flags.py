@@ -11,6 +11,7 @@ from tqdm import tqdm
 from flowmaps import FlowMap, UserError
 from flowmaps.files import read_schedule
 from flowmaps.generate import SAMPLERS, generate, labels_for
+from flowmaps.latents import DTYPES, Decoder
 from samplers import Schedule, uniform_times
 from training.outputs import pick_device
 
@@ -36,6 +37,12 @@ class SamplingFlags:
             "stored",
             "Step sizes: stored (in the checkpoint, else uniform), uniform, or a schedule file",
         )
+        self.vae = flags.DEFINE_string(
+            "vae", None, "VAE that makes images of latents: directory or hub id [that of the checkpoint]"
+        )
+        self.vae_dtype = flags.DEFINE_enum("vae_dtype", "float32", list(DTYPES), "Precision of the VAE")
+        self.vae_batch = flags.DEFINE_integer("vae_batch", 8, "Latents decoded at a time", lower_bound=1)
+        self.vae_tiling = flags.DEFINE_bool("vae_tiling", False, "Decode in overlapping tiles: less memory")
         self.batch = flags.DEFINE_integer("batch", 500, "Samples at a time", lower_bound=1)
 
     def counts(self) -> list[int]:
@@ -63,7 +70,19 @@ class SamplingFlags:
         if self.schedule.value != "stored":
             schedule = None if self.schedule.value == "uniform" else self._given(fm, counts)
             fm.info = replace(fm.info, schedules={} if schedule is None else {self.sampler.value: schedule})
+        self._open_vae(fm)
         return fm.to(pick_device())
+
+    def _open_vae(self, fm: FlowMap) -> None:
+        """Give a map of latents the VAE that the flags say, open: before any other work."""
+        if not fm.info.latent_scale:
+            if self.vae.value:
+                raise UserError(f"--vae={self.vae.value}: this model makes no latents, leave it out")
+            return
+        known = fm.decoder.source if fm.decoder else fm.info.vae
+        shift, scale, dtype = fm.info.latent_shift, fm.info.latent_scale, DTYPES[self.vae_dtype.value]
+        fm.decoder = Decoder(self.vae.value or known, shift, scale, dtype, self.vae_batch.value, self.vae_tiling.value)
+        fm.open_decoder()
 
     def _given(self, fm: FlowMap, counts: list[int]) -> Schedule:
         """The schedule of the file ``--schedule``, which must have all the step counts."""
@@ -88,7 +107,7 @@ class SamplingFlags:
         return ("uniform", uniform_times(count)) if times is None else (self.schedule.value, times)
 
     def batches(self, fm: FlowMap, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Samples and labels, batch by batch, in ``count`` steps; a progress bar on a terminal."""
+        """Samples, latents decoded, and labels, batch by batch, in ``count`` steps; a progress bar on a terminal."""
         made = generate(
             fm,
             self.grid(fm, count)[1],
@@ -103,4 +122,4 @@ class SamplingFlags:
         with tqdm(total=self.num.value, desc=f"{count} steps", unit="sample", disable=None, leave=False) as bar:
             for x, label in made:
                 bar.update(len(x))
-                yield x, label
+                yield fm.decode(x), label

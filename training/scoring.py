@@ -14,10 +14,21 @@ import flowmaps
 from flowmaps import FlowMap, UserError
 from flowmaps.files import read_npz
 from flowmaps.images import to_uint8
+from flowmaps.latents import fingerprint
 from flowmaps.metrics import FeatureStats, frechet_distance
 from flowmaps.metrics.extractors import CLASSIFIERS, Extractor, load_extractor
 from flowmaps.metrics.neighbours import memorisation
-from training.data import DATA, ArrayData, DataSet, in_order, load_arrays, open_images
+from training.data import (
+    DATA,
+    ArrayData,
+    DataSet,
+    PreparedImages,
+    in_order,
+    load_arrays,
+    load_data,
+    open_images,
+    prepared,
+)
 from training.outputs import pick_device
 
 
@@ -49,6 +60,10 @@ def image_batches(
         data: DataSet = load_arrays(name, split or "train", root)
         if len(data.shape) != 3:
             raise UserError(f"{flag}={source} holds points, not images: features need images")
+    elif prepared(path):
+        data = load_data("prepared", source)
+        if not isinstance(data, PreparedImages):
+            raise UserError(f"{flag}={source} holds latents, not images: give the images that they were made of")
     elif path.is_dir() or path.suffix == ".zip":
         data = open_images(path, size, skip_corrupt)
     else:
@@ -135,6 +150,9 @@ def record(stats: FeatureStats, extractor: Extractor, fm: FlowMap | None, facts:
     model = {} if fm is None else {k: getattr(fm.info, k) for k in ("data", "kind", "ema", "images_seen", "guidance")}
     if fm is not None:
         model |= {"interpolant": fm.interpolant_name, "base_std": fm.base_std}
+    if fm is not None and fm.info.latent_scale:
+        decoder = fm.open_decoder()
+        model["vae"] = {"source": decoder.source, "sha256": fingerprint(decoder.open()), "dtype": str(decoder.dtype)}
     packages = {name: version(name) for name in ("torch", "torchvision", "torch-fidelity", "numpy")}
     return {
         "metric": extractor.metric,

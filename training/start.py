@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -44,6 +45,7 @@ def start_from(config: Config, fm: FlowMap) -> str:
             f"--config.init_from={config.init_from} has interpolant {start.interpolant_name} and base_std "
             f"{start.base_std:g}: --config.interpolant and --config.base_std must be the same"
         )
+    _same_latents("init_from", config.init_from, start, fm)
     taken = start.network.state_dict()
     for beginning in config.init_fresh:
         fresh = [name for name in taken if name.startswith(beginning)]
@@ -55,6 +57,20 @@ def start_from(config: Config, fm: FlowMap) -> str:
     fm.network.load_state_dict({**fm.network.state_dict(), **taken})
     fm.info = replace(fm.info, origin=start.info.origin)
     return start.fingerprint()
+
+
+def _same_latents(flag: str, source: str, theirs: FlowMap, ours: FlowMap) -> None:
+    """Refuse weights for latents of another scaling."""
+    for name in ("latent_shift", "latent_scale"):
+        a, b = (getattr(fm.info, name) for fm in (theirs, ours))
+        if len(a) != len(b) or not all(
+            math.isclose(x, y, rel_tol=1e-4, abs_tol=1e-6) for x, y in zip(a, b, strict=True)
+        ):
+            shown = ",".join(f"{x:.6g}" for x in a)
+            raise UserError(
+                f"--config.{flag}={source} has latents of another scaling: --config.data.{name}={shown or None}, this "
+                f"run has {b or None}"
+            )
 
 
 def opened(flag: str, source: str) -> FlowMap:
@@ -99,6 +115,7 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
     ):
         if theirs != ours:
             raise UserError(f"--config.teacher={config.teacher} has {name} {theirs}, this run {ours}")
+    _same_latents("teacher", config.teacher, teacher, fm)
     if teacher.info.guidance or teacher.info.guidance_max:
         raise UserError(f"--config.teacher={config.teacher} has guidance baked in, this run's diagonal has none")
     if config.data.label_dropout and not teacher.info.label_dropout:

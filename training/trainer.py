@@ -13,7 +13,6 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
 from flowmaps import FlowMap, UserError
-from flowmaps.images import from_uint8
 from flowmaps.networks.conditioning import soft_label
 from flowmaps.networks.magnitude import normalise_weights
 from flowmaps.objectives import LogVariance, Loss, PathObjective
@@ -22,9 +21,10 @@ from samplers import Trajectory
 from training.augment import PARAMETERS, augmented, mirrored
 from training.checkpoint import prune_checkpoints, save_checkpoint
 from training.config import Config, Precision, build_flow_map, build_objective
-from training.data import DataSet, Loader, Order, download, load_data
+from training.data import DataSet, Latents, Loader, Order, as_samples, download, load_data
 from training.ema import EMA
 from training.evaluation import check_best
+from training.latents import open_decoder, scaled
 from training.lora import add_lora, merge_lora
 from training.loss_module import LossModule
 from training.optim import build_optimizer, learning_rate
@@ -64,14 +64,15 @@ class Trainer:
         with accelerator.local_main_process_first():  # it downloads, or checks a folder; the others find that done
             if config.data.download:
                 download(config.data.name, config.data.root)
-            data = load_data(config.data.name, config.data.root, pixels, config.data.skip_corrupt)
-        _check_augmentation(config, data.shape)
+            data = scaled(config, load_data(config.data.name, config.data.root, pixels, config.data.skip_corrupt))
+        _check_augmentation(config, data)
         if config.best.metric:
             check_best(config.best, data.shape)
         size = micro_batch_size(config, accelerator.num_processes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            fm = build_flow_map(config, data.shape, data.num_classes)
+            latents = data.info if isinstance(data, Latents) else {}
+            fm = build_flow_map(config, data.shape, data.num_classes, **latents)
             started = start_from(config, fm) if config.init_from else ""
             weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
             if config.lora:
@@ -83,6 +84,8 @@ class Trainer:
                 "--config.batch or lower --config.accumulate"
             )
         fm.to(accelerator.device)
+        if isinstance(data, Latents) and accelerator.is_main_process:  # which draws, judges and exports
+            fm.decoder = open_decoder(config, data)
         module = LossModule(fm, objective, weight, build_teacher(config, fm, objective))
         module.to(accelerator.device)
         if config.channels_last:
@@ -152,7 +155,9 @@ class Trainer:
         x1, label = self.loader.shard(step * config.accumulate + micro)
         x1 = x1.to(device, non_blocking=True)
         label = label.to(device, non_blocking=True) if label is not None and fm.info.num_classes else None
-        x1 = from_uint8(x1) if x1.dtype == torch.uint8 else x1
+        if not (self.paths and self.paths.walk is None):  # whose items are trajectories
+            drawing = generator(config.seed, "latents", step, shard, device)
+            x1 = as_samples(self.data, x1, lambda shape: torch.randn(shape, generator=drawing, device=device))
         if label is not None and config.data.label_dropout:
             drawn = torch.rand(
                 len(label), generator=generator(config.seed, "labels", step, shard, device), device=device
@@ -216,7 +221,9 @@ class Trainer:
         network = self.ema.network(decay)
         if self.config.lora:
             merge_lora(network)
-        return FlowMap(network, fm.interpolant_name, fm.base_std, info).eval()
+        averaged = FlowMap(network, fm.interpolant_name, fm.base_std, info).eval()
+        averaged.decoder = fm.decoder
+        return averaged
 
     def save(self, workdir: Path, done: int) -> None:
         """Export the averaged model after ``done`` steps, then write the checkpoint, which makes the step final."""
@@ -257,11 +264,18 @@ def _checkpoint_gradients(network: Any, name: str) -> None:
     network.enable_gradient_checkpointing()
 
 
-def _check_augmentation(config: Config, shape: tuple[int, ...]) -> None:
+def _check_augmentation(config: Config, made: DataSet) -> None:
     """Refuse what the data or the network cannot take."""
     data = config.data
-    if (data.flip or data.augment) and len(shape) != 3:
-        raise UserError(f"--config.data.flip and --config.data.augment are for images, {data.name} has points")
+    if (data.flip or data.augment) and (len(made.shape) != 3 or isinstance(made, Latents)):
+        raise UserError(
+            f"--config.data.flip and --config.data.augment are for images, {data.name} has "
+            + (
+                "latents (of mirror images too, if made by prepare_data.py --flip)"
+                if len(made.shape) == 3
+                else "points"
+            )
+        )
     wanted, room = (PARAMETERS if data.augment else 0), getattr(config.network, "augment_dim", 0)
     if wanted != room and (wanted or not config.init_from):  # weights may know augmentation that this run leaves out
         raise UserError(

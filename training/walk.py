@@ -43,6 +43,22 @@ def grid(options: Trajectories, flag: str = "--config.trajectories.") -> Tensor:
     return times
 
 
+def parse(
+    solver: str, steps: int, kind: str, low: float, high: float, times: list[str], start: str, substeps: int
+) -> Trajectories:
+    """The options that the flags of prepare_data.py say, checked."""
+    for flag, value, choices in (("solver", solver, Solver), ("grid", kind, Grid), ("start", start, Start)):
+        if value not in choices.__members__:
+            raise UserError(f"--{flag}={value}: choose one of {', '.join(choices.__members__)}")
+    try:
+        numbers = tuple(float(time) for time in times)
+    except ValueError:
+        raise UserError(f"--times={','.join(times)}: give numbers, such as 0,0.3,1") from None
+    options = Trajectories(Solver[solver], steps, Grid[kind], low, high, numbers, Start[start], substeps)
+    grid(options, "--")
+    return options
+
+
 @dataclass(frozen=True)
 class Walk:
     """Trajectories of ``teacher`` as ``options`` say."""
@@ -93,7 +109,7 @@ def build_paths(config: Config, objective: PathObjective, fm: FlowMap, teacher: 
     """What ``config`` says of the trajectories of ``objective``."""
     options = config.trajectories
     if options.files:
-        stored = TrajectoryFiles.open(options.files)
+        stored = TrajectoryFiles.open(options.files, "--config.trajectories.files")
         _check_files(config, fm, teacher, stored)
         return Paths(stored, stored.times, objective.rows(stored.times))
     if teacher is None:

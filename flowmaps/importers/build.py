@@ -1,7 +1,7 @@
 """From weights under our names to a flow map: everything is checked before a weight is copied."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,6 +24,7 @@ class Source:
     weights: dict[str, Tensor]
     label_dropout: float = 0.0  # share of training rows without a label
     notes: dict[str, str] | None = None
+    latents: dict[str, Any] = field(default_factory=dict)  # what FlowMapInfo has of them, if the network works on those
     file: Path | None = None  # of the weights, if it is in a folder
 
 
@@ -49,6 +50,7 @@ def build(source: Source) -> FlowMap:
         t_range=network.convention.t_range(base_std),
         label_dropout=source.label_dropout if classes else 0.0,
         origin=source.notes or {},
+        **source.latents,
     )
     return FlowMap(network, "linear", base_std, info).eval()
 

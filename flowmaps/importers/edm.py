@@ -1,6 +1,5 @@
 """NVIDIA's pickles: EDM (DDPM++ and ADM; Karras et al. 2022) and EDM2 (Karras et al. 2024)."""
 
-import json
 import math
 from pathlib import Path
 from pickle import UnpicklingError
@@ -172,12 +171,13 @@ def edm2(path: Path) -> Source:
         "convention": "edm",
         "base_std": float(net["sigma_data"]),
     }
-    return Source("EDM2UNet", options, ours, notes=_latents(content.get("encoder")))
+    return Source("EDM2UNet", options, ours, latents=_latents(content.get("encoder")))
 
 
-def _latents(encoder: Any) -> dict[str, str]:
-    """How latents are scaled, if the network works on those: latents = scale * (what the VAE gives) + bias."""
+def _latents(encoder: Any) -> dict[str, Any]:
+    """How latents are scaled, if the network works on those: theirs are scale * (what the VAE gives) + bias."""
     if not isinstance(encoder, Record) or encoder.name != "StabilityVAEEncoder":
         return {}
-    parts = {name: encoder[name].value.flatten().tolist() for name in ("scale", "bias")}
-    return {"latents": json.dumps({"vae": str(encoder.get("vae_name", "")), **parts})}
+    scale, bias = (encoder[name].value.flatten().astype(float) for name in ("scale", "bias"))
+    shift = tuple((-bias / scale).tolist())
+    return {"vae": str(encoder.get("vae_name", "")), "latent_shift": shift, "latent_scale": tuple(scale.tolist())}

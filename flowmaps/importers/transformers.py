@@ -11,6 +11,9 @@ from flowmaps.importers.build import Source, side
 from flowmaps.importers.pickles import read_tensors, whole
 from flowmaps.networks.dit import positions
 
+# Both were trained on latents of Stable Diffusion's VAE, from the sample (no mean or standard deviation taken out).
+SD_LATENTS = {"vae": "stabilityai/sd-vae-ft-ema", "latent_shift": 4 * (0.0,), "latent_scale": 4 * (0.18215,)}
+
 
 def dit(path: Path) -> Source:
     """DiT's ``.pt`` files, the released weights or a training checkpoint (its EMA): noise prediction, DDPM's times."""
@@ -76,4 +79,4 @@ def _transformer(path: Path, convention: str) -> Source:
         "convention": convention,
         "base_std": 1.0,
     }
-    return Source("DiT", options, ours, label_dropout=0.1)
+    return Source("DiT", options, ours, label_dropout=0.1, latents=SD_LATENTS if options["channels"] == 4 else {})

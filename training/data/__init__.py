@@ -2,9 +2,9 @@
 
 from training.data.arrays import DATA, ArrayData, download, load_arrays
 from training.data.files import ImageFiles, open_images
-from training.data.load import FILES, load_data
+from training.data.load import FILES, as_samples, load_data, open_data, prepared
 from training.data.loader import DataSet, Loader, Order, in_order
-from training.data.trajectories import TrajectoryFiles
+from training.data.shards import Latents, PreparedImages, TrajectoryFiles
 
 __all__ = [
     "DATA",
@@ -12,12 +12,17 @@ __all__ = [
     "ArrayData",
     "DataSet",
     "ImageFiles",
+    "Latents",
     "Loader",
     "Order",
+    "PreparedImages",
     "TrajectoryFiles",
+    "as_samples",
     "download",
     "in_order",
     "load_arrays",
     "load_data",
+    "open_data",
     "open_images",
+    "prepared",
 ]

@@ -175,12 +175,7 @@ def open_images(root: Path, size: int | None = None, skip_corrupt: bool = False)
     none if an image lies outside such a folder. What is left out is said on stderr. Raises ``UserError`` that names
     the files that are no whole images, unless they are to be skipped.
     """
-    if not root.exists():
-        raise UserError(f"{root}: no such folder or zip file of images (--config.data.root, --data)")
-    source: Source = Folder(root) if root.is_dir() else Zip(root)
-    found, left_out = source.listing()
-    if not found:
-        raise UserError(f"{root} has no images ({', '.join(sorted(SUFFIXES))})")
+    source, found, left_out = find_images(root, "--config.data.root, --data")
     bad, channels = _checked(source, found)
     if bad and not skip_corrupt:
         raise UserError(
@@ -193,9 +188,25 @@ def open_images(root: Path, size: int | None = None, skip_corrupt: bool = False)
     left_out = [*(f"{name} ({reason})" for name, reason in bad.items()), *_summary(left_out)]
     if left_out:
         tqdm.write(f"{root}: {len(names)} images; left out: {', '.join(left_out)}", file=sys.stderr)
+    label, classes = find_labels(source, names)
+    return ImageFiles(source, names, channels, size, label, classes, tuple(left_out))
+
+
+def find_images(root: Path, flag: str) -> tuple[Source, dict[str, list[int]], list[str]]:
+    """The folder or zip file ``root``, which ``flag`` names, its image files, and what else is in it; none is read."""
+    if not root.exists():
+        raise UserError(f"{root}: no such folder or zip file of images ({flag})")
+    source: Source = Folder(root) if root.is_dir() else Zip(root)
+    found, left_out = source.listing()
+    if not found:
+        raise UserError(f"{root} has no images ({', '.join(sorted(SUFFIXES))})")
+    return source, found, left_out
+
+
+def find_labels(source: Source, names: list[str]) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Labels int64 [n] of the images ``names`` and the names of the classes; (None, ()) without labels."""
     label, classes = _labels(source, names)
-    chosen = None if label is None else torch.tensor([label[name] for name in names])
-    return ImageFiles(source, names, channels, size, chosen, classes, tuple(left_out))
+    return None if label is None else torch.tensor([label[name] for name in names]), classes
 
 
 def _summary(other: list[str], most: int = 20) -> list[str]:

@@ -13,8 +13,18 @@ from flowmaps.rng import generator
 Rows = tuple[Tensor, Tensor | None]
 
 
-class DataSet(Protocol):
-    """What training asks of a data set."""
+class Fetches(Protocol):
+    """What a loader asks of a data set."""
+
+    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Items ``index`` [b] as they are stored, and their label int64 [b] or None."""
+
+
+class DataSet(Fetches, Protocol):
+    """What training asks of a data set.
+
+    ``fetch`` gives images uint8 [b, C, H, W], points float32 [b, dim], or the moments of ``Latents``.
+    """
 
     def __len__(self) -> int: ...
 
@@ -28,9 +38,6 @@ class DataSet(Protocol):
 
     def digest(self) -> str:
         """What a run keeps to know its data by."""
-
-    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Samples at ``index`` [b]: images uint8 [b, C, H, W] or points float32 [b, dim]; and labels int64 [b]."""
 
 
 def in_order(data: DataSet, batch: int = 500) -> Iterator[Rows]:
@@ -68,10 +75,11 @@ class Order:
 class Loader:
     """Gives the data at numbered shards, the same whether or not ``workers`` processes read ahead.
 
-    ``indices(k)`` says which items shard k has. Asking for shards in order is fast; any other shard starts anew there.
+    ``indices(k)`` says which items shard k has, none after the last one if there is a last. Asking for shards in order
+    is fast; any other shard starts anew there.
     """
 
-    def __init__(self, data: DataSet, indices: Callable[[int], Tensor], workers: int, pin: bool = False) -> None:
+    def __init__(self, data: Fetches, indices: Callable[[int], Tensor], workers: int, pin: bool = False) -> None:
         self.data, self.indices, self.workers, self.pin = data, indices, workers, pin
         self._next = -1
         self._ahead: Iterator[Rows | UserError] = iter(())
@@ -109,22 +117,22 @@ class Loader:
 
 
 class _Shards:
-    """Index lists of shards ``start``, ``start + 1``, ... without end."""
+    """Index lists of shards ``start``, ``start + 1``, ... to the first that is empty."""
 
     def __init__(self, indices: Callable[[int], Tensor], start: int) -> None:
         self.indices, self.start = indices, start
 
     def __iter__(self) -> Iterator[list[int]]:
         k = self.start
-        while True:
-            yield self.indices(k).tolist()
+        while len(items := self.indices(k)):
+            yield items.tolist()
             k += 1
 
 
 class _Reader(Dataset[Rows]):
     """Runs in a worker; a refused file travels back as a value, so that its message stays one line."""
 
-    def __init__(self, data: DataSet) -> None:
+    def __init__(self, data: Fetches) -> None:
         self.data = data
 
     def __getitems__(self, index: list[int]) -> Rows | UserError:

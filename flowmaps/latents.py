@@ -1,0 +1,143 @@
+"""Latents: a VAE between images and the flow map.
+
+The map lives on x = scale (z - shift), a channel at a time, where z [B, C, h, w] is what the VAE's encoder gives; so x
+has the spread that the network expects. Rombach et al. 2022 (arXiv 2112.10752) have shift 0 and scale 0.18215.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from flowmaps.errors import UserError
+from flowmaps.hub import from_hub
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def vae_directory(source: str | Path) -> Path | None:
+    """The folder of the VAE in the directory ``source``: itself, its vae/ or its model/vae/; None if there is none."""
+    for folder in (Path(source), Path(source) / "vae", Path(source) / "model" / "vae"):
+        try:
+            if json.loads((folder / FILES[0]).read_bytes())["_class_name"] == "AutoencoderKL":
+                return folder
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def open_vae(source: str, dtype: torch.dtype = torch.float32, flag: str = "--vae") -> "AutoencoderKL":
+    """The ``AutoencoderKL`` of a directory or hub id, itself or in vae/: on the CPU, for inference.
+
+    Safetensors alone, never pickles. Raises ``UserError`` that names ``flag``.
+    """
+    from diffusers import AutoencoderKL
+
+    wanted = [*FILES, *(f"vae/{name}" for name in FILES)]
+    folder = vae_directory(source if Path(source).is_dir() else from_hub(source, wanted, flag))
+    if folder is None:
+        raise UserError(f"{flag}={source} has no AutoencoderKL (config.json of that class, or vae/ with one)")
+    try:
+        vae, found = AutoencoderKL.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        if wrong := [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]:
+            raise ValueError(f"{wrong[0]} is missing, new or of another shape")
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{flag}={source}: {folder} is no whole AutoencoderKL ({reason}): get it again") from None
+    opened: AutoencoderKL = vae.requires_grad_(False).eval()
+    return opened
+
+
+def scaling(vae: "AutoencoderKL") -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(shift, scale), a number a channel, that the VAE's config asks for."""
+    config: Any = vae.config
+    channels = int(config.latent_channels)
+    if config.latents_mean is not None and config.latents_std is not None:
+        return tuple(config.latents_mean), tuple(config.scaling_factor / std for std in config.latents_std)
+    return channels * (float(config.shift_factor or 0.0),), channels * (float(config.scaling_factor),)
+
+
+def reduction(vae: "AutoencoderKL") -> int:
+    """Pixels of an image a pixel of the latents, in height and in width."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def fingerprint(vae: "AutoencoderKL") -> str:
+    """SHA-256 over the VAE's weights by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().float().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def moments(vae: "AutoencoderKL", images: Tensor) -> Tensor:
+    """Mean and standard deviation of z for images [B, 3, H, W] in [-1, 1]: [B, 2, C, h, w]."""
+    z: Any = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+    return torch.stack([z.mean, z.std], dim=1)
+
+
+def channels(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """A number a channel as [C, 1, 1], on the device and in the type of ``like``."""
+    return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None, None]
+
+
+@torch.no_grad()
+def decode(
+    vae: "AutoencoderKL", x: Tensor, shift: tuple[float, ...], scale: tuple[float, ...], batch: int = 8
+) -> Tensor:
+    """Images [B, 3, H, W], about in [-1, 1] and float32, of samples x [B, C, h, w]; ``batch`` at a time."""
+    z = x.float() / channels(scale, x.float()) + channels(shift, x.float())
+    parts = [vae.decode(part.to(vae.device, vae.dtype)).sample for part in torch.split(z, batch)]
+    return torch.cat([part.float().to(x.device) for part in parts])
+
+
+@dataclass
+class Decoder:
+    """From a flow map's latents to images; the VAE of ``source`` (directory or hub id) is opened when first asked for.
+
+    ``tiling``: decode an image in overlapping tiles, for less memory.
+    """
+
+    source: str
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+    dtype: torch.dtype = torch.float32
+    batch: int = 8
+    tiling: bool = False
+    flag: str = "--vae"  # what names ``source``, for errors
+    vae: "AutoencoderKL | None" = field(default=None, repr=False)
+
+    def open(self) -> "AutoencoderKL":
+        """The VAE, refused if its latents have another number of channels than the map's."""
+        if self.vae is None:
+            if not self.source:
+                raise UserError(f"{self.flag} is missing: this model makes latents, and its checkpoint names no VAE")
+            vae = open_vae(self.source, self.dtype, self.flag)
+            if vae.config.latent_channels != len(self.scale):
+                raise UserError(
+                    f"{self.flag}={self.source} has latents of {vae.config.latent_channels} channels, the model of "
+                    f"{len(self.scale)}"
+                )
+            if self.tiling:
+                vae.enable_tiling()
+            self.vae = vae
+        return self.vae
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] of samples x [B, C, h, w], on x's device."""
+        return decode(self.open().to(x.device), x, self.shift, self.scale, self.batch)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Decoder":
+        return self  # a teacher's copy of a flow map shares it
