@@ -147,9 +147,9 @@ def synset(number: int) -> str:
 
 
 def write_imagenet(root: Path, classes: int = 1000, each: int = 1, sizes: tuple[tuple[int, int], ...] = ()) -> Path:
-    """A tree of ImageNet's layout under ``root``/train: ``classes`` synsets with ``each`` JPEGs, of odd sizes and modes.
+    """A tree of ImageNet's layout: ``root``/train with ``classes`` synsets of ``each`` JPEGs, of odd sizes.
 
-    As in the real one there are grey images, one in CMYK, one that is a PNG by content, and rotation marks.
+    As in the real one there are grey images, some in CMYK, one that is a PNG by content, and rotation marks.
     """
     sizes = sizes or ((37, 53), (64, 91), (130, 67), (41, 41), (153, 149))
     for number in range(classes):

@@ -42,6 +42,7 @@ def write_trajectories(
         "interpolant": teacher.interpolant_name,
         "base_std": teacher.base_std,
         "teacher": teacher.fingerprint(),
+        "guidance": teacher.info.guidance,
         "data": data.digest() if data is not None else "",
         "seed": seed,
         "times": grid(options).tolist(),

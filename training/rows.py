@@ -1,4 +1,4 @@
-"""The rows of a file in configs/: one run, or the three runs of a chain, and variants of them."""
+"""The rows of a file in configs/: one run, or the runs of a chain, and variants of them."""
 
 import dataclasses
 import functools
@@ -18,18 +18,19 @@ from training.config import Config, Trajectories, objective
 
 @dataclass
 class Chain:
-    """Three runs, each from the weights of the one before: Hu et al. 2025 (arXiv 2509.24526).
+    """Two or three runs, each from the weights of the one before: Hu et al. 2025 (arXiv 2509.24526).
 
     In a stage's ``init_from`` and ``teacher`` the name of a stage before it means that stage's run.
     """
 
-    pre_training: Config  # a drift, by flow matching
+    pre_training: Config | None  # a drift, by flow matching; None: it is a checkpoint
     mid_training: Config  # a map, from the drift's trajectories
     post_training: Config  # the map, by any objective
 
     def stages(self) -> dict[str, Config]:
         """The stages by name, in their order."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        stages = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: config for name, config in stages.items() if config is not None}
 
 
 # Rows that every config file has: objective and options by row. A file adds what learns from a teacher's paths.

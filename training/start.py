@@ -116,8 +116,10 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
         if theirs != ours:
             raise UserError(f"--config.teacher={config.teacher} has {name} {theirs}, this run {ours}")
     _same_latents("teacher", config.teacher, teacher, fm)
-    if teacher.info.guidance or teacher.info.guidance_max:
+    if teacher.info.guidance_max or (teacher.info.guidance and objective.diagonal):
         raise UserError(f"--config.teacher={config.teacher} has guidance baked in, this run's diagonal has none")
+    if teacher.info.guidance:  # all that is learned is the teacher's
+        fm.info = replace(fm.info, guidance=teacher.info.guidance)
     if config.data.label_dropout and not teacher.info.label_dropout:
         raise UserError(
             f"--config.data.label_dropout={config.data.label_dropout:g}, but --config.teacher={config.teacher} "

@@ -111,6 +111,7 @@ def build_paths(config: Config, objective: PathObjective, fm: FlowMap, teacher: 
     if options.files:
         stored = TrajectoryFiles.open(options.files, "--config.trajectories.files")
         _check_files(config, fm, teacher, stored)
+        fm.info = dataclasses.replace(fm.info, guidance=stored.facts["guidance"])
         return Paths(stored, stored.times, objective.rows(stored.times))
     if teacher is None:
         raise UserError(

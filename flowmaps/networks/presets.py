@@ -36,6 +36,7 @@ def _dit(patch: int, width: int, depth: int, heads: int, millions: float, source
 PRESETS = {
     "edm2-cifar10": Preset("EDM2UNet", _CIFAR10, 54.67, BOFFI),
     "edm2-64": Preset("EDM2UNet", {**_EDM2, "width": 128}, 124.26, BOFFI),
+    "edm2-s-imagenet64": Preset("EDM2UNet", {**_EDM2, "num_classes": 1000, "width": 192}, 280.0, EDM2),
     "edm2-s-imagenet512": Preset("EDM2UNet", {**_LATENTS_512, "width": 192}, 280.0, EDM2),
     "edm2-xxl-imagenet512": Preset("EDM2UNet", {**_LATENTS_512, "width": 448, "dropout": 0.1}, 1523.0, EDM2),
     "ddpm++-cifar10": Preset("UNet", {**_CIFAR10, "variant": "ddpm++"}, 55.7, EDM),

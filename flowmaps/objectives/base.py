@@ -72,6 +72,7 @@ class Objective:
     teacher_ema: float = 0.0  # decay of the weights' average whose drift teaches; 0: the live network teaches itself
     guidance: float = 1.0  # weight of the guidance that is baked in; 1: none
     guidance_max: float = 1.0  # above 1: each row's weight is drawn from [1, guidance_max] and told to the network
+    guidance_times: tuple[float, float] = (0.0, 1.0)  # the weight is 1 for rows whose s lies outside
     times: Times = Times.triangle
     time_mean: tuple[float, float] = (0.4, 0.4)  # of the logits of logit_normal's two times, or gap's end and share
     time_std: tuple[float, float] = (1.0, 1.0)
@@ -89,6 +90,12 @@ class Objective:
             raise UserError(
                 "objective.guidance and guidance_max must be at least 1, and one of them 1, "
                 f"got {self.guidance} and {self.guidance_max}"
+            )
+        low, high = self.guidance_times
+        if not 0 <= low < high <= 1 or ((low, high) != (0, 1) and not self.guided):
+            raise UserError(
+                "objective.guidance_times are two times from 0 to 1, and mean nothing without objective.guidance or "
+                f"guidance_max, got {self.guidance_times}"
             )
         for f in fields(self):
             value = getattr(self, f.name)
@@ -171,6 +178,9 @@ class Objective:
         if self.guided:
             drawn = 1 + (self.guidance_max - 1) * torch.rand(len(x1), **options)
             guidance = torch.full_like(drawn, self.guidance) if self.guidance > 1 else drawn
+            low, high = self.guidance_times
+            start = torch.cat([u, s])
+            guidance = torch.where((start >= low) & (start <= high), guidance, 1.0)
         return Draws(x0, torch.cat([u, s]), torch.cat([u, t]), fraction, guidance)
 
     def off_diagonal_times(self, uniform: Tensor, fm: FlowMap, step: int) -> tuple[Tensor, Tensor]:

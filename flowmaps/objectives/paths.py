@@ -33,6 +33,7 @@ class PathObjective(Objective):
     teacher_ema: float = field(default=0.0, init=False)
     guidance: float = field(default=1.0, init=False)
     guidance_max: float = field(default=1.0, init=False)
+    guidance_times: tuple[float, float] = field(default=(0.0, 1.0), init=False)
     times: Times = field(default=Times.triangle, init=False)  # the trajectory's times take its place
     time_mean: tuple[float, float] = field(default=(0.4, 0.4), init=False)
     time_std: tuple[float, float] = field(default=(1.0, 1.0), init=False)
