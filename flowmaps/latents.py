@@ -47,6 +47,8 @@ def open_vae(source: str, dtype: torch.dtype = torch.float32, flag: str = "--vae
     if folder is None:
         raise UserError(f"{flag}={source} has no AutoencoderKL (config.json of that class, or vae/ with one)")
     try:
+        if not (folder / FILES[1]).is_file():
+            raise FileNotFoundError(f"no {FILES[1]}")
         vae, found = AutoencoderKL.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )

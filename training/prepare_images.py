@@ -46,7 +46,7 @@ class Crops:
                     f"{self.source.root}: {self.names[i]} is no whole image ({error}): repair it, or leave such files "
                     "out (--skip_corrupt)"
                 ) from None
-            images.append(torch.from_numpy(np.ascontiguousarray(adm_square(pixels, self.size))))
+            images.append(torch.from_numpy(np.array(adm_square(pixels, self.size))))
             whole.append(i)
         made = torch.stack(images) if images else torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
         return made.permute(0, 3, 1, 2).contiguous(), torch.tensor(whole, dtype=torch.int64)

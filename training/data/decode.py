@@ -81,7 +81,7 @@ def adm_square(pixels: Pixels, size: int) -> Pixels:
     ratio = size / min(image.size)
     image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.ascontiguousarray(np.atleast_3d(np.asarray(image))[top : top + size, left : left + size])
+    return np.atleast_3d(np.asarray(image))[top : top + size, left : left + size]
 
 
 @lru_cache(maxsize=64)
