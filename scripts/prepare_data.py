@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
-from accelerate import PartialState
 from tqdm import tqdm
 
 from flowmaps import FlowMap, UserError
 from flowmaps.files import writable_directory
 from training import cli
+from training.processes import processes
 
 SRC = flags.DEFINE_string("src", None, "Folder or zip file of images, a folder a class")
 SIZE = flags.DEFINE_integer("size", None, "Pixels of a side of the crops [64; of latents 256]", lower_bound=1)
@@ -55,7 +55,7 @@ def given(flag: flags.FlagHolder[str | None], example: str) -> str:
 
 
 def show(progress: Iterator[tuple[int, int]]) -> None:
-    with tqdm(unit="shard", disable=None if PartialState().is_main_process else True) as bar:
+    with tqdm(unit="shard", disable=None if processes().is_main_process else True) as bar:
         for bar.n, bar.total in progress:
             bar.refresh()
 
@@ -65,7 +65,7 @@ def images(size: int, vae: str | None = None) -> None:
     from training.prepare_images import Encoder, write_images
 
     src, out = Path(given(SRC, "ILSVRC/train")), writable_directory(Path(given(OUT, "data/imagenet")), "--out")
-    encoder = Encoder(open_vae(vae).to(PartialState().device), vae, FLIP.value) if vae else None
+    encoder = Encoder(open_vae(vae).to(processes().device), vae, FLIP.value) if vae else None
     many = {"shard": SHARD.value, "batch": BATCH.value, "workers": WORKERS.value}
     show(write_images(out, src, SIZE.value or size, encoder, skip_corrupt=SKIP_CORRUPT.value, **many))
 
@@ -88,7 +88,7 @@ def trajectories() -> None:
         raise UserError(f"--teacher={name} is a consistency model and has no drift to walk along")
     size = teacher.info.shape[-1] if len(teacher.info.shape) == 3 else None
     data = open_data(DATA.value, ROOT.value, size) if DATA.value else None
-    walk = Walk(teacher.to(PartialState().device), options)
+    walk = Walk(teacher.to(processes().device), options)
     out = writable_directory(Path(path), "--out")
     show(write_trajectories(out, walk, NUM.value, SEED.value, BATCH.value, SHARD.value, data))
 

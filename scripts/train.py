@@ -23,11 +23,10 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build everything, do two steps on
 
 
 def main() -> None:
-    from accelerate import PartialState
-
     from training.chain import run_chain, table
     from training.dry_run import dry_run
     from training.loop import train
+    from training.processes import processes
     from training.rows import Chain
 
     if CONFIG.value is None:
@@ -38,7 +37,7 @@ def main() -> None:
         if DRY_RUN.value:
             raise UserError("--dry_run is for one run: try the rows of the chain's stages one by one")
         records = run_chain(CONFIG.value, WORKDIR.value, STAGE.value)
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             print(table(records))
         return
     if STAGE.value:

@@ -30,3 +30,11 @@ def data_root(tmp_path_factory) -> Path:
     from makers import write_data_root
 
     return write_data_root(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def imagenet_root(tmp_path_factory) -> Path:
+    """A folder with sets of 32 images, as prepare_data.py writes them: imagenet64, imagenet256, imagenet512."""
+    from makers import write_imagenet_sets
+
+    return write_imagenet_sets(tmp_path_factory.mktemp("imagenet"))

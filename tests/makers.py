@@ -187,3 +187,30 @@ def write_vae(folder: Path, levels: int = 4, channels: int = 4, **options: objec
         **options,
     ).save_pretrained(folder)
     return folder
+
+
+def write_imagenet_sets(root: Path, images: int = 32) -> Path:
+    """What prepare_data.py makes of ``images`` classes of one image each: imagenet64, 256 and 512 in ``root``."""
+    from flowmaps.latents import open_vae
+    from training.prepare_images import Encoder, write_images
+
+    src = write_imagenet(root, classes=images)
+    vae = str(write_vae(root / "vae"))
+    for size in (64, 256, 512):
+        encoder = Encoder(open_vae(vae), vae) if size > 64 else None
+        list(write_images(root / f"imagenet{size}", src, size, encoder, shard=10, batch=8))
+    return root
+
+
+def write_inception(file: Path) -> Path:
+    """A weight file of the format that torch-fidelity publishes, its numbers random."""
+    from unittest import mock
+
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with mock.patch("torch.load", return_value={}), mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
+        file.touch()
+        torch.manual_seed(0)
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(file))
+    torch.save(net.state_dict(), file)
+    return file

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 
 from flowmaps import FlowMap, UserError
 from flowmaps.files import writable_directory, write_file
 from training.config import Config
 from training.loop import train
+from training.processes import processes
 from training.rows import Chain
 
 
@@ -38,7 +39,7 @@ def run_chain(chain: Chain, workdir: str | Path, only: str = "") -> list[dict[st
             except UserError as error:
                 raise UserError(f"stage {name}: {error}") from None
             records.append(record(name, config, workdir / name, fm))
-    if PartialState().is_main_process and not only:
+    if processes().is_main_process and not only:
         write_file(workdir / "chain.json", json.dumps(records, indent=2).encode())
     return records
 
@@ -59,7 +60,7 @@ def placed(chain: Chain, workdir: Path) -> dict[str, Config]:
 
 def record(name: str, config: Config, directory: Path, fm: FlowMap) -> dict[str, Any]:
     """What became of a stage: what it started from, how long it was, and its last logged loss and scores."""
-    PartialState().wait_for_everyone()  # until the main process has written all
+    processes().wait_for_everyone()  # until the main process has written all
     rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     last: dict[str, Any] = {}
     for row in rows:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
@@ -13,22 +12,23 @@ from flowmaps.objectives import PathObjective
 from training.config import Config, build_objective
 from training.data import ImageFiles
 from training.evaluation import grid_image
+from training.processes import processes
 from training.trainer import Trainer, micro_batch_size
 from training.walk import grid
 
 
 def dry_run(config: Config, batch: int = 16) -> tuple[dict[str, Any], Image.Image]:
     """Two steps on at most about ``batch`` images; returns (facts, picture)."""
-    processes = PartialState().num_processes
-    micro_batch = micro_batch_size(config, processes)
+    number = processes().num_processes
+    micro_batch = micro_batch_size(config, number)
     objective = build_objective(config)
     least = math.ceil(1 / objective.diagonal) if objective.diagonal else 1  # a diagonal row has to be among them
     if isinstance(objective, PathObjective):
         least = objective.rows(grid(config.trajectories))  # of a trajectory
-    small = min(micro_batch, max(1, batch // (processes * config.accumulate) // least) * least)
-    trainer = Trainer.build(_with_micro_batch(config, small, processes))
+    small = min(micro_batch, max(1, batch // (number * config.accumulate) // least) * least)
+    trainer = Trainer.build(_with_micro_batch(config, small, number))
     losses = [float(trainer.step(step)["loss"]) for step in range(2)]
-    double = Trainer.build(_with_micro_batch(config, 2 * small, processes))
+    double = Trainer.build(_with_micro_batch(config, 2 * small, number))
     facts: dict[str, Any] = {"data": f"{config.data.name}, {len(trainer.data)} samples of shape {trainer.data.shape}"}
     if isinstance(trainer.data, ImageFiles):
         facts["classes"] = ", ".join(trainer.data.classes) or "none"

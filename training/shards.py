@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from flowmaps import UserError
 from flowmaps.files import sha256, write_file
 from training.data.shards import FORMAT, shard_name
+from training.processes import processes
 
 Make = Callable[[int], tuple[dict[str, Tensor], list[str]]]  # of a shard: tensors [n, ...], and what was left out
 
@@ -22,7 +22,7 @@ def begin(out: Path, kind: str, facts: dict[str, Any], shards: int) -> list[int]
 
     Refused if ``out`` has another set. A shard whose checksum is known and wrong is made again.
     """
-    state = PartialState()
+    state = processes()
     card, facts = out / f"{kind}.json", {"format": FORMAT, **facts}
     with state.local_main_process_first():
         out.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def _remove_damaged(out: Path) -> None:
 
 def complete(out: Path, shards: int, missing: list[int], make: Make) -> Iterator[tuple[int, int]]:
     """Make the ``missing`` shards, and when all of the set are there its checksums; yields (made, to make)."""
-    state = PartialState()
+    state = processes()
     yield 0, len(missing)
     for done, number in enumerate(missing, 1):
         tensors, left_out = make(number)

@@ -28,6 +28,7 @@ from training.latents import open_decoder, scaled
 from training.lora import add_lora, merge_lora
 from training.loss_module import LossModule
 from training.optim import build_optimizer, learning_rate
+from training.processes import ON_CPU
 from training.start import build_teacher, start_from
 from training.walk import Paths, build_paths
 
@@ -57,6 +58,7 @@ class Trainer:
         """Data, network, optimiser and averages at step 0; a function of the config alone."""
         config.validate()
         accelerator = Accelerator(  # nothing is left to the environment: no fp16, no other accumulation
+            cpu=ON_CPU,
             mixed_precision="bf16" if config.precision is Precision.bf16 else "no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
