@@ -4,13 +4,15 @@ python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/dig
 python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/digits --config.optim.lr=1e-3 --dry_run
 python scripts/train.py --config=configs/digits.py:pipeline --workdir=runs/chain --config.post_training.steps=2000
 
-A row that is a chain trains its three stages in WORKDIR/pre_training, mid_training and post_training.
+A row that is a chain trains its stages in WORKDIR/pre_training, mid_training and post_training.
 """
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
+from PIL import Image
 
 from flowmaps import UserError
 from flowmaps.files import writable_directory
@@ -24,7 +26,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build everything, do two steps on
 
 def main() -> None:
     from training.chain import run_chain, table
-    from training.dry_run import dry_run
+    from training.dry_run import dry_run, dry_run_chain
     from training.loop import train
     from training.processes import processes
     from training.rows import Chain
@@ -33,25 +35,29 @@ def main() -> None:
         raise UserError("--config is missing: e.g. --config=configs/digits.py:lagrangian")
     if WORKDIR.value is None and not DRY_RUN.value:
         raise UserError("--workdir is missing: e.g. --workdir=runs/digits")
-    if isinstance(CONFIG.value, Chain):
-        if DRY_RUN.value:
-            raise UserError("--dry_run is for one run: try the rows of the chain's stages one by one")
-        records = run_chain(CONFIG.value, WORKDIR.value, STAGE.value)
+    config = CONFIG.value
+    if STAGE.value and (DRY_RUN.value or not isinstance(config, Chain)):
+        reason = "a dry run tries all stages" if DRY_RUN.value else "this row is one run, not a chain"
+        raise UserError(f"--stage={STAGE.value}: {reason}, leave it out")
+    if DRY_RUN.value:
+        for stage, facts, picture in dry_run_chain(config) if isinstance(config, Chain) else [("", *dry_run(config))]:
+            show(stage, facts, picture)
+    elif isinstance(config, Chain):
+        records = run_chain(config, WORKDIR.value, STAGE.value)
         if processes().is_main_process:
             print(table(records))
-        return
-    if STAGE.value:
-        raise UserError(f"--stage={STAGE.value}: this row is one run, not a chain")
-    if not DRY_RUN.value:
-        train(CONFIG.value, WORKDIR.value)
-        return
-    facts, picture = dry_run(CONFIG.value)
+    else:
+        train(config, WORKDIR.value)
+
+
+def show(stage: str, facts: dict[str, Any], picture: Image.Image) -> None:
+    """Print what a dry run found, and put its picture into --workdir."""
     for name, fact in facts.items():
-        print(f"{name}: {fact}")
+        print(f"{stage} {name}: {fact}".strip())
     if WORKDIR.value is not None:
-        path = writable_directory(Path(WORKDIR.value), "--workdir") / "dry-run.png"
+        path = writable_directory(Path(WORKDIR.value), "--workdir") / f"dry-run{'-' * bool(stage)}{stage}.png"
         picture.save(path)
-        print(f"grid: {path}")
+        print(f"{stage} grid: {path}".strip())
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_an_earlier_stage_may_teach(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ([*FLAGS, "--dry_run"], "--dry_run"),
+        ([*FLAGS, "--dry_run", "--stage=mid_training"], "--stage=mid_training"),
         (["--config=configs/digits.py:lagrangian,smoke", "--stage=mid_training"], "--stage=mid_training"),
         ([*FLAGS, "--config.post_training.bath=3"], "bath"),
     ],
@@ -119,6 +119,12 @@ def test_an_earlier_stage_may_teach(tmp_path):
 def test_mistakes_are_one_line(flags, reason, tmp_path):
     done = run_script("scripts/train.py", *flags, f"--workdir={tmp_path}/a")
     assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_dry_run_tries_all_stages(tmp_path):
+    done = run_script("scripts/train.py", *FLAGS, "--dry_run", f"--workdir={tmp_path}", check=True)
+    assert all(f"{stage} loss of two steps" in done.stdout for stage in STAGES)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(f"dry-run-{stage}.png" for stage in STAGES)
 
 
 def test_which_weights_and_what_starts_anew(whole):

@@ -15,7 +15,7 @@ from flowmaps.objectives.eulerian import Velocity
 from flowmaps.objectives.mid_training import Distance
 from training import build_network
 from training.config import build_objective, network, objective
-from training.dry_run import dry_run
+from training.dry_run import dry_run, dry_run_chain
 from training.rows import Chain
 
 
@@ -81,19 +81,29 @@ def write_start(config, folder):
     dropout = config.data.label_dropout
     info = FlowMapInfo(shape, getattr(net, "num_classes", 0), kind="drift", label_dropout=dropout, **latents)
     FlowMap(build_network(config), config.interpolant, config.base_std, info).save_pretrained(folder)
-    config.init_from, config.teacher = (str(folder) if name else "" for name in (config.init_from, config.teacher))
+    for field in ("init_from", "teacher"):
+        if getattr(config, field) and not getattr(config, field).endswith("_training"):  # which is a stage
+            setattr(config, field, str(folder))
 
 
 @pytest.mark.parametrize(("module", "row"), list(config_rows()))
 def test_every_config_row_passes_a_dry_run(module, row, request, tmp_path):
+    AcceleratorState._reset_state()  # rows differ in precision
     made = module.get_config(row)
-    for config in made.stages().values() if isinstance(made, Chain) else [made]:
-        AcceleratorState._reset_state()  # rows differ in precision
-        check_dry_run(config, request, tmp_path)
+    if isinstance(made, Chain):
+        for config in made.stages().values():
+            on_small_data(config, request, tmp_path)
+        found = [(facts, picture) for _, facts, picture in dry_run_chain(made, batch=2)]
+    else:
+        on_small_data(made, request, tmp_path)
+        found = [dry_run(made, batch=2)]
     AcceleratorState._reset_state()
+    for facts, picture in found:
+        assert facts["parameters"] > 0 and picture.width > 50 and "GiB" in facts["memory guess"]
 
 
-def check_dry_run(config, request, tmp_path):
+def on_small_data(config, request, tmp_path):
+    """Data of the true format, and what stands for a checkpoint that the row starts from."""
     classes = {"folder": 2, "prepared": 32}.get(config.data.name, 10)
     if config.data.name == "prepared":
         config.data.root = str(request.getfixturevalue("imagenet_root") / Path(config.data.root).name)
@@ -101,14 +111,13 @@ def check_dry_run(config, request, tmp_path):
         data_root = request.getfixturevalue("data_root")
         config.data.root = str(data_root / "folder" if config.data.name == "folder" else data_root)
     config.data.workers = min(config.data.workers, 1)  # torch warns of more workers than cores
-    if hasattr(config.network, "num_classes") and (config.init_from or config.data.name == "prepared"):
+    started = [source for source in (config.init_from, config.teacher) if source and not source.endswith("_training")]
+    if hasattr(config.network, "num_classes") and (started or config.data.name == "prepared"):
         config.network.num_classes = min(config.network.num_classes, classes)
-    if config.init_from or config.teacher:
+    if started:
         write_start(config, tmp_path)
     if getattr(config.objective, "distance", None) is Distance.lpips:
         config.objective.lpips_weights = str(write_lpips(tmp_path))
-    facts, picture = dry_run(config, batch=2)
-    assert facts["parameters"] > 0 and picture.width > 50 and "GiB" in facts["memory guess"]
 
 
 @pytest.mark.parametrize("name", list(MILLIONS))

@@ -1,24 +1,42 @@
 """What --dry_run does: build everything, take two steps on a few images, draw a grid, guess the memory."""
 
 import math
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
 
+from flowmaps import UserError
 from flowmaps.objectives import PathObjective
+from training.chain import placed
 from training.config import Config, build_objective
 from training.data import ImageFiles
 from training.evaluation import grid_image
 from training.processes import processes
+from training.rows import Chain
 from training.trainer import Trainer, micro_batch_size
 from training.walk import grid
 
 
-def dry_run(config: Config, batch: int = 16) -> tuple[dict[str, Any], Image.Image]:
-    """Two steps on at most about ``batch`` images; returns (facts, picture)."""
+def dry_run_chain(chain: Chain, batch: int = 16) -> Iterator[tuple[str, dict[str, Any], Image.Image]]:
+    """A dry run of each stage, from what that of the stage before left; yields (stage, facts, picture)."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, config in placed(chain, Path(folder)).items():
+            AcceleratorState._reset_state()  # stages may differ in precision
+            try:
+                yield name, *dry_run(config, batch, Path(folder) / name)
+            except UserError as error:
+                raise UserError(f"stage {name}: {error}") from None
+
+
+def dry_run(config: Config, batch: int = 16, out: Path | None = None) -> tuple[dict[str, Any], Image.Image]:
+    """Two steps on at most about ``batch`` images; returns (facts, picture), and writes the model to ``out``."""
     number = processes().num_processes
     micro_batch = micro_batch_size(config, number)
     objective = build_objective(config)
@@ -39,7 +57,10 @@ def dry_run(config: Config, batch: int = 16) -> tuple[dict[str, Any], Image.Imag
         "loss of two steps": losses,
         "memory guess": memory_guess(trainer, double, micro_batch),
     }
-    return facts, grid_image(trainer.averaged(2), config.sample_steps, config.seed, columns=min(16, 2 * small))
+    model = trainer.averaged(2)
+    if out is not None:
+        model.save_pretrained(out)
+    return facts, grid_image(model, config.sample_steps, config.seed, columns=min(16, 2 * small))
 
 
 def _with_micro_batch(config: Config, size: int, processes: int) -> Config:
