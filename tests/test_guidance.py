@@ -41,13 +41,29 @@ def test_guidance_moves_the_target_to_the_guided_drift(name, drawn):
         objective(exact, x1, None, generator=generator())
 
 
+@pytest.mark.parametrize("options", [{"guidance": 3.0}, {"guidance_max": 3.0}])
+def test_guidance_may_be_limited_to_some_times(options):
+    objective = OBJECTIVES["mean_flow"](**options, guidance_times=(0.2, 0.7), diagonal=0.5)
+    exact = gaussian_map("linear", 0.5, classes=True)
+    draws = objective.draw(exact, gaussian_data(exact, 4000)[0], generator())
+    inside = (draws.s >= 0.2) & (draws.s <= 0.7)
+    assert 0.3 < inside.double().mean() < 0.7 and bool((draws.guidance[~inside] == 1).all())
+    free = OBJECTIVES["mean_flow"](**options, diagonal=0.5).draw(exact, gaussian_data(exact, 4000)[0], generator())
+    assert torch.equal(draws.guidance[inside], free.guidance[inside]) and bool((free.guidance[~inside] > 1).all())
+
+
 def test_guidance_keeps_augmentation_and_refuses_nonsense():
     rows = soft_label(torch.tensor([0, 2]), torch.tensor([[0.5], [0.7]]), 2)
     unlabelled, has = without_label(rows, 2)
     torch.testing.assert_close(unlabelled, torch.tensor([[0, 0, 1, 0.5], [0, 0, 1, 0.7]]))
     assert has.tolist() == [True, False]
     assert with_guidance(rows, torch.tensor([2.0, 1.0]), 2)[:, 4].tolist() == [2, 1]
-    for options in ({"guidance": 0.5}, {"guidance": 2.0, "guidance_max": 2.0}):
+    for options in (
+        {"guidance": 0.5},
+        {"guidance": 2.0, "guidance_max": 2.0},
+        {"guidance_times": (0.2, 0.7)},
+        {"guidance": 2.0, "guidance_times": (0.7, 0.2)},
+    ):
         with pytest.raises(UserError, match="guidance"):
             OBJECTIVES["lagrangian"](**options)
 

@@ -178,6 +178,19 @@ def test_consistency_bias_shrinks_with_the_gap(case):
         assert bias[2] == pytest.approx(predicted.square().mean().sqrt().item(), rel=0.02)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_consistency_distillation_is_right_to_the_order_of_its_step(case):
+    """At the exact map and the exact drift all that is left, row by row, is Heun's local error: O(h^3) / O(h)."""
+    fm = gaussian_map(*case)
+    x1, label = gaussian_data(fm, 256)
+    left = []
+    for q in (1e2, 2e2, 4e2):
+        objective = OBJECTIVES["consistency"](q=q, k=1.0, stage_steps=0, adaptive=0.0)
+        left.append(objective(fm, x1, label, generator=generator(), teacher=fm.drift).value.item() ** 0.5)
+    assert left[2] < 1e-3
+    assert left[0] / left[1] == pytest.approx(4, rel=0.06) and left[1] / left[2] == pytest.approx(4, rel=0.04)
+
+
 def test_consistency_noise_levels_follow_the_schedule():
     objective, fm = OBJECTIVES["consistency"](q=4.0, stage_steps=100), gaussian_map(base_std=0.5)
     uniform = torch.rand(2, 4000, generator=generator(), dtype=torch.float64)

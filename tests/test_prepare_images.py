@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from flowmaps import UserError
 from flowmaps.images import from_uint8
 from flowmaps.latents import moments, open_vae
-from training.data import Latents, PreparedImages, as_samples, load_data
+from training.data import Latents, Loader, Order, PreparedImages, as_samples, load_data
 from training.data.decode import adm_square, decode
+from training.shards import begin, complete
 
 FLAG = "--config.data.root"
 
@@ -289,3 +290,27 @@ def test_sets_are_not_taken_for_folders(whole, tmp_path):
         load_data("prepared", str(tmp_path))
     with pytest.raises(UserError, match=r"no such directory; make it by scripts/prepare_data\.py imagenet"):
         load_data("prepared", str(tmp_path / "nowhere"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
+def test_memory_stays_flat_over_epochs(tmp_path):
+    """What is read is mapped, and the system's to drop: the process's own memory does not grow by what it has seen."""
+    shards, rows = 8, 256
+    facts = {"shape": [4, 32, 32], "num_classes": 10, "latent_shift": 4 * [0.0], "latent_scale": 4 * [1.0]}
+
+    def make(number):
+        return {"moments": torch.randn(rows, 2, 4, 32, 32), "label": torch.arange(rows) % 10}, []  # float32: 64 MiB
+
+    list(complete(tmp_path, shards, begin(tmp_path, "latents", facts, shards), make))
+    data = load_data("prepared", str(tmp_path))
+    loader = Loader(data, lambda k: Order(len(data), 0).indices(64 * k, 64), workers=0)
+
+    def own():
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) / 1024
+
+    loader.shard(0)
+    before = own()
+    for k in range(2 * len(data) // 64):
+        loader.shard(k)
+    assert own() - before < 16
