@@ -16,7 +16,7 @@ from flowmaps.images import from_uint8
 from flowmaps.objectives import OBJECTIVES, Draws
 from flowmaps.rng import generator
 from training.config import Precision
-from training.dry_run import memory_guess
+from training.dry_run import fixed_bytes, kept_bytes, memory_guess
 from training.trainer import CHANNELS_LAST, Trainer
 
 
@@ -161,9 +161,10 @@ def test_memory_guess_grows_with_the_images_of_a_micro_step():
     trainer.step(0)
 
     double = Trainer.build(dataclasses.replace(config, batch=16))
+    kept = {8: kept_bytes(trainer), 16: kept_bytes(double)}
 
     def numbers(size):
-        guess = memory_guess(trainer, double, size)
+        guess = memory_guess(fixed_bytes(trainer), kept, size)
         return [float(part) for part in re.findall(r"([\d.]+) GiB", guess)]
 
     total, fixed, growing = numbers(8 * 2**12)

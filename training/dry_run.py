@@ -24,7 +24,7 @@ from training.trainer import Trainer, micro_batch_size
 from training.walk import grid
 
 
-def dry_run_chain(chain: Chain, batch: int = 16) -> Iterator[tuple[str, dict[str, Any], Image.Image]]:
+def dry_run_chain(chain: Chain, batch: int = 4) -> Iterator[tuple[str, dict[str, Any], Image.Image]]:
     """A dry run of each stage, from what that of the stage before left; yields (stage, facts, picture)."""
     with tempfile.TemporaryDirectory() as folder:
         for name, config in placed(chain, Path(folder)).items():
@@ -35,7 +35,7 @@ def dry_run_chain(chain: Chain, batch: int = 16) -> Iterator[tuple[str, dict[str
                 raise UserError(f"stage {name}: {error}") from None
 
 
-def dry_run(config: Config, batch: int = 16, out: Path | None = None) -> tuple[dict[str, Any], Image.Image]:
+def dry_run(config: Config, batch: int = 4, out: Path | None = None) -> tuple[dict[str, Any], Image.Image]:
     """Two steps on at most about ``batch`` images; returns (facts, picture), and writes the model to ``out``."""
     number = processes().num_processes
     micro_batch = micro_batch_size(config, number)
@@ -46,7 +46,6 @@ def dry_run(config: Config, batch: int = 16, out: Path | None = None) -> tuple[d
     small = min(micro_batch, max(1, batch // (number * config.accumulate) // least) * least)
     trainer = Trainer.build(_with_micro_batch(config, small, number))
     losses = [float(trainer.step(step)["loss"]) for step in range(2)]
-    double = Trainer.build(_with_micro_batch(config, 2 * small, number))
     facts: dict[str, Any] = {"data": f"{config.data.name}, {len(trainer.data)} samples of shape {trainer.data.shape}"}
     if isinstance(trainer.data, ImageFiles):
         facts["classes"] = ", ".join(trainer.data.classes) or "none"
@@ -55,9 +54,13 @@ def dry_run(config: Config, batch: int = 16, out: Path | None = None) -> tuple[d
         "parameters": sum(p.numel() for p in trainer.module.fm.network.parameters()),
         "device": str(trainer.accelerator.device),
         "loss of two steps": losses,
-        "memory guess": memory_guess(trainer, double, micro_batch),
     }
     model = trainer.averaged(2)
+    fixed, kept = fixed_bytes(trainer), {small: kept_bytes(trainer)}
+    del trainer  # two at once may not fit where one does
+    kept[2 * small] = kept_bytes(Trainer.build(_with_micro_batch(config, 2 * small, number)))
+    again = ", without what is computed again" * config.gradient_checkpointing
+    facts["memory guess"] = memory_guess(fixed, kept, micro_batch) + again
     if out is not None:
         model.save_pretrained(out)
     return facts, grid_image(model, config.sample_steps, config.seed, columns=min(16, 2 * small))
@@ -67,28 +70,28 @@ def _with_micro_batch(config: Config, size: int, processes: int) -> Config:
     return replace(config, batch=size * processes * config.accumulate)
 
 
-def memory_guess(trainer: Trainer, double: Trainer, size: int) -> str:
-    """A guess at a process's memory for micro-batches of ``size``, from two trainers of one config.
+def memory_guess(fixed: int, kept: dict[int, int], size: int) -> str:
+    """A guess at a process's memory for micro-batches of ``size``, from what two smaller ones ``kept``.
 
-    What stays: weights, gradients, optimiser state (of ``trainer``, which has made a step), averages. What grows: the
-    tensors that the forward pass keeps for the backward pass, on a straight line through those of the two trainers'
-    micro-batches. Library workspaces and the data are not in it.
+    What stays are the ``fixed`` bytes; what grows, the tensors that the forward pass keeps for the backward pass, is on
+    a straight line through those two. Library workspaces and the data are not in it.
     """
-    state = [v for entry in trainer.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
-    averages = [v for decay in trainer.ema.shadows for v in trainer.ema.state(decay).values()]
-    weights = [p for p in trainer.module.parameters() if p.requires_grad]
-    teacher = [] if trainer.module.teacher is None else list(trainer.module.teacher.parameters())
-    fixed = sum(2 * p.nbytes for p in weights) + sum(v.nbytes for v in [*state, *averages, *teacher])
-    shards = trainer.accelerator.num_processes * trainer.config.accumulate
-    (one, few), (two, more) = ((t.config.batch // shards, kept_bytes(t)) for t in (trainer, double))
+    (one, few), (two, more) = kept.items()
     growing = max(0.0, few + (more - few) / (two - one) * (size - one))
     gib = 2**30
     return (
         f"{(fixed + growing) / gib:.2f} GiB a process = {fixed / gib:.2f} GiB for weights, gradients, optimiser and "
         f"averages + {growing / gib:.2f} GiB for {size} images a micro-step"
-        + ", without what is computed again"
-        * trainer.config.gradient_checkpointing
     )
+
+
+def fixed_bytes(trainer: Trainer) -> int:
+    """Bytes of weights, gradients, averages, a teacher, and the state of an optimiser that has made a step."""
+    state = [v for entry in trainer.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
+    averages = [v for decay in trainer.ema.shadows for v in trainer.ema.state(decay).values()]
+    weights = [p for p in trainer.module.parameters() if p.requires_grad]
+    teacher = [] if trainer.module.teacher is None else list(trainer.module.teacher.parameters())
+    return sum(2 * p.nbytes for p in weights) + sum(v.nbytes for v in [*state, *averages, *teacher])
 
 
 def kept_bytes(trainer: Trainer) -> int:
