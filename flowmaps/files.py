@@ -5,7 +5,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,12 @@ def writable_file(path: Path, flag: str) -> Path:
     return path
 
 
-def read_npz(path: str | Path, remedy: str) -> dict[str, Any]:
-    """All arrays of an .npz, nothing unpickled; a damaged or foreign file is refused by name, with ``remedy``."""
+@contextmanager
+def _opened_npz(path: str | Path, remedy: str) -> Iterator[Any]:
+    """An .npz open for reading, nothing unpickled; a damaged or foreign file is refused by name, with ``remedy``."""
     try:
         with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+            yield archive
     except (
         OSError,
         ValueError,
@@ -102,6 +103,30 @@ def read_npz(path: str | Path, remedy: str) -> dict[str, Any]:
         zlib.error,
     ) as error:
         raise UserError(f"{path} is no readable .npz ({error}): {remedy}") from None
+
+
+def read_npz(path: str | Path, remedy: str, keys: Collection[str] | None = None) -> dict[str, Any]:
+    """The arrays ``keys`` of an .npz that are there, by default all; refused as in ``_opened_npz``."""
+    with _opened_npz(path, remedy) as archive:
+        return {key: archive[key] for key in archive.files if keys is None or key in keys}
+
+
+def npz_shapes(path: str | Path, remedy: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the arrays in an .npz, which may be large, from their headers alone."""
+    shapes = {}
+    with _opened_npz(path, remedy) as archive:
+        for entry in archive.zip.namelist():
+            with archive.zip.open(entry) as array:
+                version = np.lib.format.read_magic(array)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shapes[entry.removesuffix(".npy")] = tuple(read(array)[0])
+    return shapes
+
+
+def cache_directory() -> Path:
+    """Where things are kept that can be made again: ~/.cache/flowmaps, or under XDG_CACHE_HOME."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (Path.home can raise)
+    return Path(home) / "flowmaps"
 
 
 def read_schedule(file: str, flag: str) -> Schedule:

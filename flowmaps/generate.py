@@ -77,8 +77,9 @@ def generate(
     gamma: float = 1.0,
     guidance: float | None = None,
     batch: int = 500,
+    first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield (samples [b, *shape], label [b] or None) until ``n`` samples are made with the grid ``times``.
+    """Yield (samples [b, *shape], label [b] or None): ``first`` .. ``first + n - 1``, with the grid ``times``.
 
     Sample i depends on (``seed``, i) alone, whatever ``batch`` (to rounding). ``gamma``: for "stochastic" only.
     ``guidance``: weight for a model that takes one (``FlowMapInfo.guidance_max``), None for 1; a solver guides any
@@ -87,8 +88,8 @@ def generate(
     fm.info.check_sampler(sampler, len(times) - 1, gamma)
     fm.info.check_guidance(guidance, sampler)
     device = next(fm.parameters()).device
-    for start in range(0, n, batch):
-        size = min(batch, n - start)
+    for start in range(first, first + n, batch):
+        size = min(batch, first + n - start)
         y = labels_for(fm.info, size, label, start)
         y = None if y is None else y.to(device)
         x0, renoise = fm.noise(size, seed, start), partial(_renoise, fm, size, seed, start)

@@ -32,8 +32,10 @@ def main() -> None:
     from training import report, scoring
     from training.loop import train
     from training.outputs import pick_device
+    from training.references import source_stats
     from training.rows import load_row
-    from training.scoring import pick_extractor, source_stats, table
+    from training.scoring import table
+    from training.sources import pick_extractor
 
     workdir = Path(WORKDIR.value)
     models, configs = {}, {}

@@ -2,34 +2,43 @@
 
 python scripts/fid.py --checkpoint=runs/digits --reference=digits:heldout --steps=1,2,4,8 --num=2000 --memorisation
 python scripts/fid.py --checkpoint=runs/digits --reference=heldout.npz --steps=1 --num=2000 --max_fid=9 --json=fid.json
+python scripts/fid.py --checkpoint=runs/cifar10 --reference=cifar10-train --metrics=fid,kid,is,prc --repeats=3
 python scripts/fid.py --samples=samples/samples-4.npz --reference=digits:heldout
 
-Exit code: 0 scored (and below --max_fid), 1 above --max_fid, 2 cannot judge.
+Exit code: 0 scored (and within the limits), 1 a limit is passed, 2 cannot judge.
 """
 
-import json
-import sys
+import os
 from pathlib import Path
 
 import torch
 from absl import flags
 
 from flowmaps import UserError
-from flowmaps.files import writable_file, write_file
-from flowmaps.generate import nfe
-from flowmaps.metrics import frechet_distance
-from training import cli, scoring
+from flowmaps.files import writable_file
+from flowmaps.metrics.scores import KID_SUBSET, needs_reference_features
+from training import cli, gate, scoring
 from training.outputs import pick_device
+from training.processes import team
+from training.references import reference_stats
 from training.sampling_flags import SamplingFlags
+from training.scored import Given, Model, Scored
+from training.sources import data_set, open_source
 
-SAMPLING = SamplingFlags(num=50_000)
+SAMPLING = SamplingFlags(num=50_000, several=True)
 SAMPLES = flags.DEFINE_string("samples", None, "Folder or .npz of images to score, instead of --checkpoint")
-REFERENCE = flags.DEFINE_string("reference", None, "Data set NAME[:split], folder, or statistics file of stats.py")
+REFERENCE = flags.DEFINE_string("reference", None, "Data set NAME[:split], folder, or statistics (stats.py, EDM, ADM)")
 EXTRACTOR = flags.DEFINE_string("extractor", None, "Feature extractor; by default the reference's own, else inception")
 WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor")
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
+METRICS = flags.DEFINE_list("metrics", ["fid"], "Scores: fid, kid, is, prc (all but fid for inception alone)")
+KID = flags.DEFINE_integer("kid_subset", KID_SUBSET, "Images in each of KID's subsets", lower_bound=2)
+REPEATS = flags.DEFINE_integer("repeats", 1, "Samplings, with seeds one after another: mean and spread", lower_bound=1)
 MAX_FID = flags.DEFINE_float("max_fid", None, "Exit with 1 if any distance is above this")
+MAX_REGRESSION = flags.DEFINE_string("max_regression", None, "Exit with 1 if any distance is above that in this record")
+TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "By how much: 0.05 is 5 percent", lower_bound=0.0)
 JSON = flags.DEFINE_string("json", None, "File for the record")
+JUNIT = flags.DEFINE_string("junit", None, "File for the verdicts as JUnit XML")
 MEMORISATION = flags.DEFINE_bool("memorisation", False, "Floor and nearest-neighbour distances (small data sets)")
 
 
@@ -38,40 +47,37 @@ def main() -> int:
         raise UserError("give either --checkpoint or --samples")
     if REFERENCE.value is None:
         raise UserError("--reference is missing: e.g. --reference=digits:heldout")
-    if MEMORISATION.value and not scoring.is_data_set(REFERENCE.value):
+    known = data_set(REFERENCE.value)
+    if MEMORISATION.value and not known:
         raise UserError("--memorisation needs a data set with a held-out split, e.g. --reference=digits:heldout")
-    if JSON.value:
-        writable_file(Path(JSON.value), "--json")
-    fm = SAMPLING.load() if SAMPLING.checkpoint.value else None
-    stats, extractor = scoring.reference_stats(
-        REFERENCE.value, EXTRACTOR.value, WEIGHTS.value, ROOT.value, pick_device()
-    )
-    facts = {k: getattr(SAMPLING, k).value for k in ("seed", "sampler", "label", "guidance", "gamma")} if fm else {}
-    facts |= {"source": SAMPLING.checkpoint.value or SAMPLES.value, "weights": fm.fingerprint() if fm else None}
-    report = scoring.record(stats, extractor, fm, facts)
-    data = REFERENCE.value.partition(":")[0]
-    floor = scoring.floor(data, extractor, ROOT.value) if MEMORISATION.value else None
-    for count in SAMPLING.counts() if fm else [None]:
-        if fm is not None and count is not None:
-            made = scoring.generated(SAMPLING.batches(fm, count))
-            row = {"steps": count, "nfe": nfe(fm.info, SAMPLING.sampler.value, count, SAMPLING.guidance.value)}
-            row["grid"] = SAMPLING.grid(fm, count)[0]
-        else:
-            made, row = scoring.image_batches(SAMPLES.value, ROOT.value, "--samples"), {}
-        kept = list(made) if MEMORISATION.value else made
-        ours = extractor.stats(kept)
-        row |= {"num": ours.n, extractor.metric: frechet_distance(ours, stats)}
+    limited = MAX_FID.value is not None or MAX_REGRESSION.value
+    if (limited and "fid" not in METRICS.value) or (SAMPLES.value and REPEATS.value > 1):
+        raise UserError("--max_fid and --max_regression need fid among --metrics, --repeats needs --checkpoint")
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    for flag, file in (("--json", JSON.value), ("--junit", JUNIT.value), ("GITHUB_STEP_SUMMARY", summary)):
+        if file:
+            writable_file(Path(file), flag)
+    limits = gate.Limits.read(MAX_FID.value, MAX_REGRESSION.value, TOLERANCE.value)
+    everyone = team()
+    fm = None if SAMPLES.value else SAMPLING.load()
+    images = open_source(SAMPLES.value, ROOT.value, "--samples", team=everyone) if SAMPLES.value else None
+    scored: Scored = Model(SAMPLING, fm, REPEATS.value) if fm else Given(images, SAMPLES.value, SAMPLING.batch.value)
+    wanted = REFERENCE.value, EXTRACTOR.value, WEIGHTS.value, ROOT.value
+    reference, extractor = reference_stats(*wanted, pick_device(), needs_reference_features(METRICS.value), everyone)
+    scorer = scoring.Scorer(extractor, reference, METRICS.value, KID.value, everyone)
+    scorer.check(scored.num, scored.shape)
+    report = scoring.record(reference, extractor, fm, scored.facts())
+    limits.check(report, [row for row, _ in scored.samplings(everyone)])
+    for row, samplings in scored.samplings(everyone):
         if MEMORISATION.value:
-            row |= {"floor": floor} | scoring.neighbours(torch.cat(list(kept)), data, ROOT.value)
+            samplings[0] = list(samplings[0])
+        row |= scorer(samplings)
+        if MEMORISATION.value:
+            kept = everyone.joined(torch.cat(samplings[0]))
+            row |= {"floor": scoring.floor(known[0], extractor, ROOT.value)}
+            row |= scoring.neighbours(kept, known[0], ROOT.value)
         report["results"].append(row)
-    print(scoring.table(report["results"]))
-    if JSON.value:
-        write_file(Path(JSON.value), json.dumps(report, indent=2).encode())
-    worst = max(row[extractor.metric] for row in report["results"])
-    if MAX_FID.value is not None and worst > MAX_FID.value:
-        print(f"gate failed: {extractor.metric} {worst:.4g} is above --max_fid={MAX_FID.value:g}", file=sys.stderr)
-        return 1
-    return 0
+    return 0 if everyone.rank else gate.conclude(report, limits, JSON.value, JUNIT.value, summary)
 
 
 if __name__ == "__main__":

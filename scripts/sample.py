@@ -27,7 +27,8 @@ def main() -> None:
         raise UserError("--out is missing: the directory to write to")
     fm = SAMPLING.load()
     out = writable_directory(Path(OUT.value), "--out")
-    rows = [write_samples(SAMPLING.batches(fm, count), out, count) for count in SAMPLING.counts()]
+    [fm] = SAMPLING.averages(fm)
+    rows = [write_samples(SAMPLING.batches(fm, way), out, way.steps) for way in SAMPLING.settings()]
     to_pil(sample_grid(rows)).save(out / "grid.png")
 
 

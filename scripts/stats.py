@@ -13,7 +13,9 @@ from flowmaps.files import writable_file
 from training import cli
 from training.data import download
 from training.outputs import pick_device
-from training.scoring import check_source, pick_extractor, source_stats
+from training.processes import team
+from training.references import remembered
+from training.sources import check_source, data_set, open_source, pick_extractor
 
 DATA = flags.DEFINE_string("data", None, "Data set NAME[:split], folder or zip of images, or .npz of images")
 OUT = flags.DEFINE_string("out", None, "Statistics file to write (.npz)")
@@ -22,6 +24,7 @@ WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor")
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
 DOWNLOAD = flags.DEFINE_bool("download", False, "Fetch the data set's files into --root first")
 SIZE = flags.DEFINE_integer("size", None, "Crop and resize the images of a folder or zip to this", lower_bound=1)
+FEATURES = flags.DEFINE_bool("features", False, "Keep single features too, for KID, precision and recall (large)")
 SKIP_CORRUPT = flags.DEFINE_bool("skip_corrupt", False, "Leave out files that are no whole images")
 
 
@@ -32,11 +35,15 @@ def main() -> None:
     check_source(DATA.value, "--data")
     out = writable_file(Path(OUT.value), "--out")
     extractor = pick_extractor(EXTRACTOR.value, WEIGHTS.value, DATA.value, pick_device())
-    if DOWNLOAD.value:
-        download(DATA.value.partition(":")[0], ROOT.value)
-    stats = source_stats(DATA.value, extractor, ROOT.value, "--data", SIZE.value, SKIP_CORRUPT.value)
-    stats.save(out)
-    print(f"{out}: {stats.n} images of {DATA.value}, extractor {extractor.origin.extractor}, {stats.dim} features")
+    everyone = team()
+    if DOWNLOAD.value and not everyone.rank:
+        download((data_set(DATA.value) or (DATA.value,))[0], ROOT.value)
+    everyone.told(None)
+    images = open_source(DATA.value, ROOT.value, "--data", SIZE.value, SKIP_CORRUPT.value, everyone)
+    stats = remembered(images, extractor, FEATURES.value, everyone)
+    if not everyone.rank:
+        stats.save(out)
+        print(f"{out}: {stats.n} images of {DATA.value}, extractor {extractor.origin.extractor}, {stats.dim} features")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ import io
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -202,8 +205,11 @@ def write_imagenet_sets(root: Path, images: int = 32) -> Path:
     return root
 
 
-def write_inception(file: Path) -> Path:
-    """A weight file of the format that torch-fidelity publishes, its numbers random."""
+def write_inception(file: Path, size: int = 75) -> Path:
+    """A weight file of the format that torch-fidelity publishes, its numbers random and such that features vary.
+
+    They do so for photographs that are resized to ``size`` pixels.
+    """
     from unittest import mock
 
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -212,5 +218,32 @@ def write_inception(file: Path) -> Path:
         file.touch()
         torch.manual_seed(0)
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(file))
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):  # torch's own default shrinks activations to nothing
+            torch.nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    pictures = np.stack([np.asarray(photograph(10_000 + i, 24, 24)) for i in range(32)])
+    with mock.patch.object(
+        FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", size
+    ):  # each channel centred: images differ
+        net.train()(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.clamp_(min=0.1)  # of a channel that these pictures leave dead
     torch.save(net.state_dict(), file)
     return file
+
+
+@contextmanager
+def small_inception(script: Path) -> Iterator[None]:
+    """Within, torch-fidelity's Inception resizes to 75 x 75 for speed; ``script`` becomes a fid.py with the same."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    script.write_text(
+        "import runpy\nfrom torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3\n"
+        "FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE = 75\nrunpy.run_path('scripts/fid.py', run_name='__main__')\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
+        yield

@@ -79,13 +79,16 @@ FROZEN = {
 }
 
 SAMPLING = {"checkpoint", "steps", "num", "seed", "sampler", "label", "guidance", "gamma", "batch", "schedule"}
-SAMPLING |= {"vae", "vae_dtype", "vae_batch", "vae_tiling"}
+SAMPLING |= {"vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
 SCORING = {"extractor", "weights", "root"}
 FLAGS = {
     "train.py": {"config", "workdir", "dry_run", "stage"},
     "sample.py": SAMPLING | {"out"},
-    "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt"},
-    "fid.py": SAMPLING | SCORING | {"samples", "reference", "max_fid", "json", "memorisation"},
+    "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt", "features"},
+    "fid.py": SAMPLING
+    | SCORING
+    | {"samples", "reference", "max_fid", "json", "memorisation", "metrics", "kid_subset"}
+    | {"repeats", "max_regression", "tolerance", "junit"},
     "schedule.py": {"checkpoint", "steps", "out", "store", "plot", "sampler", "cost", "noises", "seed", "fine"}
     | {"guidance", "batch"},
     "train_extractor.py": {"data", "root", "out", "epochs", "seed"},

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, generator, run_script
+from helpers import ROOT, generator, run_script, run_two
 from makers import encoded, photograph, write_folder, write_imagenet, write_vae, write_zip
 from safetensors.torch import load_file
 
@@ -185,17 +185,7 @@ def test_a_damaged_shard_is_named_and_made_again(imagenet, whole, tmp_path):
 
 def test_two_processes_share_the_work(imagenet, whole, tmp_path):
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "scripts/prepare_data.py",
-        "imagenet",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    flags = [f"--src={imagenet}", f"--out={out}", "--shard=100"]
-    subprocess.run([*command, *flags], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    run_two("scripts/prepare_data.py", "imagenet", f"--src={imagenet}", f"--out={out}", "--shard=100", check=True)
     assert same_files(out, whole)
 
 

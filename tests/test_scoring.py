@@ -11,7 +11,8 @@ from PIL import Image
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.metrics import FeatureStats
 from flowmaps.networks import UNet
-from training.data import load_arrays
+from training.data import in_order, load_arrays
+from training.sources import open_source
 
 
 def network():
@@ -84,11 +85,15 @@ def test_record_has_every_fact_that_moves_the_number(place):
         "--seed=5", "--memorisation=false", f"--json={record}", check=True,
     )  # fmt: skip
     found = json.loads(record.read_text())
-    assert [(row["steps"], row["nfe"], row["num"]) for row in found["results"]] == [(1, 2, 50), (2, 4, 50)]
-    assert found["sampler"] == "heun" and found["seed"] == 5 and found["metric"] == "FD-digits"
+    assert [(row["sampler"], row["steps"], row["nfe"]) for row in found["results"]] == [("heun", 1, 2), ("heun", 2, 4)]
+    assert found["num"] == 50 and found["seeds"] == [5] and found["metric"] == "FD-digits"
     assert found["reference"]["n"] == 449 and found["reference"]["split"] == "heldout"
-    assert len(found["weights"]) == len(found["extractor"]["weights"]) == 64
+    assert found["reference"]["size"] == "8x8" and found["reference"]["crop"] == "none"
+    row = found["results"][1]
+    assert row["times"] == [0, 0.5, 1] and row["grid"] == "uniform" and row["ema"] is None
+    assert len(row["weights"]) == len(found["extractor"]["weights"]) == len(found["reference"]["sha256"]) == 64
     assert {"torch", "flowmaps", "torch-fidelity"} <= found["versions"].keys()
+    assert found["command"].startswith("scripts/fid.py --checkpoint=") and found["device"] == "cpu"
 
 
 def test_number_does_not_depend_on_the_batch_size(place):
@@ -168,20 +173,22 @@ def test_cannot_judge_is_exit_code_2_and_one_line(place, arguments, named):
     assert not (place / "never.json").exists()
 
 
-def test_broken_folders(place, tmp_path):
-    from training.scoring import image_batches
+def image_batches(folder):
+    return in_order(open_source(str(folder), "", "--samples").data)
 
+
+def test_broken_folders(place, tmp_path):
     (tmp_path / "a.png").write_bytes((place / "folder" / "0000.png").read_bytes())
     (tmp_path / "b.png").write_bytes((place / "odd.png").read_bytes())
     with pytest.raises(UserError, match=r"b\.png has shape"):
-        list(image_batches(str(tmp_path), "", "--samples"))
+        list(image_batches(tmp_path))
     (tmp_path / "b.png").write_bytes((place / "folder" / "0001.png").read_bytes()[:-30])
     with pytest.raises(UserError, match=r"b\.png \("):
-        list(image_batches(str(tmp_path), "", "--samples"))
+        list(image_batches(tmp_path))
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UserError, match="has no images"):
-        list(image_batches(str(empty), "", "--samples"))
+        list(image_batches(empty))
 
 
 def test_fingerprint_follows_the_weights():

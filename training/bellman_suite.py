@@ -18,8 +18,9 @@ from samplers import Schedule, euler, heun, rollout, uniform_times
 from samplers.bellman import solve_all
 from training.config import Config, Trajectories, objective
 from training.prepare import write_trajectories
+from training.references import source_stats
 from training.rows import load_row
-from training.scoring import pick_extractor, source_stats
+from training.sources import pick_extractor
 from training.trainer import Trainer
 from training.walk import Walk
 

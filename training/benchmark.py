@@ -19,9 +19,11 @@ from training.config import Config
 from training.costs import network_costs, step_times
 from training.data import load_arrays
 from training.evaluation import samples
+from training.references import source_stats
 from training.report import EVALUATIONS, lines
 from training.rows import load_row
-from training.scoring import floor, neighbours, pick_extractor, source_stats
+from training.scoring import floor, neighbours
+from training.sources import pick_extractor
 from training.trainer import Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value

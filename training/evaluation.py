@@ -19,7 +19,8 @@ from flowmaps.metrics.extractors import EXTRACTORS, load_extractor
 from samplers import uniform_times
 from training.config import Best
 from training.data import DataSet, Latents, in_order
-from training.scoring import NotFinite, generated, reference_stats
+from training.references import reference_stats
+from training.scoring import NotFinite, generated
 
 
 def samples(fm: FlowMap, steps: int, n: int, seed: int, sampler: str | None = None) -> Tensor:

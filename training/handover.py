@@ -14,8 +14,9 @@ from flowmaps.metrics import board_kl, frechet_distance
 from flowmaps.objectives.mid_training import Target
 from training.config import Config, objective
 from training.evaluation import samples
+from training.references import source_stats
 from training.rows import load_row
-from training.scoring import pick_extractor, source_stats
+from training.sources import pick_extractor
 from training.trainer import Trainer
 
 MARKS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the map's training steps

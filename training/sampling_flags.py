@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
 
 from absl import flags
 from torch import Tensor
@@ -10,32 +11,46 @@ from tqdm import tqdm
 
 from flowmaps import FlowMap, UserError
 from flowmaps.files import read_schedule
-from flowmaps.generate import SAMPLERS, generate, labels_for
+from flowmaps.generate import SAMPLERS, generate, labels_for, nfe
 from flowmaps.latents import DTYPES, Decoder
 from samplers import Schedule, uniform_times
 from training.outputs import pick_device
+from training.start import run_weights
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to sample: by what, with which step sizes (stored, uniform or a file), in how many steps."""
+
+    sampler: str
+    schedule: str
+    steps: int
 
 
 class SamplingFlags:
-    """Defines the flags below and samples as they say."""
+    """Defines the flags below and samples as they say; ``several``: lists of samplers, schedules and averages too."""
 
-    def __init__(self, num: int) -> None:
+    def __init__(self, num: int, several: bool = False) -> None:
+        self.several, more = several, " (several: a,b)" if several else ""
         self.checkpoint = flags.DEFINE_string("checkpoint", None, "Exported directory, run directory or hub id")
         self.steps = flags.DEFINE_list("steps", ["1", "2", "4", "8"], "Step counts")
         self.num = flags.DEFINE_integer("num", num, "Samples for each step count", lower_bound=1)
         self.seed = flags.DEFINE_integer("seed", 0, "Sample i depends on (seed, i) alone")
-        self.sampler = flags.DEFINE_enum(
-            "sampler", "map", list(SAMPLERS), "map: jump; euler, heun: integrate the drift"
+        self.sampler = flags.DEFINE_list(
+            "sampler", ["map"], f"map or stochastic: jump; euler or heun: integrate the drift{more}"
+        )
+        self.ema = flags.DEFINE_list(
+            "ema", [], f"Weights of a run's last checkpoint: the decay of an average, or raw [what it exports]{more}"
         )
         self.label = flags.DEFINE_integer("label", None, "Class of all samples; without it sample i has i mod classes")
         self.guidance = flags.DEFINE_float(
             "guidance", None, "Guidance weight, of a model that takes one or of a solver", 1.0
         )
         self.gamma = flags.DEFINE_float("gamma", 1.0, "Share of noise --sampler=stochastic renews a step", 0.0, 1.0)
-        self.schedule = flags.DEFINE_string(
+        self.schedule = flags.DEFINE_list(
             "schedule",
-            "stored",
-            "Step sizes: stored (in the checkpoint, else uniform), uniform, or a schedule file",
+            ["stored"],
+            f"Step sizes: stored (in the checkpoint, else uniform), uniform, or a schedule file{more}",
         )
         self.vae = flags.DEFINE_string(
             "vae", None, "VAE that makes images of latents: directory or hub id [that of the checkpoint]"
@@ -55,23 +70,49 @@ class SamplingFlags:
             raise UserError(f"--steps={','.join(self.steps.value)}: give different whole numbers of at least 1")
         return counts
 
-    def load(self) -> FlowMap:
-        """The flow map of ``--checkpoint``, on the accelerator if there is one, checked against the other flags.
+    def settings(self) -> list[Setting]:
+        """Every combination of ``--sampler``, ``--schedule`` and ``--steps``, checked."""
+        for flag in (self.sampler, self.schedule, self.ema):
+            given = f"--{flag.name}={','.join(flag.value)}"
+            if len(set(flag.value)) < len(flag.value) or (not flag.value and flag is not self.ema):
+                raise UserError(f"{given}: give different ones, at least one")
+            if len(flag.value) > 1 and not self.several:
+                raise UserError(f"{given}: one at a time")
+        if unknown := [name for name in self.sampler.value if name not in SAMPLERS]:
+            raise UserError(f"--sampler={unknown[0]}: choose from {', '.join(SAMPLERS)}")
+        return [Setting(*way) for way in product(self.sampler.value, self.schedule.value, self.counts())]
 
-        Its stored schedules are those of ``--schedule``.
-        """
+    def load(self) -> FlowMap:
+        """The flow map of ``--checkpoint``, on the accelerator if there is one, checked against the other flags."""
         if self.checkpoint.value is None:
             raise UserError("--checkpoint is missing: a run directory, an exported directory or a hub id")
-        counts = self.counts()
+        settings = self.settings()
         fm = FlowMap.from_pretrained(self.checkpoint.value)
         labels_for(fm.info, 1, self.label.value)  # refuse a wrong label before any work
-        fm.info.check_guidance(self.guidance.value, self.sampler.value)
-        fm.info.check_sampler(self.sampler.value, max(counts), self.gamma.value)
-        if self.schedule.value != "stored":
-            schedule = None if self.schedule.value == "uniform" else self._given(fm, counts)
-            fm.info = replace(fm.info, schedules={} if schedule is None else {self.sampler.value: schedule})
+        for setting in settings:
+            fm.info.check_guidance(self.guidance.value, setting.sampler)
+            fm.info.check_sampler(setting.sampler, setting.steps, self.gamma.value)
+            self.grid(fm, setting)
+        for file in {setting.schedule for setting in settings} - {"stored", "uniform"}:
+            if read_schedule(file, "--schedule").checkpoint not in ("", fm.fingerprint()):
+                print(
+                    f"warning: --schedule={file} was fitted to another checkpoint than "
+                    f"--checkpoint={self.checkpoint.value}",
+                    file=sys.stderr,
+                )
+        for ema in self.ema.value:
+            run_weights(str(self.checkpoint.value), ema, "--ema")
         self._open_vae(fm)
         return fm.to(pick_device())
+
+    def averages(self, fm: FlowMap) -> Iterator[FlowMap]:
+        """``fm`` with the weights of each of ``--ema`` in turn; as it is without that flag."""
+        if not self.ema.value:
+            yield fm
+        for ema in self.ema.value:
+            fm.network.load_state_dict(run_weights(str(self.checkpoint.value), ema, "--ema"))
+            fm.info = replace(fm.info, ema=None if ema == "raw" else float(ema))
+            yield fm
 
     def _open_vae(self, fm: FlowMap) -> None:
         """Give a map of latents the VAE that the flags say, open: before any other work."""
@@ -84,42 +125,54 @@ class SamplingFlags:
         fm.decoder = Decoder(self.vae.value or known, shift, scale, dtype, self.vae_batch.value, self.vae_tiling.value)
         fm.open_decoder()
 
-    def _given(self, fm: FlowMap, counts: list[int]) -> Schedule:
-        """The schedule of the file ``--schedule``, which must have all the step counts."""
-        flag = f"--schedule={self.schedule.value}"
-        schedule = read_schedule(self.schedule.value, "--schedule")
-        if schedule.sampler not in ("", self.sampler.value):
-            raise UserError(f"{flag} is for --sampler={schedule.sampler}, not {self.sampler.value}")
-        if missing := [count for count in counts if count not in schedule]:
-            raise UserError(f"{flag} has no {missing[0]} steps, only {', '.join(map(str, schedule))}: see --steps")
+    def grid(self, fm: FlowMap, setting: Setting) -> tuple[str, Tensor]:
+        """What step sizes the setting has, and their times."""
+        equal = uniform_times(setting.steps)
+        if setting.schedule == "uniform":
+            return "uniform", equal
+        if setting.schedule == "stored":
+            times = fm.info.times(setting.sampler, setting.steps, self.guidance.value)
+            return ("uniform", equal) if times is None else ("stored", times)
+        return setting.schedule, self._given(setting)[setting.steps]
+
+    def _given(self, setting: Setting) -> Schedule:
+        """The schedule file of the setting, which must be made for it."""
+        flag = f"--schedule={setting.schedule}"
+        schedule = read_schedule(setting.schedule, "--schedule")
+        if schedule.sampler not in ("", setting.sampler):
+            raise UserError(f"{flag} is for --sampler={schedule.sampler}, not {setting.sampler}")
+        if setting.steps not in schedule:
+            raise UserError(f"{flag} has no {setting.steps} steps, only {', '.join(map(str, schedule))}: see --steps")
         if (schedule.guidance or 1) != (self.guidance.value or 1):
             raise UserError(f"{flag} was made with --guidance={schedule.guidance}, not {self.guidance.value}")
-        if schedule.checkpoint not in ("", fm.fingerprint()):
-            print(
-                f"warning: {flag} was fitted to another checkpoint than --checkpoint={self.checkpoint.value}",
-                file=sys.stderr,
-            )
         return schedule
 
-    def grid(self, fm: FlowMap, count: int) -> tuple[str, Tensor]:
-        """What step sizes ``count`` steps have, and their times."""
-        times = fm.info.times(self.sampler.value, count, self.guidance.value)
-        return ("uniform", uniform_times(count)) if times is None else (self.schedule.value, times)
+    def nfe(self, fm: FlowMap, setting: Setting) -> int:
+        """Network evaluations of a sample."""
+        return nfe(fm.info, setting.sampler, setting.steps, self.guidance.value)
 
-    def batches(self, fm: FlowMap, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Samples, latents decoded, and labels, batch by batch, in ``count`` steps; a progress bar on a terminal."""
+    def batches(
+        self, fm: FlowMap, setting: Setting, seed: int | None = None, items: range | None = None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Samples, latents decoded, and labels, batch by batch; a progress bar on a terminal.
+
+        By default all samples of ``--num`` with ``--seed``.
+        """
+        items = range(self.num.value) if items is None else items
         made = generate(
             fm,
-            self.grid(fm, count)[1],
-            self.num.value,
-            self.seed.value,
-            sampler=self.sampler.value,
+            self.grid(fm, setting)[1],
+            len(items),
+            self.seed.value if seed is None else seed,
+            sampler=setting.sampler,
             label=self.label.value,
             gamma=self.gamma.value,
             guidance=self.guidance.value,
             batch=self.batch.value,
+            first=items.start,
         )
-        with tqdm(total=self.num.value, desc=f"{count} steps", unit="sample", disable=None, leave=False) as bar:
+        title = f"{setting.sampler}, {setting.steps} steps"
+        with tqdm(total=len(items), desc=title, unit="sample", disable=None, leave=False) as bar:
             for x, label in made:
                 bar.update(len(x))
                 yield fm.decode(x), label

@@ -1,123 +1,35 @@
-"""Scoring: from a source of images to statistics and distances, with a record of all that moves the number."""
+"""Scoring generated images, with a record of all that moves the number."""
 
 import platform
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 import flowmaps
 from flowmaps import FlowMap, UserError
-from flowmaps.files import read_npz
 from flowmaps.images import to_uint8
 from flowmaps.latents import fingerprint
 from flowmaps.metrics import FeatureStats, frechet_distance
-from flowmaps.metrics.extractors import CLASSIFIERS, Extractor, load_extractor
+from flowmaps.metrics.extractors import Extractor
 from flowmaps.metrics.neighbours import memorisation
-from training.data import (
-    DATA,
-    ArrayData,
-    DataSet,
-    PreparedImages,
-    in_order,
-    load_arrays,
-    load_data,
-    open_images,
-    prepared,
-)
+from flowmaps.metrics.scores import check_metrics, check_reference, needs_features, scores
+from flowmaps.metrics.stats import check_comparable
+from training.data import load_arrays
 from training.outputs import pick_device
+from training.processes import ALONE, Team
+from training.references import source_stats
+
+Row = dict[str, Any]
 
 
 class NotFinite(UserError):
     """A model's samples hold NaN or infinity."""
-
-
-def check_source(source: str, flag: str) -> None:
-    """Refuse a source that is nothing at all, before any slow work."""
-    if not is_data_set(source) and not Path(source).exists():
-        raise UserError(f"{flag}={source}: no such file or folder, and no data set ({', '.join(DATA)})")
-
-
-def is_data_set(source: str) -> bool:
-    """Whether ``source`` is NAME or NAME:split of a known data set (and no such file exists)."""
-    return source.partition(":")[0] in DATA and not Path(source).exists()
-
-
-def image_batches(
-    source: str, root: str, flag: str, size: int | None = None, skip_corrupt: bool = False
-) -> Iterator[Tensor]:
-    """uint8 images [b, C, H, W] of a data set NAME[:split], a folder or zip of images, or an .npz of sample.py.
-
-    Images of a folder or zip are cropped and resized to ``size``; without it they must have one shape.
-    """
-    path = Path(source)
-    if is_data_set(source):
-        name, _, split = source.partition(":")
-        data: DataSet = load_arrays(name, split or "train", root)
-        if len(data.shape) != 3:
-            raise UserError(f"{flag}={source} holds points, not images: features need images")
-    elif prepared(path):
-        data = load_data("prepared", source)
-        if not isinstance(data, PreparedImages):
-            raise UserError(f"{flag}={source} holds latents, not images: give the images that they were made of")
-    elif path.is_dir() or path.suffix == ".zip":
-        data = open_images(path, size, skip_corrupt)
-    else:
-        check_source(source, flag)
-        data = ArrayData(_archive(path, flag))
-    return (images for images, _ in in_order(data))
-
-
-def _archive(file: Path, flag: str) -> Tensor:
-    arrays = read_npz(file, f"{flag} takes what sample.py wrote")
-    array = arrays.get("samples", arrays.get("arr_0"))
-    if array is None:
-        raise UserError(f"{flag}={file} has neither 'samples' nor 'arr_0': sample.py writes samples-N.npz")
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
-        raise UserError(f"{flag}={file}: images must be uint8 [n, h, w, 1 or 3], got {array.dtype} {array.shape}")
-    return rearrange(torch.from_numpy(array), "n h w c -> n c h w")
-
-
-def pick_extractor(name: str | None, weights: str | None, source: str, device: torch.device) -> Extractor:
-    """The extractor ``name``, else the one made for the data set ``source``, else Inception."""
-    data = source.partition(":")[0]
-    return load_extractor(name or (data if data in CLASSIFIERS else "inception"), weights, device)
-
-
-def reference_stats(
-    reference: str, extractor: str | None, weights: str | None, root: str, device: torch.device
-) -> tuple[FeatureStats, Extractor]:
-    """Statistics of the reference, and the extractor that fits them.
-
-    A statistics file decides the extractor; another one asked for by name is refused.
-    """
-    check_source(reference, "--reference")
-    if Path(reference).is_file() and _has_moments(reference):
-        stats = FeatureStats.load(reference)
-        wanted = stats.origin.extractor
-        if extractor not in (None, wanted):
-            raise UserError(f"--extractor={extractor}, but --reference={reference} was made with {wanted!r}")
-        return stats, load_extractor(wanted, weights, device)
-    chosen = pick_extractor(extractor, weights, reference, device)
-    return source_stats(reference, chosen, root, "--reference"), chosen
-
-
-def _has_moments(file: str) -> bool:
-    """Whether an .npz is meant as statistics: all but those of images."""
-    return not {"samples", "arr_0"} & set(read_npz(file, "make reference statistics with stats.py"))
-
-
-def source_stats(
-    source: str, extractor: Extractor, root: str, flag: str, size: int | None = None, skip_corrupt: bool = False
-) -> FeatureStats:
-    """Moments of the features of a source of images."""
-    name, _, split = source.partition(":") if is_data_set(source) else (Path(source).name, "", "")
-    split = split or ("train" if is_data_set(source) else "")
-    return extractor.stats(image_batches(source, root, flag, size, skip_corrupt), name, split)
 
 
 def generated(batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
@@ -128,6 +40,47 @@ def generated(batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tenso
         if not bool(torch.isfinite(x).all()):
             raise NotFinite("the model's samples hold NaN or infinity: nothing to score")
         yield to_uint8(x)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores images against one reference; the processes of a team make shares of them, and the first one scores."""
+
+    extractor: Extractor
+    reference: FeatureStats
+    metrics: Sequence[str]
+    kid_subset: int
+    team: Team = ALONE
+
+    def check(self, num: int, shape: tuple[int, ...]) -> None:
+        """Refuse, before any slow work, ``num`` images of ``shape`` (if known) that could not be scored."""
+        check_metrics(self.metrics, self.extractor, num, self.kid_subset)
+        if not self.team.rank:
+            origin = replace(self.extractor.origin, size="x".join(map(str, shape[1:])) if len(shape) == 3 else "")
+            check_comparable(FeatureStats(self.extractor.dim, origin), self.reference)
+            check_reference(self.metrics, self.reference, self.kid_subset)
+
+    def __call__(self, samplings: Iterable[Iterable[Tensor]]) -> Row:
+        """Mean of each score over repeated samplings, with half the range and the scores of each if there are several.
+
+        A sampling is this process's share of uint8 image batches. Processes but the first get an empty row.
+        """
+        every = []
+        for share in samplings:
+            mine = self.extractor.stats(share, keep=needs_features(self.metrics))
+            stats = self.team.merged(mine)
+            if not self.team.rank:
+                every.append(
+                    scores(stats, self.reference, self.extractor, self.metrics, self.kid_subset, pick_device())
+                )
+        if not every:
+            return {}
+        over = {name: [found[name] for found in every] for name in every[0]}
+        row: Row = {name: statistics.mean(values) for name, values in over.items()}
+        if len(every) > 1:
+            row["spread"] = {name: (max(values) - min(values)) / 2 for name, values in over.items()}
+            row["repeats"] = every
+        return row
 
 
 def floor(data: str, extractor: Extractor, root: str) -> float:
@@ -143,10 +96,8 @@ def neighbours(images: Tensor, data: str, root: str) -> dict[str, float]:
     return {**vars(found), "memorisation_ratio": found.ratio}
 
 
-def record(stats: FeatureStats, extractor: Extractor, fm: FlowMap | None, facts: dict[str, Any]) -> dict[str, Any]:
-    """Every fact that moves the number, for the JSON record; ``results`` is to be filled."""
-    from importlib.metadata import version
-
+def record(reference: FeatureStats, extractor: Extractor, fm: FlowMap | None, facts: dict[str, Any]) -> dict[str, Any]:
+    """Every fact that moves the number, for the JSON record; ``results`` is to be filled with a row a setting."""
     model = {} if fm is None else {k: getattr(fm.info, k) for k in ("data", "kind", "ema", "images_seen", "guidance")}
     if fm is not None:
         model |= {"interpolant": fm.interpolant_name, "base_std": fm.base_std}
@@ -154,21 +105,33 @@ def record(stats: FeatureStats, extractor: Extractor, fm: FlowMap | None, facts:
         decoder = fm.open_decoder()
         model["vae"] = {"source": decoder.source, "sha256": fingerprint(decoder.open()), "dtype": str(decoder.dtype)}
     packages = {name: version(name) for name in ("torch", "torchvision", "torch-fidelity", "numpy")}
+    origin = reference.origin
     return {
         "metric": extractor.metric,
         "extractor": {k: getattr(extractor.origin, k) for k in ("extractor", "weights", "resize")},
-        "reference": {"data": stats.origin.data, "split": stats.origin.split, "n": stats.n, "sha256": stats.sha256()},
+        "reference": {k: getattr(origin, k) for k in ("data", "split", "size", "crop", "weights")}
+        | {"n": reference.n, "sha256": reference.sha256() if reference.n != 0 else ""},
         "model": model,
         **facts,
+        "command": " ".join(sys.argv),
         "device": str(pick_device()),
         "versions": {"flowmaps": flowmaps.__version__, "python": platform.python_version(), **packages},
         "results": [],
     }
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """A plain table of results, columns as the first row has them."""
-    columns = list(results[0])
-    cells = [columns, *[[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in results]]
+HIDDEN = {"weights", "times", "seeds", "spread", "repeats"}  # facts of a row that a table has no room for
+
+
+def table(results: list[Row]) -> str:
+    """A Markdown table of results, columns as the first row has them; mean ± half the range of repeated scores."""
+    columns = [name for name in results[0] if name not in HIDDEN]
+    cells = [columns, *[[_cell(row, name) for name in columns] for row in results]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    lines = ["| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]])
+
+
+def _cell(row: Row, name: str) -> str:
+    text = f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name])
+    return f"{text} ± {row['spread'][name]:.2g}" if name in row.get("spread", {}) else text

@@ -81,18 +81,21 @@ def opened(flag: str, source: str) -> FlowMap:
         raise UserError(f"--config.{flag}: {error}") from None
 
 
-def run_weights(run: str, which: str) -> dict[str, Tensor]:
-    """The network's weights in the last checkpoint of the directory ``run``: an average's, by its decay, or "raw"."""
+def run_weights(run: str, which: str, flag: str = "--config.init_ema") -> dict[str, Tensor]:
+    """The network's weights in the last checkpoint of the directory ``run``: an average's, by its decay, or "raw".
+
+    Refused with the name of ``flag``, which says ``which``.
+    """
     found = list_checkpoints(Path(run))
     if not found:
-        raise UserError(f"--config.init_ema={which}: {run} is no run with checkpoints, leave the flag out")
+        raise UserError(f"{flag}={which}: {run} is no run with checkpoints: leave the flag out")
     tensors = read_checkpoint(found[-1])[1]
     name = "network" if which == "raw" else f"ema-{which}"
     if name not in tensors:
         have = [key.removeprefix("ema-") for key in tensors if key.startswith("ema-")]
-        raise UserError(f"--config.init_ema={which}: {found[-1]} has {', '.join([*have, 'raw'])}")
+        raise UserError(f"{flag}={which}: {found[-1]} has {', '.join([*have, 'raw'])}")
     if any(".base_layer." in key for key in tensors[name]):
-        raise UserError(f"--config.init_ema={which}: {run} was trained with --config.lora, leave the flag out")
+        raise UserError(f"{flag}={which}: {run} was trained with --config.lora: leave the flag out")
     return tensors[name]
 
 

@@ -16,9 +16,11 @@ import flowmaps
 from flowmaps.errors import UserError
 from flowmaps.files import sha256
 from flowmaps.images import from_uint8
-from flowmaps.metrics.stats import FeatureStats, Origin
+from flowmaps.metrics.stats import INCEPTION_DIM, FeatureStats, Origin
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity releases and caches it
+INCEPTION_BATCH = {"cpu": 16}  # images of 299 x 299 at a time: more are slower (docs/metrics.md) and take memory
+INCEPTION_HASH = "6726825d"  # first digits of the SHA-256 of the weights that torch-fidelity releases
+INCEPTION_FILE = f"weights-inception-2015-12-05-{INCEPTION_HASH}.pth"  # as it caches them
 
 
 class Classifier(nn.Module):
@@ -61,11 +63,12 @@ CLASSIFIERS: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class Extractor:
-    """A named feature function: ``embed`` maps uint8 images [n, C, H, W] to features [n, dim]."""
+    """A named feature function: ``embed`` maps uint8 images [n, C, H, W] to features [n, dim] on any device."""
 
     embed: Callable[[Tensor], Tensor]
     dim: int
     origin: Origin  # extractor name, weight hash, resize
+    logits: Callable[[Tensor], Tensor] | None = None  # class logits [n, classes] of features, for the Inception Score
 
     @property
     def metric(self) -> str:
@@ -73,10 +76,16 @@ class Extractor:
         return "FID" if self.origin.extractor == "inception" else f"FD-{self.origin.extractor}"
 
     @torch.no_grad()
-    def stats(self, batches: Iterable[Tensor], data: str = "", split: str = "") -> FeatureStats:
-        """Moments of the features of uint8 image batches, streamed."""
-        stats = FeatureStats(self.dim, replace(self.origin, data=data, split=split))
+    def stats(
+        self, batches: Iterable[Tensor], data: str = "", split: str = "", crop: str = "", keep: bool = False
+    ) -> FeatureStats:
+        """Moments of the features of uint8 image batches, streamed; with ``keep`` the features themselves too."""
+        stats = FeatureStats(self.dim, replace(self.origin, data=data, split=split, crop=crop), keep)
         for images in batches:
+            size = "x".join(map(str, images.shape[2:]))
+            if stats.n and size != stats.origin.size:
+                raise UserError(f"images of {stats.origin.size} and of {size} pixels: crop and resize them to one size")
+            stats.origin = replace(stats.origin, size=size)
             stats.update(self.embed(images))
         return stats
 
@@ -120,7 +129,9 @@ def _inception(name: str, weights: Path | None, device: torch.device) -> Extract
     if not file.is_file() and weights is None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), hash_prefix="6726825d", progress=os.isatty(2))
+            torch.hub.download_url_to_file(
+                URL_INCEPTION_V3, str(file), hash_prefix=INCEPTION_HASH, progress=os.isatty(2)
+            )
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
             raise UserError(
                 f"the Inception weights are not in {file} and cannot be downloaded ({error}): "
@@ -129,18 +140,24 @@ def _inception(name: str, weights: Path | None, device: torch.device) -> Extract
     try:  # the library would unpickle anything; this refuses all but tensors first
         torch.load(file, weights_only=True, map_location="cpu")
         network: Any = create_feature_extractor(
-            "inception-v3-compat", ["2048"], cuda=False, feature_extractor_weights_path=str(file)
+            "inception-v3-compat", ["2048"], cuda=False, feature_extractor_weights_path=str(file), verbose=False
         )
     except Exception as error:  # torch.load and load_state_dict raise a dozen types on a wrong file
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--weights={file} is no Inception weight file of torch-fidelity: {reason}") from None
     network.to(device)
+    if device.type == "cpu":
+        network.to(memory_format=torch.channels_last)  # its convolutions are half as fast again
 
     def embed(images: Tensor) -> Tensor:
-        rgb = images.to(device).expand(-1, 3, -1, -1)  # grey counts as three equal channels
-        return cast(Tensor, network(rgb)[0])
+        parts = torch.split(images, INCEPTION_BATCH.get(device.type, 128))  # grey counts as three equal channels
+        return torch.cat([network(part.to(device).expand(-1, 3, -1, -1))[0] for part in parts])
 
-    return Extractor(embed, 2048, Origin(extractor=name, weights=sha256(file), resize="inception (TF1 bilinear, 299)"))
+    def logits(features: Tensor) -> Tensor:
+        return cast(Tensor, features.to(device) @ network.fc.weight.T)  # without bias, as the score is defined
+
+    resize = "inception (TF1 bilinear, 299)"
+    return Extractor(embed, INCEPTION_DIM, Origin(extractor=name, weights=sha256(file), resize=resize), logits)
 
 
 EXTRACTORS: dict[str, Callable[[str, Path | None, torch.device], Extractor]] = {

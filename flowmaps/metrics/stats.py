@@ -2,107 +2,166 @@
 
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowmaps.errors import UserError
-from flowmaps.files import read_npz, write_file
+from flowmaps.files import npz_shapes, read_npz, write_file
+
+INCEPTION_DIM = 2048
+REMEDY = "make reference statistics with stats.py"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where features came from: two sets are comparable only if extractor, weights and resize agree."""
+    """Where features came from; a fact is empty where it is not known.
+
+    Two sets are comparable only if extractor, weights, resize and size agree, as far as both are known.
+    """
 
     extractor: str = ""
     weights: str = ""  # SHA-256 of the extractor's weight file
-    resize: str = ""  # what happens to an image before the extractor sees it
+    resize: str = ""  # what the extractor does to an image first
+    size: str = ""  # of the images, height x width
+    crop: str = ""  # how the images got that size
     data: str = ""
     split: str = ""
+
+
+FACTS = tuple(field.name for field in fields(Origin))
 
 
 class FeatureStats:
     """Mean and covariance of features, in float64, fed batch by batch and merged in any order.
 
     Holds n, the mean and the scatter matrix sum (f - mean)(f - mean)^T; batches are combined by the pairwise update of
-    Chan et al. 1979, so the result does not depend on how the features were split (to rounding).
+    Chan et al. 1979, so the result does not depend on how the features were split (to rounding). With ``keep`` the
+    features themselves are kept too, in ``features`` [n, dim] float32: the scores that compare samples need them.
     """
 
-    def __init__(self, dim: int, origin: Origin | None = None) -> None:
-        self.dim, self.origin, self.n = dim, origin or Origin(), 0
+    def __init__(self, dim: int, origin: Origin | None = None, keep: bool = False) -> None:
+        self.dim, self.origin = dim, origin or Origin()
+        self.n: int | None = 0  # None: moments of a published file, which does not tell
         self.mean = torch.zeros(dim, dtype=torch.float64)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
+        self._kept: list[Tensor] | None = [] if keep else None
 
     @property
     def cov(self) -> Tensor:
         """Unbiased covariance (ddof 1), [dim, dim]."""
+        if self.n is None:
+            return self.scatter
         if self.n < 2:
             raise UserError(f"a covariance needs at least 2 samples, got {self.n}")
         return self.scatter / (self.n - 1)
+
+    @property
+    def features(self) -> Tensor | None:
+        """The features [n, dim] that were kept, in the order in which they came."""
+        return None if self._kept is None else torch.cat([torch.empty(0, self.dim), *self._kept])
+
+    @features.setter
+    def features(self, value: Tensor | None) -> None:
+        self._kept = None if value is None else [value]
 
     def update(self, features: Tensor) -> Self:
         """Take in a batch of features [n, dim]."""
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features must have shape [n, {self.dim}], got {tuple(features.shape)}")
-        f = features.detach().to("cpu", torch.float64)
+        f = features.detach()
+        f = (f.cpu() if f.device.type == "mps" else f).double()  # Apple's GPUs have no float64
         if not bool(torch.isfinite(f).all()):
             raise UserError("features are not finite: the samples or the extractor's weights hold NaN or infinity")
         if len(f):
-            centred = f - f.mean(dim=0)
-            self._combine(len(f), f.mean(dim=0), centred.T @ centred)
+            mean = f.mean(dim=0)
+            self._combine(len(f), mean.cpu(), ((f - mean).T @ (f - mean)).cpu())
+        if self._kept is not None:
+            self._kept.append(features.detach().cpu().float())
         return self
 
     def merge(self, other: "FeatureStats") -> Self:
         """Take in what another process gathered."""
         if other.dim != self.dim:
             raise ValueError(f"cannot merge features of dimension {other.dim} into {self.dim}")
-        if other.n:
+        if other.n != 0:
             self._combine(other.n, other.mean, other.scatter)
+        if self._kept is not None and other.features is not None:
+            self._kept.append(other.features)
         return self
 
-    def _combine(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+    def _combine(self, n: int | None, mean: Tensor, scatter: Tensor) -> None:
+        if n is None or self.n is None:
+            raise ValueError("the moments of a published file cannot be added to: they do not tell n")
         total = self.n + n
         delta = mean - self.mean
-        self.scatter = self.scatter + scatter + delta[:, None] * delta[None, :] * (self.n * n / total)
-        self.mean = self.mean + delta * (n / total)
+        self.scatter.add_(scatter).addr_(delta, delta, alpha=self.n * n / total)
+        self.mean.add_(delta, alpha=n / total)
         self.n = total
 
     def save(self, path: str | Path) -> None:
-        """Write ``.npz``: mu [dim], sigma [dim, dim] (as EDM's reference files have them), n and the origin."""
+        """Write ``.npz``: mu [dim], sigma [dim, dim] (as EDM's reference files have them), n and the origin.
+
+        And the features, if they were kept.
+        """
+        arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.cov.numpy(), "n": self.n, **vars(self.origin)}
+        if self.features is not None:
+            arrays["features"] = self.features.numpy()
         buffer = io.BytesIO()
-        np.savez(buffer, mu=self.mean.numpy(), sigma=self.cov.numpy(), n=self.n, **vars(self.origin))
+        np.savez(buffer, **arrays)
         write_file(Path(path), buffer.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStats":
-        """Read a file of ``save``; one that lacks a key, or holds NaN, is refused by name."""
-        values = read_npz(path, "make reference statistics with stats.py")
-        wanted = ["mu", "sigma", "n", *vars(Origin())]
-        if missing := [key for key in wanted if key not in values]:
-            raise UserError(f"{path} has no {', '.join(missing)}: make reference statistics with stats.py")
+        """Read a file of ``save``, or one that EDM, EDM2 or ADM published; damage and doubt are refused by name.
+
+        Those have mu and sigma of Inception's 2048 features, and tell neither n nor the weights; ADM's has images too
+        (arr_0), whose size is taken over.
+        """
+        shapes = npz_shapes(path, REMEDY)
+        own = "extractor" in shapes
+        wanted = ["mu", "sigma", *(["n", *FACTS] if own else [])]
+        if missing := [key for key in wanted if key not in shapes]:
+            raise UserError(f"{path} has no {', '.join(missing)}: {REMEDY}")
+        if not own and shapes["mu"] != (INCEPTION_DIM,):
+            raise UserError(
+                f"{path} has mu of shape {shapes['mu']} and does not name its extractor: published files have "
+                f"{INCEPTION_DIM} features of Inception; {REMEDY}"
+            )
+        values = read_npz(path, REMEDY, {*wanted, "features"})
         try:
             mu, sigma = (torch.tensor(values[key], dtype=torch.float64) for key in ("mu", "sigma"))
-            n = int(values["n"])
+            n = int(values["n"]) if own else None
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: mu, sigma and n must be numbers ({error}): make it again with stats.py") from None
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
             raise UserError(f"{path}: mu of shape {tuple(mu.shape)} and sigma of shape {tuple(sigma.shape)} do not fit")
         if not bool(torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
             raise UserError(f"{path} holds NaN or infinity: make it again with stats.py")
-        if n < 2 or not torch.allclose(sigma, sigma.T) or bool((sigma.diagonal() < 0).any()):
+        if (n is not None and n < 2) or not torch.allclose(sigma, sigma.T) or bool((sigma.diagonal() < 0).any()):
             raise UserError(f"{path}: sigma is no covariance of n = {n} samples: make it again with stats.py")
-        stats = cls(len(mu), Origin(**{key: str(values[key]) for key in vars(Origin())}))
+        stats = cls(len(mu), Origin(**{key: str(values[key]) for key in FACTS}) if own else _published(path, shapes))
         stats.n, stats.mean = n, mu
-        stats.scatter = sigma * (stats.n - 1)
+        stats.scatter = sigma if n is None else sigma * (n - 1)
+        if own and "features" in values:
+            features = values["features"]
+            if features.shape != (n, len(mu)) or features.dtype != np.float32 or not np.isfinite(features).all():
+                raise UserError(f"{path}: features must be {n} x {len(mu)} finite numbers: make it again with stats.py")
+            stats.features = torch.from_numpy(features)
         return stats
 
     def sha256(self) -> str:
         """Hash of the moments: the same reference has the same hash whatever its file is called."""
         return hashlib.sha256(self.mean.numpy().tobytes() + self.cov.numpy().tobytes()).hexdigest()
+
+
+def _published(path: str | Path, shapes: dict[str, tuple[int, ...]]) -> Origin:
+    size = "x".join(map(str, shapes["arr_0"][1:3])) if len(shapes.get("arr_0", ())) == 4 else ""
+    return Origin(extractor="inception", size=size, data=Path(path).name)
 
 
 def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
@@ -111,16 +170,20 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500). By the symmetric eigenvalue route, which stays real
     where a matrix square root of C_a C_b turns complex; tiny negative eigenvalues are rounding and count as 0.
     """
-    for field in ("extractor", "weights", "resize"):
-        ours, theirs = getattr(a.origin, field), getattr(b.origin, field)
-        if ours != theirs:
-            raise UserError(
-                f"features differ in {field} ({ours or 'unknown'} against {theirs or 'unknown'}): no distance"
-            )
-    if a.dim != b.dim:
-        raise UserError(f"features differ in size ({a.dim} against {b.dim}): no distance")
+    check_comparable(a, b)
     values, vectors = torch.linalg.eigh(a.cov)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ b.cov @ root).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
     return max(float(distance), 0.0)
+
+
+def check_comparable(a: FeatureStats, b: FeatureStats) -> None:
+    """Refuse two sets of features that a distance would not mean anything for."""
+    for fact in ("extractor", "weights", "resize", "size"):
+        ours, theirs = getattr(a.origin, fact), getattr(b.origin, fact)
+        if ours != theirs and (fact == "extractor" or (ours and theirs)):
+            what = "images differ in size" if fact == "size" else f"features differ in {fact}"
+            raise UserError(f"{what} ({ours or 'unknown'} against {theirs or 'unknown'}): no distance")
+    if a.dim != b.dim:
+        raise UserError(f"features differ in size ({a.dim} against {b.dim}): no distance")

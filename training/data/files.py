@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowmaps.errors import UserError
-from flowmaps.files import write_file
+from flowmaps.files import cache_directory, write_file
 from training.data.decode import BadImage, decode, square, with_channels
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -155,6 +155,13 @@ class ImageFiles:
         labels = None if self.label is None else self.label.tolist()
         return hashlib.sha256(json.dumps([self.names, labels, self.classes, self.shape]).encode()).hexdigest()
 
+    def content(self) -> str:
+        """SHA-256 over the files' bytes in order and what is made of them: reads all, decodes none."""
+        digest = hashlib.sha256(json.dumps([PIL.__version__, self.channels, self.size]).encode())
+        for name in self.names:
+            digest.update(hashlib.sha256(self.source.read(name)).digest())
+        return digest.hexdigest()
+
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images at ``index`` [b] as uint8 [b, C, H, W], with their labels."""
         names = [self.names[i] for i in index.tolist()]
@@ -225,11 +232,10 @@ def _some(bad: dict[str, str], most: int = 20) -> str:
 def _checked(source: Source, found: dict[str, list[int]]) -> tuple[dict[str, str], int]:
     """Which files are no whole images, and why; and 1 if all others are grey, else 3. Remembered for unchanged files.
 
-    The memory is a small file in ~/.cache/flowmaps (or under XDG_CACHE_HOME), keyed by names, sizes and times.
+    The memory is a small file in the cache directory, keyed by names, sizes and times.
     """
     key = hashlib.sha256(json.dumps([1, PIL.__version__, str(source.root.resolve()), found]).encode()).hexdigest()
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (Path.home can raise)
-    cache = Path(home) / "flowmaps" / f"{key}.json"
+    cache = cache_directory() / f"{key}.json"
     try:
         known = json.loads(cache.read_text())
         return dict(known["bad"]), int(known["channels"])

@@ -40,10 +40,11 @@ class DataSet(Fetches, Protocol):
         """What a run keeps to know its data by."""
 
 
-def in_order(data: DataSet, batch: int = 500) -> Iterator[Rows]:
-    """All of a data set from first to last, ``batch`` samples at a time."""
-    for start in range(0, len(data), batch):
-        yield data.fetch(torch.arange(start, min(start + batch, len(data))))
+def in_order(data: DataSet, items: range | None = None, batch: int = 500) -> Iterator[Rows]:
+    """All of a data set or the ``items`` of it from first to last, ``batch`` samples at a time."""
+    items = range(len(data)) if items is None else items
+    for start in range(items.start, items.stop, batch):
+        yield data.fetch(torch.arange(start, min(start + batch, items.stop)))
 
 
 class Order:

@@ -1,0 +1,107 @@
+"""Scores of a set of images from one pass over them: all are functions of the same features.
+
+Those that compare single images need the features kept (``FeatureStats(keep=True)``), and Inception's, on which alone
+they have their names. They are torch-fidelity's own functions, at its settings.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from flowmaps.errors import UserError
+from flowmaps.metrics.extractors import Extractor
+from flowmaps.metrics.stats import FeatureStats, check_comparable, frechet_distance
+
+METRICS = {
+    "fid": "Fréchet distance of the features' Gaussians (Heusel et al. 2017, arXiv 1706.08500); lower is better",
+    "kid": "squared MMD, cubic kernel, mean and deviation over subsets (Binkowski et al. 2018, arXiv 1801.01401)",
+    "is": "Inception Score, mean and deviation over 10 splits (Salimans et al. 2016, arXiv 1606.03498)",
+    "prc": "precision and recall by 3 nearest neighbours (Kynkäänniemi et al. 2019, arXiv 1904.06991)",
+}
+KID_SUBSETS, KID_SUBSET = 100, 1000
+SEED = 2020  # of KID's subsets and of the Inception Score's splits
+NEIGHBOURS = 3
+SPLITS = 10
+
+
+def needs_features(metrics: Sequence[str]) -> bool:
+    """Whether the moments are not enough."""
+    return bool({"kid", "is", "prc"} & set(metrics))
+
+
+def needs_reference_features(metrics: Sequence[str]) -> bool:
+    """Whether the reference's moments are not enough."""
+    return bool({"kid", "prc"} & set(metrics))
+
+
+def check_metrics(metrics: Sequence[str], extractor: Extractor, num: int, kid_subset: int = KID_SUBSET) -> None:
+    """Refuse, before any sampling, scores that cannot be had of ``num`` images and this extractor."""
+    if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= METRICS.keys():
+        raise UserError(f"--metrics={','.join(metrics)}: give different ones of {', '.join(METRICS)}")
+    if needs_features(metrics) and extractor.logits is None:
+        raise UserError(
+            f"--metrics={','.join(metrics)}: only fid is defined on the features of {extractor.origin.extractor}, the "
+            "others are for --extractor=inception"
+        )
+    least = {"fid": 2, "kid": kid_subset, "is": SPLITS, "prc": NEIGHBOURS + 1}
+    for name in metrics:
+        if num < least[name]:
+            remedy = "give more, or a smaller --kid_subset" if name == "kid" else "give more"
+            raise UserError(f"--metrics={name} needs {least[name]} images, there are {num}: {remedy}")
+
+
+def check_reference(metrics: Sequence[str], reference: FeatureStats, kid_subset: int = KID_SUBSET) -> None:
+    """Refuse a reference that lacks what the ``metrics`` need."""
+    if not needs_reference_features(metrics):
+        return
+    if reference.features is None:
+        raise UserError(
+            f"--metrics={','.join(metrics)} compare single images, but --reference has moments alone: give images, or "
+            "statistics with features (stats.py --features)"
+        )
+    if "kid" in metrics and len(reference.features) < kid_subset:
+        count = len(reference.features)
+        raise UserError(f"--metrics=kid: the reference has {count} images: give --kid_subset={count} or less")
+
+
+def scores(
+    ours: FeatureStats,
+    reference: FeatureStats,
+    extractor: Extractor,
+    metrics: Sequence[str] = ("fid",),
+    kid_subset: int = KID_SUBSET,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """The ``metrics`` of images with features ``ours``, by the names under which they are reported.
+
+    ``device``: for the nearest neighbours. Raises ``UserError`` where a set lacks what a metric needs.
+    """
+    check_metrics(metrics, extractor, ours.n or 0, kid_subset)
+    check_reference(metrics, reference, kid_subset)
+    found: dict[str, float] = {}
+    if "fid" in metrics:
+        found[extractor.metric] = frechet_distance(ours, reference)
+    check_comparable(ours, reference)
+    features, real = (torch.empty(0) if stats.features is None else stats.features for stats in (ours, reference))
+    if needs_features(metrics) and not len(features):
+        raise ValueError("these metrics need features that were kept: FeatureStats(keep=True)")
+    if "kid" in metrics:
+        from torch_fidelity.metric_kid import kid_features_to_metric
+
+        kid = kid_features_to_metric(
+            features, real, kid_subsets=KID_SUBSETS, kid_subset_size=kid_subset, rng_seed=SEED, verbose=False
+        )
+        found |= {"KID": kid["kernel_inception_distance_mean"], "KID std": kid["kernel_inception_distance_std"]}
+    if "is" in metrics and extractor.logits is not None:
+        from torch_fidelity.metric_isc import isc_features_to_metric
+
+        isc = isc_features_to_metric(extractor.logits(features).cpu(), splits=SPLITS, shuffle=True, rng_seed=SEED)
+        found |= {"IS": isc["inception_score_mean"], "IS std": isc["inception_score_std"]}
+    if "prc" in metrics:
+        from torch_fidelity.metric_prc import prc_features_to_metric
+
+        prc = prc_features_to_metric(
+            features.to(device), real.to(device), prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False
+        )
+        found |= {name: prc[name] for name in ("precision", "recall")}
+    return found

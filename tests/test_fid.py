@@ -1,0 +1,101 @@
+"""Scores on Inception features against torch-fidelity's own, whatever the batch size and the number of processes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import run_script, run_two
+from makers import photograph, small_inception, write_inception
+from torch.utils.data import Dataset
+
+from flowmaps.metrics.extractors import load_extractor
+from flowmaps.metrics.scores import METRICS
+
+NAMES = {
+    "FID": "frechet_inception_distance",
+    "KID": "kernel_inception_distance_mean",
+    "KID std": "kernel_inception_distance_std",
+    "IS": "inception_score_mean",
+    "IS std": "inception_score_std",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+class Items(Dataset):
+    """Images as torch-fidelity takes them."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
+def archive(path, n, first):
+    """``n`` photographs of 24 x 24; a quarter of them is darker the later they come."""
+    images = np.stack([np.asarray(photograph(first + i, 24, 24)) for i in range(n)])
+    images[::4] = images[::4] // (1 + first // 1000)
+    np.savez(path, samples=images)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def theirs(samples, reference, weights, kid_subset, batch=50):
+    from torch_fidelity import calculate_metrics
+
+    found = calculate_metrics(
+        input1=Items(samples), input2=Items(reference), fid=True, kid=True, isc=True, prc=True, cuda=False,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weights), batch_size=batch,
+        kid_subset_size=kid_subset, cache=False, verbose=False, save_cpu_ram=True,
+    )  # fmt: skip
+    return {ours: found[name] for ours, name in NAMES.items()}
+
+
+def assert_same_scores(row, expected):
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(value, rel=1e-4), name
+    assert expected["FID"] > 0.01 and expected["KID std"] > 0 and expected["IS"] > 1.01
+    assert 0 < expected["precision"] < 1 and 0 < expected["recall"] < 1
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Two sets of photographs as sample.py writes images, weights of Inception, and torch-fidelity's scores.
+
+    Inception sees 75 x 75 pixels instead of 299 x 299 here, in both packages: a sixteenth of the time.
+    """
+    base = tmp_path_factory.mktemp("fid")
+    weights = write_inception(base / "inception.pth")
+    samples, reference = archive(base / "samples.npz", 150, 2000), archive(base / "real.npz", 130, 0)
+    with small_inception(base / "fid.py"):
+        features = load_extractor("inception", weights).stats(torch.split(samples, 50))
+        assert features.cov.diagonal().mean().sqrt() > 0.01  # they vary over images
+        return base, weights, theirs(samples, reference, weights, 100)
+
+
+@pytest.mark.parametrize("run", [run_script, run_two])
+@pytest.mark.parametrize("batch", [7, 64])
+def test_scores_equal_torch_fidelity(sets, batch, run, tmp_path):
+    base, weights, expected = sets
+    flags = [f"--samples={base}/samples.npz", f"--reference={base}/real.npz", f"--weights={weights}"]
+    flags += [f"--metrics={','.join(METRICS)}", "--kid_subset=100", f"--batch={batch}", f"--json={tmp_path}/a.json"]
+    done = run(base / "fid.py", *flags, check=True)
+    assert_same_scores(json.loads((tmp_path / "a.json").read_text())["results"][0], expected)
+    assert done.stdout.count("FID") == 1  # one process speaks
+
+
+@pytest.mark.slow
+def test_scores_equal_torch_fidelity_at_full_size(tmp_path):
+    """The same at Inception's own 299 x 299, through the script itself."""
+    weights = write_inception(tmp_path / "inception.pth", size=299)
+    samples, reference = archive(tmp_path / "samples.npz", 60, 2000), archive(tmp_path / "real.npz", 50, 0)
+    expected = theirs(samples, reference, weights, 40)
+    for run, batch in ((run_script, 7), (run_two, 64)):
+        flags = [f"--samples={tmp_path}/samples.npz", f"--reference={tmp_path}/real.npz", f"--weights={weights}"]
+        flags += [f"--metrics={','.join(METRICS)}", "--kid_subset=40", f"--batch={batch}", f"--json={tmp_path}/a.json"]
+        run("scripts/fid.py", *flags, check=True)
+        assert_same_scores(json.loads((tmp_path / "a.json").read_text())["results"][0], expected)

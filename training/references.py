@@ -1,0 +1,87 @@
+"""The statistics that samples are compared with: from a file, or of images, computed once and remembered."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from flowmaps.errors import UserError
+from flowmaps.files import cache_directory, npz_shapes
+from flowmaps.metrics import FeatureStats
+from flowmaps.metrics.extractors import INCEPTION_HASH, Extractor, load_extractor
+from flowmaps.metrics.stats import REMEDY
+from training.processes import ALONE, Team
+from training.sources import Images, check_source, open_source, pick_extractor, stats_of
+
+
+def reference_stats(
+    reference: str,
+    extractor: str | None,
+    weights: str | None,
+    root: str,
+    device: torch.device,
+    keep: bool = False,
+    team: Team = ALONE,
+) -> tuple[FeatureStats, Extractor]:
+    """Statistics of the reference, with single features if ``keep`` and there are any, and the extractor that fits.
+
+    A statistics file decides the extractor; another one asked for by name is refused. Statistics of images are kept in
+    the cache directory.
+    """
+    check_source(reference, "--reference")
+    shapes = npz_shapes(reference, REMEDY) if Path(reference).is_file() and reference.endswith(".npz") else {}
+    if not shapes or ("mu" not in shapes and {"samples", "arr_0"} & shapes.keys()):
+        images = open_source(reference, root, "--reference", team=team)
+        chosen = pick_extractor(extractor, weights, reference, device)
+        return remembered(images, chosen, keep, team), chosen
+    stats = FeatureStats.load(reference)
+    wanted = stats.origin.extractor
+    if extractor not in (None, wanted):
+        raise UserError(f"--extractor={extractor}, but --reference={reference} was made with {wanted!r}")
+    chosen = load_extractor(wanted, weights, device)
+    if not stats.origin.weights and not chosen.origin.weights.startswith(INCEPTION_HASH) and not team.rank:
+        print(
+            f"warning: --reference={reference} is a published file, made with the Inception of 2015; the weights in "
+            "use are not torch-fidelity's port of it",
+            file=sys.stderr,
+        )
+    if keep and "arr_0" in shapes:  # ADM's moments are of the whole data set, its images some of it
+        stats.features = remembered(open_source(reference, root, "--reference"), chosen, keep, team).features
+    return stats, chosen
+
+
+def remembered(images: Images, extractor: Extractor, keep: bool = False, team: Team = ALONE) -> FeatureStats:
+    """The statistics of ``images``, taken from the cache if their content and the extractor are those of before.
+
+    Only the first process of a ``team`` has them.
+    """
+    found, file = None, Path()
+    if not team.rank:
+        key = [1, images.content(), images.name, images.split, images.crop, vars(extractor.origin)]
+        file = cache_directory() / "stats" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.npz"
+        found = _read(file, keep)
+    if team.told(found is not None):
+        return found or FeatureStats(extractor.dim)
+    stats = stats_of(images, extractor, keep, team)
+    if not team.rank:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stats.save(file)
+        except OSError:  # only a memory: without it the next call computes again
+            pass
+    return stats
+
+
+def source_stats(source: str, extractor: Extractor, root: str, flag: str) -> FeatureStats:
+    """The statistics of the images that ``source`` names."""
+    return remembered(open_source(source, root, flag), extractor)
+
+
+def _read(file: Path, keep: bool) -> FeatureStats | None:
+    try:
+        stats = FeatureStats.load(file)
+    except UserError:  # none yet, or damaged
+        return None
+    return stats if stats.features is not None or not keep else None
