@@ -7,6 +7,7 @@ python scripts/benchmark.py --suite=mid_training --rows=digits --threads=1 --plo
 python scripts/benchmark.py --suite=bellman --rows=digits --threads=1 --plot=bellman.png
 python scripts/benchmark.py --suite=step --threads=1
 python scripts/benchmark.py --suite=networks --threads=1
+python scripts/benchmark.py --suite=fid --num=512
 
 Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n and euler@n are at n sampling steps.
 """
@@ -25,15 +26,17 @@ from training import cli
 SUITE = flags.DEFINE_string(
     "suite",
     None,
-    "bellman (step sizes), checkerboard, digits, learning (curves), mid_training (what it is worth to post-training), "
-    "networks (time and memory of each objective) or step (its time)",
+    "bellman (step sizes), checkerboard, digits, fid (cost of scoring), learning (curves), mid_training (what it is "
+    "worth to post-training), networks (time and memory of each objective) or step (its time)",
 )
 ROWS = flags.DEFINE_list("rows", None, "Rows of the suite's config; of networks: small ones, or names of presets")
 RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds")
 TRAIN_STEPS = flags.DEFINE_integer("train_steps", None, "Training steps, instead of the config's", lower_bound=1)
 CPU_MINUTES = flags.DEFINE_float("cpu_minutes", None, "Process time to train for, instead of steps", 0.01)
-NUM = flags.DEFINE_integer("num", None, "Samples to score: 32768 points or 2000 images by default", lower_bound=2)
+NUM = flags.DEFINE_integer(
+    "num", None, "Samples to score: 32768 points, 2000 images or (fid) 512 by default", lower_bound=2
+)
 THREADS = flags.DEFINE_integer("threads", None, "Threads that torch may use", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "File for the records, written after each one; those in it are not run again")
 PLOT = flags.DEFINE_string("plot", None, "PNG file for the scores against the number of steps, or of images")
@@ -46,7 +49,9 @@ def main() -> None:
     from training.handover import SETTINGS
 
     if SUITE.value is None:
-        raise UserError("--suite is missing: bellman, checkerboard, digits, learning, mid_training, networks or step")
+        raise UserError(
+            "--suite is missing: bellman, checkerboard, digits, fid, learning, mid_training, networks or step"
+        )
     try:
         seeds, rates = [int(seed) for seed in SEEDS.value], [float(rate) for rate in RATES.value]
     except ValueError:

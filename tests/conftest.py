@@ -7,17 +7,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # tests/helpers.py, tests/makers.py
 
 
-# Their fixtures take long: one worker runs all of the file, so that they are made once.
-TOGETHER = {"chain", "cli", "fid", "latent_training", "mixture", "prepare_images", "references", "scoring"}
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.stem.removeprefix("test_") in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # pytest -n 2 on two cores; also makes sums reproducible

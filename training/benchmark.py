@@ -19,6 +19,7 @@ from training.config import Config
 from training.costs import network_costs, step_times
 from training.data import load_arrays
 from training.evaluation import samples
+from training.fid_suite import fid_costs
 from training.references import source_stats
 from training.report import EVALUATIONS, lines
 from training.rows import load_row
@@ -106,6 +107,9 @@ def run(
     done: Collection[tuple[str, int]] = (),
 ) -> Iterator[dict[str, Any]]:
     """Yield one record a (row, seed) that is not ``done``: what was trained, for how long, and its scores."""
+    if suite == "fid":
+        yield from fid_costs(num or 512, done=done)
+        return
     if suite == "step":
         for row in (row for row in rows if (row, 0) not in done):
             yield {"row": row, "seed": 0, "train_steps": 18, "scores": step_times("configs/digits.py", row)}
@@ -133,7 +137,7 @@ def run(
         return
     if suite not in SUITES:
         raise UserError(
-            f"--suite={suite}: choose one of bellman, learning, mid_training, networks, step, {', '.join(SUITES)}"
+            f"--suite={suite}: choose one of bellman, fid, learning, mid_training, networks, step, {', '.join(SUITES)}"
         )
     file, score = SUITES[suite]
     for row in rows:

@@ -45,7 +45,7 @@ class Limits:
         try:
             found: Record = json.loads(Path(file).read_bytes())
             _ = {fact: found[fact] for fact in PROTOCOL}, [row[found["metric"]] + 0.0 for row in found["results"]]
-            _ = found["reference"]["sha256"]
+            _ = [found["reference"][known] for known in ("content", "sha256")]
         except OSError as error:
             raise UserError(f"{flag}: {error.strerror}: give a file that fid.py --json wrote") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -62,7 +62,9 @@ class Limits:
                     f"--max_regression={self.file} was made with another {fact} ({self.baseline[fact]}, now "
                     f"{report[fact]}): make it again, or score as it was made"
                 )
-        if report["reference"]["sha256"] != self.baseline["reference"]["sha256"]:
+        ours, theirs = report["reference"], self.baseline["reference"]
+        known = "content" if ours["content"] and theirs["content"] else "sha256"
+        if ours[known] != theirs[known]:
             raise UserError(f"--max_regression={self.file} was made with another --reference: make it again")
         for row in rows:
             self.before(row, report["metric"])
@@ -100,7 +102,7 @@ def name(row: Row) -> str:
     if "steps" not in row:
         return "the samples"
     average = "" if row["ema"] is None else f", ema {row['ema']:g}"
-    return f"{row['sampler']}, {row['steps']} steps, {row['grid']}{average}"
+    return f"{row['sampler']}, {row['steps']} step{'s' * (row['steps'] > 1)}, {row['grid']}{average}"
 
 
 def conclude(report: Record, limits: Limits, json_file: str | None, junit_file: str | None, page: str | None) -> int:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import PIL
 import torch
 
 from flowmaps.errors import UserError
@@ -57,14 +59,16 @@ def remembered(images: Images, extractor: Extractor, keep: bool = False, team: T
 
     Only the first process of a ``team`` has them.
     """
-    found, file = None, Path()
+    found, file, content = None, Path(), ""
     if not team.rank:
-        key = [1, images.content(), images.name, images.split, images.crop, vars(extractor.origin)]
+        content = images.content()
+        key = [1, PIL.__version__, content, images.name, images.split, images.crop, vars(extractor.origin)]
         file = cache_directory() / "stats" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.npz"
         found = _read(file, keep)
     if team.told(found is not None):
         return found or FeatureStats(extractor.dim)
     stats = stats_of(images, extractor, keep, team)
+    stats.origin = replace(stats.origin, content=content)
     if not team.rank:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

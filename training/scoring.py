@@ -109,7 +109,7 @@ def record(reference: FeatureStats, extractor: Extractor, fm: FlowMap | None, fa
     return {
         "metric": extractor.metric,
         "extractor": {k: getattr(extractor.origin, k) for k in ("extractor", "weights", "resize")},
-        "reference": {k: getattr(origin, k) for k in ("data", "split", "size", "crop", "weights")}
+        "reference": {k: getattr(origin, k) for k in ("data", "split", "size", "crop", "content", "weights")}
         | {"n": reference.n, "sha256": reference.sha256() if reference.n != 0 else ""},
         "model": model,
         **facts,

@@ -31,6 +31,7 @@ class Origin:
     crop: str = ""  # how the images got that size
     data: str = ""
     split: str = ""
+    content: str = ""  # SHA-256 of the images: the same set has the same on every machine, its moments only nearly
 
 
 FACTS = tuple(field.name for field in fields(Origin))
