@@ -2,25 +2,43 @@
 
 python scripts/train.py --config=configs/cifar10.py:lagrangian --config.data.root=data --workdir=runs/cifar10
 python scripts/train.py --config=configs/cifar10.py:lagrangian --config.data.download --workdir=runs/cifar10
+python scripts/fid.py --checkpoint=runs/cifar10 --reference=cifar10-train --num=50000 --steps=1,2,4,8 --repeats=3
 
 The paper's data (50,000 training images, no augmentation), network (EDM2's with forced weight normalisation, 54.67
 million parameters), batch 512, 400,000 steps (204.8 million images), RAdam with 1e-2 / sqrt(max(step / 35,000, 1)),
-clipping at 1, share of diagonal rows 0.75, dropout 0.13, learned weight and EMA 0.9999. The paper trains about 24 hours
-on 4 H100 and reports, best checkpoint for each step count, FID-50k 8.10 / 4.37 / 3.34 / 3.33 at 1 / 2 / 4 / 8 steps.
+clipping at 1, share of diagonal rows 0.75, dropout 0.13, learned weight and EMA 0.9999; about 24 hours on 4 H100.
 Append ",ddpmpp" for EDM's U-Net of 55.7 million parameters, at lr 5e-4 (a guess).
 
-Rows that start from published weights (docs/teachers.md), and follow their drift too with ",taught":
-from_edm (edm-cifar10-32x32-cond-vp), from_rectified_flow (DDPM++), from_ddpm (google/ddpm-cifar10-32), each imported to
-teachers/NAME first.
+Published FID of 50,000 samples to the training images, at 1 / 2 / 4 / 8 steps, and how it was had. Extractors and
+selection differ, which is worth a few tenths. [2]: read at second hand. No number was found for rows that are not here.
 
-Consistency mid-training of Hu et al. 2025 (arXiv 2509.24526): the row mid_training with --workdir=runs/cifar10-mid,
-then post_training, from edm-cifar10-32x32-uncond-vp imported to teachers/edm-uncond. Optimiser, rates, steps, dropout
-0.2, EMAs, LPIPS and q = 4096 are those of the authors' scripts, read at second hand, as is their result: FID-50k 2.74 /
-1.97 at 1 / 2 steps after 51.2 million images. Ours alone: the last of 16 steps goes from noise level 0.002 to none.
+lagrangian            8.10 / 4.37 / 3.34 / 3.33. Own port of Inception, resized bilinearly, statistics of the training
+                      images, seed 42, the best checkpoint for each step count; one checkpoint (27) has 8.82 / 4.49 /
+                      3.34 / 3.65
+progressive           12.81 / 8.43 / 5.96 / 5.07, with midpoints; the same protocol and budget
+progressive_uniform   13.61 / 7.95 / 6.03 / 5.32; likewise
+eulerian              none: it diverged in the paper. Nor has eulerian_slim one
+flow_matching         2.07 with Heun in 50 evaluations (facebookresearch/flow_matching; users report 2.2 to 3.1)
+mean_flow             2.92 / - [2] (arXiv 2505.13447): 819 million images, some 370 H200 hours, EDM's augmentation;
+                      torchmetrics, that is torch-fidelity's Inception
+shortcut              27.28 / 16.04 / 9.63 / 7.10 [2], not by its authors
+consistency           3.60 / 2.11 [2] (arXiv 2406.14548) after 51.2 million images from EDM's weights; NVIDIA's
+                      Inception. From random weights, as here, none was found
+mid_training, post_training   2.74 / 1.97 [2] (arXiv 2509.24526) after 51.2 million images in both; NVIDIA's Inception
+straightening         4.80 in 6 Euler steps, and reflow 4.33 [2] (arXiv 2312.16414); clean-fid
+from_edm              none as a map; the teacher's own 1.79 in 35 evaluations, conditional (arXiv 2206.00364)
+from_rectified_flow, from_ddpm   none as a map; the teachers' own: arXiv 2209.03003, 2006.11239
 
-The rows mean_flow (arXiv 2505.13447), improved_mean_flow (arXiv 2512.02012) and consistency (arXiv 2406.14548) have the
-shares, times and weights of their papers in this setting, not their batch, optimiser and augmentation. Nothing here was
-run by the authors of this package, who have no GPU yet.
+Rows that start from published weights (docs/teachers.md), and follow their drift too with ",taught": from_edm
+(edm-cifar10-32x32-cond-vp), from_rectified_flow (DDPM++), from_ddpm (google/ddpm-cifar10-32), each imported to
+teachers/NAME first. Consistency mid-training: the row mid_training with --workdir=runs/cifar10-mid, then post_training,
+from edm-cifar10-32x32-uncond-vp imported to teachers/edm-uncond; optimiser, rates, steps, dropout 0.2, EMAs, LPIPS and
+q = 4096 are those of the authors' scripts [2]. Ours alone: the last of 16 steps goes from noise level 0.002 to none.
+
+mean_flow, improved_mean_flow (arXiv 2512.02012) and consistency have the shares, times and weights of their papers in
+this setting, not their batch, optimiser and augmentation. All rows cost what the first one does, times the step's cost
+relative to lagrangian's (docs/maths.md), or less where they have fewer steps. Nothing here was run by the authors of
+this package, who have no GPU yet.
 """
 
 from typing import Any

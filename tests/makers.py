@@ -236,14 +236,15 @@ def write_inception(file: Path, size: int = 75) -> Path:
 
 
 @contextmanager
-def small_inception(script: Path) -> Iterator[None]:
-    """Within, torch-fidelity's Inception resizes to 75 x 75 for speed; ``script`` becomes a fid.py with the same."""
+def small_inception(folder: Path) -> Iterator[None]:
+    """Within, torch-fidelity's Inception resizes to 75 x 75 for speed; ``folder`` gets fid.py and stats.py that do too."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    script.write_text(
-        "import runpy\nfrom torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3\n"
-        "FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE = 75\nrunpy.run_path('scripts/fid.py', run_name='__main__')\n"
-    )
+    for name in ("fid.py", "stats.py"):
+        (folder / name).write_text(
+            "import runpy\nfrom torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3\n"
+            f"FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE = 75\nrunpy.run_path('scripts/{name}', run_name='__main__')\n"
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
         yield

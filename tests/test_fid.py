@@ -71,15 +71,22 @@ def sets(tmp_path_factory):
     base = tmp_path_factory.mktemp("fid")
     weights = write_inception(base / "inception.pth")
     samples, reference = archive(base / "samples.npz", 150, 2000), archive(base / "real.npz", 130, 0)
-    with small_inception(base / "fid.py"):
+    with small_inception(base):
         features = load_extractor("inception", weights).stats(torch.split(samples, 50))
         assert features.cov.diagonal().mean().sqrt() > 0.01  # they vary over images
         return base, weights, theirs(samples, reference, weights, 100)
 
 
-@pytest.mark.parametrize("run", [run_script, run_two])
-@pytest.mark.parametrize("batch", [7, 64])
-def test_scores_equal_torch_fidelity(sets, batch, run, tmp_path):
+@pytest.mark.parametrize(
+    ("run", "batch"),
+    [
+        (run_script, 64),
+        (run_two, 7),
+        pytest.param(run_script, 7, marks=pytest.mark.slow),
+        pytest.param(run_two, 64, marks=pytest.mark.slow),
+    ],
+)
+def test_scores_equal_torch_fidelity(sets, run, batch, tmp_path):
     base, weights, expected = sets
     flags = [f"--samples={base}/samples.npz", f"--reference={base}/real.npz", f"--weights={weights}"]
     flags += [f"--metrics={','.join(METRICS)}", "--kid_subset=100", f"--batch={batch}", f"--json={tmp_path}/a.json"]

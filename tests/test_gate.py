@@ -16,7 +16,12 @@ from helpers import ROOT, run_script
 from flowmaps import FlowMap, UserError
 from training.gate import Limits, conclude, junit, summary
 
-TRAIN = ["--config=configs/digits.py:lagrangian", "--config.network.width=16", "--config.steps=120", "--config.batch=32"]
+TRAIN = [
+    "--config=configs/digits.py:lagrangian",
+    "--config.network.width=16",
+    "--config.steps=120",
+    "--config.batch=32",
+]
 TRAIN += ["--config.optim.lr=5e-3", "--config.optim.warmup=10"]
 WAYS = ["--steps=1,2", "--num=300", "--batch=100"]
 

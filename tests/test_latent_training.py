@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import run_script
-from makers import write_inception, write_vae
+from makers import small_inception, write_inception, write_vae
 from safetensors.torch import load_file
 from small_networks import small
 from test_training import assert_same, weights
@@ -59,11 +59,12 @@ def test_samples_are_decoded_and_scored(run, imagenet_root, tmp_path):
     assert made["samples"].shape == (8, 64, 64, 3) and made["label"].tolist() == list(range(8))
     weights = f"--weights={write_inception(tmp_path / 'inception.pth')}"
     reference = ["--extractor=inception", weights, f"--out={tmp_path / 'reference.npz'}"]
-    run_script("scripts/stats.py", f"--data={imagenet_root / 'imagenet64'}", *reference, check=True)
+    with small_inception(tmp_path):
+        run_script(tmp_path / "stats.py", f"--data={imagenet_root / 'imagenet64'}", *reference, check=True)
     found = []
     for source in (flags, [f"--samples={tmp_path / 'samples-2.npz'}"]):
         score = [f"--reference={tmp_path / 'reference.npz'}", weights, f"--json={tmp_path / 'fid.json'}"]
-        run_script("scripts/fid.py", *source, *score, check=True)
+        run_script(tmp_path / "fid.py", *source, *score, check=True)
         found.append(json.loads((tmp_path / "fid.json").read_text()))
     assert len(found[0]["model"]["vae"]["sha256"]) == 64 and found[0]["reference"]["n"] == 32
     assert found[0]["results"][0]["FID"] == pytest.approx(found[1]["results"][0]["FID"], rel=1e-3)

@@ -76,7 +76,17 @@ def one_euler_step(points):
     return error
 
 
-@pytest.mark.parametrize("name", [name for name in LIVE if OBJECTIVES[name]().kind != "drift"])
+RELATIVES = {"improved_mean_flow", "shortcut", "terminal_velocity"}  # of methods that always run
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in RELATIVES else ())
+        for name in LIVE
+        if OBJECTIVES[name]().kind != "drift"
+    ],
+)
 def test_one_jump_is_five_times_closer_than_one_euler_step(name, points, one_euler_step, monkeypatch):
     fm = trained(name, monkeypatch)
     x0, x1 = points

@@ -1,6 +1,7 @@
 """References: published files as they are, refusals in one line, and statistics that are computed once."""
 
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -20,6 +21,17 @@ from flowmaps.metrics.stats import Origin
 from training.references import reference_stats, remembered, source_stats
 from training.sources import data_set, open_source
 
+
+class Hostile:
+    """A pickle of it opens a file for writing when it is read carelessly."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
 CPU = torch.device("cpu")
 
 
@@ -29,12 +41,16 @@ def place(tmp_path_factory):
     base = tmp_path_factory.mktemp("published")
     weights = write_inception(base / "inception.pth")
     samples, real = archive(base / "samples.npz", 40, 2000), archive(base / "real.npz", 30, 0)
-    with small_inception(base / "fid.py"):
+    with small_inception(base):
         extractor = load_extractor("inception", weights)
         stats = extractor.stats([real], data="real", split="all")
         mine = extractor.stats([samples])
         moments = {"mu": stats.mean.numpy(), "sigma": stats.cov.numpy()}
         np.savez(base / "edm.npz", **moments)
+        with (base / "edm2.pkl").open("wb") as file:
+            pickle.dump({"fid": moments, "fd_dinov2": {"mu": np.zeros(3), "sigma": np.eye(3)}}, file)
+        with (base / "hostile.pkl").open("wb") as file:
+            pickle.dump({"fid": Hostile(base / "ran")}, file)
         images = {"arr_0": real.permute(0, 2, 3, 1).numpy(), "mu_s": np.zeros(7), "sigma_s": np.eye(7)}
         np.savez(base / "adm.npz", **images, **moments | {"mu": moments["mu"].astype(np.float32)})
         np.savez(base / "big.npz", arr_0=np.zeros((9, 64, 64, 3), np.uint8), **moments)
@@ -54,11 +70,12 @@ def place(tmp_path_factory):
 
 def fid(place, reference, *more):
     base, weights, _ = place
-    flags = [f"--samples={base}/samples.npz", f"--reference={base}/{reference}.npz", f"--weights={weights}"]
+    [file] = [file for file in base.glob(f"{reference}.*") if file.suffix in (".npz", ".pkl")]
+    flags = [f"--samples={base}/samples.npz", f"--reference={file}", f"--weights={weights}"]
     return run_script(base / "fid.py", *flags, f"--json={base}/{reference}.json", *more)
 
 
-@pytest.mark.parametrize("name", ["edm", "adm", "ours"])
+@pytest.mark.parametrize("name", ["edm", "edm2", "adm", "ours"])
 def test_published_files_are_read_as_they_are(place, name):
     base, _, expected = place
     done = fid(place, name)
@@ -69,9 +86,9 @@ def test_published_files_are_read_as_they_are(place, name):
     if name == "ours":
         assert reference["n"] == 30 and reference["weights"] == found["extractor"]["weights"] and not done.stderr
     else:
-        assert reference["n"] is None and reference["weights"] == "" and reference["data"] == f"{name}.npz"
+        assert reference["n"] is None and reference["weights"] == "" and reference["data"].startswith(f"{name}.")
         assert done.stderr.startswith("warning: --reference=") and len(done.stderr.splitlines()) == 1
-    assert reference["size"] == {"edm": "", "adm": "24x24", "ours": "24x24"}[name]
+    assert reference["size"] == {"edm": "", "edm2": "", "adm": "24x24", "ours": "24x24"}[name]
 
 
 def test_precision_of_adm_files_is_that_of_their_images(place):
@@ -97,6 +114,7 @@ REFUSED = {
     "weights": "features differ in weights",
     "extractor": "--extractor=dinov2: choose one of",
     "old": "old.npz has no size",
+    "hostile": "no file of EDM2's reference statistics",
     "rows": "rows.npz: features must be 30 x 2048",
 }
 
@@ -106,7 +124,7 @@ def test_what_does_not_fit_is_refused_in_one_line(place, name):
     done = fid(place, name)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("warning")]
     assert done.returncode == 2 and len(lines) == 1 and REFUSED[name] in lines[0], done.stderr
-    assert not (place[0] / f"{name}.json").exists()
+    assert not (place[0] / f"{name}.json").exists() and not (place[0] / "ran").exists()
 
 
 def test_names_of_data_sets():
@@ -163,13 +181,11 @@ def test_the_memory_of_a_folder_follows_its_content(monkeypatch, tmp_path):
 def test_cifar10_train_by_two_processes_equals_one(data_root, tmp_path, monkeypatch):
     """300 images of the true format; the second call finds what the first one left in the cache."""
     small = write_inception(tmp_path / "inception.pth")
-    with small_inception(tmp_path / "fid.py"):
+    with small_inception(tmp_path):
         alone, _ = reference_stats("cifar10-train", "inception", str(small), str(data_root), CPU, keep=True)
-    script = tmp_path / "stats.py"
-    script.write_text((tmp_path / "fid.py").read_text().replace("scripts/fid.py", "scripts/stats.py"))
     flags = ["--data=cifar10-train", f"--root={data_root}", f"--weights={small}", f"--out={tmp_path}/two.npz"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run_two(script, *flags, "--features", check=True)
+    run_two(tmp_path / "stats.py", *flags, "--features", check=True)
     both = FeatureStats.load(tmp_path / "two.npz")
     assert both.n == alone.n == 300 and both.origin == alone.origin and both.origin.split == "train"
     for found, expected in ((both.mean, alone.mean), (both.cov, alone.cov), (both.features, alone.features)):

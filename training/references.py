@@ -34,7 +34,8 @@ def reference_stats(
     """
     check_source(reference, "--reference")
     shapes = npz_shapes(reference, REMEDY) if Path(reference).is_file() and reference.endswith(".npz") else {}
-    if not shapes or ("mu" not in shapes and {"samples", "arr_0"} & shapes.keys()):
+    images_alone = "mu" not in shapes and {"samples", "arr_0"} & shapes.keys()
+    if images_alone or not reference.endswith((".npz", ".pkl")):
         images = open_source(reference, root, "--reference", team=team)
         chosen = pick_extractor(extractor, weights, reference, device)
         return remembered(images, chosen, keep, team), chosen

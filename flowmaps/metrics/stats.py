@@ -121,9 +121,10 @@ class FeatureStats:
         """Read a file of ``save``, or one that EDM, EDM2 or ADM published; damage and doubt are refused by name.
 
         Those have mu and sigma of Inception's 2048 features, and tell neither n nor the weights; ADM's has images too
-        (arr_0), whose size is taken over.
+        (arr_0), whose size is taken over. EDM2's own are pickles (.pkl), of which nothing is run.
         """
-        shapes = npz_shapes(path, REMEDY)
+        pickled = _moments_in_pickle(Path(path)) if str(path).endswith(".pkl") else None
+        shapes = npz_shapes(path, REMEDY) if pickled is None else {key: value.shape for key, value in pickled.items()}
         own = "extractor" in shapes
         wanted = ["mu", "sigma", *(["n", *FACTS] if own else [])]
         if missing := [key for key in wanted if key not in shapes]:
@@ -133,7 +134,7 @@ class FeatureStats:
                 f"{path} has mu of shape {shapes['mu']} and does not name its extractor: published files have "
                 f"{INCEPTION_DIM} features of Inception; {REMEDY}"
             )
-        values = read_npz(path, REMEDY, {*wanted, "features"})
+        values = read_npz(path, REMEDY, {*wanted, "features"}) if pickled is None else pickled
         try:
             mu, sigma = (torch.tensor(values[key], dtype=torch.float64) for key in ("mu", "sigma"))
             n = int(values["n"]) if own else None
@@ -158,6 +159,16 @@ class FeatureStats:
     def sha256(self) -> str:
         """Hash of the moments: the same reference has the same hash whatever its file is called."""
         return hashlib.sha256(self.mean.numpy().tobytes() + self.cov.numpy().tobytes()).hexdigest()
+
+
+def _moments_in_pickle(path: Path) -> dict[str, Any]:
+    from flowmaps.importers.pickles import read_objects
+
+    try:
+        moments = read_objects(path)["fid"]
+        return {key: moments[key].value for key in ("mu", "sigma")}
+    except (UserError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is missing, damaged or no file of EDM2's reference statistics: {REMEDY}") from None
 
 
 def _published(path: str | Path, shapes: dict[str, tuple[int, ...]]) -> Origin:
