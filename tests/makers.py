@@ -237,13 +237,14 @@ def write_inception(file: Path, size: int = 75) -> Path:
 
 @contextmanager
 def small_inception(folder: Path) -> Iterator[None]:
-    """Within, torch-fidelity's Inception resizes to 75 x 75 for speed; ``folder`` gets fid.py and stats.py that do too."""
+    """Within, torch-fidelity's Inception resizes to 75 x 75 for speed; ``folder`` gets fid.py and stats.py likewise."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     for name in ("fid.py", "stats.py"):
         (folder / name).write_text(
             "import runpy\nfrom torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3\n"
-            f"FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE = 75\nrunpy.run_path('scripts/{name}', run_name='__main__')\n"
+            "FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE = 75\n"
+            f"runpy.run_path('scripts/{name}', run_name='__main__')\n"
         )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)

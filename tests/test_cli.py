@@ -211,9 +211,9 @@ def start_training(workdir, *extra):
         sys.executable,
         "scripts/train.py",
         CHECKER,
-        "--config.steps=400",
+        "--config.steps=200",
         "--config.checkpoint_every=20",
-        "--config.sample_every=400",
+        "--config.sample_every=200",
         *extra,
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -230,7 +230,7 @@ def wait_for_checkpoint(workdir, process):
 
 
 def final_weights(workdir):
-    return load_file(workdir / "checkpoints" / "step-00000400" / "network.safetensors")
+    return load_file(workdir / "checkpoints" / "step-00000200" / "network.safetensors")
 
 
 def test_killed_run_resumes_to_the_same_weights(tmp_path):
@@ -241,7 +241,7 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     wait_for_checkpoint(tmp_path / "killed", process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "checkpoints" / "step-00000400").exists()
+    assert not (tmp_path / "killed" / "checkpoints" / "step-00000200").exists()
     assert start_training(tmp_path / "killed").wait(timeout=240) == 0
     rows = [json.loads(line) for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
     resumed = [row for row in rows if row.get("event") == "resume"]

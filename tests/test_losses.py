@@ -18,13 +18,12 @@ from flowmaps.objectives.times import Times
 from samplers import Trajectory, uniform_times
 from training.costs import Unsplit
 
-# Every objective on the smallest graph; on the others the hardest derivatives, some of them as slow tests.
+# Every objective on the smallest graph; on the others the hardest derivatives, as slow tests.
 COMPILED = [("DiT", name, {}) for name in OBJECTIVES] + [("DiT", "mean_flow", {"guidance_max": 3.0})]
-QUICK = [("UNet", "lagrangian")]
-COMPILED += [(*pair, {}) for pair in QUICK] + [
+COMPILED += [
     pytest.param(*pair, {}, marks=pytest.mark.slow)
     for pair in itertools.product(IMAGES, ("lagrangian", "eulerian"))
-    if pair not in QUICK and pair[0] != "DiT"
+    if pair[0] != "DiT"
 ]
 
 
