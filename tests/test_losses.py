@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import gaussian_data, gaussian_map, generator
 from small_networks import IMAGES, small
-from test_objectives import ANCHORED, LIVE, MAPS
+from test_objectives import ANCHORED, LIVE, MAPS, RELATIVES
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.derivatives import velocity_jvp
@@ -18,8 +18,10 @@ from flowmaps.objectives.times import Times
 from samplers import Trajectory, uniform_times
 from training.costs import Unsplit
 
-# Every objective on the smallest graph; on the others the hardest derivatives, as slow tests.
-COMPILED = [("DiT", name, {}) for name in OBJECTIVES] + [("DiT", "mean_flow", {"guidance_max": 3.0})]
+# Every objective on the smallest graph, relatives of others as slow tests; likewise the hardest derivatives on others.
+COMPILED = [
+    pytest.param("DiT", name, {}, marks=pytest.mark.slow if name in RELATIVES else ()) for name in OBJECTIVES
+] + [("DiT", "mean_flow", {"guidance_max": 3.0})]
 COMPILED += [
     pytest.param(*pair, {}, marks=pytest.mark.slow)
     for pair in itertools.product(IMAGES, ("lagrangian", "eulerian"))

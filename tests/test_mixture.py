@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_objectives import LIVE
+from test_objectives import LIVE, RELATIVES
 
 from configs.checkerboard import base
 from flowmaps.objectives import OBJECTIVES
@@ -74,9 +74,6 @@ def one_euler_step(points):
         error = rms(euler(fm.drift, points[0], uniform_times(1)) - points[1])
     assert fine < 0.15 * error  # the drift itself is good
     return error
-
-
-RELATIVES = {"improved_mean_flow", "shortcut", "terminal_velocity"}  # of methods that always run
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from flowmaps.objectives.lagrangian import Derivative
 from flowmaps.objectives.progressive import Middle
 
 LIVE = [name for name, cls in OBJECTIVES.items() if not issubclass(cls, PathObjective)]  # that learn from data
+RELATIVES = {"improved_mean_flow", "shortcut", "terminal_velocity"}  # of methods whose long tests always run
 MAPS = [name for name in LIVE if OBJECTIVES[name]().kind == "map"]
 ANCHORED = [name for name, cls in OBJECTIVES.items() if cls().diagonal]  # with rows that regress the drift
 CONDITIONAL = ("mean_flow", "improved_mean_flow")  # targets are right in the mean over (x0, x1) given I_s only

@@ -28,6 +28,7 @@ def test_mid_training(tmp_path):
     assert again == lines[-len(again) :]
 
 
+@pytest.mark.slow
 def test_bellman(tmp_path):
     flags = ["--suite=bellman", "--rows=narrow,checkerboard", "--train_steps=2", "--num=32", "--seeds=3"]
     lines, records = run(tmp_path / "b.json", *flags)
