@@ -66,17 +66,19 @@ def main() -> int:
     reference, extractor = reference_stats(*wanted, pick_device(), needs_reference_features(METRICS.value), everyone)
     scorer = scoring.Scorer(extractor, reference, METRICS.value, KID.value, everyone)
     scorer.check(scored.num, scored.shape)
-    report = scoring.record(reference, extractor, fm, scored.facts())
-    limits.check(report, [row for row, _ in scored.samplings(everyone)])
+    rows, report = [], {}
+    if not everyone.rank:  # the others have no reference
+        report = scoring.record(reference, extractor, fm, scored.facts()) | {"results": rows}
+        limits.check(report, (row for row, _ in scored.samplings(everyone)))
+    floor = scoring.floor(known[0], extractor, ROOT.value) if MEMORISATION.value else None
     for row, samplings in scored.samplings(everyone):
         if MEMORISATION.value:
             samplings[0] = list(samplings[0])
         row |= scorer(samplings)
         if MEMORISATION.value:
             kept = everyone.joined(torch.cat(samplings[0]))
-            row |= {"floor": scoring.floor(known[0], extractor, ROOT.value)}
-            row |= scoring.neighbours(kept, known[0], ROOT.value)
-        report["results"].append(row)
+            row |= {"floor": floor} | scoring.neighbours(kept, known[0], ROOT.value)
+        rows.append(row)
     return 0 if everyone.rank else gate.conclude(report, limits, JSON.value, JUNIT.value, summary)
 
 

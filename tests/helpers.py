@@ -125,9 +125,9 @@ def run_script(*arguments: str | Path, check: bool = False, timeout: float = 300
 
 
 def run_two(*arguments: str | Path, check: bool = False, timeout: float = 300) -> Done:
-    """Run a script in two processes that work together, as ``torchrun --nproc_per_node=2 scripts/x.py ...`` would."""
+    """Run a script in two processes that work together: ``torchrun --nproc_per_node=2 -- scripts/x.py ...``."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *map(str, arguments)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--", *map(str, arguments)]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert not check or ran.returncode == 0, f"{arguments} exited with {ran.returncode}:\n{ran.stderr}"
     return Done(ran.returncode, ran.stdout, ran.stderr)

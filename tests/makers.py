@@ -205,29 +205,40 @@ def write_imagenet_sets(root: Path, images: int = 32) -> Path:
     return root
 
 
+class Items(torch.utils.data.Dataset):
+    """Images [n, ...] as torch-fidelity takes them."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
 def write_inception(file: Path, size: int = 75) -> Path:
     """A weight file of the format that torch-fidelity publishes, its numbers random and such that features vary.
 
     They do so for photographs that are resized to ``size`` pixels.
     """
-    from unittest import mock
-
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    with mock.patch("torch.load", return_value={}), mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
-        file.touch()
-        torch.manual_seed(0)
-        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(file))
+    from training.fid_suite import write_weights
+
+    torch.manual_seed(0)
+    write_weights(file)
+    net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(file))
     for module in net.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):  # torch's own default shrinks activations to nothing
             torch.nn.init.kaiming_normal_(module.weight)
         elif isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
     pictures = np.stack([np.asarray(photograph(10_000 + i, 24, 24)) for i in range(32)])
-    with mock.patch.object(
-        FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", size
-    ):  # each channel centred: images differ
-        net.train()(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", size)
+        net.train()(torch.from_numpy(pictures).permute(0, 3, 1, 2))  # each channel centred: images differ
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_var.clamp_(min=0.1)  # of a channel that these pictures leave dead

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import run_script, run_two
-from makers import photograph, small_inception, write_inception
-from torch.utils.data import Dataset
+from makers import Items, photograph, small_inception, write_inception
 
 from flowmaps.metrics.extractors import load_extractor
 from flowmaps.metrics.scores import METRICS
@@ -21,19 +20,6 @@ NAMES = {
     "precision": "precision",
     "recall": "recall",
 }
-
-
-class Items(Dataset):
-    """Images as torch-fidelity takes them."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i]
 
 
 def archive(path, n, first):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT, run_script
+from helpers import ROOT, run_script, run_two
 
 from flowmaps import FlowMap, UserError
 from training.gate import Limits, conclude, junit, summary
@@ -137,6 +137,13 @@ def test_repeats_are_the_mean_over_seeds(place):
     assert row["spread"]["FD-digits"] == pytest.approx((max(values) - min(values)) / 2) and " ± " in done.stdout
     fid(place, "run", "--steps=1", "--num=200", "--seed=4", "--json={base}/four.json", check=True)
     assert json.loads((place / "four.json").read_text())["results"][0]["FD-digits"] == values[1]
+
+
+@pytest.mark.slow
+def test_two_processes_judge_as_one(place):
+    """Only the first of them has the reference, and compares."""
+    flags = [f"--checkpoint={place}/run", "--reference=digits:heldout", *WAYS, f"--max_regression={place}/before.json"]
+    assert run_two("scripts/fid.py", *flags, "--tolerance=0.001", check=True).stdout.count("FD-digits") == 1
 
 
 def test_limits_at_their_edges(place, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from makers import Items
 
 from flowmaps import UserError
 from flowmaps.images import from_uint8
@@ -100,21 +101,11 @@ def test_distance_equals_torch_fidelity_through_the_same_extractor(tmp_path, bat
         def get_default_feature_layer_for_metric(metric):
             return "64"
 
-    class Images(torch.utils.data.Dataset):
-        def __init__(self, x):
-            self.x = x
-
-        def __len__(self):
-            return len(self.x)
-
-        def __getitem__(self, i):
-            return self.x[i]
-
     torch_fidelity.register_feature_extractor("flowmaps-digits", Registered)
     try:
         a, b = load_arrays("digits").x[:400], load_arrays("digits", "heldout").x
         theirs = torch_fidelity.calculate_metrics(
-            input1=Images(a), input2=Images(b), fid=True, feature_extractor="flowmaps-digits", cuda=False,
+            input1=Items(a), input2=Items(b), fid=True, feature_extractor="flowmaps-digits", cuda=False,
             batch_size=50, cache=False, verbose=False, save_cpu_ram=True,
         )  # fmt: skip
     finally:

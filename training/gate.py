@@ -3,7 +3,7 @@
 import json
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Limits:
             raise UserError(f"{flag} is no record of fid.py --json ({error!r}): write it again") from None
         return cls(max_fid, file, tolerance, found)
 
-    def check(self, report: Record, rows: Sequence[Row]) -> None:
+    def check(self, report: Record, rows: Iterable[Row]) -> None:
         """Refuse a baseline that means something else than ``report``, or lacks one of ``rows``."""
         if self.baseline is None:
             return
@@ -93,6 +93,11 @@ class Limits:
         return verdicts
 
 
+def failures(verdicts: Iterable[Verdict]) -> list[str]:
+    """What failed, a line a reason."""
+    return [f"{reason} ({verdict.name})" for verdict in verdicts for reason in verdict.reasons]
+
+
 def _way(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(key) for key in WAY)
 
@@ -116,7 +121,7 @@ def conclude(report: Record, limits: Limits, json_file: str | None, junit_file: 
     if page:
         with Path(page).open("a") as file:
             file.write(summary(report, verdicts))
-    failed = [f"{reason} ({verdict.name})" for verdict in verdicts for reason in verdict.reasons]
+    failed = failures(verdicts)
     if failed:
         print(f"gate failed: {'; '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
@@ -143,7 +148,7 @@ def junit(report: Record, verdicts: list[Verdict]) -> bytes:
 
 def summary(report: Record, verdicts: list[Verdict]) -> str:
     """The verdicts as Markdown, for a CI system's page."""
-    failed = [f"{reason} ({v.name})" for v in verdicts for reason in v.reasons]
+    failed = failures(verdicts)
     facts = "\n".join(f"- {key}: {value}" for key, value in _facts(report).items())
     lines = "".join(f"- **{line}**\n" for line in failed)
     title = f"{report['metric']} of {report['source']}: {'failed' if failed else 'passed'}"

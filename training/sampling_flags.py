@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 
 from absl import flags
@@ -25,6 +26,11 @@ class Setting:
     sampler: str
     schedule: str
     steps: int
+
+
+@cache
+def _schedule(file: str) -> Schedule:
+    return read_schedule(file, "--schedule")
 
 
 class SamplingFlags:
@@ -94,7 +100,7 @@ class SamplingFlags:
             fm.info.check_sampler(setting.sampler, setting.steps, self.gamma.value)
             self.grid(fm, setting)
         for file in {setting.schedule for setting in settings} - {"stored", "uniform"}:
-            if read_schedule(file, "--schedule").checkpoint not in ("", fm.fingerprint()):
+            if _schedule(file).checkpoint not in ("", fm.fingerprint()):
                 print(
                     f"warning: --schedule={file} was fitted to another checkpoint than "
                     f"--checkpoint={self.checkpoint.value}",
@@ -138,7 +144,7 @@ class SamplingFlags:
     def _given(self, setting: Setting) -> Schedule:
         """The schedule file of the setting, which must be made for it."""
         flag = f"--schedule={setting.schedule}"
-        schedule = read_schedule(setting.schedule, "--schedule")
+        schedule = _schedule(setting.schedule)
         if schedule.sampler not in ("", setting.sampler):
             raise UserError(f"{flag} is for --sampler={schedule.sampler}, not {setting.sampler}")
         if setting.steps not in schedule:

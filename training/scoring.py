@@ -19,7 +19,7 @@ from flowmaps.metrics import FeatureStats, frechet_distance
 from flowmaps.metrics.extractors import Extractor
 from flowmaps.metrics.neighbours import memorisation
 from flowmaps.metrics.scores import check_metrics, check_reference, needs_features, scores
-from flowmaps.metrics.stats import check_comparable
+from flowmaps.metrics.stats import check_comparable, pixels
 from training.data import load_arrays
 from training.outputs import pick_device
 from training.processes import ALONE, Team
@@ -56,7 +56,7 @@ class Scorer:
         """Refuse, before any slow work, ``num`` images of ``shape`` (if known) that could not be scored."""
         check_metrics(self.metrics, self.extractor, num, self.kid_subset)
         if not self.team.rank:
-            origin = replace(self.extractor.origin, size="x".join(map(str, shape[1:])) if len(shape) == 3 else "")
+            origin = replace(self.extractor.origin, size=pixels(*shape[1:]) if len(shape) == 3 else "")
             check_comparable(FeatureStats(self.extractor.dim, origin), self.reference)
             check_reference(self.metrics, self.reference, self.kid_subset)
 
@@ -97,7 +97,7 @@ def neighbours(images: Tensor, data: str, root: str) -> dict[str, float]:
 
 
 def record(reference: FeatureStats, extractor: Extractor, fm: FlowMap | None, facts: dict[str, Any]) -> dict[str, Any]:
-    """Every fact that moves the number, for the JSON record; ``results`` is to be filled with a row a setting."""
+    """Every fact that moves the number, for the JSON record; ``results`` are to be added."""
     model = {} if fm is None else {k: getattr(fm.info, k) for k in ("data", "kind", "ema", "images_seen", "guidance")}
     if fm is not None:
         model |= {"interpolant": fm.interpolant_name, "base_std": fm.base_std}
@@ -110,17 +110,16 @@ def record(reference: FeatureStats, extractor: Extractor, fm: FlowMap | None, fa
         "metric": extractor.metric,
         "extractor": {k: getattr(extractor.origin, k) for k in ("extractor", "weights", "resize")},
         "reference": {k: getattr(origin, k) for k in ("data", "split", "size", "crop", "content", "weights")}
-        | {"n": reference.n, "sha256": reference.sha256() if reference.n != 0 else ""},
+        | {"n": reference.n, "sha256": reference.sha256()},
         "model": model,
         **facts,
         "command": " ".join(sys.argv),
         "device": str(pick_device()),
         "versions": {"flowmaps": flowmaps.__version__, "python": platform.python_version(), **packages},
-        "results": [],
     }
 
 
-HIDDEN = {"weights", "times", "seeds", "spread", "repeats"}  # facts of a row that a table has no room for
+HIDDEN = {"weights", "times", "spread", "repeats"}  # facts of a row that a table has no room for
 
 
 def table(results: list[Row]) -> str:

@@ -16,7 +16,7 @@ import flowmaps
 from flowmaps.errors import UserError
 from flowmaps.files import sha256
 from flowmaps.images import from_uint8
-from flowmaps.metrics.stats import INCEPTION_DIM, FeatureStats, Origin
+from flowmaps.metrics.stats import INCEPTION_DIM, FeatureStats, Origin, pixels
 
 INCEPTION_BATCH = {"cpu": 16}  # images of 299 x 299 at a time: more are slower (docs/metrics.md) and take memory
 INCEPTION_HASH = "6726825d"  # first digits of the SHA-256 of the weights that torch-fidelity releases
@@ -82,7 +82,7 @@ class Extractor:
         """Moments of the features of uint8 image batches, streamed; with ``keep`` the features themselves too."""
         stats = FeatureStats(self.dim, replace(self.origin, data=data, split=split, crop=crop), keep)
         for images in batches:
-            size = "x".join(map(str, images.shape[2:]))
+            size = pixels(*images.shape[2:])
             if stats.n and size != stats.origin.size:
                 raise UserError(f"images of {stats.origin.size} and of {size} pixels: crop and resize them to one size")
             stats.origin = replace(stats.origin, size=size)

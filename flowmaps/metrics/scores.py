@@ -78,10 +78,10 @@ def scores(
     """
     check_metrics(metrics, extractor, ours.n or 0, kid_subset)
     check_reference(metrics, reference, kid_subset)
+    check_comparable(ours, reference)
     found: dict[str, float] = {}
     if "fid" in metrics:
         found[extractor.metric] = frechet_distance(ours, reference)
-    check_comparable(ours, reference)
     features, real = (torch.empty(0) if stats.features is None else stats.features for stats in (ours, reference))
     if needs_features(metrics) and not len(features):
         raise ValueError("these metrics need features that were kept: FeatureStats(keep=True)")

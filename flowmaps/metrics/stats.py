@@ -34,6 +34,11 @@ class Origin:
     content: str = ""  # SHA-256 of the images: the same set has the same on every machine, its moments only nearly
 
 
+def pixels(height: int, width: int) -> str:
+    """A size of images as ``Origin.size`` says it."""
+    return f"{height}x{width}"
+
+
 FACTS = tuple(field.name for field in fields(Origin))
 
 
@@ -64,7 +69,9 @@ class FeatureStats:
     @property
     def features(self) -> Tensor | None:
         """The features [n, dim] that were kept, in the order in which they came."""
-        return None if self._kept is None else torch.cat([torch.empty(0, self.dim), *self._kept])
+        if self._kept is not None and len(self._kept) != 1:
+            self._kept = [torch.cat([torch.empty(0, self.dim), *self._kept])]
+        return None if self._kept is None else self._kept[0]
 
     @features.setter
     def features(self, value: Tensor | None) -> None:
@@ -172,7 +179,8 @@ def _moments_in_pickle(path: Path) -> dict[str, Any]:
 
 
 def _published(path: str | Path, shapes: dict[str, tuple[int, ...]]) -> Origin:
-    size = "x".join(map(str, shapes["arr_0"][1:3])) if len(shapes.get("arr_0", ())) == 4 else ""
+    images = shapes.get("arr_0", ())  # [n, height, width, channels]
+    size = pixels(*images[1:3]) if len(images) == 4 else ""
     return Origin(extractor="inception", size=size, data=Path(path).name)
 
 
