@@ -27,7 +27,7 @@ class FlowMapInfo:
     num_classes: int = 0  # 0: unconditional; else labels 0 .. num_classes - 1, and num_classes means "no label"
     kind: str = "map"  # "map": v_{s,t} is trained for s <= t; "drift": v_{t,t} alone; "consistency": v_{s,1} alone
     data: str = ""  # the name of the training set
-    ema: float | None = None  # decay of the weights' moving average; None: the raw weights
+    ema: float | None = None  # decay of the weights' moving average, or its relative width (< 0.29); None: raw weights
     images_seen: int = 0
     guidance: float | None = None  # the guidance weight that is baked in, if any
     guidance_max: float | None = None  # the network takes a guidance weight from [1, this]

@@ -40,6 +40,7 @@ def test_run_directory(tmp_path):
     fm = train(tiny(), tmp_path)
     assert fm.info.images_seen == 6 * 64 and fm.info.data == "checkerboard" and fm.info.kind == "map"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.json",
         "log.jsonl",

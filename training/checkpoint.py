@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowmaps import FlowMap
 from flowmaps.errors import UserError
 from flowmaps.files import new_directory, sha256
 from training.ema import EMA
 from training.loss_module import LossModule
+from training.sharding import alike, whole
 
 FORMAT = 1
 
@@ -34,23 +35,31 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     ema: EMA,
     model: FlowMap | None = None,
+    writes: bool = True,
     **facts: Any,
 ) -> None:
     """Write the directory ``path`` whole or not at all.
 
     With ``model``, its export goes to ``path``/model, so that ``path`` can be sampled from; ``facts`` go to state.json.
+    All processes take part, since each may have but a shard of the tensors; the one that ``writes`` has them all.
     """
-    tensors = {"network": module.fm.network.state_dict(), "optimizer": _optimizer_tensors(optimizer)}
+    parts = {"network": module.fm.network.state_dict(), "optimizer": _optimizer_tensors(optimizer)}
     if module.weight is not None:
-        tensors["weight"] = module.weight.state_dict()
-    for decay in ema.shadows:
-        tensors[f"ema-{decay}"] = ema.state(decay)
+        parts["weight"] = module.weight.state_dict()
+    parts |= {f"ema-{name}": shadow for name, shadow in ema.shadows.items()}
+    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
+    for name, key, value in ((name, k, v) for name, state in parts.items() for k, v in state.items()):
+        gathered = whole(value.detach())  # one at a time
+        if writes:
+            tensors[name][key] = gathered.cpu().contiguous()
+    if not writes:
+        return
     with new_directory(path) as beside:
         for name, state in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, beside / f"{name}.safetensors")
+            save_file(state, beside / f"{name}.safetensors")
         files = {file.name: sha256(file) for file in sorted(beside.iterdir())}
-        state = {"format": FORMAT, "step": step, "images_seen": images_seen, "files": files, **facts}
-        (beside / "state.json").write_text(json.dumps(state, indent=2))
+        known = {"format": FORMAT, "step": step, "images_seen": images_seen, "files": files, **facts}
+        (beside / "state.json").write_text(json.dumps(known, indent=2))
         if model is not None:
             model.save_pretrained(beside / "model")
 
@@ -91,21 +100,27 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Ten
 def load_checkpoint(path: Path, module: LossModule, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Any]:
     """Restore ``module``, ``optimizer`` and ``ema`` in place; returns state.json."""
     state, tensors = read_checkpoint(path)
-    wanted = {"network", "optimizer", *(f"ema-{decay}" for decay in ema.shadows)}
+    wanted = {"network", "optimizer", *(f"ema-{name}" for name in ema.shadows)}
     wanted |= {"weight"} if module.weight is not None else set()
     if wanted != set(tensors):
         raise UserError(f"{path} holds {sorted(tensors)}, but this config needs {sorted(wanted)}: use a new --workdir")
     try:
-        module.fm.network.load_state_dict(tensors["network"])
+        _restore(module.fm.network, tensors["network"])
         if module.weight is not None:
-            module.weight.load_state_dict(tensors["weight"])
-        for decay in ema.shadows:
-            ema.load(decay, tensors[f"ema-{decay}"])
+            _restore(module.weight, tensors["weight"])
+        for name in ema.shadows:
+            ema.load(name, tensors[f"ema-{name}"])
         _restore_optimizer(optimizer, tensors["optimizer"])
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} does not fit this config ({reason}): use a new --workdir") from None
     return state
+
+
+def _restore(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load whole tensors into a module, sharded or not."""
+    live = module.state_dict()
+    module.load_state_dict({k: alike(v, live.get(k, v)) for k, v in tensors.items()})
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -116,7 +131,9 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, value in tensors.items():
         index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = value
+        like = parameters[int(index)]
+        state.setdefault(int(index), {})[name] = alike(value, like) if value.shape == like.shape else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -18,6 +18,8 @@ from flowmaps.interpolants import INTERPOLANTS
 from flowmaps.networks import NETWORKS, PRESETS
 from flowmaps.objectives import OBJECTIVES, Objective, PathObjective
 
+WIDEST = 12**-0.5  # relative width of a power-function average of tau^0: the plain mean of all steps
+
 
 class Optimizer(enum.Enum):
     radam = "radam"
@@ -58,6 +60,7 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 1.0  # global norm of the gradient
+    spike: float = 0.0  # a step whose gradient is longer than this many times the usual one is left out; 0: none is
     warmup: int = 100  # steps of linear warm-up
     decay: Decay = Decay.constant
     decay_start: int = 35_000  # steps, for inverse_sqrt
@@ -149,7 +152,10 @@ class Config:
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, slower
     max_skipped_steps: int = 10  # steps with a non-finite gradient are skipped; after this many the run stops
     seed: int = 0
+    shard: bool = False  # spread weights, optimiser and averages over the processes (FSDP2), which else have copies
     ema: tuple[float, ...] = (0.999,)  # decays kept side by side; the first one is sampled and exported
+    ema_widths: tuple[float, ...] = ()  # of power-function averages, whose snapshots give any width afterwards
+    snapshot_every: int = 1000  # steps between these
     log_every: int = 50
     sample_every: int = 500
     sample_steps: tuple[int, ...] = (1, 2, 4, 8)
@@ -159,7 +165,16 @@ class Config:
 
     def validate(self) -> None:
         """Refuse what types cannot: each message names the flag."""
-        for name in ("steps", "batch", "accumulate", "log_every", "sample_every", "checkpoint_every", "keep"):
+        for name in (
+            "steps",
+            "batch",
+            "accumulate",
+            "log_every",
+            "sample_every",
+            "checkpoint_every",
+            "snapshot_every",
+            "keep",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"--config.{name} must be at least 1, got {getattr(self, name)}")
         for name, value in (
@@ -197,6 +212,17 @@ class Config:
                 raise UserError(f"--config.optim.{name} must not be negative or divide by zero, got {count}")
         if not self.ema or not all(0 <= decay < 1 for decay in self.ema) or len(set(self.ema)) < len(self.ema):
             raise UserError(f"--config.ema must be one or more different decays in [0, 1), got {self.ema}")
+        if self.ema_widths and not (
+            all(0 < width < WIDEST for width in self.ema_widths)
+            and len(set(self.ema_widths)) == len(self.ema_widths) > 1
+            and min(self.ema) > WIDEST
+        ):
+            raise UserError(
+                f"--config.ema_widths={self.ema_widths}: two or more different widths between 0 and {WIDEST:.4f}, such "
+                "as (0.05, 0.1); the decays of --config.ema lie above"
+            )
+        if self.optim.spike and not 1 < self.optim.spike < float("inf"):
+            raise UserError(f"--config.optim.spike={self.optim.spike:g}: above 1, or 0 to leave out no step")
         if not self.sample_steps or min(self.sample_steps) < 1:
             raise UserError(f"--config.sample_steps must be step counts of at least 1, got {self.sample_steps}")
         if self.interpolant not in INTERPOLANTS:

@@ -88,7 +88,7 @@ def memory_guess(fixed: int, kept: dict[int, int], size: int) -> str:
 def fixed_bytes(trainer: Trainer) -> int:
     """Bytes of weights, gradients, averages, a teacher, and the state of an optimiser that has made a step."""
     state = [v for entry in trainer.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
-    averages = [v for decay in trainer.ema.shadows for v in trainer.ema.state(decay).values()]
+    averages = [v for shadow in trainer.ema.shadows.values() for v in shadow.values()]
     weights = [p for p in trainer.module.parameters() if p.requires_grad]
     teacher = [] if trainer.module.teacher is None else list(trainer.module.teacher.parameters())
     return sum(2 * p.nbytes for p in weights) + sum(v.nbytes for v in [*state, *averages, *teacher])

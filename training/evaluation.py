@@ -14,11 +14,12 @@ from torch import Tensor
 from flowmaps import FlowMap, UserError
 from flowmaps.generate import generate
 from flowmaps.images import sample_grid, to_pil
-from flowmaps.metrics import board_kl, frechet_distance, sliced_w2
+from flowmaps.metrics import FeatureStats, board_kl, frechet_distance, sliced_w2
 from flowmaps.metrics.extractors import EXTRACTORS, load_extractor
 from samplers import uniform_times
 from training.config import Best
 from training.data import DataSet, Latents, in_order
+from training.processes import ALONE, Team
 from training.references import reference_stats
 from training.scoring import NotFinite, generated
 
@@ -51,24 +52,25 @@ def check_best(best: Best, shape: tuple[int, ...]) -> None:
 
 
 class Judge:
-    """Scores a model by the metric of ``Best``, lower being better; made once, since it holds the reference."""
+    """Scores a model by the metric of ``Best``, lower being better; made once, since it holds the reference.
 
-    def __init__(self, best: Best, data: DataSet, seed: int, device: torch.device) -> None:
+    The processes of a team make shares of the samples, and all know the score.
+    """
+
+    def __init__(self, best: Best, data: DataSet, seed: int, device: torch.device, team: Team = ALONE) -> None:
         check_best(best, data.shape)
-        self.best, self.seed = best, seed
+        self.best, self.seed, self.team = best, seed, team
         self.name = f"{best.metric}@{best.steps}"  # as in the log: metric at a number of sampling steps
         self.facts: dict[str, Any] = {"metric": best.metric, "steps": best.steps, "num": best.num, "seed": seed}
         self.distance = self._features(data, device) if len(data.shape) == 3 else self._points(data)
 
     def __call__(self, fm: FlowMap) -> float:
         """The score of ``fm``; a model whose samples are not finite scores infinity."""
-        try:
-            return self.distance(fm)
-        except NotFinite:
-            return math.inf
+        return self.team.told(self.distance(fm))
 
     def _batches(self, fm: FlowMap) -> Iterator[tuple[Tensor, Tensor | None]]:
-        made = generate(fm, uniform_times(self.best.steps), self.best.num, self.seed, sampler=fm.info.sampler)
+        share, grid = self.team.share(self.best.num), uniform_times(self.best.steps)
+        made = generate(fm, grid, len(share), self.seed, sampler=fm.info.sampler, first=share.start)
         return ((fm.decode(x), label) for x, label in made)
 
     def _features(self, data: DataSet, device: torch.device) -> Callable[[FlowMap], float]:
@@ -80,14 +82,20 @@ class Judge:
                 if isinstance(data, Latents):
                     raise UserError("--reference is missing: latents are no images to compare with (see stats.py)")
                 extractor = load_extractor(name, best.weights or None, device)
-                reference = extractor.stats(rows for rows, _ in in_order(data))
+                share = self.team.share(len(data))
+                reference = self.team.merged(extractor.stats(rows for rows, _ in in_order(data, share)))
         except UserError as error:
             message = re.sub(r"--(reference|weights|extractor)\b", r"--config.best.\1", str(error))
             raise UserError(message.replace("best.extractor", "best.metric")) from None
         self.facts |= {"reference": reference.sha256(), "weights": extractor.origin.weights}
 
         def distance(fm: FlowMap) -> float:
-            return frechet_distance(extractor.stats(generated(self._batches(fm))), reference)
+            try:
+                mine = extractor.stats(generated(self._batches(fm)))
+            except NotFinite:
+                mine = FeatureStats(reference.dim, reference.origin)
+            whole = self.team.merged(mine)
+            return frechet_distance(whole, reference) if whole.n == best.num else math.inf
 
         return distance
 
@@ -95,7 +103,7 @@ class Judge:
         true = data.fetch(torch.arange(min(len(data), self.best.num)))[0]
 
         def distance(fm: FlowMap) -> float:
-            x = torch.cat([x for x, _ in self._batches(fm)]).cpu()
+            x = self.team.joined(torch.cat([x for x, _ in self._batches(fm)]).cpu())
             if not bool(torch.isfinite(x).all()):
                 return math.inf
             return board_kl(x) if self.best.metric == "KL" else sliced_w2(x, true)

@@ -3,7 +3,7 @@
 import json
 import shutil
 import signal
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,12 +14,16 @@ from flowmaps.files import writable_directory, write_file
 from training.checkpoint import list_checkpoints, load_checkpoint
 from training.config import Config, Decay
 from training.evaluation import Judge, grid_image
+from training.guards import disk_errors, locked
 from training.log import Log
+from training.processes import team
+from training.spikes import Spikes
 from training.trainer import Trainer
 
 # What may differ between a run's config.json and the config that resumes it: nothing that changes the steps done
 # (and ``steps`` itself, unless the learning rate follows it).
 MAY_CHANGE = {"log_every", "sample_every", "sample_steps", "checkpoint_every", "keep", "max_skipped_steps"}
+MAY_CHANGE |= {"shard", "accumulate", "snapshot_every"}  # with the processes: how the work is spread
 MAY_CHANGE |= {"data.root", "data.download", "data.workers", "teacher", "init_from", "trajectories.files"}
 MAY_CHANGE |= {f"best.{name}" for name in ("metric", "steps", "num", "every", "reference", "weights")}
 
@@ -29,20 +33,30 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
 
     Writes config.json, log.jsonl, samples/, checkpoints/ and model/. If ``workdir`` has a checkpoint, the run resumes
     from it and ends with bit for bit the weights of a run that never stopped (on a GPU: to the determinism of its
-    kernels). SIGTERM or Ctrl-C writes a checkpoint and raises ``Stopped``.
+    kernels). SIGTERM or Ctrl-C writes a checkpoint and raises ``Stopped``. Several processes, as torchrun starts them,
+    share each step; a checkpoint does not know how many they were.
     """
-    trainer = Trainer.build(config)
+    trainer, workdir = Trainer.build(config), Path(workdir)
     main = trainer.accelerator.is_main_process
     judge = None
-    if config.best.metric and main:
-        judge = Judge(config.best, trainer.data, config.seed, trainer.accelerator.device)
-    workdir = writable_directory(Path(workdir), "--workdir")
-    done = 0
+    if config.best.metric:
+        judge = Judge(config.best, trainer.data, config.seed, trainer.accelerator.device, team())
+    with ExitStack() as stack:
+        if main:
+            stack.enter_context(disk_errors(workdir))
+            stack.enter_context(locked(writable_directory(workdir, "--workdir")))
+        done = _train(config, workdir, trainer, judge, main)
+    return trainer.averaged(done)
+
+
+def _train(config: Config, workdir: Path, trainer: Trainer, judge: Judge | None, main: bool) -> int:
+    """The loop of ``train``; returns how many steps are done."""
+    done, state = 0, {}
     if checkpoints := list_checkpoints(workdir):
         _same_run(config, workdir / "config.json")
         state = load_checkpoint(checkpoints[-1], trainer.module, trainer.optimizer, trainer.ema)
         trainer.refresh_teacher()
-        done = state["step"]
+        done, trainer.spikes = state["step"], Spikes(state.get("norms", ()))
         for name, digest in trainer.origin().items():
             if state.get(name, "") != digest:
                 raise UserError(
@@ -58,6 +72,8 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
         last = done >= config.steps
         if done and not last:
             log.event("resume", step=done)
+            if state.get("shards") != trainer.shards():
+                log.event("shards", step=done, before=state.get("shards"), now=trainer.shards())
         while not last:
             log.add(trainer.step(done))
             done += 1
@@ -66,21 +82,26 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
                 with log.paused():
                     norms = trainer.gradient_norms()
                 rate = trainer.optimizer.param_groups[0]["lr"]
-                log.interval(done, config.batch, lr=rate, skipped=trainer.skipped, **norms)
+                spikes = {"spikes": trainer.spikes.count} if config.optim.spike else {}
+                log.interval(done, config.batch, lr=rate, skipped=trainer.skipped, **spikes, **norms)
             with log.paused():
-                if main and (done == config.steps or done % config.sample_every == 0):
-                    picture = grid_image(trainer.averaged(done), config.sample_steps, config.seed)
-                    (workdir / "samples").mkdir(exist_ok=True)
-                    picture.save(workdir / "samples" / f"step-{done:08d}.png")
-                    log.picture(done, picture)
+                if done == config.steps or done % config.sample_every == 0:
+                    model = trainer.averaged(done)
+                    if main:
+                        picture = grid_image(model, config.sample_steps, config.seed)
+                        (workdir / "samples").mkdir(exist_ok=True)
+                        picture.save(workdir / "samples" / f"step-{done:08d}.png")
+                        log.picture(done, picture)
+                if config.ema_widths and (done == config.steps or done % config.snapshot_every == 0):
+                    trainer.snapshot(workdir, done)
                 if judge and (done == config.steps or done % config.best.every == 0):
                     _keep_best(trainer, judge, workdir, done, log)
-                if main and (last or done % config.checkpoint_every == 0):
+                if last or done % config.checkpoint_every == 0:
                     trainer.save(workdir, done)
         if done < config.steps:
             log.event("stopped", step=done, signal=stop.asked)
             raise Stopped(f"stopped by {stop.asked or 'a signal to another process'} at step {done}; resume any time")
-    return trainer.averaged(done)
+    return done
 
 
 def _keep_best(trainer: Trainer, judge: Judge, workdir: Path, done: int, log: Log) -> None:
@@ -88,7 +109,7 @@ def _keep_best(trainer: Trainer, judge: Judge, workdir: Path, done: int, log: Lo
     model = trainer.averaged(done)
     score = judge(model)
     log.score(done, judge.name, score)
-    if score < judge.lowest(workdir):
+    if judge.team.told(score < judge.lowest(workdir)):  # what the first process finds there
         trainer.checkpoint(workdir / "checkpoints" / "best", done, model, score=score, judge=judge.facts)
 
 
@@ -117,6 +138,7 @@ def _same_run(config: Config, path: Path) -> None:
     try:
         stored = json.loads(path.read_text())
         stored.pop("origin", None)  # compared with the checkpoint's
+        stored = _filled(stored, _defaults(config))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): cannot tell whether the run is the same") from None
     allowed = MAY_CHANGE | ({"steps"} if config.optim.decay in (Decay.constant, Decay.inverse_sqrt) else set())
@@ -125,6 +147,19 @@ def _same_run(config: Config, path: Path) -> None:
         raise UserError(
             f"--config.{changed[0]} differs from the run in {path.parent}: use its value or a new --workdir"
         )
+
+
+def _defaults(config: Config) -> dict[str, Any]:
+    """The values of fields that a config.json from before they were made does not have."""
+    network, objective = (type(section)(section.name) for section in (config.network, config.objective))
+    return Config(network=network, objective=objective).to_dict()
+
+
+def _filled(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: _filled(stored[k], v) if isinstance(v, dict) and k in stored else stored.get(k, v)
+        for k, v in defaults.items()
+    } | {k: v for k, v in stored.items() if k not in defaults}
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:

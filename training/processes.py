@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -79,6 +79,28 @@ class Team:
         if (features := stats.features) is not None:
             whole.features = self.joined(features)
         return whole
+
+
+class AnyProcess:
+    """Whether a flag is set in any process, so that all leave the loop at the same step.
+
+    All ask once a step. In a run of several the answer is that to the question of the step before, so that none waits.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[Any, Tensor] | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        state, told = processes(), False
+        if state.num_processes == 1:
+            return flag
+        if self._asked is not None:
+            work, flags = self._asked
+            work.wait()
+            told = bool(flags.any())
+        flags = torch.tensor([int(flag)], device=state.device)
+        self._asked = torch.distributed.all_reduce(flags, async_op=True), flags
+        return told
 
 
 ALONE = Team()

@@ -46,7 +46,7 @@ class SamplingFlags:
             "sampler", ["map"], f"map or stochastic: jump; euler or heun: integrate the drift{more}"
         )
         self.ema = flags.DEFINE_list(
-            "ema", [], f"Weights of a run's last checkpoint: the decay of an average, or raw [what it exports]{more}"
+            "ema", [], f"Weights of a run: the decay of an average, raw, or a width [what it exports]{more}"
         )
         self.label = flags.DEFINE_integer("label", None, "Class of all samples; without it sample i has i mod classes")
         self.guidance = flags.DEFINE_float(

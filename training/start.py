@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,8 @@ from torch import Tensor
 from flowmaps import FlowMap, UserError
 from flowmaps.objectives import Objective
 from training.checkpoint import list_checkpoints, read_checkpoint
-from training.config import Config
+from training.config import WIDEST, Config
+from training.posthoc import list_snapshots, reconstruct
 
 # What a network may have otherwise than the one whose weights it starts from.
 FREE = {"dropout", "guidance"}
@@ -82,7 +84,8 @@ def opened(flag: str, source: str) -> FlowMap:
 
 
 def run_weights(run: str, which: str, flag: str = "--config.init_ema") -> dict[str, Tensor]:
-    """The network's weights in the last checkpoint of the directory ``run``: an average's, by its decay, or "raw".
+    """The network's weights in the directory ``run``: an average's, by its decay, or "raw", from the last checkpoint;
+    or those of the power-function average whose width ``which`` is, made from the snapshots.
 
     Refused with the name of ``flag``, which says ``which``.
     """
@@ -91,9 +94,13 @@ def run_weights(run: str, which: str, flag: str = "--config.init_ema") -> dict[s
         raise UserError(f"{flag}={which}: {run} is no run with checkpoints: leave the flag out")
     tensors = read_checkpoint(found[-1])[1]
     name = "network" if which == "raw" else f"ema-{which}"
+    width = float(which) if re.fullmatch(r"0?\.\d+", which) else 0.0
+    if name not in tensors and 0 < width < WIDEST and list_snapshots(Path(run)):
+        tensors[name] = reconstruct(Path(run), width)
     if name not in tensors:
-        have = [key.removeprefix("ema-") for key in tensors if key.startswith("ema-")]
-        raise UserError(f"{flag}={which}: {found[-1]} has {', '.join([*have, 'raw'])}")
+        have = [key.removeprefix("ema-") for key in tensors if key.startswith("ema-") and "width" not in key]
+        widths = f", any width below {WIDEST:.4f}" * bool(list_snapshots(Path(run)))
+        raise UserError(f"{flag}={which}: {found[-1]} has {', '.join([*have, 'raw'])}{widths}")
     if any(".base_layer." in key for key in tensors[name]):
         raise UserError(f"{flag}={which}: {run} was trained with --config.lora: leave the flag out")
     return tensors[name]

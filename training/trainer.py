@@ -1,16 +1,18 @@
 """One optimiser step, and everything it touches."""
 
 import hashlib
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from flowmaps import FlowMap, UserError
 from flowmaps.networks.conditioning import soft_label
@@ -22,13 +24,16 @@ from training.augment import PARAMETERS, augmented, mirrored
 from training.checkpoint import prune_checkpoints, save_checkpoint
 from training.config import Config, Precision, build_flow_map, build_objective
 from training.data import DataSet, Latents, Loader, Order, as_samples, download, load_data
-from training.ema import EMA
+from training.ema import EMA, hollowed
 from training.evaluation import check_best
 from training.latents import open_decoder, scaled
 from training.lora import add_lora, merge_lora
 from training.loss_module import LossModule
 from training.optim import build_optimizer, learning_rate
-from training.processes import ON_CPU
+from training.posthoc import write_snapshot
+from training.processes import ON_CPU, AnyProcess
+from training.sharding import shard, whole
+from training.spikes import Spikes
 from training.start import build_teacher, start_from
 from training.walk import Paths, build_paths
 
@@ -52,6 +57,8 @@ class Trainer:
     paths: Paths | None = None  # where the trajectories of a PathObjective come from
     latest: Any = None  # ((x1, label, draws), seed of dropout) of the latest shard
     skipped: int = 0  # steps with a non-finite gradient since the start or resume
+    spikes: Spikes = field(default_factory=Spikes)
+    any_process: AnyProcess = field(default_factory=AnyProcess)
 
     @classmethod
     def build(cls, config: Config) -> "Trainer":
@@ -62,6 +69,7 @@ class Trainer:
             mixed_precision="bf16" if config.precision is Precision.bf16 else "no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
+        _check_sharding(config, accelerator)
         pixels = getattr(config.network, "image_size", None)
         with accelerator.local_main_process_first():  # it downloads, or checks a folder; the others find that done
             if config.data.download:
@@ -86,7 +94,7 @@ class Trainer:
                 "--config.batch or lower --config.accumulate"
             )
         fm.to(accelerator.device)
-        if isinstance(data, Latents) and accelerator.is_main_process:  # which draws, judges and exports
+        if isinstance(data, Latents) and (accelerator.is_main_process or config.best.metric):  # to draw, export, judge
             fm.decoder = open_decoder(config, data)
         module = LossModule(fm, objective, weight, build_teacher(config, fm, objective))
         module.to(accelerator.device)
@@ -96,10 +104,14 @@ class Trainer:
             _checkpoint_gradients(fm.network, config.network.name)
         if config.compile:
             module.compile()  # in place: parameter names stay
+        hollow = hollowed(fm.network)
+        if config.shard:
+            shard(module, accelerator.device)
         optimizer = build_optimizer(config.optim, [p for p in module.parameters() if p.requires_grad])
-        wrapped, prepared = accelerator.prepare(module, optimizer)
+        wrapped = accelerator.prepare_model(module, evaluation_mode=config.shard)  # which is: without DDP round it
+        prepared = accelerator.prepare_optimizer(optimizer)
         teaching = (objective.teacher_ema,) if objective.teacher_ema else ()
-        ema = EMA(fm.network, tuple(dict.fromkeys((*config.ema, *teaching))))
+        ema = EMA(fm.network, tuple(dict.fromkeys((*config.ema, *teaching))), config.ema_widths, hollow)
         paths = None
         if isinstance(objective, PathObjective):
             paths = build_paths(config, objective, fm, module.teacher, data)
@@ -130,25 +142,37 @@ class Trainer:
         config, micro_steps = self.config, self.config.accumulate
         logged: dict[str, Tensor] = {}
         for micro in range(micro_steps):
-            synchronise = nullcontext() if micro == micro_steps - 1 else self.accelerator.no_sync(self.wrapped)
-            with synchronise:
+            with self._reduced(micro == micro_steps - 1):
                 loss = self.shard_loss(step, micro)
                 self.accelerator.backward(loss.value / micro_steps)
             for name, value in {"loss": loss.value.detach(), **loss.terms}.items():
                 logged[name] = logged.get(name, 0) + value / micro_steps
-        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), config.optim.clip)
+        norm = whole(self.accelerator.clip_grad_norm_(self.module.parameters(), config.optim.clip))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, step, config.steps)
-        if bool(torch.isfinite(norm)):
+        length = float(norm)  # the one time in a step that the host waits for the device
+        if not math.isfinite(length):
+            self._skip(step, length)
+        elif not self.spikes.is_one(length, config.optim.spike):
             self.prepared.step()
             normalise_weights(self.module)
             self.ema.update(step + 1)
             self.refresh_teacher()
-        else:
-            self._skip(step, norm)
         self.prepared.zero_grad(set_to_none=True)
         clipped = (norm > config.optim.clip).float()  # its mean over an interval is the share of clipped steps
         return {**logged, "grad_norm": norm, "clipped": clipped}
+
+    @contextmanager
+    def _reduced(self, last: bool) -> Iterator[None]:
+        """Gradients of the block are summed over processes if it is the ``last`` micro-step, else kept for that."""
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+            yield
+        elif last:
+            yield
+        else:
+            with self.accelerator.no_sync(self.wrapped):
+                yield
 
     def shard_loss(self, step: int, micro: int) -> Loss:
         """The loss of one shard of step ``step``'s global batch: this process's micro-step ``micro``."""
@@ -183,7 +207,12 @@ class Trainer:
         return loss
 
     def gradient_norms(self) -> dict[str, float]:
-        """Gradient norm of each term on this process's latest shard, at the weights as they are now."""
+        """Gradient norm of each term on this process's latest shard, at the weights as they are now.
+
+        None of a sharded run, whose weights are gathered only for the step's own passes.
+        """
+        if self.config.shard:
+            return {}
         with self._dropout(), self.accelerator.autocast():
             norms = self.module.gradient_norms(*self.latest[0])
         return {name: float(norm) for name, norm in norms.items()}
@@ -202,19 +231,13 @@ class Trainer:
         if self.module.teacher is not None and decay:
             self.module.teacher.network.load_state_dict(self.ema.state(decay))
 
-    def _skip(self, step: int, norm: Tensor) -> None:
+    def _skip(self, step: int, norm: float) -> None:
         self.skipped += 1
         if self.skipped > self.config.max_skipped_steps:
             raise UserError(
-                f"the gradient norm is {norm.item()} at step {step + 1}, the {self.skipped}th time: lower "
+                f"the gradient norm is {norm} at step {step + 1}, the {self.skipped}th time: lower "
                 f"--config.optim.lr, or raise --config.max_skipped_steps={self.config.max_skipped_steps}"
             )
-
-    def any_process(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in any process, so that all leave the loop at the same step."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device)).any())
 
     def averaged(self, done: int) -> FlowMap:
         """A copy of the flow map with the first moving average of the weights after ``done`` steps, in eval mode."""
@@ -228,16 +251,42 @@ class Trainer:
         return averaged
 
     def save(self, workdir: Path, done: int) -> None:
-        """Export the averaged model after ``done`` steps, then write the checkpoint, which makes the step final."""
-        self.averaged(done).save_pretrained(workdir / "model")
+        """Export the averaged model after ``done`` steps, then write the checkpoint, which makes the step final.
+
+        Sharded weights are gathered by all processes, and the first one writes.
+        """
+        model = self.averaged(done)
+        if self.accelerator.is_main_process:
+            model.save_pretrained(workdir / "model")
         self.checkpoint(workdir / "checkpoints" / f"step-{done:08d}", done)
-        prune_checkpoints(workdir, self.config.keep)
+        if self.accelerator.is_main_process:
+            prune_checkpoints(workdir, self.config.keep)
+
+    def snapshot(self, workdir: Path, done: int) -> None:
+        """Keep the power-function averages of ``done`` steps, from which those of any width are made."""
+        averages = {width: self.ema.state(f"width-{width}") for width in self.config.ema_widths}
+        if self.accelerator.is_main_process:
+            write_snapshot(workdir, done, averages)
 
     def checkpoint(self, path: Path, done: int, model: FlowMap | None = None, **facts: Any) -> None:
         """Write the state after ``done`` steps to ``path``, with the exported ``model`` in it if there is one."""
         images_seen = done * self.config.batch
-        facts |= self.origin()
-        save_checkpoint(path, done, images_seen, self.module, self.optimizer, self.ema, model, **facts)
+        facts |= {**self.origin(), "norms": self.spikes.norms, "shards": self.shards()}
+        save_checkpoint(
+            path,
+            done,
+            images_seen,
+            self.module,
+            self.optimizer,
+            self.ema,
+            model,
+            writes=self.accelerator.is_main_process,
+            **facts,
+        )
+
+    def shards(self) -> int:
+        """In how many parts, with draws of their own, a global batch falls."""
+        return int(self.accelerator.num_processes) * self.config.accumulate
 
     def origin(self) -> dict[str, str]:
         """What the run rests on beside its config, by flag: a resume must find the same."""
@@ -248,6 +297,16 @@ class Trainer:
         grids = "".join(schedule.to_json() for schedule in self.module.objective.schedules.values())
         fitted = hashlib.sha256(grids.encode()).hexdigest() if grids else ""
         return {**origin, "trajectories.files": walked, "objective.schedule": fitted}
+
+
+def _check_sharding(config: Config, accelerator: Accelerator) -> None:
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError(
+            f"accelerate was told to use {accelerator.distributed_type.value}: leave that to --config.shard, which "
+            "shards by FSDP2"
+        )
+    if config.shard and accelerator.num_processes == 1:
+        raise UserError("--config.shard spreads the weights over processes and there is one: start it by torchrun")
 
 
 def micro_batch_size(config: Config, processes: int) -> int:
