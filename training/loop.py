@@ -45,6 +45,7 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
         if main:
             stack.enter_context(disk_errors(workdir))
             stack.enter_context(locked(writable_directory(workdir, "--workdir")))
+        stack.enter_context(trainer.loader.watched())
         done = _train(config, workdir, trainer, judge, main)
     return trainer.averaged(done)
 

@@ -1,10 +1,12 @@
 """Averages of any width after training, from snapshots of a few: Karras et al. 2024 (EDM2, arXiv 2312.02696).
 
-    WORKDIR/snapshots/step-00001000.safetensors   float16 tensors "WIDTH/NAME", their SHA-256 in the metadata
+    WORKDIR/snapshots/step-00001000.safetensors   tensors "WIDTH/NAME", their SHA-256 in the metadata
 
 A power-function average of exponent gamma after t steps has the profile p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1)
 on [0, t] (``training.ema``: exactly, not in the limit). The profile that is wanted is approached by a sum of those that
-were kept, in the sense of least squares over tau; the same sum of the snapshots is the average.
+were kept, in the sense of least squares over tau; the same sum of the snapshots is the average. Other than theirs, the
+coefficients add up to 1, so that weights which never moved come out as they are, and snapshots are float32: late in a
+run the averages differ by less than float16 resolves.
 """
 
 import hashlib
@@ -31,18 +33,21 @@ def inner(a: Profile, b: Profile) -> float:
 
 
 def coefficients(kept: list[Profile], wanted: Profile) -> list[float]:
-    """What the kept profiles are multiplied by to come nearest to the wanted one."""
+    """What the kept profiles are multiplied by, 1 in all, to come nearest to the wanted one."""
+    size = len(kept)
     gram = np.array([[inner(a, b) for b in kept] for a in kept])
-    target = np.array([inner(a, wanted) for a in kept])
     scale = 1 / np.sqrt(np.diag(gram))  # profiles of length 1: late and narrow ones are long
-    solved = np.linalg.lstsq(gram * scale * scale[:, None], target * scale, rcond=1e-9)[0] * scale
-    return [float(c) for c in solved]
+    system, target = np.zeros((size + 1, size + 1)), np.ones(size + 1)
+    system[:size, :size] = gram * scale * scale[:, None]
+    system[size, :size] = system[:size, size] = scale  # a Lagrange multiplier
+    target[:size] = [inner(a, wanted) for a in kept] * scale
+    return [float(c) for c in np.linalg.lstsq(system, target, rcond=1e-12)[0][:size] * scale]
 
 
 def write_snapshot(workdir: Path, step: int, averages: dict[float, dict[str, Tensor]]) -> None:
     """Keep the averages, by width and name, after ``step`` steps."""
     tensors = {
-        f"{width}/{name}": (value.half() if value.is_floating_point() else value).detach().cpu().contiguous()
+        f"{width}/{name}": value.detach().cpu().contiguous()
         for width, state in averages.items()
         for name, value in state.items()
     }

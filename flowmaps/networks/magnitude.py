@@ -54,7 +54,8 @@ class MPLayer(nn.Module):
     @torch.no_grad()
     def normalise(self) -> None:
         """Set the weights of each output to root mean square 1."""
-        self.weight.copy_(unit(self.weight, tuple(range(1, self.weight.ndim))))
+        weight: Tensor = getattr(self.weight, "to_local", lambda: self.weight)()  # if sharded, whole outputs are here
+        weight.copy_(unit(weight, tuple(range(1, weight.ndim))))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         """``gain`` times the layer's output, of unit variance at gain 1."""

@@ -150,6 +150,10 @@ class ImageFiles:
             raise UserError(f"{self.source.root}: {name} was whole and is not now ({error}): put it back") from None
         return torch.from_numpy(np.array(square(pixels, self.size) if self.size else pixels)).permute(2, 0, 1)
 
+    def file_of(self, item: int) -> str:
+        """The file that an item is read from."""
+        return f"{self.source.root}/{self.names[item]}"
+
     def digest(self) -> str:
         """SHA-256 over names and labels in order."""
         labels = None if self.label is None else self.label.tolist()

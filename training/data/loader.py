@@ -1,11 +1,14 @@
 """The order in which a run visits its data, and worker processes that read ahead in it."""
 
+import os
+import re
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from flowmaps.errors import UserError
 from flowmaps.rng import generator
@@ -84,6 +87,7 @@ class Loader:
         self.data, self.indices, self.workers, self.pin = data, indices, workers, pin
         self._next = -1
         self._ahead: Iterator[Rows | UserError] = iter(())
+        self._held = torch.full((workers, 2), -1).share_memory_()  # type: ignore[no-untyped-call]  # process and item that each worker is at
 
     def shard(self, k: int) -> Rows:
         """Samples and labels of shard ``k``."""
@@ -91,22 +95,37 @@ class Loader:
             return self.data.fetch(self.indices(k))
         if k != self._next:
             self._ahead = self._read_from(k)
-        try:
+        with self.watched():
             rows = next(self._ahead)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            if not reason.startswith("DataLoader worker (pid"):
-                raise
-            raise UserError(f"a data worker ended ({reason}): lower --config.data.workers={self.workers}") from None
         if isinstance(rows, UserError):
             raise rows
         self._next = k + 1
         return rows
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A worker that ends inside the block, be it while its rows are not waited for, is a user's error by name."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            named = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", reason)
+            if named is None:
+                raise
+            ended = [int(pid) for pid in named[1].split(",")]
+            items = [item for pid, item in self._held.tolist() if pid in ended and item >= 0]
+            held = (
+                f" at {', '.join(self.data.file_of(item) for item in items)}" if hasattr(self.data, "file_of") else ""
+            )
+            raise UserError(
+                f"a data worker ended{held if items else ''} ({reason}): is there memory enough, and the file sound? "
+                f"--config.data.workers={self.workers} may be lowered"
+            ) from None
+
     def _read_from(self, k: int) -> Iterator[Rows | UserError]:
         return iter(
             DataLoader(
-                _Reader(self.data),
+                _Reader(self.data, self._held),
                 batch_sampler=_Shards(self.indices, k),
                 num_workers=self.workers,
                 prefetch_factor=4,
@@ -131,16 +150,32 @@ class _Shards:
 
 
 class _Reader(Dataset[Rows]):
-    """Runs in a worker; a refused file travels back as a value, so that its message stays one line."""
+    """Runs in a worker, and notes each item that it reads from a file in ``held``.
 
-    def __init__(self, data: Fetches) -> None:
-        self.data = data
+    A refused file travels back as a value, so that its message stays one line.
+    """
+
+    def __init__(self, data: Fetches, held: Tensor) -> None:
+        self.data, self.held = data, held
 
     def __getitems__(self, index: list[int]) -> Rows | UserError:
+        mine = self.held[cast(Any, get_worker_info()).id]
+        mine[0] = os.getpid()
         try:
-            return self.data.fetch(torch.tensor(index))
+            if not hasattr(self.data, "file_of"):
+                return self.data.fetch(torch.tensor(index))
+            rows = []
+            for item in index:
+                mine[1] = item
+                rows.append(self.data.fetch(torch.tensor([item])))
+            x, labels = [x for x, _ in rows], [label for _, label in rows if label is not None]
+            if len({row.shape for row in x}) > 1:
+                return self.data.fetch(torch.tensor(index))  # which says what file has another shape
+            return torch.cat(x), torch.cat(labels) if labels else None
         except UserError as error:
             return error
+        finally:
+            mine[1] = -1
 
 
 def _as_it_is(rows: Any) -> Any:

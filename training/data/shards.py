@@ -86,6 +86,10 @@ class Shards:
         files = (self.root / name for name in (f"{self.kind}.json", "checksums.json"))
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
+    def file_of(self, item: int) -> str:
+        """The file that an item is read from."""
+        return str(self.root / shard_name(bisect(self.ends, item)))
+
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows ``index`` [b] as they are stored, and their label int64 [b]."""
         rows, labels = [], []
