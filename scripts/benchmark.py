@@ -6,6 +6,9 @@ python scripts/benchmark.py --suite=learning --rows=lagrangian,lagrangian_edm2 -
 python scripts/benchmark.py --suite=mid_training --rows=digits --threads=1 --plot=mid-training.png
 python scripts/benchmark.py --suite=bellman --rows=digits --threads=1 --plot=bellman.png
 python scripts/benchmark.py --suite=step --threads=1
+python scripts/benchmark.py --suite=sample --threads=1
+python scripts/benchmark.py --suite=ema --threads=1
+python scripts/benchmark.py --suite=resume --threads=1
 python scripts/benchmark.py --suite=networks --threads=1
 python scripts/benchmark.py --suite=fid --num=512
 
@@ -13,7 +16,6 @@ Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n a
 """
 
 import json
-import platform
 from pathlib import Path
 
 import torch
@@ -26,8 +28,8 @@ from training import cli
 SUITE = flags.DEFINE_string(
     "suite",
     None,
-    "bellman (step sizes), checkerboard, digits, fid (cost of scoring), learning (curves), mid_training (what it is "
-    "worth to post-training), networks (time and memory of each objective) or step (its time)",
+    "bellman (step sizes), checkerboard, digits, learning (curves), mid_training (what it is worth to post-training), "
+    "networks (time and memory of each objective), or what else takes time: ema, fid, resume, sample, step",
 )
 ROWS = flags.DEFINE_list("rows", None, "Rows of the suite's config; of networks: small ones, or names of presets")
 RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning")
@@ -43,21 +45,17 @@ PLOT = flags.DEFINE_string("plot", None, "PNG file for the scores against the nu
 
 
 def main() -> None:
-    from training.bellman_suite import ROWS as BELLMAN_ROWS
-    from training.benchmark import PLOTTED, USUAL_ROWS, markdown, plot, run, stored_records
-    from training.costs import COST_NETWORKS
-    from training.handover import SETTINGS
+    from training.benchmark import PLOTTED, SUITES, Request, markdown, plot, stored_records
+    from training.speed import machine
 
-    if SUITE.value is None:
-        raise UserError(
-            "--suite is missing: bellman, checkerboard, digits, fid, learning, mid_training, networks or step"
-        )
+    if SUITE.value not in SUITES:
+        raise UserError(f"--suite={SUITE.value or ''}: choose one of {', '.join(SUITES)}")
     try:
         seeds, rates = [int(seed) for seed in SEEDS.value], [float(rate) for rate in RATES.value]
     except ValueError:
         seeds, rates = [], []
-    usual = {"bellman": BELLMAN_ROWS, "networks": list(COST_NETWORKS), "mid_training": list(SETTINGS)}
-    rows = usual.get(SUITE.value, USUAL_ROWS) if ROWS.value is None else ROWS.value
+    records_of, rows = SUITES[SUITE.value]
+    rows = rows if ROWS.value is None else ROWS.value
     if not seeds or not rows:
         raise UserError(f"--seeds={','.join(SEEDS.value)} --rows={','.join(rows)}: give whole numbers and rows")
     if (SUITE.value == "learning") != bool(rates) or not all(rate > 0 for rate in rates):
@@ -72,9 +70,9 @@ def main() -> None:
     budget = {"train_steps": TRAIN_STEPS.value, "cpu_minutes": CPU_MINUTES.value, "num": NUM.value}
     records = stored_records(JSON.value, SUITE.value, budget) if JSON.value else []
     done = {(record["row"], record["seed"]) for record in records}
-    machine = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    for record in run(SUITE.value, list(rows), seeds, **budget, rates=rates, done=done):
-        records.append({**record, "machine": machine})
+    where = machine()
+    for record in records_of(Request(list(rows), seeds, **budget, rates=rates, done=done)):
+        records.append({**record, "machine": where})
         print(json.dumps(records[-1]), flush=True)
         if JSON.value:
             content = {"suite": SUITE.value, "budget": budget, "records": records}

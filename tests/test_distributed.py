@@ -1,12 +1,19 @@
 """Two processes are one process with two micro-steps: losses, weights, averages, scores and checkpoints."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from helpers import run_script, run_two
+from helpers import ROOT, run_script, run_two
+from test_training import assert_same
 from two_processes import DRIFT, config_of, run
 
 from flowmaps import UserError
@@ -111,6 +118,35 @@ def test_a_checkpoint_does_not_know_how_many_processes_wrote_it(tmp_path, ways):
     assert scores[0] == pytest.approx(scores[1], rel=1e-3) and len(scores[0]) == 2
     narrow = run_script("scripts/export.py", f"--checkpoint={parts}", "--ema=0.07", f"--out={tmp_path}/out", check=True)
     assert "ema 0.07" in narrow.stdout
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
+    flags = ["--config.steps=2000", "--config.checkpoint_every=5", "--config.sample_every=2000"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--", "scripts/train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, DIGITS, f"--workdir={tmp_path}", *flags]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list_checkpoints(tmp_path):
+            time.sleep(0.1)
+        os.kill(int((tmp_path / ".lock").read_text().split()[1]), signal.SIGTERM)
+        _, error = process.communicate(timeout=120)
+    stopped = rows_of(tmp_path)[-1]
+    assert stopped["event"] == "stopped" and stopped["signal"] == "SIGTERM"
+    assert read_checkpoint(list_checkpoints(tmp_path)[-1])[0]["step"] == stopped["step"]
+    said = re.findall(r"stopped by (.*) at step (\d+); resume", error)
+    assert {step for _, step in said} == {str(stopped["step"])} and len(said) == 2, error
+
+
+@pytest.mark.slow
+def test_accelerate_launch_runs_the_same_script(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "scripts/train.py"]
+    command = [*launch, DIGITS, "--config.steps=4", f"--workdir={tmp_path}/a"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    run_script("scripts/train.py", DIGITS, "--config.steps=4", f"--workdir={tmp_path}/b", check=True)
+    a, b = (read_checkpoint(list_checkpoints(tmp_path / run)[-1])[1] for run in "ab")
+    for file in a:
+        assert_same(a[file], b[file])
 
 
 def test_more_processes_are_more_images_at_a_time_and_the_same_batch(drift):

@@ -48,7 +48,24 @@ def test_bellman(tmp_path):
     assert again == lines[-len(again) :]
 
 
-@pytest.mark.parametrize("suite", ["mid_training", "bellman"])
+SPEED = {
+    "ema": ("lagrangian", "share of a step@3"),
+    "resume": ("flow_matching+DiT", "read / step"),
+    "sample": ("UNet", "sampler / forward@1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", SPEED)
+def test_speed(suite, tmp_path):
+    row, ratio = SPEED[suite]
+    lines, records = run(tmp_path / "s.json", f"--suite={suite}", f"--rows={row}")
+    assert [record["row"] for record in records] == [row] and 0 < records[0]["scores"][ratio] < 1.5
+    assert {"processor", "cores", "device", "threads", "torch", "flowmaps"} < records[0]["machine"].keys()
+    assert ratio in lines[-3] and lines[-1].startswith(f"| {row} |")
+
+
+@pytest.mark.parametrize("suite", ["mid_training", "bellman", "ema", "resume", "sample", "step"])
 def test_unknown_rows_are_named(suite):
     done = run_script("scripts/benchmark.py", f"--suite={suite}", "--rows=moon")
     assert done.returncode == 2 and "--rows=moon" in done.stderr and done.stderr.count("\n") == 1

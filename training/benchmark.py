@@ -5,6 +5,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flowmaps.images import to_uint8
 from flowmaps.metrics import board_kl, frechet_distance, sliced_w2
 from training import bellman_suite, handover
 from training.config import Config
-from training.costs import network_costs, step_times
+from training.costs import COST_NETWORKS, network_costs
 from training.data import load_arrays
 from training.evaluation import samples
 from training.fid_suite import fid_costs
@@ -25,10 +26,10 @@ from training.report import EVALUATIONS, lines
 from training.rows import load_row
 from training.scoring import floor, neighbours
 from training.sources import pick_extractor
+from training.speed import ema_times, resume_times, sample_times, step_times
 from training.trainer import Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
-USUAL_ROWS = ["flow_matching", "lagrangian"]
 PLOTTED = ("bellman", "checkerboard", "digits", "learning", "mid_training")
 CALIBRATION = 30  # steps timed to turn CPU minutes into a number of steps
 
@@ -90,64 +91,87 @@ def learning_scores(config: Config, num: int = 2000) -> Scores:
     return scores
 
 
-SUITES: dict[str, tuple[str, Callable[..., Scores]]] = {
-    "checkerboard": ("configs/checkerboard.py", checkerboard_scores),
-    "digits": ("configs/digits.py", digits_scores),
-}
+@dataclass(frozen=True)
+class Request:
+    """What benchmark.py was asked for; a record is known by its (row, seed), and those ``done`` are not made again."""
+
+    rows: list[str]
+    seeds: list[int]
+    train_steps: int | None = None
+    cpu_minutes: float | None = None
+    num: int | None = None
+    rates: Sequence[float] = ()
+    done: Collection[tuple[str, int]] = ()
 
 
-def run(
-    suite: str,
-    rows: list[str],
-    seeds: list[int],
-    train_steps: int | None = None,
-    cpu_minutes: float | None = None,
-    num: int | None = None,
-    rates: Sequence[float] = (),
-    done: Collection[tuple[str, int]] = (),
-) -> Iterator[dict[str, Any]]:
-    """Yield one record a (row, seed) that is not ``done``: what was trained, for how long, and its scores."""
-    if suite == "fid":
-        yield from fid_costs(num or 512, done=done)
-        return
-    if suite == "step":
-        for row in (row for row in rows if (row, 0) not in done):
-            yield {"row": row, "seed": 0, "train_steps": 18, "scores": step_times("configs/digits.py", row)}
-        return
-    if suite == "mid_training":
-        for data, seed in itertools.product(handover.chosen(rows), seeds):
-            yield from handover.records(data, seed, handover.SETTINGS[data], train_steps=train_steps, done=done)
-        return
-    if suite == "bellman":
-        for data in bellman_suite.chosen(rows):
-            for seed in [0] if data in bellman_suite.EXACT else seeds:
-                yield from bellman_suite.records(data, seed, train_steps, num, done)
-        return
-    if suite == "networks":
-        for name in (name for name in rows if (f"{name}, flow_matching", 0) not in done):
-            yield from ({"row": row, "seed": 0, "scores": scores} for row, scores in network_costs(name))
-        return
-    if suite == "learning":
-        for row, rate, seed in itertools.product(rows, rates, seeds):
-            name = f"{row}, lr {rate:g}"
-            if (name, seed) not in done:
-                config = load_row("configs/digits.py", row)
-                config.seed, config.steps, config.optim.lr = seed, train_steps or config.steps, rate
-                yield {"row": name, "seed": seed, "train_steps": config.steps, "scores": learning_scores(config)}
-        return
-    if suite not in SUITES:
-        raise UserError(
-            f"--suite={suite}: choose one of bellman, fid, learning, mid_training, networks, step, {', '.join(SUITES)}"
-        )
-    file, score = SUITES[suite]
-    for row in rows:
-        for seed in seeds:
-            if (row, seed) in done:
+Records = Iterator[dict[str, Any]]
+
+
+def _timed(score: Callable[[str], Scores]) -> Callable[[Request], Records]:
+    """A suite with one record a row, which ``score`` makes."""
+
+    def records(asked: Request) -> Records:
+        for row in (row for row in asked.rows if (row, 0) not in asked.done):
+            yield {"row": row, "seed": 0, "scores": score(row)}
+
+    return records
+
+
+def _trained(file: str, score: Callable[..., Scores]) -> Callable[[Request], Records]:
+    """A suite that trains each row of ``file`` with each seed and gives it a ``score``."""
+
+    def records(asked: Request) -> Records:
+        for row, seed in itertools.product(asked.rows, asked.seeds):
+            if (row, seed) in asked.done:
                 continue
             config = load_row(file, row)
-            config.seed, config.steps = seed, train_steps or config.steps
-            fm, facts = fit(config, cpu_minutes)
-            yield {"row": row, "seed": seed, **facts, "scores": score(fm, num) if num else score(fm)}
+            config.seed, config.steps = seed, asked.train_steps or config.steps
+            fm, facts = fit(config, asked.cpu_minutes)
+            yield {"row": row, "seed": seed, **facts, "scores": score(fm, asked.num) if asked.num else score(fm)}
+
+    return records
+
+
+def _learning(asked: Request) -> Records:
+    for row, rate, seed in itertools.product(asked.rows, asked.rates, asked.seeds):
+        name = f"{row}, lr {rate:g}"
+        if (name, seed) not in asked.done:
+            config = load_row("configs/digits.py", row)
+            config.seed, config.steps, config.optim.lr = seed, asked.train_steps or config.steps, rate
+            yield {"row": name, "seed": seed, "train_steps": config.steps, "scores": learning_scores(config)}
+
+
+def _mid_training(asked: Request) -> Records:
+    for data, seed in itertools.product(handover.chosen(asked.rows), asked.seeds):
+        yield from handover.records(data, seed, handover.SETTINGS[data], train_steps=asked.train_steps, done=asked.done)
+
+
+def _bellman(asked: Request) -> Records:
+    for data in bellman_suite.chosen(asked.rows):
+        for seed in [0] if data in bellman_suite.EXACT else asked.seeds:
+            yield from bellman_suite.records(data, seed, asked.train_steps, asked.num, asked.done)
+
+
+def _networks(asked: Request) -> Records:
+    for name in (name for name in asked.rows if (f"{name}, flow_matching", 0) not in asked.done):
+        yield from ({"row": row, "seed": 0, "scores": scores} for row, scores in network_costs(name))
+
+
+_MAPS = ["flow_matching", "lagrangian"]
+# suite -> its records, and the rows that it has if none are given
+SUITES: dict[str, tuple[Callable[[Request], Records], list[str]]] = {
+    "bellman": (_bellman, bellman_suite.ROWS),
+    "checkerboard": (_trained("configs/checkerboard.py", checkerboard_scores), _MAPS),
+    "digits": (_trained("configs/digits.py", digits_scores), _MAPS),
+    "ema": (_timed(ema_times), ["lagrangian"]),
+    "fid": (lambda asked: fid_costs(asked.num or 512, done=asked.done), ["all"]),
+    "learning": (_learning, _MAPS),
+    "mid_training": (_mid_training, list(handover.SETTINGS)),
+    "networks": (_networks, list(COST_NETWORKS)),
+    "resume": (_timed(resume_times), ["lagrangian"]),
+    "sample": (_timed(sample_times), list(COST_NETWORKS)),
+    "step": (_timed(step_times), [*_MAPS, *(f"{row}+DiT" for row in _MAPS)]),
+}
 
 
 def stored_records(file: str, suite: str, budget: dict[str, Any]) -> list[dict[str, Any]]:

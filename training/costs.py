@@ -1,6 +1,5 @@
-"""What a training step costs: by objective and network, and by precision, memory layout and compilation."""
+"""What loss and gradient cost, in time and memory, by objective and network."""
 
-import dataclasses
 import functools
 import itertools
 import statistics
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from flowmaps import FlowMap, UserError
@@ -32,37 +30,6 @@ from flowmaps.objectives.eulerian import Stop
 from flowmaps.objectives.lagrangian import Derivative
 from flowmaps.rng import generator
 from samplers.callables import Drift, expand
-from training.config import Precision
-from training.rows import load_row
-from training.trainer import CHANNELS_LAST, Trainer
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "bf16": {"precision": Precision.bf16},
-    "channels_last": {"channels_last": True},
-    "accumulate 2": {"accumulate": 2},
-    "compile": {"compile": True},
-}
-
-
-def step_times(file: str, row: str, rounds: int = 15) -> dict[str, float]:
-    """Seconds of a training step of each variant, and as a ratio to eager float32; medians of interleaved rounds."""
-    trainers = {}
-    for name, changes in VARIANTS.items():
-        if "channels_last" in changes and not CHANNELS_LAST:
-            continue
-        AcceleratorState._reset_state()  # one process, several precisions
-        trainers[name] = Trainer.build(dataclasses.replace(load_row(file, row), **changes))
-        for step in range(3):  # compiles, fills caches
-            trainers[name].step(step)
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    for step in range(3, 3 + rounds):
-        for name, trainer in trainers.items():
-            start = time.perf_counter()
-            float(trainer.step(step)["loss"])  # waits for the device
-            seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    return {"fp32 s": median["fp32"]} | {f"{name} / fp32": median[name] / median["fp32"] for name in list(median)[1:]}
 
 
 @dataclass(frozen=True)
