@@ -87,7 +87,10 @@ def _row(row: str, **changes: Any) -> Config:
     name, _, other = row.partition("+")
     if other not in ("", "DiT"):
         raise UserError(f"--rows={row}: a row of configs/digits.py, or ROW+DiT")
-    config = dataclasses.replace(load_row("configs/digits.py", name), **changes)
+    try:
+        config = dataclasses.replace(load_row("configs/digits.py", name), **changes)
+    except UserError as error:
+        raise UserError(f"--rows={row}: {error}") from None
     return dataclasses.replace(config, network=DIT) if other else config
 
 
@@ -135,7 +138,7 @@ def _flow_map(name: str) -> FlowMap:
     return FlowMap(NETWORKS[cls](**options).eval(), base_std=0.5, info=info).to(pick_device())
 
 
-def sample_times(name: str, rounds: int = 9, batch: int = 64) -> Scores:
+def sample_times(name: str, rounds: int = 7, batch: int = 32) -> Scores:
     """Images a second of the map's sampler; ratios to as many bare forward passes of the network."""
     fm = _flow_map(name)
     x = fm.noise(batch, seed=0)
