@@ -8,14 +8,20 @@ The rules, each measured (torch 2.15):
 * Scaled dot-product attention has a forward derivative only in its MATH kernel, on every device.
 * The derivative is taken in at least float32 with autocast off; float64 stays float64.
 * Activations cannot be recomputed inside it (activation checkpointing), but the whole of it can.
+* Where torch's own tangent is dear, it is taken by hand (``ByHand``).
 * Only the arguments that move get a tangent: no spatial Jacobian when x stands still.
 """
 
-from typing import Protocol
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from flowmaps.errors import UserError
 from flowmaps.networks.layers import run_whole
@@ -26,6 +32,68 @@ class TwoTime(Protocol):
     """Anything with a two-time velocity: a FlowMap, or a closed form in a test."""
 
     def velocity(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor: ...
+
+
+Rule = Callable[..., tuple[Tensor, Tensor]]  # (function, x, its tangent, further arguments) -> value, its tangent
+
+
+def layer_rule(
+    layer: Callable[..., Tensor],
+    x: Tensor,
+    dx: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *args: Any,
+    **kw: Any,
+) -> tuple[Tensor, Tensor]:
+    """A linear layer: torch adds its value at a weight of zeros, computed, where the weight does not move."""
+    return layer(x, weight, bias, *args, **kw), layer(dx, weight, None, *args, **kw)
+
+
+def gated(x: Tensor, dx: Tensor, gate: Tensor, slope: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x g with the gate g = sigmoid(z) and dz = ``slope`` dx (None: 1): torch's second derivatives take more passes."""
+    y = x * gate
+    bend = y - y * gate
+    return y, dx * (gate + (bend if slope is None else bend * slope))
+
+
+def silu_rule(silu: Callable[..., Tensor], x: Tensor, dx: Tensor, **kw: Any) -> tuple[Tensor, Tensor]:
+    """x sigmoid(x)."""
+    return gated(x, dx, torch.sigmoid(x))
+
+
+def gelu_rule(gelu: Callable[..., Tensor], x: Tensor, dx: Tensor, **kw: Any) -> tuple[Tensor, Tensor]:
+    """GELU's tanh form is x sigmoid(a x + b x^3): Hendrycks and Gimpel 2016 (arXiv 1606.08415), section 2."""
+    a, square = math.sqrt(8 / math.pi), x.square()
+    b = 0.044715 * a
+    return gated(x, dx, torch.sigmoid(x * (b * square + a)), 3 * b * square + a)
+
+
+RULES: dict[Any, Rule] = {F.linear: layer_rule, F.conv2d: layer_rule, F.silu: silu_rule, F.gelu: gelu_rule}
+
+
+def unpack(value: Any) -> tuple[Any, Tensor | None]:
+    """A value and its tangent, None if it does not move."""
+    if not isinstance(value, Tensor):
+        return value, None
+    return forward_ad.unpack_dual(value)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class ByHand(TorchFunctionMode):
+    """Inside a jvp, a function of RULES of which only the first argument moves goes by its rule: the same numbers.
+
+    Backward and torch.compile go through a rule as through any code.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        covered = func in RULES and args and not kwargs.get("inplace")
+        if not covered or (func is F.gelu and kwargs.get("approximate") != "tanh"):
+            return func(*args, **kwargs)
+        x, dx = unpack(args[0])
+        if dx is None or any(unpack(value)[1] is not None for value in (*args[1:], *kwargs.values())):
+            return func(*args, **kwargs)
+        return forward_ad.make_dual(*RULES[func](func, x, dx, *args[1:], **kwargs))  # type: ignore[no-untyped-call]
 
 
 def velocity_jvp(
@@ -57,7 +125,7 @@ def velocity_jvp(
         return fm.velocity(**(point | dict(zip(tangent, moving, strict=True))), label=label)
 
     def derivative(*primals: Tensor) -> tuple[Tensor, Tensor]:
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False):
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False), ByHand():
             v, dv = torch.func.jvp(velocity, primals, tuple(tangent.values()))[:2]
         return v, dv
 

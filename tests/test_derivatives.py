@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import CASES, gaussian_data, gaussian_map
 from small_networks import SMALL, inputs, small
 
-from flowmaps import FlowMap
-from flowmaps.derivatives import d_ds, d_dt, transport, velocity_jvp
+from flowmaps import FlowMap, derivatives
+from flowmaps.derivatives import RULES, d_ds, d_dt, transport, velocity_jvp
 from flowmaps.networks import MLP
 
 
@@ -77,3 +78,36 @@ def test_half_precision_input_is_differentiated_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         v, dv = velocity_jvp(fm, torch.randn(2, 2, dtype=torch.bfloat16), s, t, dt=1.0)
     assert v.dtype == dv.dtype == torch.float32
+
+
+class Mixed(torch.nn.Module):
+    """Every function of RULES, with weights that stand still, and one whose weight moves with the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.conv = torch.nn.Linear(6, 6), torch.nn.Conv2d(1, 2, 3, padding=1)
+
+    def forward(self, x, s, t, label):
+        x = F.gelu(self.line(x) * t[:, None], approximate="tanh") + F.gelu(x * t[:, None])
+        x = F.linear(x, self.line.weight * t.mean()) + F.silu((x + s[:, None]).clone(), inplace=True)
+        y = self.conv((x * t[:, None]).view(-1, 1, 2, 3))
+        return F.silu(y).mean(dim=1).flatten(1)
+
+
+def test_rules_are_torchs_derivatives(monkeypatch):
+    """Value, tangent, and the gradient of both, against torch's own jvp; the rules are what gave them."""
+    torch.manual_seed(0)
+    fm, used = FlowMap(Mixed().double()), []
+    x, (s, t) = torch.randn(4, 6, dtype=torch.float64), torch.rand(2, 4, dtype=torch.float64)
+
+    def found():
+        v, dv = velocity_jvp(fm, x, s, t, dx=x.sin(), dt=1.0)
+        return v, dv, *torch.autograd.grad((v * dv).sum(), list(fm.parameters()))
+
+    rules = {f: lambda *a, f=f, rule=rule, **kw: (used.append(f), rule(*a, **kw))[1] for f, rule in RULES.items()}
+    monkeypatch.setattr(derivatives, "RULES", rules)
+    ours = found()
+    assert set(used) == set(RULES) and len(used) == 4  # not the moving weight, GELU's other form, or what is in place
+    monkeypatch.setattr(derivatives, "RULES", {})
+    for a, b in zip(ours, found(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
