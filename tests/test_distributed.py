@@ -140,7 +140,14 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
 
 @pytest.mark.slow
 def test_accelerate_launch_runs_the_same_script(tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "scripts/train.py"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_cpu_threads_per_process=1",
+        "scripts/train.py",
+    ]
     command = [*launch, DIGITS, "--config.steps=4", f"--workdir={tmp_path}/a"]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     run_script("scripts/train.py", DIGITS, "--config.steps=4", f"--workdir={tmp_path}/b", check=True)
