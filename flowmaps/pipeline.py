@@ -4,7 +4,7 @@ Only this module knows of diffusers' direction of time. A network output v(x, s,
 sigma = 1 - s, so that x + (t - s) v = x - (sigma_s - sigma_t) u.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,8 @@ from flowmaps.flow_map import FlowMap, FlowMapInfo
 from flowmaps.generate import guided_label, labels_for
 from flowmaps.images import to_pil, to_uint8
 from flowmaps.latents import decode
+
+Callback = Callable[["FlowMapPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 class FlowMapScheduler(FlowMapEulerDiscreteScheduler, SchedulerMixin):  # diffusers looks the mixin up in this module
@@ -78,6 +80,7 @@ class FlowMapPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
         decode_batch: int = 8,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate ``num_images`` samples, or one for each row of ``latents`` (noise of standard deviation base_std).
@@ -88,6 +91,8 @@ class FlowMapPipeline(DiffusionPipeline):
         ``guidance_scale``: weight for a model that takes one (``info["guidance_max"]``).
         ``output_type``: "pil", "np" ([n, h, w, c] in 0 .. 1), "pt" (images in -1 .. 1, or points) or "latent" (the raw
         samples). ``decode_batch``: latents that the VAE decodes at a time.
+        ``callback_on_step_end(pipe, k, timestep, {"latents": x})`` is called after step k; "latents" that it returns
+        take the place of x.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise UserError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
@@ -117,6 +122,8 @@ class FlowMapPipeline(DiffusionPipeline):
             s, t = grid[k].expand(len(x)), grid[k + 1].expand(len(x))
             v = fm.velocity(x, s, s if solver == "euler" else t, label)
             x = self.scheduler.step(-v, timestep, x, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                x = (callback_on_step_end(self, k, timestep, {"latents": x}) or {}).get("latents", x)
         if fm.info.latent_scale and output_type != "latent":
             x = decode(self.vae, x, fm.info.latent_shift, fm.info.latent_scale, decode_batch)
         self.maybe_free_model_hooks()

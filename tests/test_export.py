@@ -84,6 +84,54 @@ def test_pipeline_takes_a_step_table_and_gives_images(saved):
         pipeline(2, class_labels=9)
 
 
+def test_callback_sees_every_step_and_may_change_what_goes_on(saved):
+    fm, path = saved
+    pipeline = FlowMapPipeline.from_pretrained(path)
+    x, label, seen = fm.noise(2, 0), torch.arange(2), []
+
+    def callback(pipe, step, timestep, tensors):
+        assert pipe is pipeline
+        seen.append((step, float(timestep), tensors["latents"]))
+        return {"latents": tensors["latents"] + 1} if step == 0 else None
+
+    options = {"latents": x, "num_inference_steps": 2, "class_labels": label, "output_type": "pt"}
+    made = pipeline(**options, callback_on_step_end=callback).images
+    with torch.no_grad():
+        half = fm(x, torch.zeros(2), torch.full((2,), 0.5), label)
+        expected = fm(half + 1, torch.full((2,), 0.5), torch.ones(2), label)
+    assert [step for step, *_ in seen] == [0, 1] and seen[0][1] > seen[1][1]
+    torch.testing.assert_close(seen[0][2], half)
+    torch.testing.assert_close(made, expected)
+
+
+def test_generators_one_each_or_one_for_all(saved):
+    """A list gives each sample its own stream, whatever the others are."""
+    pipeline = FlowMapPipeline.from_pretrained(saved[1])
+
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    options = {"class_labels": 1, "output_type": "pt"}
+    pair = pipeline(2, generator=generators(3, 4), **options).images
+    torch.testing.assert_close(pair[1:], pipeline(1, generator=generators(4), **options).images)
+    one = [pipeline(2, generator=generators(3)[0], **options).images for _ in range(2)]
+    assert torch.equal(*one) and not torch.equal(one[0], pair)
+
+
+def test_half_precision(saved):
+    """bfloat16 weights: samples of that type, near those of float32."""
+    fm, path = saved
+    pipeline = FlowMapPipeline.from_pretrained(path, dtype=torch.bfloat16)
+    assert pipeline.network.dtype == torch.bfloat16
+    options = {"num_inference_steps": 4, "class_labels": torch.arange(3)}
+    x = fm.noise(3, 0)
+    half = pipeline(latents=x, output_type="pt", **options).images
+    full = FlowMapPipeline.from_flow_map(fm)(latents=x, output_type="pt", **options).images
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - full).square().mean().sqrt() < 0.03 * full.std()
+    assert pipeline(3, **options).images[0].size == (8, 8)
+
+
 def test_an_interrupted_export_leaves_the_old_one(saved, monkeypatch):
     _, path = saved
     monkeypatch.setattr(FlowMapPipeline, "save_pretrained", lambda self, d: (_ for _ in ()).throw(OSError("disk full")))
