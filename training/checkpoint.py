@@ -22,7 +22,7 @@ from flowmaps.errors import UserError
 from flowmaps.files import new_directory, sha256
 from training.ema import EMA
 from training.loss_module import LossModule
-from training.sharding import alike, whole
+from training.sharding import alike, collected
 
 FORMAT = 1
 
@@ -47,11 +47,7 @@ def save_checkpoint(
     if module.weight is not None:
         parts["weight"] = module.weight.state_dict()
     parts |= {f"ema-{name}": shadow for name, shadow in ema.shadows.items()}
-    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
-    for name, key, value in ((name, k, v) for name, state in parts.items() for k, v in state.items()):
-        gathered = whole(value.detach())  # one at a time
-        if writes:
-            tensors[name][key] = gathered.cpu().contiguous()
+    tensors = {name: collected(part, keep=writes) for name, part in parts.items()}
     if not writes:
         return
     with new_directory(path) as beside:

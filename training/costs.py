@@ -96,13 +96,16 @@ def peak_memory(work: Callable[[], None], device: torch.device) -> int:
 def network_costs(name: str, rounds: int = 7, batch: int = 32) -> Iterator[tuple[str, dict[str, float]]]:
     """Time and memory of loss and gradient for every objective, on ``batch`` images of ``name``'s shape.
 
-    ``name`` is a row of COST_NETWORKS or PRESETS. Medians of interleaved rounds, one process, no optimiser; every
+    ``name`` is a row of COST_NETWORKS or PRESETS; with "+compile" behind it, flow matching and Lagrangian alone, eager
+    and compiled. Medians of interleaved rounds, one process, no optimiser; every
     objective at its own share of diagonal rows. On the CPU process time in float32; on a GPU wall time with bf16
     autocast, eager and compiled.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     torch.manual_seed(0)
+    name, plus, _ = name.partition("+compile")
+    objectives = {key: COSTS[key] for key in ("flow_matching", "lagrangian")} if plus else COSTS
     if name not in COST_NETWORKS and name not in PRESETS:
         raise UserError(f"--rows={name}: choose from {', '.join([*COST_NETWORKS, *PRESETS])}")
     cls, options = COST_NETWORKS.get(name) or PRESETS[name][:2]
@@ -110,9 +113,9 @@ def network_costs(name: str, rounds: int = 7, batch: int = 32) -> Iterator[tuple
     fm, config = FlowMap(network, base_std=0.5), network.config
     x1 = torch.randn(batch, config.channels, config.image_size, config.image_size, device=device)
     label = torch.arange(batch, device=device) % config.num_classes if config.num_classes else None
-    losses: dict[str, Callable[..., Any]] = {key: objective.loss for key, objective in COSTS.items()}
-    if device.type == "cuda":
-        losses |= {f"{key}, compiled": torch.compile(objective.loss) for key, objective in COSTS.items()}
+    losses: dict[str, Callable[..., Any]] = {key: objective.loss for key, objective in objectives.items()}
+    if plus or device.type == "cuda":
+        losses |= {f"{key}, compiled": torch.compile(objective.loss) for key, objective in objectives.items()}
 
     def work(key: str, step: int) -> None:
         draws = COSTS[key.removesuffix(", compiled")].draw(fm, x1, generator(0, "cost", step, device=device))

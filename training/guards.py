@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from flowmaps.errors import UserError
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
+RUST = "(os error"  # in what safetensors says of them
 
 
 @contextmanager
@@ -44,8 +45,9 @@ def disk_errors(workdir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        code = getattr(error, "errno", None)
-        if code not in DISK_ERRORS and "(os error" not in str(error):  # safetensors' way to say so
+        code, file = getattr(error, "errno", None), getattr(error, "filename", None)
+        elsewhere = file is not None and workdir.absolute() not in Path(file).absolute().parents
+        if elsewhere or (code not in DISK_ERRORS and RUST not in str(error)):
             raise
         reason = os.strerror(code) if code else str(error)
         raise UserError(

@@ -65,7 +65,8 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: Judge | None,
                     "bring them back or use a new --workdir"
                 )
     elif main:
-        shutil.rmtree(workdir / "checkpoints" / "best", ignore_errors=True)  # of a run that left no checkpoint
+        for stale in ("checkpoints/best", "snapshots"):  # of a run that left no checkpoint
+            shutil.rmtree(workdir / stale, ignore_errors=True)
     if main:
         facts = {**config.to_dict(), "origin": trainer.origin()}
         write_file(workdir / "config.json", json.dumps(facts, indent=2).encode())

@@ -27,7 +27,7 @@ Profile = tuple[float, float]  # (t, width): when the average was taken, and its
 
 
 def inner(a: Profile, b: Profile) -> float:
-    """The integral over tau of the product of two profiles; equation 149 of EDM2."""
+    """The integral over tau of the product of two profiles."""
     (t, gamma), (u, delta) = sorted((profile[0], exponent(profile[1])) for profile in (a, b))
     return float((gamma + 1) * (delta + 1) / (gamma + delta + 1) * (t / u) ** delta / u)
 
@@ -46,11 +46,7 @@ def coefficients(kept: list[Profile], wanted: Profile) -> list[float]:
 
 def write_snapshot(workdir: Path, step: int, averages: dict[float, dict[str, Tensor]]) -> None:
     """Keep the averages, by width and name, after ``step`` steps."""
-    tensors = {
-        f"{width}/{name}": value.detach().cpu().contiguous()
-        for width, state in averages.items()
-        for name, value in state.items()
-    }
+    tensors = {f"{width}/{name}": value for width, state in averages.items() for name, value in state.items()}
     facts = {"step": str(step), "sha256": _digest(tensors)}
     (workdir / "snapshots").mkdir(exist_ok=True)
     write_file(workdir / "snapshots" / f"step-{step:08d}.safetensors", save(tensors, facts))

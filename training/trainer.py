@@ -32,7 +32,7 @@ from training.loss_module import LossModule
 from training.optim import build_optimizer, learning_rate
 from training.posthoc import write_snapshot
 from training.processes import ON_CPU, AnyProcess
-from training.sharding import shard, whole
+from training.sharding import collected, shard, whole
 from training.spikes import Spikes
 from training.start import build_teacher, start_from
 from training.walk import Paths, build_paths
@@ -103,10 +103,10 @@ class Trainer:
         if config.gradient_checkpointing:
             _checkpoint_gradients(fm.network, config.network.name)
         if config.compile:
-            module.compile()  # in place: parameter names stay
+            module.forward = torch.compile(module.forward)  # type: ignore[method-assign]  # inside what gathers shards
         hollow = hollowed(fm.network)
         if config.shard:
-            shard(module, accelerator.device)
+            shard(module, accelerator.device, by_block=not config.compile)
         optimizer = build_optimizer(config.optim, [p for p in module.parameters() if p.requires_grad])
         wrapped = accelerator.prepare_model(module, evaluation_mode=config.shard)  # which is: without DDP round it
         prepared = accelerator.prepare_optimizer(optimizer)
@@ -264,8 +264,10 @@ class Trainer:
 
     def snapshot(self, workdir: Path, done: int) -> None:
         """Keep the power-function averages of ``done`` steps, from which those of any width are made."""
-        averages = {width: self.ema.state(f"width-{width}") for width in self.config.ema_widths}
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        shadows = {width: self.ema.shadows[f"width-{width}"] for width in self.config.ema_widths}
+        averages = {width: collected(shadow, keep=main) for width, shadow in shadows.items()}
+        if main:
             write_snapshot(workdir, done, averages)
 
     def checkpoint(self, path: Path, done: int, model: FlowMap | None = None, **facts: Any) -> None:
