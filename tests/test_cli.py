@@ -233,6 +233,7 @@ def final_weights(workdir):
     return load_file(workdir / "checkpoints" / "step-00000200" / "network.safetensors")
 
 
+@pytest.mark.slow  # of the quick ones, tests/test_chain.py kills
 def test_killed_run_resumes_to_the_same_weights(tmp_path):
     """kill -9 in the middle, the same command again: a resume event, and weights equal to an uninterrupted run."""
     whole = start_training(tmp_path / "whole")

@@ -54,7 +54,9 @@ def config_rows():
     for file in sorted((ROOT / "configs").glob("*.py")):
         module = importlib.import_module(f"configs.{file.stem}")
         if file.stem in HUGE:
-            yield from (pytest.param(module, f"{row},smoke", id=f"{file.stem}:{row},smoke") for row in module.ROWS)
+            for row in module.ROWS:
+                slow = [pytest.mark.slow] if (file.stem, row) == ("imagenet512", "cmt") else []
+                yield pytest.param(module, f"{row},smoke", id=f"{file.stem}:{row},smoke", marks=slow)
             continue
         for row in (row for row in module.ROWS if "pipeline" not in row):  # chains: tests/test_chain.py
             small = file.stem in ("checkerboard", "digits") or (row in USUAL and file.stem not in HEAVY)

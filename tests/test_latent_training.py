@@ -81,6 +81,7 @@ def test_the_export_is_a_whole_pipeline(run, imagenet_root):
     torch.testing.assert_close(fm.decode(x), theirs)
 
 
+@pytest.mark.slow
 def test_a_chain_from_a_small_guided_teacher(latents, tmp_path):
     """A B/4 that is guided teaches a larger network, whose map then is guided too."""
     stages = ("pre_training", "mid_training", "post_training")

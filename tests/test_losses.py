@@ -21,7 +21,7 @@ from training.costs import Unsplit
 # Every objective on the smallest graph, relatives of others as slow tests; likewise the hardest derivatives on others.
 COMPILED = [
     pytest.param("DiT", name, {}, marks=pytest.mark.slow if name in RELATIVES else ()) for name in OBJECTIVES
-] + [("DiT", "mean_flow", {"guidance_max": 3.0})]
+] + [pytest.param("DiT", "mean_flow", {"guidance_max": 3.0}, marks=pytest.mark.slow)]
 COMPILED += [
     pytest.param(*pair, {}, marks=pytest.mark.slow)
     for pair in itertools.product(IMAGES, ("lagrangian", "eulerian"))

@@ -79,7 +79,7 @@ def one_euler_step(points):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in RELATIVES else ())
+        pytest.param(name, marks=pytest.mark.slow if name in (*RELATIVES, "mean_flow", "consistency") else ())
         for name in LIVE
         if OBJECTIVES[name]().kind != "drift"
     ],

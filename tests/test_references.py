@@ -91,6 +91,7 @@ def test_published_files_are_read_as_they_are(place, name):
     assert reference["size"] == {"edm": "", "edm2": "", "adm": "24x24", "ours": "24x24"}[name]
 
 
+@pytest.mark.slow
 def test_precision_of_adm_files_is_that_of_their_images(place):
     base, _, expected = place
     metrics = ["--metrics=fid,kid,prc", "--kid_subset=20"]
@@ -178,6 +179,7 @@ def test_the_memory_of_a_folder_follows_its_content(monkeypatch, tmp_path):
     assert sum(seen) == 10
 
 
+@pytest.mark.slow
 def test_cifar10_train_by_two_processes_equals_one(data_root, tmp_path, monkeypatch):
     """300 images of the true format; the second call finds what the first one left in the cache."""
     small = write_inception(tmp_path / "inception.pth")

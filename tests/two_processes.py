@@ -1,7 +1,7 @@
-"""What each process does for tests/test_distributed.py: ``torchrun ... tests/two_processes.py MODE OUT ROW ...``.
+"""What each process does for tests/test_distributed.py: ``torchrun ... tests/two_processes.py OUT ROW ...``.
 
-Each row of configs/digits.py is trained for 20 steps; losses (means over processes) and whole weights go to
-OUT/ROW-RANK.pt, since a launcher's exit code is not to be trusted: gloo now and then aborts after all is done.
+Each row of configs/digits.py is trained for 20 steps, by DDP and sharded; losses (means over processes) and whole weights
+go to OUT/MODE-ROW-RANK.pt, since a launcher's exit code is not to be trusted: gloo now and then aborts after all is done.
 """
 
 import sys
@@ -19,6 +19,7 @@ from training.sharding import whole
 from training.trainer import Trainer
 
 STEPS = 20
+MODES = ("ddp", "shard")
 DRIFT = "drift"  # in OUT: what teaches the rows that learn from trajectories
 
 
@@ -55,11 +56,12 @@ def run(config):
     )
 
 
-def main(mode, out, *rows):
+def main(out, *rows):
     out = Path(out)
     for row in rows:
-        result = run(config_of(row, out, shard=mode == "shard"))
-        torch.save(result, out / f"{mode}-{row}-{torch.distributed.get_rank()}.pt")
+        for mode in MODES:
+            result = run(config_of(row, out, shard=mode == "shard"))
+            torch.save(result, out / f"{mode}-{row}-{torch.distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":
