@@ -1,7 +1,8 @@
 """What each process does for tests/test_distributed.py: ``torchrun ... tests/two_processes.py OUT ROW ...``.
 
-Each row of configs/digits.py is trained for 20 steps, by DDP and sharded; losses (means over processes) and whole weights
-go to OUT/MODE-ROW-RANK.pt, since a launcher's exit code is not to be trusted: gloo now and then aborts after all is done.
+Each row of configs/digits.py is trained for 20 steps, by DDP and sharded. Losses (means over processes) and whole
+weights go to OUT/MODE-ROW-RANK.pt, since a launcher's exit code is not to be trusted: gloo now and then aborts after
+all is done.
 """
 
 import sys
