@@ -38,6 +38,14 @@ def save(fm: FlowMap, directory: Path) -> None:
             (beside / "README.md").write_text(card(fm))
 
 
+def place(out: str, flag: str) -> Path:
+    """The directory ``out``, which ``flag`` names, checked before any work: new, or an exported one to be replaced."""
+    path = Path(out)
+    if path.exists() and any(path.iterdir() if path.is_dir() else [path]) and not (path / "model_index.json").exists():
+        raise UserError(f"{flag}={path} exists and is no exported directory: name another")
+    return path
+
+
 def card(fm: FlowMap) -> str:
     """The model card of weights that come from elsewhere: what they are, where from, and under which license."""
     (low, high), size = fm.info.t_range, sum(p.numel() for p in fm.network.parameters())

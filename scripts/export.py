@@ -8,7 +8,6 @@ The last one needs snapshots: a run with --config.ema_widths=0.05,0.1. It writes
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 from absl import flags
 
@@ -24,17 +23,17 @@ OUT = flags.DEFINE_string("out", None, "Directory to write; one that is there is
 
 
 def main() -> None:
+    from flowmaps.export import place
     from training.start import run_weights
 
     for name, value in (("checkpoint", CHECKPOINT.value), ("out", OUT.value)):
         if value is None:
             raise UserError(f"--{name} is missing: e.g. --checkpoint=runs/digits --out=exported/digits")
-    fm, out = FlowMap.from_pretrained(CHECKPOINT.value), Path(OUT.value)
+    out = place(OUT.value, "--out")
+    fm = FlowMap.from_pretrained(CHECKPOINT.value)
     if EMA.value is not None:
         fm.network.load_state_dict(run_weights(CHECKPOINT.value, EMA.value, "--ema"))
         fm.info = replace(fm.info, ema=None if EMA.value == "raw" else float(EMA.value))
-    if out.exists() and not (out / "model_index.json").is_file() and any(out.iterdir()):
-        raise UserError(f"--out={out} has other files than an exported model: name a new directory")
     writable_directory(out.parent, "--out")
     fm.save_pretrained(out)
     print(f"{out}: {fm.fingerprint()[:12]}, ema {fm.info.ema or 'none'}, {fm.info.images_seen} images seen")

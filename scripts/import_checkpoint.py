@@ -20,15 +20,14 @@ OUT = flags.DEFINE_string("out", None, "Directory to write, replaced if it is an
 
 
 def main() -> None:
+    from flowmaps.export import place
     from flowmaps.importers import FORMATS, import_checkpoint
 
     for name, value in (("format", FORMAT.value), ("src", SRC.value), ("out", OUT.value)):
         if value is None:
             choices = f": choose one of {', '.join(FORMATS)}" if name == "format" else ""
             raise UserError(f"--{name} is missing{choices}")
-    out = Path(OUT.value)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not (out / "model_index.json").exists():
-        raise UserError(f"--out={out} exists and is no exported directory: name another")
+    out = place(OUT.value, "--out")
     fm = import_checkpoint(FORMAT.value, Path(SRC.value))
     writable_directory(out.parent, "--out")
     fm.save_pretrained(out)
