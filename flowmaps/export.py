@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from flowmaps.card import card
 from flowmaps.errors import UserError
 from flowmaps.files import new_directory, write_file
 from flowmaps.flow_map import FlowMap, FlowMapInfo
@@ -28,14 +29,17 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = ("model_index.json", "scheduler/*.json", "network/*.json", f"network/{WEIGHTS}")
 
 
-def save(fm: FlowMap, directory: Path) -> None:
-    """Write ``fm`` as a pipeline directory, complete or not at all; an existing one is replaced."""
+def save(fm: FlowMap, directory: Path, readme: str = "") -> None:
+    """Write ``fm`` as a pipeline directory, complete or not at all; an existing one is replaced.
+
+    ``readme``: its model card. Weights from elsewhere have one in any case.
+    """
     from flowmaps.pipeline import FlowMapPipeline
 
     with new_directory(directory) as beside:
         FlowMapPipeline.from_flow_map(fm).save_pretrained(beside)
-        if fm.info.origin:
-            (beside / "README.md").write_text(card(fm))
+        if readme or fm.info.origin:
+            (beside / "README.md").write_text(readme or card(fm))
 
 
 def place(out: str, flag: str) -> Path:
@@ -44,23 +48,6 @@ def place(out: str, flag: str) -> Path:
     if path.exists() and any(path.iterdir() if path.is_dir() else [path]) and not (path / "model_index.json").exists():
         raise UserError(f"{flag}={path} exists and is no exported directory: name another")
     return path
-
-
-def card(fm: FlowMap) -> str:
-    """The model card of weights that come from elsewhere: what they are, where from, and under which license."""
-    (low, high), size = fm.info.t_range, sum(p.numel() for p in fm.network.parameters())
-    facts = {
-        "network": f"{type(fm.network).__name__}, {size / 1e6:.2f} million parameters",
-        "kind": fm.info.kind,
-        "t_range": f"{low:.5g} .. {high:.5g} (noise at 0, data at 1; outside, the drift is that of the nearest end)",
-        "base_std": f"{fm.base_std:g}",
-        **fm.info.origin,
-    }
-    rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
-    return (
-        "---\nlibrary_name: flowmaps\n---\n\nWeights imported by flowmaps, or trained from imported ones. The license "
-        f"of the source applies to them.\n\n| | |\n|---|---|\n{rows}"
-    )
 
 
 def store_schedule(source: str | Path, schedule: Schedule) -> None:

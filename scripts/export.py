@@ -1,13 +1,15 @@
-"""Write a run's model as a directory of its own, with any average of its weights.
+"""Write a run's model as a directory of its own, with any average of its weights and a model card.
 
 python scripts/export.py --checkpoint=runs/digits --out=exported/digits
-python scripts/export.py --checkpoint=runs/digits --ema=raw --out=exported/digits-raw
 python scripts/export.py --checkpoint=runs/digits --ema=0.05 --out=exported/digits-narrow
+python scripts/export.py --checkpoint=runs/digits --out=exported/digits --results=fid.json --how=recipe.md --license=mit
+python scripts/export.py --checkpoint=runs/digits --out=exported/digits --push_to_hub=somebody/digits
 
-The last one needs snapshots: a run with --config.ema_widths=0.05,0.1. It writes a diffusers pipeline directory.
+--ema=0.05 needs snapshots: a run with --config.ema_widths=0.05,0.1. It writes a diffusers pipeline directory.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from absl import flags
 
@@ -19,24 +21,44 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, exported di
 EMA = flags.DEFINE_string(
     "ema", None, "Weights of a run: the decay of an average, raw, or a width below 0.29 [what it exports]"
 )
-OUT = flags.DEFINE_string("out", None, "Directory to write; one that is there is replaced")
+OUT = flags.DEFINE_string("out", None, "Directory to write; an exported one that is there is replaced")
+NAME = flags.DEFINE_string("name", None, "Name on the card, which its commands use [--push_to_hub, else --out]")
+LICENSE = flags.DEFINE_string("license", "", "License of the weights, by the hub's name for it: apache-2.0, mit, ...")
+RESULTS = flags.DEFINE_list("results", [], "Records of fid.py --json for the card")
+HOW = flags.DEFINE_string("how", None, "Markdown file that says how the model was made, for the card")
+HUB = flags.DEFINE_string("push_to_hub", None, "Hugging Face hub id to upload to, with the token of `hf auth login`")
 
 
 def main() -> None:
-    from flowmaps.export import place
+    from flowmaps.card import card, read_record
+    from flowmaps.export import place, save
     from training.start import run_weights
 
     for name, value in (("checkpoint", CHECKPOINT.value), ("out", OUT.value)):
         if value is None:
             raise UserError(f"--{name} is missing: e.g. --checkpoint=runs/digits --out=exported/digits")
-    out = place(OUT.value, "--out")
+    out, records = place(OUT.value, "--out"), [read_record(file, "--results") for file in RESULTS.value]
+    if HOW.value is not None and not Path(HOW.value).is_file():
+        raise UserError(f"--how={HOW.value}: no such file")
+    how = Path(HOW.value).read_text() if HOW.value is not None else ""
     fm = FlowMap.from_pretrained(CHECKPOINT.value)
     if EMA.value is not None:
         fm.network.load_state_dict(run_weights(CHECKPOINT.value, EMA.value, "--ema"))
         fm.info = replace(fm.info, ema=None if EMA.value == "raw" else float(EMA.value))
+    if wrong := [f for f, r in zip(RESULTS.value, records, strict=True) if _others(r, fm.fingerprint())]:
+        raise UserError(f"--results={wrong[0]} is of other weights than those to be exported: score them again")
     writable_directory(out.parent, "--out")
-    fm.save_pretrained(out)
+    save(fm, out, card(fm, NAME.value or HUB.value or OUT.value, LICENSE.value, records, how))
     print(f"{out}: {fm.fingerprint()[:12]}, ema {fm.info.ema or 'none'}, {fm.info.images_seen} images seen")
+    if HUB.value is not None:
+        from flowmaps.hub import to_hub
+
+        print(to_hub(out, HUB.value))
+
+
+def _others(record: dict[str, object], weights: str) -> bool:
+    results = record["results"]
+    return isinstance(results, list) and any(row.get("weights") != weights for row in results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""The model card: what a checkpoint is, how to use it, what was measured and where it comes from."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from flowmaps.errors import UserError
+from flowmaps.flow_map import FlowMap
+
+TASK = "unconditional-image-generation"
+Record = dict[str, Any]  # of fid.py --json
+
+USE = """```python
+from flowmaps.pipeline import FlowMapPipeline
+
+pipeline = FlowMapPipeline.from_pretrained("{name}")
+samples = pipeline(16, num_inference_steps={steps}, output_type="pt").images
+```
+
+    python scripts/sample.py --checkpoint={name}{sampler} --steps={steps} --num=16 --out=samples
+"""
+
+
+def read_record(file: str, flag: str) -> Record:
+    """A record that fid.py wrote, which ``flag`` names."""
+    try:
+        record: Record = json.loads(Path(file).read_text())
+        if not (record["results"] and record["metric"] and record["reference"]["data"]):
+            raise ValueError("it has no results")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{flag}={file} is no record of fid.py --json ({error})") from None
+    return record
+
+
+def card(fm: FlowMap, name: str = "", license: str = "", records: Sequence[Record] = (), how: str = "") -> str:
+    """Markdown with YAML front matter; ``records`` are of fid.py, ``how`` says how the model was made.
+
+    Of weights from elsewhere the licence is that of their source.
+    """
+    info, (low, high) = fm.info, fm.info.t_range
+    size = sum(p.numel() for p in fm.network.parameters())
+    license = license or ("other" if info.origin else "")
+    data = ModelCardData(
+        library_name="flowmaps",
+        tags=["flow-map", "few-step"],
+        license=license or None,
+        pipeline_tag=TASK if len(info.shape) == 3 else None,
+        datasets=[info.data] if info.data else None,
+        model_name=name or info.data or "flow map",
+        eval_results=[result for record in records for result in _evaluations(record)] or None,
+    )
+    facts = {
+        "network": f"{type(fm.network).__name__}, {size / 1e6:.2f} million parameters",
+        "kind": info.kind,
+        "samples": " x ".join(map(str, info.shape)),
+        "classes": info.num_classes or "none",
+        "t_range": f"{low:.5g} .. {high:.5g} (noise at 0, data at 1; outside, the drift is that of the nearest end)",
+        "base_std": f"{fm.base_std:g}",
+        "average of the weights": info.ema or "none",
+        "images seen": info.images_seen,
+        "stored step sizes": ", ".join(f"{k}: {', '.join(map(str, v))} steps" for k, v in info.schedules.items())
+        or "none",
+        "weights": fm.fingerprint(),
+        **info.origin,
+    }
+    sampler = "" if info.sampler == "map" else f" --sampler={info.sampler}"
+    steps = 64 if info.kind == "drift" else 1
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {data.model_name}",
+        {
+            "map": "A flow map: it jumps from noise to data in as many network evaluations as you like, from one on.",
+            "drift": "A drift, to be integrated by an ODE solver.",
+            "consistency": "A consistency model: it jumps to data.",
+        }[info.kind]
+        + " Made with flowmaps.",
+        "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        "## Use\n\n" + USE.format(name=name or "DIRECTORY", steps=steps, sampler=sampler).rstrip(),
+    ]
+    if records:
+        parts.append("## Results\n\n" + "\n\n".join(_table(record) for record in records))
+    if how:
+        parts.append("## How it was made\n\n" + how.strip())
+    if info.origin:
+        parts.append(
+            "Weights imported by flowmaps, or trained from imported ones. The license of the source applies to them."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _label(record: Record, row: Record) -> str:
+    return f"{record['metric']}, {row['sampler']}, {row['grid']} grid, {row['steps']} steps"
+
+
+def _evaluations(record: Record) -> list[EvalResult]:
+    reference = record["reference"]
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=reference["data"],
+            dataset_name=reference["data"],
+            dataset_split=reference["split"],
+            metric_type=record["metric"],
+            metric_name=_label(record, row),
+            metric_value=round(row[record["metric"]], 4),
+        )
+        for row in record["results"]
+    ]
+
+
+def _table(record: Record) -> str:
+    """A row for each sampler and grid, a column for each step count."""
+    reference, metric = record["reference"], record["metric"]
+    counts = sorted({row["steps"] for row in record["results"]})
+    ways = list(dict.fromkeys((row["sampler"], row["grid"]) for row in record["results"]))
+    found = {(row["sampler"], row["grid"], row["steps"]): row[metric] for row in record["results"]}
+    lines = ["| steps | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
+    for sampler, grid in ways:
+        cells = [f"{found[sampler, grid, k]:.3g}" if (sampler, grid, k) in found else "" for k in counts]
+        lines.append(f"| {sampler}, {grid} steps | " + " | ".join(cells) + " |")
+    told = f"{metric} of {record['num']} samples to {reference['data']} ({reference['split']}, {reference['n']} images)"
+    return f"{told}, by `{record['command']}`:\n\n" + "\n".join(lines)

@@ -1,0 +1,68 @@
+"""The model card, and its way to the hub."""
+
+import json
+
+import pytest
+from helpers import run_script
+from huggingface_hub import ModelCard
+
+from flowmaps import FlowMap, UserError
+from flowmaps.hub import to_hub
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("card") / "run"
+    run_script("scripts/train.py", "--config=configs/digits.py:lagrangian,smoke", f"--workdir={run}", check=True)
+    score = ["--reference=digits:heldout", "--steps=1,2", "--num=40", "--sampler=map,euler", f"--json={run}/fid.json"]
+    run_script("scripts/fid.py", f"--checkpoint={run}", *score, check=True)
+    return run
+
+
+def test_card_says_what_was_measured_and_how_to_use_it(run, tmp_path):
+    (tmp_path / "how.md").write_text("Trained for 20 steps, which is nothing.")
+    flags = [f"--results={run}/fid.json", f"--how={tmp_path}/how.md", "--license=apache-2.0", "--name=somebody/digits"]
+    run_script("scripts/export.py", f"--checkpoint={run}", f"--out={tmp_path}/out", *flags, check=True)
+    made = ModelCard.load(tmp_path / "out" / "README.md")  # as the hub reads it
+    assert (
+        made.data.license == "apache-2.0" and made.data.datasets == ["digits"] and made.data.library_name == "flowmaps"
+    )
+    results = json.loads((run / "fid.json").read_text())["results"]
+    assert [r.metric_value for r in made.data.eval_results] == [round(row["FD-digits"], 4) for row in results]
+    assert {r.metric_type for r in made.data.eval_results} == {"FD-digits"}  # no Inception, no FID
+    text = made.text
+    for part in (
+        "which is nothing",
+        'from_pretrained("somebody/digits")',
+        "| map, uniform steps |",
+        "jumps from noise",
+    ):
+        assert part in text
+    fm = FlowMap.from_pretrained(tmp_path / "out")
+    assert fm.fingerprint() in text and "FID" not in text.replace("fid.py", "").replace("FID-", "")
+
+
+def test_what_cannot_be_on_a_card(run, tmp_path):
+    (tmp_path / "bad.json").write_text("[]")
+    for flags, named in (
+        ([f"--results={tmp_path}/bad.json"], "bad.json is no record"),
+        ([f"--results={run}/fid.json", "--ema=raw"], "of other weights"),
+        ([f"--how={tmp_path}/none.md"], "--how"),
+    ):
+        done = run_script("scripts/export.py", f"--checkpoint={run}", f"--out={tmp_path}/out", *flags)
+        assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_upload_is_by_flag_alone(run, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("flowmaps.hub.create_repo", lambda *a, **kw: calls.append(("create", a)) or "https://hub/x")
+    monkeypatch.setattr("flowmaps.hub.upload_folder", lambda **kw: calls.append(("upload", kw)))
+    assert to_hub(tmp_path, "me/model") == "https://hub/x"
+    assert [name for name, _ in calls] == ["create", "upload"] and calls[1][1]["folder_path"] == tmp_path
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for hub_id in ("me/model", "not an id"):
+        with pytest.raises(UserError, match=f"--push_to_hub={hub_id}") as error:
+            to_hub(tmp_path, hub_id)
+        assert "\n" not in str(error.value)
