@@ -10,6 +10,7 @@ python scripts/benchmark.py --suite=sample --threads=1
 python scripts/benchmark.py --suite=ema --threads=1
 python scripts/benchmark.py --suite=resume --threads=1
 python scripts/benchmark.py --suite=networks --threads=1
+python scripts/benchmark.py --suite=profile --threads=1
 python scripts/benchmark.py --suite=fid --num=512
 
 Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n and euler@n are at n sampling steps.
@@ -29,7 +30,7 @@ SUITE = flags.DEFINE_string(
     "suite",
     None,
     "bellman (step sizes), checkerboard, digits, learning (curves), mid_training (what it is worth to post-training), "
-    "networks (time and memory of each objective), or what else takes time: ema, fid, resume, sample, step",
+    "networks (time and memory of each objective), or what else takes time: ema, fid, profile, resume, sample, step",
 )
 ROWS = flags.DEFINE_list("rows", None, "Rows of the suite's config; of networks: small ones, or names of presets")
 RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning")

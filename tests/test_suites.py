@@ -49,6 +49,7 @@ def test_bellman(tmp_path):
 
 
 SPEED = {
+    "profile": ("DiT", "lagrangian@matrix products, convolutions"),
     "ema": ("lagrangian", "share of a step@3"),
     "resume": ("flow_matching+DiT", "read / step"),
     "sample": ("UNet", "sampler / forward@1"),

@@ -21,6 +21,7 @@ from training.costs import COST_NETWORKS, network_costs
 from training.data import load_arrays
 from training.evaluation import samples
 from training.fid_suite import fid_costs
+from training.profiling import profiles
 from training.references import source_stats
 from training.report import EVALUATIONS, lines
 from training.rows import load_row
@@ -168,6 +169,7 @@ SUITES: dict[str, tuple[Callable[[Request], Records], list[str]]] = {
     "learning": (_learning, _MAPS),
     "mid_training": (_mid_training, list(handover.SETTINGS)),
     "networks": (_networks, list(COST_NETWORKS)),
+    "profile": (_timed(profiles), list(COST_NETWORKS)),
     "resume": (_timed(resume_times), ["lagrangian"]),
     "sample": (_timed(sample_times), list(COST_NETWORKS)),
     "step": (_timed(step_times), [*_MAPS, *(f"{row}+DiT" for row in _MAPS)]),

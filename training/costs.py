@@ -21,6 +21,7 @@ from flowmaps.objectives import (
     FlowMatching,
     ImprovedMeanFlow,
     Lagrangian,
+    Loss,
     MeanFlow,
     Objective,
     Progressive,
@@ -93,44 +94,60 @@ def peak_memory(work: Callable[[], None], device: torch.device) -> int:
     return max(itertools.accumulate(changes), default=0)
 
 
-def network_costs(name: str, rounds: int = 7, batch: int = 32) -> Iterator[tuple[str, dict[str, float]]]:
-    """Time and memory of loss and gradient for every objective, on ``batch`` images of ``name``'s shape.
+Step = Callable[
+    [Objective, Callable[..., Loss], int], None
+]  # one of an objective, by its loss, with the draws of step k
 
-    ``name`` is a row of COST_NETWORKS or PRESETS; with "+compile" behind it, flow matching and Lagrangian alone, eager
-    and compiled. Medians of interleaved rounds, one process, no optimiser; every
-    objective at its own share of diagonal rows. On the CPU process time in float32; on a GPU wall time with bf16
-    autocast, eager and compiled.
+
+def loss_and_gradient(name: str, batch: int = 32) -> tuple[torch.device, Step]:
+    """What a step of the network ``name``, a row of COST_NETWORKS or PRESETS, costs without an optimiser.
+
+    On ``batch`` images of its shape; on a GPU with bf16 autocast.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    torch.manual_seed(0)
-    name, plus, _ = name.partition("+compile")
-    objectives = {key: COSTS[key] for key in ("flow_matching", "lagrangian")} if plus else COSTS
     if name not in COST_NETWORKS and name not in PRESETS:
         raise UserError(f"--rows={name}: choose from {', '.join([*COST_NETWORKS, *PRESETS])}")
+    torch.manual_seed(0)
     cls, options = COST_NETWORKS.get(name) or PRESETS[name][:2]
     network = NETWORKS[cls](**options).to(device)
     fm, config = FlowMap(network, base_std=0.5), network.config
     x1 = torch.randn(batch, config.channels, config.image_size, config.image_size, device=device)
     label = torch.arange(batch, device=device) % config.num_classes if config.num_classes else None
-    losses: dict[str, Callable[..., Any]] = {key: objective.loss for key, objective in objectives.items()}
-    if plus or device.type == "cuda":
-        losses |= {f"{key}, compiled": torch.compile(objective.loss) for key, objective in objectives.items()}
 
-    def work(key: str, step: int) -> None:
-        draws = COSTS[key.removesuffix(", compiled")].draw(fm, x1, generator(0, "cost", step, device=device))
+    def work(objective: Objective, loss: Callable[..., Loss], step: int) -> None:
+        draws = objective.draw(fm, x1, generator(0, "cost", step, device=device))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss = losses[key](fm, x1, label, draws)
-        loss.value.backward()
+            value = loss(fm, x1, label, draws).value
+        value.backward()  # type: ignore[no-untyped-call]
         network.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
+    return device, work
+
+
+def network_costs(name: str, rounds: int = 7, batch: int = 32) -> Iterator[tuple[str, dict[str, float]]]:
+    """Time and memory of ``loss_and_gradient`` for every objective at its own share of diagonal rows.
+
+    With "+compile" behind the name, for flow matching and Lagrangian alone, eager and compiled. Medians of interleaved
+    rounds in one process: on the CPU of process time; on a GPU of wall time, all of them compiled too.
+    """
+    name, plus, _ = name.partition("+compile")
+    device, step = loss_and_gradient(name, batch)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    objectives = {key: COSTS[key] for key in ("flow_matching", "lagrangian")} if plus else COSTS
+    losses: dict[str, Callable[..., Any]] = {key: objective.loss for key, objective in objectives.items()}
+    if plus or device.type == "cuda":
+        losses |= {f"{key}, compiled": torch.compile(objective.loss) for key, objective in objectives.items()}
+
+    def work(key: str, k: int) -> None:
+        step(COSTS[key.removesuffix(", compiled")], losses[key], k)
+
     seconds: dict[str, list[float]] = {key: [] for key in losses}
-    for step in range(rounds + 1):  # the first one warms up, and compiles
+    for k in range(rounds + 1):  # the first one warms up, and compiles
         for key in losses:
             start = clock()
-            work(key, step)
+            work(key, k)
             seconds[key].append(clock() - start)
     median = {key: statistics.median(values[1:]) for key, values in seconds.items()}
     for key, value in median.items():
