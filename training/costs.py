@@ -94,9 +94,7 @@ def peak_memory(work: Callable[[], None], device: torch.device) -> int:
     return max(itertools.accumulate(changes), default=0)
 
 
-Step = Callable[
-    [Objective, Callable[..., Loss], int], None
-]  # one of an objective, by its loss, with the draws of step k
+Step = Callable[[Objective, Callable[..., Loss], int], None]  # (objective, its loss, number of the step)
 
 
 def loss_and_gradient(name: str, batch: int = 32) -> tuple[torch.device, Step]:
