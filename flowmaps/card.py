@@ -1,13 +1,10 @@
 """The model card: what a checkpoint is, how to use it, what was measured and where it comes from."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 
 TASK = "unconditional-image-generation"
@@ -22,17 +19,6 @@ samples = pipeline(16, num_inference_steps={steps}, output_type="pt").images
 
     python scripts/sample.py --checkpoint={name}{sampler} --steps={steps} --num=16 --out=samples
 """
-
-
-def read_record(file: str, flag: str) -> Record:
-    """A record that fid.py wrote, which ``flag`` names."""
-    try:
-        record: Record = json.loads(Path(file).read_text())
-        if not (record["results"] and record["metric"] and record["reference"]["data"]):
-            raise ValueError("it has no results")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{flag}={file} is no record of fid.py --json ({error})") from None
-    return record
 
 
 def card(fm: FlowMap, name: str = "", license: str = "", records: Sequence[Record] = (), how: str = "") -> str:

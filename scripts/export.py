@@ -8,7 +8,6 @@ python scripts/export.py --checkpoint=runs/digits --out=exported/digits --push_t
 --ema=0.05 needs snapshots: a run with --config.ema_widths=0.05,0.1. It writes a diffusers pipeline directory.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 from absl import flags
@@ -30,26 +29,27 @@ HUB = flags.DEFINE_string("push_to_hub", None, "Hugging Face hub id to upload to
 
 
 def main() -> None:
-    from flowmaps.card import card, read_record
+    from flowmaps.card import card
     from flowmaps.export import place, save
-    from training.start import run_weights
+    from training.gate import read_record
+    from training.start import take_weights
 
     for name, value in (("checkpoint", CHECKPOINT.value), ("out", OUT.value)):
         if value is None:
             raise UserError(f"--{name} is missing: e.g. --checkpoint=runs/digits --out=exported/digits")
-    out, records = place(OUT.value, "--out"), [read_record(file, "--results") for file in RESULTS.value]
+    out, records = place(OUT.value, "--out"), [read_record(file, f"--results={file}") for file in RESULTS.value]
     if HOW.value is not None and not Path(HOW.value).is_file():
         raise UserError(f"--how={HOW.value}: no such file")
     how = Path(HOW.value).read_text() if HOW.value is not None else ""
     fm = FlowMap.from_pretrained(CHECKPOINT.value)
     if EMA.value is not None:
-        fm.network.load_state_dict(run_weights(CHECKPOINT.value, EMA.value, "--ema"))
-        fm.info = replace(fm.info, ema=None if EMA.value == "raw" else float(EMA.value))
-    if wrong := [f for f, r in zip(RESULTS.value, records, strict=True) if _others(r, fm.fingerprint())]:
+        take_weights(fm, CHECKPOINT.value, EMA.value, "--ema")
+    weights = fm.fingerprint()
+    if wrong := [f for f, r in zip(RESULTS.value, records, strict=True) if _others(r, weights)]:
         raise UserError(f"--results={wrong[0]} is of other weights than those to be exported: score them again")
     writable_directory(out.parent, "--out")
     save(fm, out, card(fm, NAME.value or HUB.value or OUT.value, LICENSE.value, records, how))
-    print(f"{out}: {fm.fingerprint()[:12]}, ema {fm.info.ema or 'none'}, {fm.info.images_seen} images seen")
+    print(f"{out}: {weights[:12]}, ema {fm.info.ema or 'none'}, {fm.info.images_seen} images seen")
     if HUB.value is not None:
         from flowmaps.hub import to_hub
 

@@ -94,6 +94,26 @@ def peak_memory(work: Callable[[], None], device: torch.device) -> int:
     return max(itertools.accumulate(changes), default=0)
 
 
+Work = Callable[[int], Any]  # of round k
+
+
+def medians(works: dict[str, Work], rounds: int, warm: int = 3, wall: bool = False) -> dict[str, float]:
+    """Seconds of each work, which are done in turn, after ``warm`` rounds that compile and fill caches.
+
+    ``wall``: of the clock on the wall on a CPU too, for work that waits for a disk.
+    """
+    clock = time.perf_counter if wall or torch.cuda.is_available() else time.process_time
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for k in range(warm + rounds):
+        for name, work in works.items():
+            start = clock()
+            work(k)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(clock() - start)
+    return {name: statistics.median(values[warm:]) for name, values in seconds.items()}
+
+
 Step = Callable[[Objective, Callable[..., Loss], int], None]  # (objective, its loss, number of the step)
 
 
@@ -132,7 +152,6 @@ def network_costs(name: str, rounds: int = 7, batch: int = 32) -> Iterator[tuple
     """
     name, plus, _ = name.partition("+compile")
     device, step = loss_and_gradient(name, batch)
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
     objectives = {key: COSTS[key] for key in ("flow_matching", "lagrangian")} if plus else COSTS
     losses: dict[str, Callable[..., Any]] = {key: objective.loss for key, objective in objectives.items()}
     if plus or device.type == "cuda":
@@ -141,13 +160,7 @@ def network_costs(name: str, rounds: int = 7, batch: int = 32) -> Iterator[tuple
     def work(key: str, k: int) -> None:
         step(COSTS[key.removesuffix(", compiled")], losses[key], k)
 
-    seconds: dict[str, list[float]] = {key: [] for key in losses}
-    for k in range(rounds + 1):  # the first one warms up, and compiles
-        for key in losses:
-            start = clock()
-            work(key, k)
-            seconds[key].append(clock() - start)
-    median = {key: statistics.median(values[1:]) for key, values in seconds.items()}
+    median = medians({key: functools.partial(work, key) for key in losses}, rounds, warm=1)
     for key, value in median.items():
         memory = peak_memory(functools.partial(work, key, 0), device) / 2**30
         scores = {"images/s": batch / value, "GiB": memory, "time / flow_matching": value / median["flow_matching"]}

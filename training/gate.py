@@ -27,6 +27,19 @@ class Verdict:
     reasons: tuple[str, ...] = ()
 
 
+def read_record(file: str, flag: str) -> Record:
+    """A record with distances that ``fid.py --json`` wrote; refused in the words of ``flag``."""
+    try:
+        found: Record = json.loads(Path(file).read_bytes())
+        _ = {fact: found[fact] for fact in PROTOCOL}, [row[found["metric"]] + 0.0 for row in found["results"]]
+        _ = [found["reference"][known] for known in ("content", "sha256")]
+    except OSError as error:
+        raise UserError(f"{flag}: {error.strerror}: give a file that fid.py --json wrote") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{flag} is no record of fid.py --json ({error!r}): write it again") from None
+    return found
+
+
 @dataclass(frozen=True)
 class Limits:
     """What fails a row: a distance above ``max_fid``, or (1 + ``tolerance``) times that in the record ``file``."""
@@ -41,16 +54,7 @@ class Limits:
         """With the record ``file`` of ``fid.py --json``, if there is to be a comparison."""
         if not file:
             return cls(max_fid)
-        flag = f"--max_regression={file}"
-        try:
-            found: Record = json.loads(Path(file).read_bytes())
-            _ = {fact: found[fact] for fact in PROTOCOL}, [row[found["metric"]] + 0.0 for row in found["results"]]
-            _ = [found["reference"][known] for known in ("content", "sha256")]
-        except OSError as error:
-            raise UserError(f"{flag}: {error.strerror}: give a file that fid.py --json wrote") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{flag} is no record of fid.py --json ({error!r}): write it again") from None
-        return cls(max_fid, file, tolerance, found)
+        return cls(max_fid, file, tolerance, read_record(file, f"--max_regression={file}"))
 
     def check(self, report: Record, rows: Iterable[Row]) -> None:
         """Refuse a baseline that means something else than ``report``, or lacks one of ``rows``."""

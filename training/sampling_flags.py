@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
@@ -16,7 +16,7 @@ from flowmaps.generate import SAMPLERS, generate, labels_for, nfe
 from flowmaps.latents import DTYPES, Decoder
 from samplers import Schedule, uniform_times
 from training.outputs import pick_device
-from training.start import run_weights
+from training.start import run_weights, take_weights
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,7 @@ class SamplingFlags:
         if not self.ema.value:
             yield fm
         for ema in self.ema.value:
-            fm.network.load_state_dict(run_weights(str(self.checkpoint.value), ema, "--ema"))
-            fm.info = replace(fm.info, ema=None if ema == "raw" else float(ema))
+            take_weights(fm, str(self.checkpoint.value), ema, "--ema")
             yield fm
 
     def _open_vae(self, fm: FlowMap) -> None:

@@ -9,10 +9,7 @@ import itertools
 import os
 import platform
 import re
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,14 +26,13 @@ from flowmaps.rng import generator
 from samplers import euler, rollout, uniform_times
 from training.checkpoint import load_checkpoint
 from training.config import Config, Precision, network
-from training.costs import COST_NETWORKS
+from training.costs import COST_NETWORKS, Work, medians
 from training.ema import EMA
 from training.outputs import pick_device
 from training.rows import load_row
 from training.trainer import CHANNELS_LAST, Trainer
 
 Scores = dict[str, float]
-Work = Callable[[int], Any]  # of round k
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -61,23 +57,6 @@ def machine() -> dict[str, Any]:
         **{name: version(name) for name in ("flowmaps", "torch", "diffusers", "accelerate")},
         "python": platform.python_version(),
     }
-
-
-def medians(works: dict[str, Work], rounds: int, warm: int = 3, wall: bool = False) -> dict[str, float]:
-    """Seconds of each work, which are done in turn, after ``warm`` rounds that compile and fill caches.
-
-    ``wall``: of the clock on the wall on a CPU too, for work that waits for a disk.
-    """
-    clock = time.perf_counter if wall or torch.cuda.is_available() else time.process_time
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for k in range(warm + rounds):
-        for name, work in works.items():
-            start = clock()
-            work(k)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(clock() - start)
-    return {name: statistics.median(values[warm:]) for name, values in seconds.items()}
 
 
 def _trainer(config: Config) -> Trainer:

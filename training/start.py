@@ -106,6 +106,12 @@ def run_weights(run: str, which: str, flag: str = "--config.init_ema") -> dict[s
     return tensors[name]
 
 
+def take_weights(fm: FlowMap, run: str, which: str, flag: str) -> None:
+    """Give ``fm`` the weights of ``run_weights``, and note in its info which they are."""
+    fm.network.load_state_dict(run_weights(run, which, flag))
+    fm.info = replace(fm.info, ema=None if which == "raw" else float(which))
+
+
 def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap | None:
     """The flow map whose drift teaches ``fm``: that of ``config.teacher``, a copy for an average, or None."""
     if not config.teacher:
