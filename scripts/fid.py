@@ -16,7 +16,8 @@ from absl import flags
 
 from flowmaps import UserError
 from flowmaps.files import writable_file
-from flowmaps.metrics.scores import KID_SUBSET, needs_reference_features
+from flowmaps.metrics.extractors import POINTS
+from flowmaps.metrics.scores import KID_SUBSET, distance_of, needs_reference_features
 from training import cli, gate, scoring
 from training.outputs import pick_device
 from training.processes import team
@@ -31,7 +32,7 @@ REFERENCE = flags.DEFINE_string("reference", None, "Data set NAME[:split], folde
 EXTRACTOR = flags.DEFINE_string("extractor", None, "Feature extractor; by default the reference's own, else inception")
 WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor")
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
-METRICS = flags.DEFINE_list("metrics", ["fid"], "Scores: fid, kid, is, prc (all but fid for inception alone)")
+METRICS = flags.DEFINE_list("metrics", [], "fid; kid, is, prc too on inception; kl of points [fid, of points kl]")
 KID = flags.DEFINE_integer("kid_subset", KID_SUBSET, "Images in each of KID's subsets", lower_bound=2)
 REPEATS = flags.DEFINE_integer("repeats", 1, "Samplings, with seeds one after another: mean and spread", lower_bound=1)
 MAX_FID = flags.DEFINE_float("max_fid", None, "Exit with 1 if any distance is above this")
@@ -50,9 +51,8 @@ def main() -> int:
     known = data_set(REFERENCE.value)
     if MEMORISATION.value and not known:
         raise UserError("--memorisation needs a data set with a held-out split, e.g. --reference=digits:heldout")
-    limited = MAX_FID.value is not None or MAX_REGRESSION.value
-    if (limited and "fid" not in METRICS.value) or (SAMPLES.value and REPEATS.value > 1):
-        raise UserError("--max_fid and --max_regression need fid among --metrics, --repeats needs --checkpoint")
+    if SAMPLES.value and REPEATS.value > 1:
+        raise UserError("--repeats needs --checkpoint")
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     for flag, file in (("--json", JSON.value), ("--junit", JUNIT.value), ("GITHUB_STEP_SUMMARY", summary)):
         if file:
@@ -64,8 +64,13 @@ def main() -> int:
     scored: Scored = Model(SAMPLING, fm, REPEATS.value) if fm else Given(images, SAMPLES.value, SAMPLING.batch.value)
     wanted = REFERENCE.value, EXTRACTOR.value, WEIGHTS.value, ROOT.value
     reference, extractor = reference_stats(*wanted, pick_device(), needs_reference_features(METRICS.value), everyone)
-    scorer = scoring.Scorer(extractor, reference, METRICS.value, KID.value, everyone)
+    metrics = METRICS.value or [distance_of(extractor)]
+    if (MAX_FID.value is not None or MAX_REGRESSION.value) and distance_of(extractor) not in metrics:
+        raise UserError(f"--max_fid and --max_regression need {distance_of(extractor)} among --metrics")
+    scorer = scoring.Scorer(extractor, reference, metrics, KID.value, everyone)
     scorer.check(scored.num, scored.shape)
+    if MEMORISATION.value and extractor.origin.extractor == POINTS:
+        raise UserError("--memorisation is for images")
     rows, report = [], {}
     if not everyone.rank:  # the others have no reference
         report = scoring.record(reference, extractor, fm, scored.facts()) | {"results": rows}

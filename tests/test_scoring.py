@@ -9,9 +9,10 @@ from helpers import gaussian_map, run_script
 from PIL import Image
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
-from flowmaps.metrics import FeatureStats
+from flowmaps.metrics import FeatureStats, board_kl
 from flowmaps.networks import UNet
 from training.data import in_order, load_arrays
+from training.evaluation import samples
 from training.sources import open_source
 
 
@@ -194,3 +195,25 @@ def test_broken_folders(place, tmp_path):
 def test_fingerprint_follows_the_weights():
     a, b = gaussian_map(), gaussian_map(wrong=0.1)
     assert a.fingerprint() == gaussian_map().fingerprint() != b.fingerprint()
+
+
+def test_points_are_scored_by_the_kl_from_their_density(tmp_path):
+    """fid.py's KL of a checkpoint of points is board_kl of its samples, and a gate; images and points do not mix."""
+    run, scores = tmp_path / "run", tmp_path / "kl.json"
+    run_script("scripts/train.py", "--config=configs/checkerboard.py:lagrangian,smoke", f"--workdir={run}", check=True)
+    score = [f"--checkpoint={run}", "--steps=1,2", "--num=3000"]
+    board = [*score, "--reference=checkerboard:heldout"]
+    run_script("scripts/fid.py", *board, "--batch=700", f"--json={scores}", check=True)
+    made = samples(FlowMap.from_pretrained(run), 2, 3000, 0)
+    record = json.loads(scores.read_text())
+    assert record["metric"] == "KL" and record["results"][1]["KL"] == pytest.approx(board_kl(made), abs=1e-9)
+    assert run_script("scripts/fid.py", *board, f"--max_regression={scores}").returncode == 0
+    assert run_script("scripts/fid.py", *board, "--max_fid=0.01").returncode == 1
+    for flags, message in (
+        (["--reference=digits:heldout"], "points, not images"),
+        (["--reference=checkerboard:heldout", "--extractor=digits"], "points, not images"),
+        (["--reference=checkerboard:heldout", "--metrics=fid"], "only kl"),
+        (["--reference=checkerboard:heldout", "--memorisation"], "for images"),
+    ):
+        refused = run_script("scripts/fid.py", *score, *flags)
+        assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1

@@ -15,7 +15,7 @@ from flowmaps import FlowMap, UserError
 from flowmaps.generate import generate
 from flowmaps.images import sample_grid, to_pil
 from flowmaps.metrics import FeatureStats, board_kl, frechet_distance, sliced_w2
-from flowmaps.metrics.extractors import EXTRACTORS, load_extractor
+from flowmaps.metrics.extractors import EXTRACTORS, METRIC_OF, POINTS, load_extractor
 from samplers import uniform_times
 from training.config import Best
 from training.data import DataSet, Latents, in_order
@@ -37,7 +37,7 @@ def grid_image(fm: FlowMap, steps: Sequence[int], seed: int, columns: int = 16) 
     return to_pil(sample_grid([samples(fm, count, n, seed) for count in steps]))
 
 
-EXTRACTOR_OF = {"FID" if name == "inception" else f"FD-{name}": name for name in EXTRACTORS}
+EXTRACTOR_OF = {METRIC_OF.get(name, f"FD-{name}"): name for name in EXTRACTORS if name != POINTS}
 POINT_METRICS = ("KL", "W2")
 
 

@@ -60,6 +60,7 @@ def remembered(images: Images, extractor: Extractor, keep: bool = False, team: T
 
     Only the first process of a ``team`` has them.
     """
+    extractor.check_shape(images.data.shape)
     found, file, content = None, Path(), ""
     if not team.rank:
         content = images.content()

@@ -33,13 +33,11 @@ class NotFinite(UserError):
 
 
 def generated(batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
-    """Generated samples as uint8 images, rounded once and never written; a model that gives NaN is refused."""
+    """Generated points, or uint8 images, rounded once and never written; a model that gives NaN is refused."""
     for x, _ in batches:
-        if x.ndim != 4:
-            raise UserError(f"samples of shape {tuple(x.shape[1:])} are points, not images: features need images")
         if not bool(torch.isfinite(x).all()):
             raise NotFinite("the model's samples hold NaN or infinity: nothing to score")
-        yield to_uint8(x)
+        yield to_uint8(x) if x.ndim == 4 else x
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,8 @@ class Scorer:
 
     def check(self, num: int, shape: tuple[int, ...]) -> None:
         """Refuse, before any slow work, ``num`` images of ``shape`` (if known) that could not be scored."""
+        if shape:
+            self.extractor.check_shape(shape)
         check_metrics(self.metrics, self.extractor, num, self.kid_subset)
         if not self.team.rank:
             origin = replace(self.extractor.origin, size=pixels(*shape[1:]) if len(shape) == 3 else "")

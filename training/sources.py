@@ -12,7 +12,7 @@ from torch import Tensor
 from flowmaps.errors import UserError
 from flowmaps.files import read_npz
 from flowmaps.metrics import FeatureStats
-from flowmaps.metrics.extractors import CLASSIFIERS, Extractor, load_extractor
+from flowmaps.metrics.extractors import EXTRACTORS, Extractor, load_extractor
 from training.data import (
     DATA,
     ArrayData,
@@ -41,7 +41,7 @@ def check_source(source: str, flag: str) -> None:
 
 @dataclass(frozen=True)
 class Images:
-    """A set of uint8 images [C, H, W], what it is called, and how its images got their size."""
+    """A set of uint8 images [C, H, W] or points, what it is called, and how its images got their size."""
 
     data: DataSet
     name: str
@@ -62,10 +62,7 @@ def open_source(
     """
     path = Path(source)
     if known := data_set(source):
-        data = load_arrays(*known, root)
-        if len(data.shape) != 3:
-            raise UserError(f"{flag}={source} holds points, not images: features need images")
-        return Images(data, *known)
+        return Images(load_arrays(*known, root), *known)
     check_source(source, flag)
     if kind := prepared(path):
         if kind is not PreparedImages:
@@ -92,7 +89,7 @@ def _archive(file: Path, flag: str) -> Tensor:
 def pick_extractor(name: str | None, weights: str | None, source: str, device: torch.device) -> Extractor:
     """The extractor ``name``, else the one made for the data set ``source``, else Inception."""
     data = (data_set(source) or ("",))[0]
-    return load_extractor(name or (data if data in CLASSIFIERS else "inception"), weights, device)
+    return load_extractor(name or (data if data in EXTRACTORS else "inception"), weights, device)
 
 
 def stats_of(images: Images, extractor: Extractor, keep: bool = False, team: Team = ALONE) -> FeatureStats:

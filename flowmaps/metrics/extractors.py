@@ -1,7 +1,10 @@
-"""Feature extractors by name: uint8 images in, features out. Only ``inception``'s Fréchet distance is called FID."""
+"""Feature extractors by name: uint8 images in, features out. Only ``inception``'s Fréchet distance is called FID.
+
+The points of the checkerboard are their own features, scored by the KL from its known density.
+"""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -63,7 +66,7 @@ CLASSIFIERS: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class Extractor:
-    """A named feature function: ``embed`` maps uint8 images [n, C, H, W] to features [n, dim] on any device."""
+    """A named feature function: ``embed`` maps uint8 images [n, C, H, W], or points, to features [n, dim]."""
 
     embed: Callable[[Tensor], Tensor]
     dim: int
@@ -72,8 +75,16 @@ class Extractor:
 
     @property
     def metric(self) -> str:
-        """What the Fréchet distance on these features is called."""
-        return "FID" if self.origin.extractor == "inception" else f"FD-{self.origin.extractor}"
+        """What the Fréchet distance on these features is called; KL for points, which have a better score."""
+        return METRIC_OF.get(self.origin.extractor, f"FD-{self.origin.extractor}")
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Refuse samples of ``shape`` if they are points, but for the extractor that takes those alone."""
+        if (len(shape) == 3) == (self.origin.extractor == POINTS):
+            kind = "images, not points" if len(shape) == 3 else "points, not images"
+            raise UserError(
+                f"samples of shape {tuple(shape)} are {kind}: --extractor={self.origin.extractor} does not take them"
+            )
 
     @torch.no_grad()
     def stats(
@@ -82,12 +93,17 @@ class Extractor:
         """Moments of the features of uint8 image batches, streamed; with ``keep`` the features themselves too."""
         stats = FeatureStats(self.dim, replace(self.origin, data=data, split=split, crop=crop), keep)
         for images in batches:
-            size = pixels(*images.shape[2:])
+            self.check_shape(images.shape[1:])
+            size = pixels(*images.shape[2:]) if images.ndim == 4 else ""
             if stats.n and size != stats.origin.size:
                 raise UserError(f"images of {stats.origin.size} and of {size} pixels: crop and resize them to one size")
             stats.origin = replace(stats.origin, size=size)
             stats.update(self.embed(images))
         return stats
+
+
+POINTS = "checkerboard"
+METRIC_OF = {"inception": "FID", POINTS: "KL"}
 
 
 def extractor_file(name: str) -> Path:
@@ -160,9 +176,16 @@ def _inception(name: str, weights: Path | None, device: torch.device) -> Extract
     return Extractor(embed, INCEPTION_DIM, Origin(extractor=name, weights=sha256(file), resize=resize), logits)
 
 
+def _points(name: str, weights: Path | None, device: torch.device) -> Extractor:
+    if weights:
+        raise UserError(f"--weights={weights}: points are their own features, leave it out")
+    return Extractor(lambda points: points.float(), 2, Origin(extractor=name, resize="none"))
+
+
 EXTRACTORS: dict[str, Callable[[str, Path | None, torch.device], Extractor]] = {
     "inception": _inception,
     **dict.fromkeys(CLASSIFIERS, _classifier),
+    POINTS: _points,
 }
 
 

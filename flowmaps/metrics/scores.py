@@ -1,4 +1,4 @@
-"""Scores of a set of images from one pass over them: all are functions of the same features.
+"""Scores of a set of samples from one pass over them: all are functions of the same features.
 
 Those that compare single images need the features kept (``FeatureStats(keep=True)``), and Inception's, on which alone
 they have their names. They are torch-fidelity's own functions, at its settings.
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from flowmaps.errors import UserError
-from flowmaps.metrics.extractors import Extractor
+from flowmaps.metrics.extractors import POINTS, Extractor
+from flowmaps.metrics.points import board_kl
 from flowmaps.metrics.stats import FeatureStats, check_comparable, frechet_distance
 
 METRICS = {
@@ -18,15 +19,21 @@ METRICS = {
     "is": "Inception Score, mean and deviation over 10 splits (Salimans et al. 2016, arXiv 1606.03498)",
     "prc": "precision and recall by 3 nearest neighbours (Kynkäänniemi et al. 2019, arXiv 1904.06991)",
 }
+KL = "kl"  # of points alone, which have no other: KL(data || model) on a grid (flowmaps.metrics.board_kl)
 KID_SUBSETS, KID_SUBSET = 100, 1000
 SEED = 2020  # of KID's subsets and of the Inception Score's splits
 NEIGHBOURS = 3
 SPLITS = 10
 
 
+def distance_of(extractor: Extractor) -> str:
+    """The score that ``extractor.metric`` names, and that a gate judges."""
+    return KL if extractor.origin.extractor == POINTS else "fid"
+
+
 def needs_features(metrics: Sequence[str]) -> bool:
     """Whether the moments are not enough."""
-    return bool({"kid", "is", "prc"} & set(metrics))
+    return bool({"kid", "is", "prc", KL} & set(metrics))
 
 
 def needs_reference_features(metrics: Sequence[str]) -> bool:
@@ -36,14 +43,17 @@ def needs_reference_features(metrics: Sequence[str]) -> bool:
 
 def check_metrics(metrics: Sequence[str], extractor: Extractor, num: int, kid_subset: int = KID_SUBSET) -> None:
     """Refuse, before any sampling, scores that cannot be had of ``num`` images and this extractor."""
-    if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= METRICS.keys():
-        raise UserError(f"--metrics={','.join(metrics)}: give different ones of {', '.join(METRICS)}")
-    if needs_features(metrics) and extractor.logits is None:
+    if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= {*METRICS, KL}:
+        raise UserError(f"--metrics={','.join(metrics)}: give different ones of {', '.join([*METRICS, KL])}")
+    only, name = distance_of(extractor), extractor.origin.extractor
+    if extractor.logits is None and set(metrics) != {only}:
         raise UserError(
-            f"--metrics={','.join(metrics)}: only fid is defined on the features of {extractor.origin.extractor}, the "
-            "others are for --extractor=inception"
+            f"--metrics={','.join(metrics)}: only {only} is defined on the features of {name}, the others are for "
+            "--extractor=inception"
         )
-    least = {"fid": 2, "kid": kid_subset, "is": SPLITS, "prc": NEIGHBOURS + 1}
+    if extractor.logits is not None and KL in metrics:
+        raise UserError(f"--metrics={','.join(metrics)}: kl is for points, --extractor={name} for images")
+    least = {"fid": 2, "kid": kid_subset, "is": SPLITS, "prc": NEIGHBOURS + 1, KL: 2}
     for name in metrics:
         if num < least[name]:
             remedy = "give more, or a smaller --kid_subset" if name == "kid" else "give more"
@@ -85,6 +95,8 @@ def scores(
     features, real = (torch.empty(0) if stats.features is None else stats.features for stats in (ours, reference))
     if needs_features(metrics) and not len(features):
         raise ValueError("these metrics need features that were kept: FeatureStats(keep=True)")
+    if KL in metrics:
+        found[extractor.metric] = board_kl(features)
     if "kid" in metrics:
         from torch_fidelity.metric_kid import kid_features_to_metric
 
