@@ -132,6 +132,31 @@ def test_half_precision(saved):
     assert pipeline(3, **options).images[0].size == (8, 8)
 
 
+@pytest.mark.parametrize("way", ["model", "group"])
+def test_offloaded_is_the_same(saved, way):
+    """The hooks that move weights to where they are needed fire; here from the CPU to the CPU."""
+    fm, path = saved
+    pipeline = FlowMapPipeline.from_pretrained(path)
+    options = {"latents": fm.noise(3, 0), "num_inference_steps": 2, "class_labels": 1, "output_type": "pt"}
+    before = pipeline(**options).images
+    cpu = torch.device("cpu")
+    if way == "model":
+        pipeline.enable_model_cpu_offload(device=cpu)
+    else:
+        pipeline.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    assert torch.equal(pipeline(**options).images, before)
+
+
+def test_progress_bar_counts_steps_and_can_be_silenced(saved, capsys):
+    pipeline = FlowMapPipeline.from_pretrained(saved[1])
+    capsys.readouterr()
+    pipeline(1, num_inference_steps=3)
+    assert "3/3" in capsys.readouterr().err
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(1, num_inference_steps=3)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_interrupted_export_leaves_the_old_one(saved, monkeypatch):
     _, path = saved
     monkeypatch.setattr(FlowMapPipeline, "save_pretrained", lambda self, d: (_ for _ in ()).throw(OSError("disk full")))
