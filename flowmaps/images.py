@@ -47,6 +47,11 @@ def grid(rows: Sequence[Tensor], scale: int = 1, gap: int = 2) -> Tensor:
     return torch.cat([F.pad(line, (0, width - line.shape[-1]), value=64) for line in lines], dim=1)
 
 
+def beside(pictures: Sequence[Tensor], gap: int = 12) -> Tensor:
+    """uint8 pictures [C, height, width] of one height from left to right, a white gap between them."""
+    return torch.cat([pictures[0], *[F.pad(picture, (gap, 0), value=255) for picture in pictures[1:]]], dim=-1)
+
+
 def sample_grid(rows: Sequence[Tensor], columns: int = 16) -> Tensor:
     """One row a sampler setting: samples [n, C, H, W] in [-1, 1], or points [n, 2] drawn as their density."""
     if rows[0].ndim == 2:

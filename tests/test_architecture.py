@@ -83,7 +83,7 @@ SAMPLING |= {"vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
 SCORING = {"extractor", "weights", "root"}
 FLAGS = {
     "train.py": {"config", "workdir", "dry_run", "stage"},
-    "sample.py": SAMPLING | {"out"},
+    "sample.py": SAMPLING | {"out", "beside"},
     "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt", "features"},
     "fid.py": SAMPLING
     | SCORING

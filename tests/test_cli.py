@@ -127,6 +127,19 @@ def test_sample_writes_what_it_says(tmp_path, runs):
     assert len(list((tmp_path / "a" / "steps-1").iterdir())) == 12 and (tmp_path / "a" / "grid.png").is_file()
 
 
+def test_another_sampler_beside(tmp_path, runs):
+    """Left the grid as without it, right that of the other sampler from the same noise; what it forbids is refused."""
+    command = ["scripts/sample.py", "--steps=1,2", "--num=6"]
+    for out, flags in (("map", []), ("euler", ["--sampler=euler"]), ("both", ["--beside=euler"])):
+        run_script(*command, f"--checkpoint={runs}/map", f"--out={tmp_path}/{out}", *flags, check=True)
+    left, right, both = (np.asarray(Image.open(tmp_path / out / "grid.png")) for out in ("map", "euler", "both"))
+    assert np.array_equal(both[:, : left.shape[1]], left) and np.array_equal(both[:, -right.shape[1] :], right)
+    line = refused(
+        run_script(*command, f"--checkpoint={runs}/drift", "--sampler=euler", "--beside=map", f"--out={tmp_path}/no")
+    )
+    assert "drift" in line and not (tmp_path / "no").exists()
+
+
 def test_sample_points_and_one_class(tmp_path, runs):
     points = ["--sampler=euler", "--steps=3", "--num=50", f"--out={tmp_path}/points"]
     run_script("scripts/sample.py", f"--checkpoint={runs}/drift", *points, check=True)

@@ -41,7 +41,7 @@ SCALED = {  # pattern -> what takes its place
     r" --config\.data\.download": "",  # there is no network
     r"pytest -m slow": "pytest --collect-only -q -m slow",
     r"^make ": "make -n ",  # the demo and the tests are run elsewhere
-    r"git clone REPOSITORY (\w+)(.*)make": rf"git clone -q {ROOT} \1\2make -n",
+    r"REPOSITORY": f"-q {ROOT}",
     r"shards, rows = 128, 1024": "shards, rows = 2, 256",
 }
 GIVEN = {  # names that a reader of a block brings along
@@ -107,6 +107,8 @@ class Copy:
         """Run what the documents say; first, by their own commands, what makes the directories that it reads."""
         for path in re.findall(r"(?:checkpoint|teacher|init_from)=([\w/-]+)", command):
             self.make(path)
+        for file in re.findall(r"--json=(assets/\S+)", command):
+            (self.folder / file).unlink(missing_ok=True)  # the records of the whole experiment
         self.shell(scaled(command))
         self.made.update(re.findall(r"--(?:workdir|out)=(\S+)", command))
 

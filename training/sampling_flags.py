@@ -1,7 +1,7 @@
 """The flags that sample.py and fid.py share, and what they mean."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -88,11 +88,14 @@ class SamplingFlags:
             raise UserError(f"--sampler={unknown[0]}: choose from {', '.join(SAMPLERS)}")
         return [Setting(*way) for way in product(self.sampler.value, self.schedule.value, self.counts())]
 
-    def load(self) -> FlowMap:
-        """The flow map of ``--checkpoint``, on the accelerator if there is one, checked against the other flags."""
+    def load(self, more: Sequence[Setting] = ()) -> FlowMap:
+        """The flow map of ``--checkpoint``, on the accelerator if there is one.
+
+        Checked against the other flags, and the ways to sample that there are besides theirs.
+        """
         if self.checkpoint.value is None:
             raise UserError("--checkpoint is missing: a run directory, an exported directory or a hub id")
-        settings = self.settings()
+        settings = [*self.settings(), *more]
         fm = FlowMap.from_pretrained(self.checkpoint.value)
         labels_for(fm.info, 1, self.label.value)  # refuse a wrong label before any work
         for setting in settings:
