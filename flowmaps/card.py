@@ -1,6 +1,6 @@
 """The model card: what a checkpoint is, how to use it, what was measured and where it comes from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -66,7 +66,7 @@ def card(fm: FlowMap, name: str = "", license: str = "", records: Sequence[Recor
         "## Use\n\n" + USE.format(name=name or "DIRECTORY", steps=steps, sampler=sampler).rstrip(),
     ]
     if records:
-        parts.append("## Results\n\n" + "\n\n".join(_table(record) for record in records))
+        parts.append("## Results\n\n" + "\n\n".join(_tables(records)))
     if how:
         parts.append("## How it was made\n\n" + how.strip())
     if info.origin:
@@ -96,15 +96,19 @@ def _evaluations(record: Record) -> list[EvalResult]:
     ]
 
 
-def _table(record: Record) -> str:
-    """A row for each sampler and grid, a column for each step count."""
-    reference, metric = record["reference"], record["metric"]
-    counts = sorted({row["steps"] for row in record["results"]})
-    ways = list(dict.fromkeys((row["sampler"], row["grid"]) for row in record["results"]))
-    found = {(row["sampler"], row["grid"], row["steps"]): row[metric] for row in record["results"]}
-    lines = ["| steps | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
-    for sampler, grid in ways:
-        cells = [f"{found[sampler, grid, k]:.3g}" if (sampler, grid, k) in found else "" for k in counts]
-        lines.append(f"| {sampler}, {grid} steps | " + " | ".join(cells) + " |")
-    told = f"{metric} of {record['num']} samples to {reference['data']} ({reference['split']}, {reference['n']} images)"
-    return f"{told}, by `{record['command']}`:\n\n" + "\n".join(lines)
+def _tables(records: Sequence[Record]) -> Iterator[str]:
+    """For records that can stand together: a row for each sampler and grid, a column for each step count."""
+    together: dict[tuple[str, int, str], list[Record]] = {}
+    for record in records:
+        together.setdefault((record["metric"], record["num"], record["reference"]["sha256"]), []).append(record)
+    for (metric, num, _), mine in together.items():
+        found = {(row["sampler"], row["grid"], row["steps"]): row[metric] for r in mine for row in r["results"]}
+        counts = sorted({steps for *_, steps in found})
+        lines = ["| steps | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
+        for sampler, grid in dict.fromkeys(way[:2] for way in found):
+            cells = [f"{found[sampler, grid, k]:.3g}" if (sampler, grid, k) in found else "" for k in counts]
+            lines.append(f"| {sampler}, {grid} steps | " + " | ".join(cells) + " |")
+        reference = mine[0]["reference"]
+        told = f"{metric} of {num} samples to {reference['data']} ({reference['split']}, {reference['n']} samples), by"
+        commands = "".join(f"\n    python {record['command']}" for record in mine)
+        yield f"{told}\n{commands}\n\n" + "\n".join(lines)

@@ -43,7 +43,7 @@ def main() -> None:
     stats = remembered(images, extractor, FEATURES.value, everyone)
     if not everyone.rank:
         stats.save(out)
-        print(f"{out}: {stats.n} images of {DATA.value}, extractor {extractor.origin.extractor}, {stats.dim} features")
+        print(f"{out}: {stats.n} samples of {DATA.value}, extractor {extractor.origin.extractor}, {stats.dim} features")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ SCALED = {  # pattern -> what takes its place
     r" --config\.data\.download": "",  # there is no network
     r"pytest -m slow": "pytest --collect-only -q -m slow",
     r"^make ": "make -n ",  # the demo and the tests are run elsewhere
-    r"REPOSITORY": f"-q {ROOT}",
+    r"git clone REPOSITORY flowmaps && cd flowmaps": f"git clone -q {ROOT} clone && cd clone",
     r"shards, rows = 128, 1024": "shards, rows = 2, 256",
 }
 GIVEN = {  # names that a reader of a block brings along
