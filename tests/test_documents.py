@@ -22,6 +22,7 @@ from flowmaps.metrics.extractors import INCEPTION_FILE
 PROGRAMS = r"(?:python|make|torchrun|accelerate|git|mkdir|for)\b"
 SCALED = {  # pattern -> what takes its place
     r"(configs/\w+\.py:[\w,]+)": r"\1,smoke",
+    r"(configs/imagenet\w+\.py:\S+)": r"\1 --config.network.num_classes=40",  # folders in `furnished`
     r"(best\.num|--num)=\d+": r"\1=40",
     r"--cpu_minutes=\d+": "--cpu_minutes=0.01",
     r"--seeds=0,1,2": "--seeds=0",
