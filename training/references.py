@@ -44,7 +44,12 @@ def reference_stats(
     if extractor not in (None, wanted):
         raise UserError(f"--extractor={extractor}, but --reference={reference} was made with {wanted!r}")
     chosen = load_extractor(wanted, weights, device)
-    if wanted == "inception" and not stats.origin.weights and not chosen.origin.weights.startswith(INCEPTION_HASH) and not team.rank:
+    if (
+        wanted == "inception"
+        and not stats.origin.weights
+        and not chosen.origin.weights.startswith(INCEPTION_HASH)
+        and not team.rank
+    ):
         print(
             f"warning: --reference={reference} is a published file, made with the Inception of 2015; the weights in "
             "use are not torch-fidelity's port of it",
