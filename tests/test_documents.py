@@ -34,6 +34,7 @@ SCALED = {  # pattern -> what takes its place
     r"snapshot_every=\d+": "snapshot_every=4",
     r"best\.every=\d+": "best.every=10",
     r"--max_fid=9": "--max_fid=9999",  # after 20 steps of training
+    r"--steps=1,2,4 --sampler": "--steps=1 --sampler",  # for each, Inception
     r"--metrics=fid,kid,is,prc": r"\g<0> --kid_subset=20",
     r"--(nproc_per_node|num_processes|workers)=8": r"--\1=2",
     r"--multi_gpu": "--cpu",
