@@ -44,7 +44,7 @@ SCALED = {  # pattern -> what takes its place
     r"pytest -m slow": "pytest --collect-only -q -m slow",
     r"^make ": "make -n ",  # the demo and the tests are run elsewhere
     r"git clone REPOSITORY flowmaps && cd flowmaps": f"git clone -q {ROOT} clone && cd clone",
-    r"shards, rows = 128, 1024": "shards, rows = 2, 256",
+    r"\), 128, 1024": "), 2, 256",
 }
 GIVEN = {  # names that a reader of a block brings along
     "teachers.md": "my_denoiser = other_drift = lambda x, t, label: -x\n",
@@ -72,7 +72,7 @@ def scaled(text: str) -> str:
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {file.name: commands(file.read_text()) for file in DOCUMENTS}
 BLOCKS = {file.name: blocks(file.read_text()) for file in DOCUMENTS}
-QUICK = {"README.md": 3}  # so many commands of a document and its blocks are run by `make test`, the rest by test-slow
+QUICK = {"README.md": 1}  # so many commands of a document and its blocks are run by `make test`, the rest by test-slow
 
 
 class Copy:
