@@ -52,7 +52,10 @@ def beside(pictures: Sequence[Tensor], gap: int = 12) -> Tensor:
     return torch.cat([pictures[0], *[F.pad(picture, (gap, 0), value=255) for picture in pictures[1:]]], dim=-1)
 
 
-def sample_grid(rows: Sequence[Tensor], columns: int = 16) -> Tensor:
+COLUMNS = 16  # of images; points need all
+
+
+def sample_grid(rows: Sequence[Tensor], columns: int = COLUMNS) -> Tensor:
     """One row a sampler setting: samples [n, C, H, W] in [-1, 1], or points [n, 2] drawn as their density."""
     if rows[0].ndim == 2:
         return grid([points_to_image(row)[None] for row in rows])

@@ -16,7 +16,7 @@ from absl import flags
 from flowmaps import UserError
 from flowmaps.files import writable_directory
 from flowmaps.generate import SAMPLERS
-from flowmaps.images import beside, sample_grid, to_pil
+from flowmaps.images import COLUMNS, beside, sample_grid, to_pil
 from training import cli
 from training.outputs import write_samples
 from training.sampling_flags import SamplingFlags, Setting
@@ -36,7 +36,7 @@ def main() -> None:
     [fm] = SAMPLING.averages(fm)
     shown = [[write_samples(SAMPLING.batches(fm, way), out, way.steps) for way in ways]]
     if others:
-        items = range(len(shown[0][0]))
+        items = range(len(shown[0][0]))[: COLUMNS if len(fm.info.shape) == 3 else None]
         shown.append([torch.cat([x.cpu() for x, _ in SAMPLING.batches(fm, way, items=items)]) for way in others])
     to_pil(beside([sample_grid(rows) for rows in shown])).save(out / "grid.png")
 

@@ -114,6 +114,10 @@ class Copy:
         self.shell(scaled(command))
         self.made.update(re.findall(r"--(?:workdir|out)=(\S+)", command))
 
+    def run_blocks(self, name: str) -> None:
+        for block in BLOCKS[name]:
+            self.shell(f"python - <<'END'\n{GIVEN.get(name, '')}{scaled(block)}\nEND")
+
     def make(self, path: str) -> None:
         if path in self.made or (self.folder / path).exists():
             return
@@ -173,8 +177,7 @@ def test_each_rule_changes_some_line():
 def test_first_commands_and_blocks(copy, name):
     for command in [c for c in COMMANDS[name] if not c.startswith("make")][: QUICK[name]]:
         copy.run(command)
-    for block in BLOCKS[name]:
-        copy.shell(f"python - <<'END'\n{GIVEN.get(name, '')}{scaled(block)}\nEND")
+    copy.run_blocks(name)
 
 
 @pytest.mark.slow
@@ -184,8 +187,7 @@ def test_all_commands_and_blocks(furnished, name):
         extend(furnished.folder)
     for command in COMMANDS[name]:
         furnished.run(command)
-    for block in BLOCKS[name]:
-        furnished.shell(f"python - <<'END'\n{GIVEN.get(name, '')}{scaled(block)}\nEND")
+    furnished.run_blocks(name)
 
 
 def extend(folder: Path) -> None:
