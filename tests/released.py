@@ -234,12 +234,12 @@ class EDMPrecond(Persistent):
         return d**2 / (s**2 + d**2) * y + s * d / (s**2 + d**2).sqrt() * out
 
 
-def edm(variant, path, classes=5, augment=9):
+def edm(variant, path, classes=5, augment=9, size=16, mult=(1, 2), blocks=2, attention=(8,)):
     """Write a snapshot; returns its denoiser."""
     cls = {"ddpm++": SongUNet, "adm": DhariwalUNet}[variant]
     width = 64 if variant == "adm" else 16
-    model = cls(16, 3, classes, augment, width, (1, 2), 2, (8,))
-    net = randomise(EDMPrecond(model, 16, 3, classes), 0.08)
+    model = cls(size, 3, classes, augment, width, mult, blocks, attention)
+    net = randomise(EDMPrecond(model, size, 3, classes), 0.08)
     dump(
         {"ema": net, "loss_fn": None, "augment_pipe": None, "dataset_kwargs": EasyDict(path="x", use_labels=True)}, path
     )

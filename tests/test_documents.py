@@ -28,7 +28,7 @@ SCALED = {  # pattern -> what takes its place
     r"--seeds=0,1,2": "--seeds=0",
     r"--train_steps=\d+": "",
     r"(--suite=(?:checkerboard|digits)\b.*--rows=[\w,]*)": r"\1 --train_steps=4",
-    r"(--suite=(?:learning|mid_training|bellman)\b)": r"\1 --train_steps=8 --num=64",
+    r"(--suite=(?:learning|mid_training|bellman)\b)": r"\1 --train_steps=8 --num=16",
     r"(--suite=(?:step|sample|networks|profile)\b)(?!.*--rows)": r"\1 --rows=UNet",
     r"--suite=step --rows=UNet": "--suite=step --rows=lagrangian",
     r"snapshot_every=\d+": "snapshot_every=4",
@@ -107,7 +107,7 @@ class Copy:
 
     def run(self, command: str) -> None:
         """Run what the documents say; first, by their own commands, what makes the directories that it reads."""
-        for path in re.findall(r"(?:checkpoint|teacher|init_from)=([\w/-]+)", command):
+        for path in re.findall(r"(?:checkpoint|teacher|init_from)=([\w-]+/[\w/-]+)", command):  # not a chain's stages
             self.make(path)
         for file in re.findall(r"--json=(assets/\S+)", command):
             (self.folder / file).unlink(missing_ok=True)  # the records of the whole experiment
@@ -142,7 +142,8 @@ def furnished(copy):
     os.link(folder / "inception.pth", folder / "torch/hub/checkpoints" / INCEPTION_FILE)
     for name in ("mse", "ema"):
         write_vae(folder / f"stabilityai/sd-vae-ft-{name}")
-    released.edm("ddpm++", folder / "edm-cifar10-32x32-cond-vp.pkl")
+    shape = {"classes": 10, "size": 32, "mult": (1, 2, 2), "blocks": 1, "attention": (16,)}  # of the row's smoke variant
+    released.edm("ddpm++", folder / "edm-cifar10-32x32-cond-vp.pkl", **shape)
     tree = write_imagenet(folder / "imagenet", classes=40)
     with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as whole:
         for synset in sorted(tree.iterdir()):
