@@ -20,10 +20,13 @@ from makers import encoded, photograph, write_data_root, write_folder, write_ima
 from flowmaps.metrics.extractors import INCEPTION_FILE
 
 PROGRAMS = r"(?:python|make|torchrun|accelerate|git|mkdir|for)\b"
+SHORT = "--config.steps=20 --config.batch=16 --config.log_every=5 --config.checkpoint_every=5"
 SCALED = {  # pattern -> what takes its place
-    r"(configs/\w+\.py:[\w,]+)": r"\1,smoke",
+    r"(configs/digits\.py:(?!pipeline)\w+)": rf"\1 {SHORT}",  # of full width: the suites start from runs/digits-flow
+    r"(configs/(?!digits\.py:(?!pipeline))\w+\.py:[\w,]+)": r"\1,smoke",
     r"(configs/imagenet\w+\.py:\S+)": r"\1 --config.network.num_classes=40",  # folders in `furnished`
-    r"(best\.num|--num)=\d+": r"\1=40",
+    r"(best\.num|--num)=(?!32768)\d+": r"\1=40",  # but for points, which are cheap
+    r"(scripts/fid\.py (?!.*--num).*)": r"\1 --num=40",  # for 50,000
     r"--cpu_minutes=\d+": "--cpu_minutes=0.01",
     r"--seeds=0,1,2": "--seeds=0",
     r"--train_steps=\d+": "",
@@ -142,7 +145,7 @@ def furnished(copy):
     os.link(folder / "inception.pth", folder / "torch/hub/checkpoints" / INCEPTION_FILE)
     for name in ("mse", "ema"):
         write_vae(folder / f"stabilityai/sd-vae-ft-{name}")
-    shape = {"classes": 10, "size": 32, "mult": (1, 2, 2), "blocks": 1, "attention": (16,)}  # of the row's smoke variant
+    shape = {"classes": 10, "size": 32, "mult": (1, 2, 2), "blocks": 1, "attention": (16,)}  # of from_edm,smoke
     released.edm("ddpm++", folder / "edm-cifar10-32x32-cond-vp.pkl", **shape)
     tree = write_imagenet(folder / "imagenet", classes=40)
     with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as whole:
