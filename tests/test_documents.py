@@ -110,6 +110,10 @@ class Copy:
 
     def run(self, command: str) -> None:
         """Run what the documents say; first, by their own commands, what makes the directories that it reads."""
+        if command in self.made:
+            return
+        for name in re.findall(r"configs/(imagenet\d+)\.py", command):
+            self.make(f"data/{name}")
         for path in re.findall(r"(?:checkpoint|teacher|init_from)=([\w-]+/[\w/-]+)", command):  # not a chain's stages
             self.make(path)
         for file in re.findall(r"--json=(assets/\S+)", command):
@@ -124,9 +128,14 @@ class Copy:
     def make(self, path: str) -> None:
         if path in self.made or (self.folder / path).exists():
             return
-        makers = [c for found in COMMANDS.values() for c in found if re.search(rf"--(workdir|out)={path}( |$)", c)]
-        assert makers, f"no document says how {path} is made"
-        self.run(makers[0])
+        for found in COMMANDS.values():
+            for i, command in enumerate(found):
+                if re.search(rf"--(workdir|out)={path}( |$)", command):
+                    for unpacks in [c for c in found[:i] if re.match("mkdir|for", c)]:
+                        self.run(unpacks)
+                        self.made.add(unpacks)
+                    return self.run(command)
+        raise AssertionError(f"no document says how {path} is made")
 
 
 @pytest.fixture(scope="module")
