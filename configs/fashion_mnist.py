@@ -4,9 +4,9 @@ python scripts/train.py --config=configs/fashion_mnist.py:lagrangian --config.da
 python scripts/train.py --config=configs/fashion_mnist.py:lagrangian,cpu --config.data.root=data --workdir=runs/fashion
 python scripts/train.py --config=configs/fashion_mnist.py:pipeline,cpu --workdir=runs/fashion-chain
 
-The last makes assets/fashion_mnist, whose card has cost and numbers. lagrangian,cpu, 113 minutes on an AMD EPYC core,
-seed 0: FD-fashion_mnist of 5,000 samples to the held-out images at 1 / 2 / 4 / 8 steps 13.9 / 7.6 / 6.6 / 6.2
-(Euler on its drift: 121 / 41 / 9.3 / 3.9, and 5.2 at 64).
+The last begins assets/fashion_mnist, whose card has all commands, cost and numbers. lagrangian,cpu, 113 minutes on an
+AMD EPYC core, seed 0: FD-fashion_mnist of 5,000 samples to the held-out images at 1 / 2 / 4 / 8 steps
+13.9 / 7.6 / 6.6 / 6.2 (Euler on its drift: 121 / 41 / 9.3 / 3.9, and 5.2 at 64).
 """
 
 from collections.abc import Callable
