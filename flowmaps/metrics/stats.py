@@ -184,16 +184,21 @@ def _published(path: str | Path, shapes: dict[str, tuple[int, ...]]) -> Origin:
     return Origin(extractor="inception", size=size, data=Path(path).name)
 
 
+def _root(cov: Tensor) -> Tensor:
+    """The symmetric square root [dim, dim] of a covariance."""
+    values, vectors = torch.linalg.eigh(cov)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
 def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), of features from the same extractor.
 
-    Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500). By the symmetric eigenvalue route, which stays real
-    where a matrix square root of C_a C_b turns complex; tiny negative eigenvalues are rounding and count as 0.
+    Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500). The last trace is the sum of the singular values of
+    C_a^1/2 C_b^1/2: real where a matrix square root of C_a C_b turns complex, and without the digits that the roots of
+    eigenvalues of a product lose. Tiny negative eigenvalues are rounding and count as 0.
     """
     check_comparable(a, b)
-    values, vectors = torch.linalg.eigh(a.cov)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.cov @ root).clamp(min=0).sqrt().sum()
+    cross = torch.linalg.svdvals(_root(a.cov) @ _root(b.cov)).sum()
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
     return max(float(distance), 0.0)
 
