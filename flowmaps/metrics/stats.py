@@ -187,7 +187,8 @@ def _published(path: str | Path, shapes: dict[str, tuple[int, ...]]) -> Origin:
 def _root(cov: Tensor) -> Tensor:
     """The symmetric square root [dim, dim] of a covariance."""
     values, vectors = torch.linalg.eigh(cov)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root
 
 
 def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
