@@ -19,7 +19,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 
 types: .venv/installed
-	$(BIN)/mypy flowmaps samplers training configs
+	$(BIN)/mypy flowmaps samplers training configs scripts
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flowmaps needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -6,7 +6,7 @@ python scripts/train.py --config=configs/checkerboard.py:lagrangian --workdir=ru
 from typing import Any
 
 from training.config import Config, Data, Decay, Optim, Optimizer, network, objective
-from training.rows import Chain, method_rows, select, straightening_rows
+from training.config_rows import Chain, method_rows, select, straightening_rows
 
 DATA_STD = 0.577  # of a coordinate that is uniform on [-1, 1]: 1 / sqrt(3)
 

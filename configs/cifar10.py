@@ -44,7 +44,7 @@ this package, who have no GPU yet.
 from typing import Any
 
 from flowmaps.objectives.mid_training import Distance, Target
-from flowmaps.objectives.times import Times
+from flowmaps.objectives.time_sampling import Times
 from training.config import (
     Config,
     Data,
@@ -59,7 +59,7 @@ from training.config import (
     network,
     objective,
 )
-from training.rows import Chain, method_rows, select, straightening_rows
+from training.config_rows import Chain, method_rows, select, straightening_rows
 
 
 def base(method: str, **options: Any) -> Config:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flowmaps.objectives.mid_training import Target
 from training.config import Config, Data, Decay, Optim, Optimizer, Solver, Trajectories, network, objective
-from training.rows import Chain, method_rows, select, straightening_rows
+from training.config_rows import Chain, method_rows, select, straightening_rows
 
 
 def base(method: str, **options: Any) -> Config:

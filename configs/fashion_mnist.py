@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from training.config import Config, Data, Decay, Optim, Optimizer, Precision, Solver, Trajectories, network, objective
-from training.rows import Chain, method_rows, select, straightening_rows
+from training.config_rows import Chain, method_rows, select, straightening_rows
 
 
 def base(method: str, **options: Any) -> Config:

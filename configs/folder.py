@@ -29,7 +29,7 @@ from training.config import (
     network,
     objective,
 )
-from training.rows import Chain, method_rows, select, straightening_rows
+from training.config_rows import Chain, method_rows, select, straightening_rows
 
 
 def base(method: str, **options: Any) -> Config:

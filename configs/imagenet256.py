@@ -34,7 +34,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flowmaps.objectives.mid_training import Target
-from flowmaps.objectives.times import Times
+from flowmaps.objectives.time_sampling import Times
 from training.config import (
     Config,
     Data,
@@ -48,7 +48,7 @@ from training.config import (
     network,
     objective,
 )
-from training.rows import Chain, select
+from training.config_rows import Chain, select
 
 LOGIT_NORMAL = {"adaptive": 1.0, "times": Times.logit_normal}
 MEAN_FLOW = {**LOGIT_NORMAL, "diagonal": 0.75, "guidance": 2.5, "guidance_times": (0.2, 0.7)}

@@ -38,7 +38,7 @@ from training.config import (
     network,
     objective,
 )
-from training.rows import Chain, select
+from training.config_rows import Chain, select
 
 MEAN, STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)  # of the latents, by channel
 TEACHER = "teachers/edm2-xxl"

@@ -17,7 +17,7 @@ samples, labels uniform, NVIDIA's Inception, EDM's statistics of the 1.28 millio
 from typing import Any
 
 from training.config import Config, Data, Decay, Optim, Optimizer, Precision, Weight, network, objective
-from training.rows import Chain, select
+from training.config_rows import Chain, select
 
 
 def base(method: str, **options: Any) -> Config:

@@ -1,11 +1,55 @@
-"""What a run may end with besides success and a bug."""
+"""Exceptions for a user's mistake and for a polite stop."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """A mistake in a flag, an argument or a file: the message names it and says what to do, in one line.
+    """A mistake in an argument, a config field or a file, explained in one line together with the remedy.
 
-    Scripts print that line and exit with code 2.
+    Args:
+        message: What is wrong and how to fix it. Other arguments are mentioned by their plain names.
+        field: The argument or config field at fault, such as ``"steps"`` or ``"optim.lr"``; empty for a file.
+        value: The value it had, shown if not None.
+
+    ``str(error)`` reads ``steps=0: must be at least 1``. Only the command line writes it as a flag
+    (``--steps=0: must be at least 1``) and exits with code 2.
+
+    Example:
+        >>> raise UserError("must be at least 1", field="steps", value=0)
+        Traceback (most recent call last):
+        flowmaps.errors.UserError: steps=0: must be at least 1
     """
+
+    def __init__(self, message: str, field: str = "", value: object = None) -> None:
+        super().__init__(message)
+        self.message, self.field, self.value = message, field, value
+
+    def __str__(self) -> str:
+        if not self.field:
+            return self.message
+        return f"{self.field}{'' if self.value is None else f'={self.value}'}: {self.message}"
+
+
+@contextmanager
+def within(section: str) -> Iterator[None]:
+    """Qualify the fields of errors raised in the block: ``lr`` within ``optim`` becomes ``optim.lr``."""
+    try:
+        yield
+    except UserError as error:
+        if error.field:
+            error.field = f"{section}.{error.field}"
+        raise
+
+
+@contextmanager
+def blame(field: str, value: object = None) -> Iterator[None]:
+    """Attribute errors raised in the block to the argument ``field``, such as the one that names a checkpoint."""
+    try:
+        yield
+    except UserError as error:
+        error.field, error.value = field, value
+        raise
 
 
 class Stopped(Exception):

@@ -16,13 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from flowmaps.card import card
 from flowmaps.errors import UserError
 from flowmaps.files import new_directory, write_file
-from flowmaps.flow_map import FlowMap, FlowMapInfo
+from flowmaps.flow_map import FlowMap
 from flowmaps.hub import from_hub
-from flowmaps.latents import Decoder
+from flowmaps.info import FlowMapInfo
+from flowmaps.model_card import card
 from flowmaps.networks import NETWORKS
+from flowmaps.vae import Decoder
 from samplers import Schedule
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from flowmaps.errors import UserError
-from samplers.schedule import Schedule
 
 
 def _sync(path: Path) -> None:
@@ -127,13 +126,3 @@ def cache_directory() -> Path:
     """Where things are kept that can be made again: ~/.cache/flowmaps, or under XDG_CACHE_HOME."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (Path.home can raise)
     return Path(home) / "flowmaps"
-
-
-def read_schedule(file: str, flag: str) -> Schedule:
-    """The schedule in ``file``, which ``flag`` names."""
-    try:
-        return Schedule.from_json(Path(file).read_bytes())
-    except OSError as error:
-        raise UserError(f"{flag}={file}: {error.strerror}; schedule.py writes such files") from None
-    except ValueError as error:
-        raise UserError(f"{flag}={file} is no schedule of schedule.py: {error}") from None

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from flowmaps.errors import UserError
-from flowmaps.flow_map import FlowMap, FlowMapInfo
+from flowmaps.flow_map import FlowMap
+from flowmaps.guidance import Guided
+from flowmaps.info import FlowMapInfo
 from flowmaps.networks.conditioning import soft_label, with_guidance
-from flowmaps.teachers import Guided
 from samplers import euler, heun, rollout, stochastic
 
 Renoise = Callable[[int], Tensor]  # k -> fresh noise for step k

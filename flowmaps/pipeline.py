@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 import flowmaps.networks  # noqa: F401  # diffusers resolves a network only from modules that are imported
 from flowmaps.errors import UserError
-from flowmaps.flow_map import FlowMap, FlowMapInfo
+from flowmaps.flow_map import FlowMap
 from flowmaps.generate import guided_label, labels_for
 from flowmaps.images import to_pil, to_uint8
-from flowmaps.latents import decode
+from flowmaps.info import FlowMapInfo
+from flowmaps.vae import decode
 
 Callback = Callable[["FlowMapPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 

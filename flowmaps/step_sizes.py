@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.generate import SOLVERS, guided_label, labels_for
-from flowmaps.teachers import Guided
+from flowmaps.guidance import Guided
 from samplers import Schedule, heun, rollout, trajectory, uniform_times
 from samplers.bellman import errors, euler_jumps, heun_jumps, map_jumps, pulled_back, solve_all
 from samplers.callables import Drift
@@ -171,6 +172,16 @@ def end_errors(
             for steps, times in grids.items():
                 found[steps] += float((walk(x, times, label) - end).double().square().flatten(1).mean(1).sum())
     return [{steps: (total / count) ** 0.5 for steps, total in found.items()} for found in squares]
+
+
+def read_schedule(file: str, flag: str) -> Schedule:
+    """The schedule in ``file``, which ``flag`` names."""
+    try:
+        return Schedule.from_json(Path(file).read_bytes())
+    except OSError as error:
+        raise UserError(f"{flag}={file}: {error.strerror}; schedule.py writes such files") from None
+    except ValueError as error:
+        raise UserError(f"{flag}={file} is no schedule of schedule.py: {error}") from None
 
 
 __all__ = ["COSTS", "FINE", "Fitted", "Solution", "costs", "end_errors", "fine_solutions", "fit"]

@@ -1,10 +1,9 @@
 """How to walk a probability-flow path: time grids, map rollouts and ODE solvers over plain callables."""
 
 from samplers.grids import check_times, log_snr_times, uniform_times
-from samplers.ode import dpm_solver, euler, heun
-from samplers.rollout import rollout
+from samplers.map_samplers import rollout, stochastic
 from samplers.schedule import Schedule
-from samplers.stochastic import stochastic
+from samplers.solvers import dpm_solver, euler, heun
 from samplers.trajectories import Trajectory, trajectory
 
 __all__ = [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from samplers.callables import Drift
 from samplers.grids import check_times
-from samplers.ode import dpm_solver, euler, heun
+from samplers.solvers import dpm_solver, euler, heun
 
 SOLVERS: dict[str, Callable[..., Tensor]] = {"euler": euler, "heun": heun, "dpm_solver": dpm_solver}
 

@@ -17,14 +17,15 @@ Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n a
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 from absl import flags
 
 from flowmaps import UserError
+from flowmaps.cli.run import run
 from flowmaps.files import writable_file, write_file
-from training import cli
 
 SUITE = flags.DEFINE_string(
     "suite",
@@ -46,8 +47,8 @@ PLOT = flags.DEFINE_string("plot", None, "PNG file for the scores against the nu
 
 
 def main() -> None:
-    from training.benchmark import PLOTTED, SUITES, Request, markdown, plot, stored_records
-    from training.speed import machine
+    from benchmarks.speed import machine
+    from benchmarks.suites import PLOTTED, SUITES, Request, markdown, plot, stored_records
 
     if SUITE.value not in SUITES:
         raise UserError(f"--suite={SUITE.value or ''}: choose one of {', '.join(SUITES)}")
@@ -84,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(sys.modules[__name__])

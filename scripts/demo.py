@@ -6,12 +6,13 @@ Writes grid.png (the same noise at 1, 2, 4, 8 steps, map beside Euler), distance
 """
 
 import json
+import sys
 from pathlib import Path
 
 from absl import flags
 
 from flowmaps import UserError
-from training import cli
+from flowmaps.cli.run import run
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory to write to; finished runs in it are used again")
 STEPS = flags.DEFINE_integer("steps", 500, "Training steps of each model", lower_bound=1)
@@ -29,13 +30,13 @@ python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/lon
 
 
 def main() -> None:
-    from training import report, scoring
+    from flowmaps.distributed import pick_device
+    from flowmaps.evaluation import evaluate as scoring
+    from flowmaps.evaluation import report
+    from flowmaps.evaluation.evaluate import table
+    from flowmaps.evaluation.references import pick_extractor, source_stats
+    from training.config_rows import load_row
     from training.loop import train
-    from training.outputs import pick_device
-    from training.references import source_stats
-    from training.rows import load_row
-    from training.scoring import table
-    from training.sources import pick_extractor
 
     workdir = Path(WORKDIR.value)
     models, configs = {}, {}
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(sys.modules[__name__])

@@ -1,41 +1,7 @@
-"""Turn a published checkpoint into an exported directory, without running anything in it.
+"""The command of flowmaps/cli/import_checkpoint.py."""
 
-python scripts/import_checkpoint.py --format=edm --src=edm-cifar10-32x32-cond-vp.pkl --out=teachers/edm
-python scripts/sample.py --checkpoint=teachers/edm --sampler=heun --steps=18 --num=64 --out=samples
-
-Formats: edm, edm2 (NVIDIA's .pkl), dit, sit (facebookresearch's .pt), rectified_flow (.pth), diffusers_unet (a folder).
-"""
-
-from pathlib import Path
-
-from absl import flags
-
-from flowmaps import UserError
-from flowmaps.files import writable_directory
-from training import cli
-
-FORMAT = flags.DEFINE_string("format", None, "edm, edm2, dit, sit, rectified_flow or diffusers_unet")
-SRC = flags.DEFINE_string("src", None, "The file, or for diffusers_unet the folder, as published")
-OUT = flags.DEFINE_string("out", None, "Directory to write, replaced if it is an exported directory")
-
-
-def main() -> None:
-    from flowmaps.export import place
-    from flowmaps.importers import FORMATS, import_checkpoint
-
-    for name, value in (("format", FORMAT.value), ("src", SRC.value), ("out", OUT.value)):
-        if value is None:
-            choices = f": choose one of {', '.join(FORMATS)}" if name == "format" else ""
-            raise UserError(f"--{name} is missing{choices}")
-    out = place(OUT.value, "--out")
-    fm = import_checkpoint(FORMAT.value, Path(SRC.value))
-    writable_directory(out.parent, "--out")
-    fm.save_pretrained(out)
-    millions = sum(p.numel() for p in fm.network.parameters()) / 1e6
-    low, high = fm.info.t_range
-    print(f"{out}: {type(fm.network).__name__}, {millions:.2f} million parameters, times {low:.4g} .. {high:.4g}")
-    print(f"license: {fm.info.origin['license']}")
-
+from flowmaps.cli import import_checkpoint
+from flowmaps.cli.run import run
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(import_checkpoint)

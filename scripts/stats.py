@@ -1,50 +1,7 @@
-"""Feature statistics of a data set or folder, the reference of fid.py.
+"""The command of flowmaps/cli/stats.py."""
 
-python scripts/stats.py --data=digits:heldout --out=heldout.npz
-python scripts/stats.py --data=my/images --size=64 --out=mine.npz --extractor=inception --weights=inception.pth
-"""
-
-from pathlib import Path
-
-from absl import flags
-
-from flowmaps import UserError
-from flowmaps.files import writable_file
-from training import cli
-from training.data import download
-from training.outputs import pick_device
-from training.processes import team
-from training.references import remembered
-from training.sources import check_source, data_set, open_source, pick_extractor
-
-DATA = flags.DEFINE_string("data", None, "Data set NAME[:split], folder or zip of images, or .npz of images")
-OUT = flags.DEFINE_string("out", None, "Statistics file to write (.npz)")
-EXTRACTOR = flags.DEFINE_string("extractor", None, "Feature extractor; by default the data set's own, else inception")
-WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor")
-ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
-DOWNLOAD = flags.DEFINE_bool("download", False, "Fetch the data set's files into --root first")
-SIZE = flags.DEFINE_integer("size", None, "Crop and resize the images of a folder or zip to this", lower_bound=1)
-FEATURES = flags.DEFINE_bool("features", False, "Keep single features too, for KID, precision and recall (large)")
-SKIP_CORRUPT = flags.DEFINE_bool("skip_corrupt", False, "Leave out files that are no whole images")
-
-
-def main() -> None:
-    for flag in (DATA, OUT):
-        if flag.value is None:
-            raise UserError(f"--{flag.name} is missing")
-    check_source(DATA.value, "--data")
-    out = writable_file(Path(OUT.value), "--out")
-    extractor = pick_extractor(EXTRACTOR.value, WEIGHTS.value, DATA.value, pick_device())
-    everyone = team()
-    if DOWNLOAD.value and not everyone.rank:
-        download((data_set(DATA.value) or (DATA.value,))[0], ROOT.value)
-    everyone.told(None)
-    images = open_source(DATA.value, ROOT.value, "--data", SIZE.value, SKIP_CORRUPT.value, everyone)
-    stats = remembered(images, extractor, FEATURES.value, everyone)
-    if not everyone.rank:
-        stats.save(out)
-        print(f"{out}: {stats.n} samples of {DATA.value}, extractor {extractor.origin.extractor}, {stats.dim} features")
-
+from flowmaps.cli import stats
+from flowmaps.cli.run import run
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(stats)

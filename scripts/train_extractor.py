@@ -4,6 +4,7 @@ python scripts/train_extractor.py --data=digits --out=assets/extractors/digits.s
 python scripts/train_extractor.py --data=fashion_mnist --epochs=3 --out=assets/extractors/fashion_mnist.safetensors
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -12,11 +13,11 @@ from absl import flags
 from safetensors.torch import save
 
 from flowmaps import UserError
+from flowmaps.cli.run import run
+from flowmaps.data import ArrayData, Order, in_order, load_arrays
 from flowmaps.files import writable_file, write_file
 from flowmaps.images import from_uint8
 from flowmaps.metrics.extractors import CLASSIFIERS, Classifier
-from training import cli
-from training.data import ArrayData, Order, in_order, load_arrays
 
 DATA = flags.DEFINE_enum("data", None, list(CLASSIFIERS), "Data set", required=False)
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
@@ -62,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(sys.modules[__name__])

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests/helpers.py, tests/makers.py
+sys.path.insert(0, str(Path(__file__).parent))  # tests/helpers
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,7 +27,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
     """A folder with the files of every data set that has any, small and of the true format."""
-    from makers import write_data_root
+    from helpers.makers import write_data_root
 
     return write_data_root(tmp_path_factory.mktemp("data"))
 
@@ -35,6 +35,18 @@ def data_root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def imagenet_root(tmp_path_factory) -> Path:
     """A folder with sets of 32 images, as prepare_data.py writes them: imagenet64, imagenet256, imagenet512."""
-    from makers import write_imagenet_sets
+    from helpers.makers import write_imagenet_sets
 
     return write_imagenet_sets(tmp_path_factory.mktemp("imagenet"))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A run of flow matching on the digits."""
+    from configs.digits import get_config
+    from training.loop import train
+
+    config = get_config("flow_matching,smoke")
+    config.optim.warmup = 0
+    train(config, folder := tmp_path_factory.mktemp("start"))
+    return folder

@@ -7,11 +7,11 @@ from typing import Any
 from accelerate.state import AcceleratorState
 
 from flowmaps import FlowMap, UserError
+from flowmaps.distributed import processes
 from flowmaps.files import writable_directory, write_file
 from training.config import Config
+from training.config_rows import Chain
 from training.loop import train
-from training.processes import processes
-from training.rows import Chain
 
 
 def run_chain(chain: Chain, workdir: str | Path, only: str = "") -> list[dict[str, Any]]:

@@ -8,23 +8,21 @@ No random state is kept: every draw is keyed by the step (flowmaps.rng).
 """
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowmaps import FlowMap
 from flowmaps.errors import UserError
 from flowmaps.files import new_directory, sha256
+from flowmaps.run_weights import FORMAT, list_checkpoints, read_checkpoint
 from training.ema import EMA
+from training.fsdp import alike, collected
 from training.loss_module import LossModule
-from training.sharding import alike, collected
-
-FORMAT = 1
 
 
 def save_checkpoint(
@@ -64,33 +62,6 @@ def prune_checkpoints(workdir: Path, keep: int) -> None:
     """Delete all but the last ``keep`` checkpoints; the best one is not among those counted."""
     for old in list_checkpoints(workdir)[:-keep]:
         shutil.rmtree(old)
-
-
-def list_checkpoints(workdir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = (workdir / "checkpoints").glob("step-*")
-    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """state.json of a checkpoint, and its tensors by file and name. Damage is refused by file name."""
-    remedy = f"delete {path} to resume from the checkpoint before it"
-    try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        files, version = dict(state["files"]), state["format"]
-        if path.name != f"step-{state['step']:08d}":
-            raise ValueError(f"it says step {state['step']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}/state.json is missing or damaged ({error}): {remedy}") from None
-    if version != FORMAT:
-        raise UserError(f"{path} has checkpoint format {version}, this version reads {FORMAT}")
-    tensors = {}
-    for name, digest in files.items():
-        file = path / name
-        if not file.is_file() or sha256(file) != digest:
-            raise UserError(f"{file} is missing or damaged (its checksum differs): {remedy}")
-        tensors[name.removesuffix(".safetensors")] = load_file(file)
-    return state, tensors
 
 
 def load_checkpoint(path: Path, module: LossModule, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Any]:

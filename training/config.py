@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flowmaps.errors import UserError
-from flowmaps.flow_map import FlowMap, FlowMapInfo
 from flowmaps.interpolants import INTERPOLANTS
 from flowmaps.networks import NETWORKS, PRESETS
 from flowmaps.objectives import OBJECTIVES, Objective, PathObjective
-
-WIDEST = 12**-0.5  # relative width of a power-function average of tau^0: the plain mean of all steps
+from flowmaps.posthoc_ema import WIDEST
 
 
 class Optimizer(enum.Enum):
@@ -40,7 +38,7 @@ class Precision(enum.Enum):
 
 @dataclass
 class Data:
-    name: str = "digits"  # a key of training.data.DATA; folder or zip for images of your own; prepared, by prepare_data
+    name: str = "digits"  # a key of flowmaps.data.DATA; folder or zip for images of your own; prepared, by prepare_data
     root: str = "data"  # folder of the data set's files, where it has any; the folder, zip file or prepared set
     download: bool = False  # fetch the files into root first
     workers: int = 0  # processes that read ahead; 0: read between the steps
@@ -298,30 +296,3 @@ def _build(table: dict[str, Any], section: Section, name: str) -> Any:
         return table[section.name](**section.options())
     except (TypeError, ValueError) as error:
         raise UserError(f"--config.{name}: {error}") from None
-
-
-def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int, **facts: Any) -> FlowMap:
-    """A flow map round a fresh network, for samples of ``shape``; ``facts`` are further fields of its info."""
-    wants = config.network
-    expected = (wants.dim,) if hasattr(wants, "dim") else (wants.channels, wants.image_size, wants.image_size)
-    if expected != shape:
-        raise UserError(f"--config.network is made for samples of shape {expected}, {config.data.name} has {shape}")
-    classes = num_classes if getattr(config.network, "num_classes", 0) else 0
-    if classes and config.network.num_classes != num_classes:
-        raise UserError(
-            f"--config.network.num_classes={config.network.num_classes}, but {config.data.name} has {num_classes}"
-        )
-    made = build_objective(config)
-    info = FlowMapInfo(
-        shape=shape,
-        num_classes=classes,
-        kind=made.kind,
-        data=config.data.name,
-        ema=config.ema[0],
-        label_dropout=config.data.label_dropout,
-        guidance=made.guidance if made.guidance > 1 else None,
-        guidance_max=made.guidance_max if made.guidance_max > 1 else None,
-        schedules=made.schedules,
-        **facts,
-    )
-    return FlowMap(build_network(config), config.interpolant, config.base_std, info)

@@ -13,15 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from flowmaps import UserError
+from flowmaps.data import ImageFiles
+from flowmaps.distributed import processes
+from flowmaps.evaluation.samples import grid_image
 from flowmaps.objectives import PathObjective
 from training.chain import placed
 from training.config import Config, build_objective
-from training.data import ImageFiles
-from training.evaluation import grid_image
-from training.processes import processes
-from training.rows import Chain
+from training.config_rows import Chain
+from training.teacher_trajectories import grid
 from training.trainer import Trainer, micro_batch_size
-from training.walk import grid
 
 
 def dry_run_chain(chain: Chain, batch: int = 4) -> Iterator[tuple[str, dict[str, Any], Image.Image]]:

@@ -4,20 +4,11 @@ import copy
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.sharding import fill, local, whole
-
-
-def exponent(width: float) -> float:
-    """gamma of the power function tau^gamma on [0, t] whose standard deviation is ``width`` t.
-
-    The largest root of (gamma + 1) = width^2 (gamma + 2)^2 (gamma + 3); Karras et al. 2024 (EDM2, arXiv 2312.02696),
-    section 3.1.
-    """
-    return float(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max())
+from flowmaps.posthoc_ema import exponent
+from training.fsdp import fill, local, whole
 
 
 def _exponential(decay: float, step: int) -> float:

@@ -9,15 +9,17 @@ from types import FrameType
 from typing import Any
 
 from flowmaps import FlowMap, UserError
+from flowmaps.distributed import team
 from flowmaps.errors import Stopped
+from flowmaps.evaluation.samples import grid_image
 from flowmaps.files import writable_directory, write_file
-from training.checkpoint import list_checkpoints, load_checkpoint
+from flowmaps.run_weights import list_checkpoints
+from training.best import Judge
+from training.checkpoint import load_checkpoint
 from training.config import Config, Decay
-from training.evaluation import Judge, grid_image
-from training.guards import disk_errors, locked
 from training.log import Log
-from training.processes import team
-from training.spikes import Spikes
+from training.optim import Spikes
+from training.run_directory import disk_errors, locked
 from training.trainer import Trainer
 
 # What may differ between a run's config.json and the config that resumes it: nothing that changes the steps done

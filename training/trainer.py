@@ -15,27 +15,26 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from flowmaps import FlowMap, UserError
+from flowmaps.data import DataSet, Latents, Loader, Order, as_samples, download, load_data
+from flowmaps.data.augment import PARAMETERS, augmented, mirrored
+from flowmaps.distributed import ON_CPU, AnyProcess
 from flowmaps.networks.conditioning import soft_label
 from flowmaps.networks.magnitude import normalise_weights
 from flowmaps.objectives import LogVariance, Loss, PathObjective
+from flowmaps.posthoc_ema import write_snapshot
 from flowmaps.rng import generator
 from samplers import Trajectory
-from training.augment import PARAMETERS, augmented, mirrored
+from training.best import check_best
+from training.build import build_flow_map, open_decoder, scaled
 from training.checkpoint import prune_checkpoints, save_checkpoint
-from training.config import Config, Precision, build_flow_map, build_objective
-from training.data import DataSet, Latents, Loader, Order, as_samples, download, load_data
+from training.config import Config, Precision, build_objective
 from training.ema import EMA, hollowed
-from training.evaluation import check_best
-from training.latents import open_decoder, scaled
+from training.fsdp import collected, shard, whole
+from training.initialise import build_teacher, start_from
 from training.lora import add_lora, merge_lora
 from training.loss_module import LossModule
-from training.optim import build_optimizer, learning_rate
-from training.posthoc import write_snapshot
-from training.processes import ON_CPU, AnyProcess
-from training.sharding import collected, shard, whole
-from training.spikes import Spikes
-from training.start import build_teacher, start_from
-from training.walk import Paths, build_paths
+from training.optim import Spikes, build_optimizer, learning_rate
+from training.teacher_trajectories import Paths, build_paths
 
 CHANNELS_LAST = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
 

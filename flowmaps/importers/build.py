@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowmaps.flow_map import FlowMap, FlowMapInfo
+from flowmaps.flow_map import FlowMap
+from flowmaps.info import FlowMapInfo
 from flowmaps.networks import NETWORKS
 
 ZERO_AT_FIRST = ("embedding.gap.", "embedding.gains.")  # the second time: no published network has one

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from flowmaps.conventions import CONVENTIONS
+from flowmaps.parametrisations import CONVENTIONS
 from samplers.callables import expand
 
 
@@ -10,8 +10,8 @@ class Preconditioned:
     """v_{s,t}(x) from ``body(x, level, s, t, label)``, the network proper.
 
     Without a convention, input is divided and output multiplied by ``data_std`` and the level is s. With one of
-    ``flowmaps.conventions`` the body is what that calls F, at s = t, and s its only time before training; the noise has
-    standard deviation ``base_std``.
+    ``flowmaps.parametrisations`` the body is what that calls F, at s = t, and s its only time before training; the
+    noise has standard deviation ``base_std``.
     """
 
     def precondition(self, convention: str, base_std: float, data_std: float) -> None:

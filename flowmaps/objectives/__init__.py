@@ -8,11 +8,11 @@ from flowmaps.objectives.consistency import Consistency
 from flowmaps.objectives.eulerian import Eulerian, ImprovedMeanFlow, MeanFlow
 from flowmaps.objectives.flow_matching import FlowMatching
 from flowmaps.objectives.lagrangian import Lagrangian, TerminalVelocity
+from flowmaps.objectives.loss_weight import LogVariance
 from flowmaps.objectives.mid_training import MidTraining
-from flowmaps.objectives.paths import PathObjective
 from flowmaps.objectives.progressive import Progressive, Shortcut
 from flowmaps.objectives.straightening import Straightening
-from flowmaps.objectives.weight import LogVariance
+from flowmaps.objectives.trajectory import PathObjective
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "flow_matching": FlowMatching,

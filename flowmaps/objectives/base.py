@@ -13,7 +13,7 @@ from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.networks.conditioning import with_guidance, without_label
 from flowmaps.networks.layers import no_dropout
-from flowmaps.objectives.times import Times, pair, single
+from flowmaps.objectives.time_sampling import Times, pair, single
 from samplers.callables import Drift, expand
 from samplers.schedule import Schedule
 from samplers.trajectories import Trajectory

@@ -10,7 +10,7 @@ from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.networks.layers import shared_dropout
 from flowmaps.objectives.base import Dropout, Objective, Rows
-from flowmaps.objectives.times import Times
+from flowmaps.objectives.time_sampling import Times
 from samplers.callables import Drift, expand
 
 

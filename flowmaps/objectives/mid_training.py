@@ -8,9 +8,9 @@ from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
-from flowmaps.metrics.perceptual import lpips
+from flowmaps.metrics.lpips import lpips
 from flowmaps.objectives.base import Rows, mean_square
-from flowmaps.objectives.paths import PathObjective
+from flowmaps.objectives.trajectory import PathObjective
 from samplers.callables import Drift, expand
 
 

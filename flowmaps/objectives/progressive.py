@@ -9,7 +9,7 @@ from torch import Tensor
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.objectives.base import Objective, Rows
-from flowmaps.objectives.times import Times
+from flowmaps.objectives.time_sampling import Times
 from samplers.callables import Drift, expand
 
 

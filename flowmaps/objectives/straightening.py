@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from flowmaps.errors import UserError
-from flowmaps.files import read_schedule
 from flowmaps.flow_map import FlowMap
 from flowmaps.objectives.base import Rows
-from flowmaps.objectives.paths import PathObjective
+from flowmaps.objectives.trajectory import PathObjective
+from flowmaps.step_sizes import read_schedule
 from samplers.callables import Drift, expand
 from samplers.schedule import Schedule
 from samplers.trajectories import Trajectory

@@ -1,0 +1,73 @@
+"""Fit step sizes to a checkpoint: where a few steps are best spent, by dynamic programming.
+
+python scripts/schedule.py --checkpoint=runs/digits-flow --steps=2,4,8 --out=schedule.json --plot=schedule.png
+python scripts/schedule.py --checkpoint=runs/digits --steps=2,4 --sampler=map --store
+
+Prints the error at data of the grids and of equal steps, on noises other than those of the fit; where equal steps are
+better, they are what is written. sample.py, fid.py and the pipeline use what is stored in a checkpoint.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from flowmaps import FlowMap, UserError
+from flowmaps.distributed import pick_device
+from flowmaps.export import store_schedule
+from flowmaps.files import writable_file, write_file
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Exported directory, run directory or hub id")
+STEPS = flags.DEFINE_list("steps", ["2", "4", "8"], "Step counts")
+OUT = flags.DEFINE_string("out", None, "JSON file for the schedule")
+STORE = flags.DEFINE_bool("store", False, "Store the schedule in the checkpoint")
+PLOT = flags.DEFINE_string("plot", None, "PNG file for the grids and the costs")
+SAMPLER = flags.DEFINE_string("sampler", None, "euler, heun or map; by default map for a map and euler for a drift")
+COST = flags.DEFINE_string("cost", "end", "end, end_root, local or local_root: how the error of a jump counts")
+NOISES = flags.DEFINE_integer("noises", 256, "Paths that are walked", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 1, "Seed of their noise: another than that of samples to be scored")
+FINE = flags.DEFINE_integer("fine", None, "Steps of the fine grid that the times are taken from", lower_bound=1)
+GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance weight that will be sampled with", 1.0)
+BATCH = flags.DEFINE_integer("batch", 128, "Paths at a time", lower_bound=1)
+
+
+def main() -> None:
+    from flowmaps.evaluation.evaluate import table
+    from flowmaps.evaluation.report import step_sizes
+    from flowmaps.step_sizes import fit
+
+    if CHECKPOINT.value is None:
+        raise UserError("--checkpoint is missing: a run directory, an exported directory or a hub id")
+    if not (OUT.value or STORE.value):
+        raise UserError("give --out=FILE.json, or --store to write the schedule into the checkpoint")
+    for name, file in (("--out", OUT.value), ("--plot", PLOT.value)):
+        if file:
+            writable_file(Path(file), name)
+    try:
+        steps = [int(count) for count in STEPS.value]
+    except ValueError:
+        raise UserError(f"--steps={','.join(STEPS.value)}: give whole numbers, such as 2,4,8") from None
+    fm = FlowMap.from_pretrained(CHECKPOINT.value).to(pick_device())
+    fitted = fit(
+        fm,
+        steps,
+        sampler=SAMPLER.value,
+        cost=COST.value,
+        noises=NOISES.value,
+        seed=SEED.value,
+        fine=FINE.value,
+        guidance=GUIDANCE.value,
+        batch=BATCH.value,
+    )
+    schedule = fitted.schedule
+    rows = []
+    for count, times in schedule.items():
+        ours, equal = schedule.errors[count], schedule.uniform_errors[count]
+        kept = " ".join(f"{t:.3g}" for t in times.tolist()) if ours < equal else "equal steps"
+        rows.append({"steps": count, "error": ours, "error of equal steps": equal, "times": kept})
+    print(table(rows))
+    if OUT.value:
+        write_file(Path(OUT.value), schedule.to_json().encode())
+    if STORE.value:
+        store_schedule(CHECKPOINT.value, schedule)
+    if PLOT.value:
+        step_sizes(fitted).save(PLOT.value)

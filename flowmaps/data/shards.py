@@ -1,0 +1,212 @@
+"""Data sets on disk in shards, written once and resumable, and read at random.
+
+KIND.json                 what the set is; KIND is trajectories, images or latents
+shard-00000.safetensors   tensors [n, ...]; all of a set have the same ones
+checksums.json            rows, size and SHA-256 of each shard, written last: without it the set is not complete
+"""
+
+import hashlib
+import json
+from bisect import bisect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from flowmaps.distributed import processes
+from flowmaps.errors import UserError
+from flowmaps.files import sha256, write_file
+from flowmaps.vae import channels
+
+FORMAT = 3
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A data set in files that are mapped into memory, each row read from disk when it is asked for."""
+
+    kind: ClassVar[str]
+    command: ClassVar[str]  # of prepare_data.py
+    tensor: ClassVar[str]  # which of a shard's tensors the samples are; the other one is their label
+
+    root: Path
+    facts: dict[str, Any]
+    ends: list[int]  # rows up to and with each shard
+    _open: dict[int, Any] = field(default_factory=dict, compare=False)  # by shard
+
+    @classmethod
+    def open(cls, root: str | Path, flag: str) -> Self:
+        """The complete set in the directory ``root``, which ``flag`` names; damage is refused by file name."""
+        root = Path(root)
+        if not root.is_dir():
+            raise UserError(f"{flag}={root}: no such directory; make it by scripts/prepare_data.py {cls.command}")
+        try:
+            facts = json.loads((root / f"{cls.kind}.json").read_text())
+            if facts["format"] != FORMAT:
+                raise UserError(f"{flag}={root} has format {facts['format']}, this version reads {FORMAT}")
+            shards = json.loads((root / "checksums.json").read_text())
+            sizes = {name: int(shard["bytes"]) for name, shard in shards.items()}
+            ends = list(accumulate(int(shard["rows"]) for shard in shards.values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{flag}={root} is no complete set of {cls.kind} ({error}): {cls.remedy()}") from None
+        for name, size in sizes.items():
+            file = root / name
+            if not file.is_file() or file.stat().st_size != size:
+                raise UserError(f"{file} is missing or damaged: {cls.remedy()}")
+        return cls(root, facts, ends)
+
+    @classmethod
+    def remedy(cls) -> str:
+        return f"run scripts/prepare_data.py {cls.command} with the same --out again"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return tuple(self.facts["shape"])
+
+    @property
+    def num_classes(self) -> int:
+        """0: no labels."""
+        return int(self.facts["num_classes"])
+
+    def digest(self) -> str:
+        """SHA-256 of what is known of the set and its shards."""
+        files = (self.root / name for name in (f"{self.kind}.json", "checksums.json"))
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+    def file_of(self, item: int) -> str:
+        """The file that an item is read from."""
+        return str(self.root / shard_name(bisect(self.ends, item)))
+
+    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows ``index`` [b] as they are stored, and their label int64 [b]."""
+        rows, labels = [], []
+        for i in index.tolist():
+            number = bisect(self.ends, i)
+            row = i - (self.ends[number - 1] if number else 0)
+            file = self.root / shard_name(number)
+            try:
+                if number not in self._open:
+                    shard: Any = safe_open(file, framework="pt")
+                    label = shard.get_tensor("label").clone() if self.num_classes else None
+                    self._open[number] = shard.get_slice(self.tensor), label
+                stored, label = self._open[number]
+                rows.append(stored[row])
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} is damaged ({error}): {self.remedy()}") from None
+            labels += [] if label is None else [label[row]]
+        return torch.stack(rows), torch.stack(labels) if labels else None
+
+
+class TrajectoryFiles(Shards):
+    """Items are trajectories: states [N + 1, ...] float32."""
+
+    kind, command, tensor = "trajectories", "trajectories", "states"
+
+    @property
+    def times(self) -> Tensor:
+        """float64 [N + 1]."""
+        return torch.tensor(self.facts["times"], dtype=torch.float64)
+
+
+class PreparedImages(Shards):
+    """Items are square images [3, size, size] uint8."""
+
+    kind, command, tensor = "images", "imagenet", "images"
+
+
+class Latents(Shards):
+    """Items are the moments [2, C, h, w] float16 that a VAE's encoder gives for an image: mean, standard deviation."""
+
+    kind, command, tensor = "latents", "latents", "moments"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What ``FlowMapInfo`` has of them."""
+        shift, scale = (tuple(self.facts[name]) for name in ("latent_shift", "latent_scale"))
+        return {"vae": self.facts["vae"], "latent_shift": shift, "latent_scale": scale}
+
+    def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """A sample z = mean + std noise of each row, scaled as the network expects: scale (z - shift), float32."""
+        mean, std = moments.float().unbind(dim=1)
+        shift, scale = (channels(tuple(self.facts[name]), mean) for name in ("latent_shift", "latent_scale"))
+        return (mean + std * noise - shift) * scale
+
+
+Make = Callable[[int], tuple[dict[str, Tensor], list[str]]]  # of a shard: tensors [n, ...], and what was left out
+
+
+def begin(out: Path, kind: str, facts: dict[str, Any], shards: int) -> list[int]:
+    """Begin or go on with the set of ``kind`` that ``facts`` describe; returns which shards this process has to make.
+
+    Refused if ``out`` has another set. A shard whose checksum is known and wrong is made again.
+    """
+    state = processes()
+    card, facts = out / f"{kind}.json", {"format": FORMAT, **facts}
+    with state.local_main_process_first():
+        out.mkdir(parents=True, exist_ok=True)
+        if other := sorted(file.name for file in out.glob("*.json") if file.name not in (card.name, "checksums.json")):
+            raise UserError(f"--out={out} has {other[0]}, another kind of set: use a new --out")
+        try:
+            stored = json.loads(card.read_text()) if card.exists() else facts
+            changed = [key for key in facts if stored[key] != facts[key]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{card} is damaged ({error}): use a new --out") from None
+        if changed:
+            raise UserError(
+                f"--out={out} has {kind} of another {changed[0]} ({stored[changed[0]]}, now {facts[changed[0]]}): use "
+                "a new --out"
+            )
+        if state.is_local_main_process:
+            write_file(card, json.dumps(facts, indent=1).encode())
+            _remove_damaged(out)
+    missing = [number for number in range(shards) if not (out / shard_name(number)).is_file()]
+    state.wait_for_everyone()  # before any process makes what another one would find
+    return missing[state.process_index :: state.num_processes]
+
+
+def _remove_damaged(out: Path) -> None:
+    try:
+        known = json.loads((out / "checksums.json").read_text())
+        for name, entry in known.items():
+            if (out / name).is_file() and sha256(out / name) != entry["sha256"]:
+                (out / name).unlink()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # none yet, or damaged itself: shards are written in one step, those that are there are whole
+
+
+def complete(out: Path, shards: int, missing: list[int], make: Make) -> Iterator[tuple[int, int]]:
+    """Make the ``missing`` shards, and when all of the set are there its checksums; yields (made, to make)."""
+    state = processes()
+    yield 0, len(missing)
+    for done, number in enumerate(missing, 1):
+        tensors, left_out = make(number)
+        write_file(out / shard_name(number), save(tensors, {"left_out": json.dumps(left_out)}))
+        yield done, len(missing)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        files = [out / shard_name(number) for number in range(shards)]
+        write_file(out / "checksums.json", json.dumps({file.name: _known(file) for file in files}, indent=1).encode())
+
+
+def _known(file: Path) -> dict[str, Any]:
+    with safe_open(file, "pt") as shard:
+        rows = shard.get_slice(next(iter(shard.keys()))).get_shape()[0]
+        left_out = json.loads(shard.metadata()["left_out"])
+    return {"rows": rows, "bytes": file.stat().st_size, "sha256": sha256(file), "left_out": left_out}

@@ -1,0 +1,176 @@
+"""A one-page HTML report of a comparison: the same noise at several step counts, and distance against steps."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from flowmaps import FlowMap, UserError
+from flowmaps.evaluation.samples import samples
+from flowmaps.files import write_file
+from flowmaps.images import sample_grid, to_pil, to_uint8
+from flowmaps.metrics import FeatureStats, frechet_distance
+from flowmaps.metrics.extractors import Extractor
+from flowmaps.step_sizes import Fitted
+from samplers import uniform_times
+
+Result = dict[str, Any]
+
+
+def compare(
+    models: dict[str, FlowMap],
+    counts: dict[str, Sequence[int]],
+    reference: FeatureStats,
+    extractor: Extractor,
+    n: int,
+    seed: int,
+) -> list[Result]:
+    """Distance of ``n`` samples of each model at each of its step counts, all from the same noise."""
+    results = []
+    for name, fm in models.items():
+        for count in counts[name]:
+            images = to_uint8(samples(fm, count, n, seed))
+            distance = frechet_distance(extractor.stats(torch.split(images, 500)), reference)
+            results.append({"model": name, "steps": count, extractor.metric: distance})
+    return results
+
+
+def grid_of(models: dict[str, FlowMap], counts: Sequence[int], columns: int, seed: int) -> Image.Image:
+    """Rows of the same noise: each model at each step count, its name and steps beside the row."""
+    rows: list[Tensor] = []
+    names = []
+    for name, fm in models.items():
+        for count in counts:
+            rows.append(samples(fm, count, columns, seed))
+            names.append(f"{name}, {count} step{'s' if count > 1 else ''}")
+    cells = to_pil(sample_grid(rows, columns))
+    margin = 10 + 7 * max(map(len, names))
+    picture = Image.new("L", (margin + cells.width, cells.height), 255)
+    picture.paste(cells, (margin, 0))
+    height = cells.height / len(rows)
+    for i, name in enumerate(names):
+        ImageDraw.Draw(picture).text((6, int((i + 0.5) * height) - 6), name, fill=0)
+    return picture
+
+
+EVALUATIONS = "network evaluations a sample"
+
+
+def plot(results: Sequence[Result], metric: str, floor: float) -> Image.Image:
+    """Distance against number of steps, both logarithmic, with the floor as a dashed line."""
+    return lines([(row["model"], metric, row["steps"], row[metric]) for row in results], floor)
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, without a display."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the plot needs matplotlib: pip install 'flowmaps[demo]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def picture(figure: Any) -> Image.Image:
+    """A matplotlib figure, which is closed."""
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    pyplot().close(figure)
+    return Image.open(buffer)
+
+
+def lines(
+    points: Sequence[tuple[str, str, int, float]], floor: float | None = None, xlabel: str = EVALUATIONS
+) -> Image.Image:
+    """A panel a metric and a line a name over (name, metric, x, value): means, with the range as bars."""
+    plt = pyplot()
+    metrics = list(dict.fromkeys(metric for _, metric, _, _ in points))
+    names = list(dict.fromkeys(point[0] for point in points))
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
+    shown: dict[str, Any] = {}
+    figure, panels = plt.subplots(1, len(metrics), figsize=(6 * len(metrics), 4), dpi=110, squeeze=False)
+    for axes, metric in zip(panels[0], metrics, strict=True):
+        mine = [point for point in points if point[1] == metric]
+        steps = sorted({point[2] for point in mine})
+        for name in dict.fromkeys(point[0] for point in mine):
+            values = {n: [p[3] for p in mine if (p[0], p[2]) == (name, n)] for n in steps}
+            values = {n: found for n, found in values.items() if found}
+            mean = [sum(found) / len(found) for found in values.values()]
+            below = [m - min(found) for m, found in zip(mean, values.values(), strict=True)]
+            above = [max(found) - m for m, found in zip(mean, values.values(), strict=True)]
+            style = {"fmt": "o-", "capsize": 2, "color": colours[name]}
+            shown[name] = axes.errorbar(list(values), mean, yerr=[below, above], label=name, **style)
+        if floor is not None:
+            shown["floor"] = axes.axhline(floor, color="grey", linestyle="--", label="floor: training images")
+        axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=f"{metric} (lower is better)")
+        if len(steps) <= 8:
+            axes.set_xticks(steps, [str(s) for s in steps])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0][0].legend(handles=list(shown.values()), fontsize="small")
+    return picture(figure)
+
+
+def step_sizes(fitted: Fitted) -> Image.Image:
+    """The times of each grid beside those of equal steps, and the matrix of costs with the grids' jumps in it."""
+    schedule, cost = fitted
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 4.5), dpi=110)
+    for row, (steps, times) in enumerate(schedule.items()):
+        left.plot(uniform_times(steps), [row - 0.15] * (steps + 1), "|", color="grey", markersize=9)
+        left.plot(times, [row + 0.1] * (steps + 1), "|", color=f"C{row}", markersize=14, markeredgewidth=2)
+        index = (times * schedule.fine).round()
+        right.plot(index[1:], index[:-1], "o", color=f"C{row}", markersize=5, label=f"{steps} steps")
+    left.set_yticks(range(len(schedule)), [f"{steps} steps" for steps in schedule])
+    left.set(xlabel="time (0 noise, 1 data); grey: equal steps", ylim=(-0.6, len(schedule) - 0.4))
+    drawn = right.imshow(cost.where(cost > 0, torch.nan).log10(), cmap="viridis")
+    figure.colorbar(drawn, ax=right, label=f"log10 of the cost: {schedule.cost}")
+    right.set(xlabel=f"to time (of {schedule.fine})", ylabel="from time")
+    right.legend(fontsize="small", loc="lower left")
+    return picture(figure)
+
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+  img {{ max-width: 100%; display: block; margin: 1rem 0 }}
+  pre {{ background: #f4f4f4; padding: .8rem; overflow-x: auto }}
+</style>
+<h1>{title}</h1>
+<p>{summary}</p>
+{pictures}
+<h2>The numbers</h2>
+<pre>{numbers}</pre>
+<h2>What to type next</h2>
+<pre>{commands}</pre>
+<details><summary>The config of the run</summary><pre>{config}</pre></details>
+</html>
+"""
+
+
+def write_report(out: Path, pictures: dict[str, Image.Image], **texts: str) -> None:
+    """Write each picture as a PNG file and ``report.html``, one file with everything inside.
+
+    ``texts``: title, summary, numbers, commands and config.
+    """
+    images = []
+    for name, picture in pictures.items():
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        write_file(out / f"{name}.png", buffer.getvalue())
+        data = base64.b64encode(buffer.getvalue()).decode()
+        images.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
+    escaped = {name: html.escape(text) for name, text in texts.items()}
+    write_file(out / "report.html", PAGE.format(pictures="\n".join(images), **escaped).encode())

@@ -1,0 +1,119 @@
+"""Averages of any width after training, from snapshots of a few: Karras et al. 2024 (EDM2, arXiv 2312.02696).
+
+    WORKDIR/snapshots/step-00001000.safetensors   tensors "WIDTH/NAME", their SHA-256 in the metadata
+
+A power-function average of exponent gamma after t steps has the profile p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1)
+on [0, t] (``training.ema``: exactly, not in the limit). The profile that is wanted is approached by a sum of those that
+were kept, in the sense of least squares over tau; the same sum of the snapshots is the average. Other than theirs, the
+coefficients add up to 1, so that weights which never moved come out as they are, and snapshots are float32: late in a
+run the averages differ by less than float16 resolves.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from flowmaps.errors import UserError
+from flowmaps.files import write_file
+
+WIDEST = 12**-0.5  # relative width of a power-function average of tau^0: the plain mean of all steps
+Profile = tuple[float, float]  # (t, width): when the average was taken, and its relative standard deviation
+
+
+def exponent(width: float) -> float:
+    """gamma of the power function tau^gamma on [0, t] whose standard deviation is ``width`` t.
+
+    The largest root of (gamma + 1) = width^2 (gamma + 2)^2 (gamma + 3); Karras et al. 2024 (EDM2, arXiv 2312.02696),
+    section 3.1.
+    """
+    return float(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max())
+
+
+def inner(a: Profile, b: Profile) -> float:
+    """The integral over tau of the product of two profiles."""
+    (t, gamma), (u, delta) = sorted((profile[0], exponent(profile[1])) for profile in (a, b))
+    return float((gamma + 1) * (delta + 1) / (gamma + delta + 1) * (t / u) ** delta / u)
+
+
+def coefficients(kept: list[Profile], wanted: Profile) -> list[float]:
+    """What the kept profiles are multiplied by, 1 in all, to come nearest to the wanted one."""
+    size = len(kept)
+    gram = np.array([[inner(a, b) for b in kept] for a in kept])
+    scale = 1 / np.sqrt(np.diag(gram))  # profiles of length 1: late and narrow ones are long
+    system, target = np.zeros((size + 1, size + 1)), np.ones(size + 1)
+    system[:size, :size] = gram * scale * scale[:, None]
+    system[size, :size] = system[:size, size] = scale  # a Lagrange multiplier
+    target[:size] = [inner(a, wanted) for a in kept] * scale
+    return [float(c) for c in np.linalg.lstsq(system, target, rcond=1e-12)[0][:size] * scale]
+
+
+def write_snapshot(workdir: Path, step: int, averages: dict[float, dict[str, Tensor]]) -> None:
+    """Keep the averages, by width and name, after ``step`` steps."""
+    tensors = {f"{width}/{name}": value for width, state in averages.items() for name, value in state.items()}
+    facts = {"step": str(step), "sha256": _digest(tensors)}
+    (workdir / "snapshots").mkdir(exist_ok=True)
+    write_file(workdir / "snapshots" / f"step-{step:08d}.safetensors", save(tensors, facts))
+
+
+def list_snapshots(workdir: Path) -> list[Path]:
+    """The snapshots of a run, oldest first."""
+    found = (workdir / "snapshots").glob("step-*.safetensors")
+    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}\.safetensors", path.name))
+
+
+def reconstruct(workdir: Path, width: float) -> dict[str, Tensor]:
+    """The average of relative ``width``, in (0, WIDEST), at the last snapshot of the run in ``workdir``."""
+    files = list_snapshots(workdir)
+    profiles = [(path, profile) for path in files for profile in _profiles(path)]
+    step = max(profile[0] for _, profile in profiles)
+    shares = coefficients([profile for _, profile in profiles], (step, width))
+    average: dict[str, Tensor] = {}
+    for path in files:
+        tensors = _read(path)
+        mine = {profile[1]: share for (source, profile), share in zip(profiles, shares, strict=True) if source == path}
+        for key, value in tensors.items():
+            kept, _, name = key.partition("/")
+            if value.is_floating_point():
+                average[name] = average.get(name, torch.zeros((), dtype=torch.float64)) + mine[float(kept)] * value
+            else:
+                average[name] = value
+    return {k: v.float() if v.is_floating_point() else v for k, v in average.items()}
+
+
+def _profiles(path: Path) -> list[Profile]:
+    """The profiles in a snapshot, from its header."""
+    try:
+        with safe_open(path, "pt") as file:
+            widths = sorted({float(key.partition("/")[0]) for key in file.keys()})
+            return [(int(file.metadata()["step"]), width) for width in widths]
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise _damaged(path, str(error)) from None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            digest = file.metadata()["sha256"]
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise _damaged(path, str(error)) from None
+    if _digest(tensors) != digest:
+        raise _damaged(path, "its checksum differs")
+    return tensors
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged ({reason}): delete it to go by the other snapshots")
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()

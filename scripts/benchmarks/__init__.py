@@ -1,0 +1,1 @@
+"""The experiments behind the tables of the documents; not installed with the package."""

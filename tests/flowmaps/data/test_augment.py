@@ -1,0 +1,146 @@
+"""Augmentation: closed forms, exactness of what is left alone, and the network being told."""
+
+import math
+
+import pytest
+import torch
+
+from flowmaps import UserError
+from flowmaps.data.augment import PARAMETERS, _moved, _rotation, augmented, mirrored
+from flowmaps.networks import UNet
+from flowmaps.networks.conditioning import soft_label
+from training.trainer import Trainer
+
+
+def stream(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def smooth(n=4, size=32):
+    """Smooth pictures with values in [-1, 1]."""
+    coarse = torch.randn(n, 3, 4, 4, generator=stream()).clamp(-1, 1)
+    return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
+
+
+def test_mirror_half():
+    x = smooth(400, 4)
+    y = mirrored(x, stream())
+    turned = (y == x.flip(-1)).flatten(1).all(dim=1)
+    assert ((y == x).flatten(1).all(dim=1) ^ turned).all() and 150 < turned.sum() < 250
+
+
+def test_probability_zero_only_mirrors_and_says_so():
+    x = smooth(50, 8)
+    y, parameters = augmented(x, 0.0, stream())
+    assert parameters.shape == (50, PARAMETERS) and not parameters[:, 1:].any()
+    flipped = parameters[:, 0].bool()
+    assert flipped.any() and not flipped.all()
+    assert torch.equal(y[flipped], x[flipped].flip(-1)) and torch.equal(y[~flipped], x[~flipped])
+
+
+def test_every_transform_has_its_share_and_untouched_images_are_exact():
+    """Of 8000 images with probability p: p / 2 upside down, p each for the other four, independent of each other."""
+    x, p = torch.zeros(8000, 1, 2, 2), 0.12
+    _, parameters = augmented(x, p, stream())
+    on = parameters != 0
+    shares = [on[:, 1], on[:, 2], on[:, 4], on[:, 5], on[:, 7]]
+    for share, expected in zip(shares, [p / 2, p, p, p, p], strict=True):
+        assert share.float().mean().item() == pytest.approx(expected, abs=4 * math.sqrt(expected / 8000))
+    assert on[:, 7].equal(on[:, 8])  # both directions shift together
+    untouched = ~on[:, 2:].any(dim=1)
+    assert untouched.float().mean().item() == pytest.approx((1 - p) ** 4, abs=0.02)
+    x = smooth(200, 8)
+    y, parameters = augmented(x, p, stream(1))
+    still = ~parameters.any(dim=1)
+    assert still.any() and torch.equal(y[still], x[still]) and y.abs().max() <= 1
+
+
+def test_a_quarter_turn_and_whole_pixel_shifts_are_exact():
+    x = smooth(2)
+    everything, identity = torch.tensor([True, True]), torch.eye(2).expand(2, 2, 2)
+    quarter = _moved(x, _rotation(torch.full((2,), math.pi / 2)), torch.zeros(2, 2), everything)
+    torch.testing.assert_close(quarter, torch.rot90(x, -1, (2, 3)), atol=1e-4, rtol=0)
+    shift = torch.tensor([[2 * 3 / 32, -2 * 5 / 32]]).expand(2, 2)  # right by 3 pixels, up by 5
+    moved = _moved(x, identity, shift, everything)
+    torch.testing.assert_close(moved[..., :-5, 3:], x[..., 5:, :-3], atol=1e-4, rtol=0)
+
+
+def test_turned_before_stretched(monkeypatch):
+    """EDM's order, with every draw given: a quarter turn, then wide and low."""
+    seen = []
+    monkeypatch.setattr("flowmaps.data.augment._moved", lambda x, linear, *rest: seen.append(linear) or x)
+    # mirror | upside down: value, gate | scale gate | turn: angle, gate | stretch gate | axis: gate, angle | shift gate
+    draws = iter([0.9, 0.9, 0.9, 0.9, 0.75, 0.1, 0.1, 0.9, 0.5, 0.9])
+    monkeypatch.setattr(torch, "rand", lambda n, **options: torch.full((n,), next(draws)))
+    monkeypatch.setattr(torch, "randn", lambda n, **options: torch.full((n,), 5.0))
+    _, parameters = augmented(torch.zeros(1, 1, 4, 4), 0.5, stream())
+    stretch = torch.diag_embed(torch.tensor([[2.0, 0.5]]))
+    torch.testing.assert_close(seen[0], stretch @ _rotation(torch.tensor([math.pi / 2])))
+    torch.testing.assert_close(parameters[0], torch.tensor([0, 0, 0, -1.0, 1.0, 5.0, 0, 0, 0]), atol=1e-6, rtol=0)
+
+
+def test_growth_enlarges():
+    x = torch.full((1, 1, 32, 32), -1.0)
+    x[..., 12:20, 12:20] = 1.0
+    grown = _moved(x, 2 * torch.eye(2)[None], torch.zeros(1, 2), torch.tensor([True]))
+    assert (grown > 0).sum() == 4 * (x > 0).sum()
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_network_conditions_on_it_and_zeros_mean_none(classes):
+    torch.manual_seed(0)
+    network = UNet(8, 1, 16, (1,), 1, (), num_classes=classes, augment_dim=PARAMETERS)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, t = smooth(4, 8)[:, :1], torch.rand(4, generator=stream())
+    label = torch.tensor([0, 1, 2, 3]) if classes else None  # 3: no label
+    plain = network(x, t, t, label)
+    zeros, told = torch.zeros(4, PARAMETERS), torch.randn(4, PARAMETERS, generator=stream(2))
+    torch.testing.assert_close(network(x, t, t, soft_label(label, zeros, classes)), plain)
+    assert (network(x, t, t, soft_label(label, told, classes)) - plain).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+    if classes:
+        none = soft_label(None, zeros, classes)
+        torch.testing.assert_close(network(x, t, t, none), network(x, t, t, None))
+    with pytest.raises(ValueError, match="augment_dim=0"):
+        UNet(8, 1, 16, (1,), 1, ())(x, t, t, told)
+
+
+def test_training_uses_it_and_resumes_it_by_step():
+    from configs.digits import get_config
+
+    def trainer(**data):
+        config = get_config("lagrangian,smoke")
+        config.network.augment_dim = PARAMETERS if "augment" in data else 0
+        for name, value in data.items():
+            setattr(config.data, name, value)
+        return Trainer.build(config)
+
+    augmenting = trainer(augment=0.5)
+    first = augmenting.step(0)["loss"]
+    weight = augmenting.module.fm.network.embedding.augmentation.weight
+    before = weight.clone()
+    augmenting.step(1)
+    augmenting.step(2)
+    assert not torch.equal(weight, before)
+    assert torch.equal(trainer(augment=0.5).step(0)["loss"], first)
+    assert not torch.equal(trainer().step(0)["loss"], trainer(flip=True).step(0)["loss"])
+
+
+def test_refusals():
+    from configs.checkerboard import get_config as points
+    from configs.digits import get_config
+
+    config = get_config("lagrangian,smoke")
+    config.data.augment = 0.1
+    with pytest.raises(UserError, match=r"--config\.network\.augment_dim=9"):
+        Trainer.build(config)
+    config.data.augment, config.network.augment_dim = 0.0, 9
+    with pytest.raises(UserError, match=r"--config\.network\.augment_dim=0"):
+        Trainer.build(config)
+    config.init_from = "nowhere"  # weights may know more than the run uses
+    with pytest.raises(UserError, match="no directory nowhere"):
+        Trainer.build(config)
+    config = points("lagrangian,smoke")
+    config.data.flip = True
+    with pytest.raises(UserError, match=r"--config\.data\.flip"):
+        Trainer.build(config)

@@ -1,0 +1,173 @@
+import pickle
+import shutil
+
+import pytest
+import torch
+from helpers.makers import write_cifar10, write_fashion_mnist
+
+from flowmaps import UserError
+from flowmaps.data import DATA, Loader, Order, download, load_arrays, load_data, open_images
+from flowmaps.images import from_uint8, grid, points_to_image, to_uint8
+
+
+def test_order_visits_every_item_once_an_epoch_and_depends_on_position_alone():
+    order = Order(10, seed=3)
+    whole = order.indices(0, 35)
+    for epoch in range(3):
+        assert sorted(whole[10 * epoch : 10 * epoch + 10].tolist()) == list(range(10))
+    assert whole[:10].tolist() != whole[10:20].tolist()
+    for start, count in [(0, 1), (7, 9), (9, 21), (30, 5), (3, 2)]:
+        assert torch.equal(Order(10, seed=3).indices(start, count), whole[start : start + count])
+    assert not torch.equal(Order(10, seed=4).indices(0, 35), whole)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_splits_are_fixed_and_disjoint(name, data_root):
+    files = str(data_root)
+    train, heldout = load_arrays(name, root=files), load_arrays(name, "heldout", files)
+    assert torch.equal(train.x, load_arrays(name, root=files).x)
+    assert train.shape == heldout.shape and train.num_classes == heldout.num_classes
+    seen = {x.numpy().tobytes() for x in train.x[:2000]}
+    assert not any(x.numpy().tobytes() in seen for x in heldout.x[:2000])
+    x, label = train.fetch(torch.arange(300))
+    assert x.dtype == torch.uint8 or (x.dtype == torch.float32 and x.abs().max() <= 1)
+    assert (label is None) == (train.num_classes == 0)
+    if label is not None:
+        assert label.dtype == torch.int64 and 0 <= label.min() and label.max() < train.num_classes
+
+
+def test_fashion_mnist_packed_or_not_and_padded(data_root, tmp_path):
+    write_fashion_mnist(tmp_path, packed=False)
+    packed, plain = load_arrays("fashion_mnist", root=str(data_root)), load_arrays("fashion_mnist", root=str(tmp_path))
+    assert torch.equal(packed.x, plain.x) and torch.equal(packed.label, plain.label)
+    assert packed.shape == (1, 32, 32) and len(packed) == 600
+    assert packed.x[..., :2, :].max() == 0 and packed.x[..., 2:30, 2:30].max() == 255
+
+
+def test_damaged_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="--config\\.data\\.root"):
+        load_arrays("fashion_mnist", root=str(tmp_path))
+    write_fashion_mnist(tmp_path)
+    file = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    content = file.read_bytes()
+    labels = (tmp_path / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte.gz").read_bytes()
+    flipped = content[:40] + bytes([content[40] ^ 255]) + content[41:]
+    for broken in (content[:1000], b"", b"no gzip at all", labels, flipped):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match="train-images-idx3-ubyte is damaged"):
+            load_arrays("fashion_mnist", root=str(tmp_path))
+
+
+def test_cifar10_is_read_as_torchvision_reads_it(tmp_path, monkeypatch):
+    """Files with Python 2's opcodes; torchvision's own reader, its checksums set to these files', gives the same."""
+    import hashlib
+
+    from torchvision.datasets import CIFAR10
+
+    write_cifar10(tmp_path)
+
+    def summed(parts):
+        return [(name, hashlib.md5((tmp_path / CIFAR10.base_folder / name).read_bytes()).hexdigest()) for name in parts]
+
+    monkeypatch.setattr(CIFAR10, "train_list", summed([f"data_batch_{i}" for i in range(1, 6)]))
+    monkeypatch.setattr(CIFAR10, "test_list", summed(["test_batch"]))
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
+    for split in ("train", "heldout"):
+        ours, theirs = load_arrays("cifar10", split, str(tmp_path)), CIFAR10(tmp_path, train=split == "train")
+        assert torch.equal(ours.x, torch.from_numpy(theirs.data).permute(0, 3, 1, 2))
+        assert ours.label.tolist() == theirs.targets
+
+
+def test_cifar10_runs_no_pickle_and_names_damage(tmp_path):
+    write_cifar10(tmp_path)
+    file = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    content = file.read_bytes()
+
+    class Evil:
+        def __reduce__(self):
+            return print, ("executed",)
+
+    for broken in (content[:5000], b"", b"text", pickle.dumps(Evil()), pickle.dumps({"data": 1}), pickle.dumps([1])):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match="data_batch_3 is damaged"):
+            load_arrays("cifar10", root=str(tmp_path))
+    file.unlink()
+    with pytest.raises(UserError, match=r"--config\.data\.download"):
+        load_arrays("cifar10", root=str(tmp_path))
+
+
+def test_download_offline_is_one_clear_message(tmp_path, monkeypatch):
+    """torchvision's own downloader runs, with every address unreachable."""
+    import socket
+
+    def refuse(*arguments, **options):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name in ("cifar10", "fashion_mnist"):
+        with pytest.raises(UserError, match=f"cannot download {name} .*copy its folder"):
+            download(name, str(tmp_path))
+    with pytest.raises(UserError, match="digits is not for download"):
+        download("digits", str(tmp_path))
+
+
+def test_digits_are_the_real_scans():
+    train, heldout = load_arrays("digits"), load_arrays("digits", "heldout")
+    assert len(train) == 1348 and len(heldout) == 449 and train.shape == (1, 8, 8)
+    assert train.x.min() == 0 and train.x.max() == 255
+
+
+def test_checkerboard_fills_its_cells_evenly():
+    x, _ = load_arrays("checkerboard").fetch(torch.arange(200_000))
+    cell = ((x + 1) * 2).long().clamp(0, 3)
+    assert bool((cell.sum(dim=1) % 2 == 0).all())
+    count = torch.bincount(cell[:, 0] * 4 + cell[:, 1], minlength=16)
+    assert (count > 0).sum() == 8
+    assert (count[count > 0] - 25_000).abs().max() < 800  # five standard deviations
+    assert abs(x.std().item() - 0.577) < 0.002
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_gives_the_order_with_and_without_workers(data_root, workers):
+    """Also after a jump, as a resume makes, and without touching torch's global generator."""
+    data = open_images(data_root / "folder", size=8)
+    order = Order(len(data), seed=1)
+    loader = Loader(data, lambda k: order.indices(5 * k, 5), workers)
+    state = torch.get_rng_state()
+    for k in (0, 1, 2, 7, 8, 3):
+        x, label = loader.shard(k)
+        expected = data.fetch(order.indices(5 * k, 5))
+        assert torch.equal(x, expected[0]) and torch.equal(label, expected[1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_file_that_goes_bad_is_named_in_one_line_from_a_worker_too(data_root, tmp_path):
+    shutil.copytree(data_root / "folder", tmp_path / "folder")
+    data = open_images(tmp_path / "folder", size=8)
+    (tmp_path / "folder" / "a" / "4.png").write_bytes(b"")
+    for workers in (0, 1):
+        loader = Loader(data, lambda k: torch.arange(12), workers)
+        with pytest.raises(UserError, match=r"a/4\.png was whole and is not now") as caught:
+            loader.shard(0)
+        assert "\n" not in str(caught.value)
+
+
+def test_unknown_data_set():
+    for load in (load_arrays, load_data):
+        with pytest.raises(UserError, match="checkerboard"):
+            load("nonsense")
+
+
+def test_uint8_round_trip_is_exact_and_clips():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(from_uint8(levels)), levels)
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_grid_and_point_pictures():
+    picture = grid([torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)], scale=2)
+    assert picture.shape == (1, 2 * 20, 3 * 20)
+    corner = points_to_image(torch.tensor([[1.2, 1.2]]), size=10)  # up and right
+    assert corner[0, 0, 9] == 255 and corner.sum() == 255

@@ -1,0 +1,222 @@
+"""Images of the user's own, in folders and zip files."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers.makers import encoded, photograph, write_folder, write_zip, zoo
+from PIL import Image
+
+from flowmaps import UserError
+from flowmaps.data import load_data, open_images
+from flowmaps.data.image_io import BadImage, area, decode, square
+
+
+def test_every_kind_of_image_is_used_and_everything_else_is_named(tmp_path, capfd):
+    """Truncated, grey, CMYK, 16-bit, empty and foreign files and a link in a circle: each named, nothing lost."""
+    good, bad = zoo()
+    root = write_folder(tmp_path / "zoo", good | bad | {"notes.txt": b"hello"})
+    (root / "dog" / "loop").symlink_to(root)
+    (root / "gone.png").symlink_to(root / "nowhere.png")
+    with pytest.raises(UserError) as caught:
+        open_images(root, 16)
+    message = str(caught.value)
+    assert f"{len(bad)} files" in message and "--config.data.skip_corrupt" in message and "\n" not in message
+    assert all(name in message for name in bad) and not any(name in message for name in good)
+    data = open_images(root, 16, skip_corrupt=True)
+    assert sorted(data.names) == sorted(good) and data.shape == (3, 16, 16)
+    said = capfd.readouterr().err
+    for named in [*bad, "notes.txt", "dog/loop (a link back", "gone.png (a broken link"]:
+        assert named in said and any(named in line for line in data.left_out)
+    x, label = data.fetch(torch.arange(len(data)))
+    assert x.shape == (len(good), 3, 16, 16) and x.dtype == torch.uint8
+    assert data.classes == ("cat", "dog") and label.tolist() == [int(name.startswith("dog")) for name in data.names]
+    assert x.float().flatten(1).std(dim=1).min() > 10  # no picture came out blank
+
+
+def test_a_zip_is_the_same_as_the_folder(tmp_path):
+    good, bad = zoo()
+    folder = open_images(write_folder(tmp_path / "zoo", good), 16)
+    for top in ("", "zoo/"):  # zip -r of a folder puts its name in front
+        packed = write_zip(tmp_path / f"zoo{len(top)}.zip", good | bad | {"notes.txt": b"hello"}, top)
+        with pytest.raises(UserError, match=r"half\.jpg"):
+            open_images(packed, 16)
+        data = open_images(packed, 16, skip_corrupt=True)
+        index = torch.arange(len(data))
+        assert all(torch.equal(a, b) for a, b in zip(data.fetch(index), folder.fetch(index), strict=True))
+        assert data.classes == folder.classes
+
+
+def test_a_damaged_entry_of_a_zip_is_named(tmp_path):
+    path = write_zip(tmp_path / "a.zip", {f"{i}.png": encoded(photograph(i), "png") for i in range(3)})
+    content = bytearray(path.read_bytes())
+    content[200:220] = bytes(20)  # within the first entry: its checksum differs
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"1 files .* 0\.png"):
+        open_images(path, 8)
+    path.write_bytes(content[:500])
+    with pytest.raises(UserError, match="no readable zip file"):
+        open_images(path, 8)
+
+
+def test_pixels_of_each_mode():
+    """Constant pictures whose right value is known."""
+
+    def first(image, suffix="png", **options):
+        return decode(encoded(image, suffix, **options))[0, 0].tolist()
+
+    for level in (0, 1, 100, 254, 255):
+        assert first(Image.fromarray(np.full((3, 3), 257 * level, np.uint16))) == [level]
+        assert first(Image.fromarray(np.full((3, 3), 257 * level, np.uint16)), "tif") == [level]
+        assert first(Image.new("L", (3, 3), level)) == [level]
+    assert first(Image.new("RGBA", (3, 3), (255, 0, 0, 51))) == [255, 204, 204]  # a fifth of red over white
+    assert first(Image.new("RGBA", (3, 3), (1, 2, 3, 0))) == [255, 255, 255]  # hidden colours stay hidden
+    assert first(Image.new("LA", (3, 3), (0, 51))) == [204]
+    assert first(Image.new("CMYK", (3, 3), (0, 0, 0, 0)), "tif") == [255, 255, 255]
+    assert first(Image.new("CMYK", (3, 3), (0, 255, 255, 0)), "tif") == [255, 0, 0]
+    assert first(Image.new("1", (3, 3), 1)) == [255]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = Image.new("L", (20, 10))
+    assert decode(encoded(wide, "jpg", exif=exif)).shape == (20, 10, 1)
+    for content, reason in ((b"", "empty"), (b"GIF but not really", "not an image")):
+        with pytest.raises(BadImage, match=reason):
+            decode(content)
+
+
+def test_resize_is_the_mean_over_each_area():
+    """Whole ratios are block means; any ratio keeps constants and the mean; weights of a pixel are its overlap."""
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    blocks = image.reshape(4, 3, 4, 3, 3).mean(axis=(1, 3))
+    assert np.abs(square(image, 4) - blocks).max() <= 0.5 + 1e-4
+    assert np.array_equal(square(image, 12), image)
+    for source, size in ((7, 3), (64, 37), (5, 8), (500, 64)):
+        matrix = area(source, size)
+        np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-5)
+        np.testing.assert_allclose(matrix.sum(axis=0), size / source, atol=1e-5)
+    np.testing.assert_allclose(area(3, 2), [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]], atol=1e-6)
+    tall = np.zeros((9, 4, 1), np.uint8)
+    tall[2:6] = 7  # rows 2 .. 5 are the centre
+    assert (square(tall, 2) == 7).all()
+
+
+def test_labels_from_dataset_json(tmp_path):
+    files = {f"{i // 2:05d}/img{i}.png": encoded(photograph(i), "png") for i in range(4)}
+    labels = [[name, 3 - i] for i, name in enumerate(files)]
+    for make in (
+        lambda content: write_folder(tmp_path / "f", files | {"dataset.json": content}),
+        lambda content: write_zip(tmp_path / "f.zip", files | {"dataset.json": content}),
+    ):
+        data = open_images(make(json.dumps({"labels": labels}).encode()), 8)
+        assert data.label.tolist() == [3, 2, 1, 0] and data.num_classes == 4 and not data.left_out
+        data = open_images(make(b'{"labels": null}'), 8)
+        assert data.label is None and data.num_classes == 0
+        for wrong in (b"{", b"{}", b"[]", b'{"labels": [["a.png", 1]]}', b'{"labels": 3}', b'{"labels": [["x", -1]]}'):
+            with pytest.raises(UserError, match=r"dataset\.json"):
+                open_images(make(wrong), 8)
+
+
+def test_no_labels_without_folders_for_all(tmp_path):
+    png = encoded(photograph(0), "png")
+    for i, names in enumerate([("a.png", "b.png"), ("x/a.png", "b.png"), ("x/a.png", "x/b.png")]):
+        root = write_folder(tmp_path / str(i), dict.fromkeys(names, png))
+        data = open_images(root, 8)
+        assert data.fetch(torch.tensor([0]))[1] is None and data.num_classes == 0
+
+
+def test_grey_folders_have_one_channel(tmp_path):
+    root = write_folder(tmp_path, {f"{i}.png": encoded(photograph(i).convert("L"), "png") for i in range(3)})
+    assert open_images(root, 8).shape == (1, 8, 8)
+    write_folder(tmp_path, {"colour.png": encoded(photograph(3), "png")})
+    data = open_images(root, 8)
+    x, _ = data.fetch(torch.arange(4))
+    assert data.shape == (3, 8, 8) and torch.equal(x[0, 0], x[0, 2]) and not torch.equal(x[3, 0], x[3, 2])
+
+
+def test_images_are_looked_at_once_and_again_when_they_change(tmp_path, monkeypatch):
+    root = write_folder(tmp_path, {f"{i}.png": encoded(photograph(i), "png") for i in range(3)})
+    looks = []
+    monkeypatch.setattr("flowmaps.data.image_folder.decode", lambda content: looks.append(1) or decode(content))
+    for expected in (3, 3):
+        open_images(root, 8)
+        assert len(looks) == expected
+    (root / "1.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"1\.png \(not an image\)"):
+        open_images(root, 8)
+
+
+def test_wrong_places_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_data("folder", str(tmp_path / "nowhere"), 8)
+    with pytest.raises(UserError, match="has no images"):
+        load_data("folder", str(tmp_path), 8)
+    (tmp_path / "x.zip").write_bytes(b"no zip")
+    for name, place in (("folder", "x.zip"), ("zip", ".")):
+        with pytest.raises(UserError, match="choose folder or zip"):
+            load_data(name, str(tmp_path / place), 8)
+    write_folder(tmp_path / "bad", {"a.png": b""})
+    with pytest.raises(UserError, match="has no whole image"):
+        open_images(tmp_path / "bad", 8, skip_corrupt=True)
+
+
+def test_without_a_size_images_must_agree(tmp_path):
+    root = write_folder(tmp_path, {"a.png": encoded(photograph(0), "png"), "b.png": encoded(photograph(1), "png")})
+    data = open_images(root)
+    assert data.shape == (3, 40, 30)
+    raw = np.asarray(Image.open(io.BytesIO((root / "b.png").read_bytes())))
+    assert np.array_equal(data.fetch(torch.tensor([1]))[0][0].permute(1, 2, 0).numpy(), raw)
+    write_folder(tmp_path, {"c.png": encoded(photograph(2, 20, 20), "png")})
+    with pytest.raises(UserError, match=r"c\.png has shape .* --size"):
+        open_images(root).fetch(torch.arange(3))
+
+
+def test_what_macos_adds_to_a_zip_is_no_image_and_no_class(tmp_path):
+    files = {f"pets/{kind}/{i}.png": encoded(photograph(i), "png") for i, kind in enumerate(("cat", "dog"))}
+    shadows = {f"__MACOSX/pets/{kind}/._{i}.png": b"shadow" for i, kind in enumerate(("cat", "dog"))}
+    data = open_images(write_zip(tmp_path / "a.zip", files | shadows | {"pets/cat/._0.png": b"x"}), 8)
+    assert data.classes == ("cat", "dog") and data.label.tolist() == [0, 1] and len(data.left_out) == 3
+
+
+def test_dataset_json_in_the_folder_that_zip_puts_in_front(tmp_path):
+    files = {f"0000{i}/img.png": encoded(photograph(i), "png") for i in range(2)}
+    labels = {"labels": [[name, 1] for name in files]}
+    path = write_zip(tmp_path / "a.zip", files | {"dataset.json": json.dumps(labels).encode()}, top="ds/")
+    data = open_images(path, 8)
+    assert data.label.tolist() == [1, 1] and not data.left_out
+
+
+def test_labels_must_be_whole_numbers_for_what_is_used(tmp_path):
+    files = {name: encoded(photograph(0), "png") for name in ("a.png", "b.png")} | {"c.png": b""}
+    for values, fine in (((0, 1), True), ((0.9, 1), False), ((True, 0), False), ((0, 10**9), False)):
+        listed = {"labels": [[name, value] for name, value in zip(files, values, strict=False)]}
+        root = write_folder(tmp_path, files | {"dataset.json": json.dumps(listed).encode()})
+        if fine:  # the skipped file needs no label
+            assert open_images(root, 8, skip_corrupt=True).label.tolist() == [0, 1]
+        else:
+            with pytest.raises(UserError, match="no whole number"):
+                open_images(root, 8, skip_corrupt=True)
+
+
+def test_a_repaired_zip_is_looked_at_again(tmp_path):
+    path = write_zip(tmp_path / "a.zip", {f"{i}.png": encoded(photograph(i), "png") for i in range(2)})
+    whole = path.read_bytes()
+    for start in (60, 45):  # a wrong checksum, or a stream that zlib refuses: both are named
+        path.write_bytes(whole[:start] + bytes(30) + whole[start + 30 :])
+        with pytest.raises(UserError, match=r"1 files .* 0\.png"):
+            open_images(path, 8)
+        path.write_bytes(whole)
+        assert len(open_images(path, 8)) == 2
+
+
+def test_many_foreign_files_are_counted_by_suffix(tmp_path):
+    files = {f"{i}.{suffix}": b"text" for i in range(15) for suffix in ("txt", "json")}
+    root = write_folder(tmp_path, files | {"a.png": encoded(photograph(0), "png")})
+    assert set(open_images(root, 8).left_out) == {"15 files with .json", "15 files with .txt"}
+
+
+def test_32_bit_pixels_have_no_range():
+    with pytest.raises(BadImage, match="32 bits"):
+        decode(encoded(Image.fromarray(np.full((3, 3), 200, np.int32)), "tif"))

@@ -1,0 +1,188 @@
+"""fid.py as a gate: limits, an earlier record, averages, repeats, the reports, and the workflow of the documents."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, run_script, run_two
+
+from flowmaps import FlowMap, UserError
+from flowmaps.evaluation.gate import Limits, conclude, junit, summary
+
+TRAIN = [
+    "--config=configs/digits.py:lagrangian",
+    "--config.network.width=16",
+    "--config.steps=120",
+    "--config.batch=32",
+]
+TRAIN += ["--config.optim.lr=5e-3", "--config.optim.warmup=10"]
+WAYS = ["--steps=1,2", "--num=300", "--batch=100"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A run of seconds on digits, the same network untrained, and a record of the run."""
+    base = tmp_path_factory.mktemp("gate")
+    run_script("scripts/train.py", *TRAIN, f"--workdir={base}/run", check=True)
+    fm = FlowMap.from_pretrained(base / "run")
+    torch.manual_seed(0)
+    type(fm)(type(fm.network)(**fm.network.config), fm.interpolant_name, fm.base_std, fm.info).save_pretrained(
+        base / "untrained"
+    )
+    fid(base, "run", *WAYS, "--json={base}/before.json", check=True)
+    return base
+
+
+def fid(base, name, *more, **options):  # {base} in an argument is the folder of the fixture
+    flags = [f"--checkpoint={base}/{name}", "--reference=digits:heldout"]
+    return run_script("scripts/fid.py", *flags, *[a.format(base=base) for a in more], **options)
+
+
+def rows(base):
+    return json.loads((base / "before.json").read_text())["results"]
+
+
+def test_a_trained_model_passes_and_an_untrained_one_fails(place):
+    limit = 1.5 * max(row["FD-digits"] for row in rows(place))
+    gate = [f"--max_fid={limit}", "--max_regression={base}/before.json", "--tolerance=0.001"]
+    assert fid(place, "run", *WAYS, *gate).returncode == 0
+    done = fid(place, "untrained", *WAYS, *gate, "--junit={base}/a.xml", "--json={base}/after.json")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("gate failed: FD-digits") and "(map, 1 step, uniform" in done.stderr
+    assert "--max_fid" in done.stderr and "--max_regression" in done.stderr
+    found = ET.parse(place / "a.xml").getroot()
+    assert found.attrib == {"tests": "2", "failures": "2", "errors": "0"}
+    assert len(found.findall("testsuite/testcase/failure")) == 4  # two reasons for each of two rows
+    assert json.loads((place / "after.json").read_text())["results"][0]["FD-digits"] > limit
+
+
+def test_the_summary_page_of_github_actions(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "page.md"))
+    (tmp_path / "page.md").write_text("what other steps wrote\n")
+    command = ["scripts/fid.py", f"--checkpoint={place}/run", "--reference=digits-heldout", *WAYS, "--max_fid=1e-3"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("what other steps wrote\n### FD-digits of ") and "/run: failed" in page
+    assert "| FD-digits |" in page and "- images: 300" in page and "**FD-digits" in page
+
+
+def mistake(place, change):
+    """The record, changed, as a file."""
+    record = json.loads((place / "before.json").read_text())
+    change(record)
+    (place / "changed.json").write_text(json.dumps(record))
+    return "--max_regression={base}/changed.json"
+
+
+def test_a_gate_that_cannot_judge_exits_with_2(place):
+    changes = {
+        "another num": lambda r: r.update(num=50_000),
+        "another seeds": lambda r: r.update(seeds=[7]),
+        "another extractor": lambda r: r["extractor"].update(weights="0"),
+        "another metric": lambda r: r.update(metric="FID", results=[{**row, "FID": 1.0} for row in r["results"]]),
+        "another --reference": lambda r: r["reference"].update(content="0"),
+        "with another --reference": lambda r: r["reference"].update(content="", sha256="0"),
+        "has no row for map, 2 steps, uniform": lambda r: r["results"].pop(),
+        "is no record": lambda r: r.pop("results"),
+    }
+    for message, change in changes.items():
+        done = fid(place, "run", *WAYS, mistake(place, change), "--json={base}/never.json", "--junit={base}/never.xml")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+    for flags, message in (
+        (["--max_regression={base}/gone.json"], "gone.json"),
+        (["--metrics=is", "--max_fid=1"], "need fid"),
+        (["--metrics=kid"], "only fid is defined"),
+        (["--ema=0.5"], "--ema=0.5"),
+        (["--ema=raw,raw"], "different"),
+        (["--sampler=map,magic"], "magic"),
+    ):
+        done = fid(place, "run", *WAYS, *flags, "--json={base}/never.json")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+    assert not list(place.glob("never.*"))
+
+
+def test_every_way_in_one_command_equals_each_alone(place):
+    """Averages x samplers x schedules x step counts."""
+    (place / "grid.json").write_text(json.dumps({"grids": {"1": [0, 1], "2": [0, 0.4, 1]}}))
+    many = ["--ema=raw,0.99", "--sampler=map,heun", "--schedule=uniform,{base}/grid.json", *WAYS]
+    fid(place, "run", *many, "--json={base}/many.json", check=True)
+    found = json.loads((place / "many.json").read_text())["results"]
+    assert len(found) == 16 and [row["nfe"] for row in found[:8]] == [1, 2, 1, 2, 2, 4, 2, 4]
+    assert found[3]["times"] == [0, 0.4, 1] and found[3]["grid"].endswith("grid.json")
+    assert [row["ema"] for row in found] == 8 * [None] + 8 * [0.99]
+    assert len({row["weights"] for row in found}) == 2 and len({row["FD-digits"] for row in found}) == 12
+    for i, flags in ((5, ["--ema=raw", "--sampler=heun"]), (9, ["--ema=0.99"])):
+        fid(place, "run", *flags, *WAYS, "--json={base}/one.json", check=True)
+        alone = json.loads((place / "one.json").read_text())["results"][1]
+        assert alone["FD-digits"] == pytest.approx(found[i]["FD-digits"], rel=1e-9)
+
+
+def test_repeats_are_the_mean_over_seeds(place):
+    done = fid(
+        place, "run", "--steps=1", "--num=200", "--seed=3", "--repeats=3", "--json={base}/three.json", check=True
+    )
+    record = json.loads((place / "three.json").read_text())
+    [row] = record["results"]
+    values = [repeat["FD-digits"] for repeat in row["repeats"]]
+    assert record["seeds"] == [3, 4, 5] and len(set(values)) == 3
+    assert row["FD-digits"] == pytest.approx(sum(values) / 3)
+    assert row["spread"]["FD-digits"] == pytest.approx((max(values) - min(values)) / 2) and " ± " in done.stdout
+    fid(place, "run", "--steps=1", "--num=200", "--seed=4", "--json={base}/four.json", check=True)
+    assert json.loads((place / "four.json").read_text())["results"][0]["FD-digits"] == values[1]
+
+
+@pytest.mark.slow
+def test_two_processes_judge_as_one(place):
+    """Only the first of them has the reference, and compares."""
+    flags = [f"--checkpoint={place}/run", "--reference=digits:heldout", *WAYS, f"--max_regression={place}/before.json"]
+    assert run_two("scripts/fid.py", *flags, "--tolerance=0.001", check=True).stdout.count("FD-digits") == 1
+
+
+def test_limits_at_their_edges(place, tmp_path):
+    report = json.loads((place / "before.json").read_text())
+    worst = max(row["FD-digits"] for row in report["results"])
+    assert not any(verdict.reasons for verdict in Limits(max_fid=worst).judge(report))
+    baseline = copy.deepcopy(report)
+    report["results"][0]["FD-digits"] *= 1.04
+    within = Limits.read(None, str(place / "before.json"), 0.05)
+    within.check(report, report["results"])
+    assert not any(verdict.reasons for verdict in within.judge(report))
+    beyond = Limits(None, "before.json", 0.03, baseline)
+    first, second = beyond.judge(report)
+    assert "--tolerance=0.03" in first.reasons[0] and not second.reasons
+    report["results"][1]["FD-digits"] = float("nan")
+    assert beyond.judge(report)[1].reasons  # what is no number is not below a limit
+    written = conclude(report, beyond, None, str(tmp_path / "a.xml"), str(tmp_path / "a.md"))
+    assert written == 1 and "failed" in (tmp_path / "a.md").read_text()
+    assert b'failures="2"' in junit(report, beyond.judge(report))
+    assert "passed" in summary(baseline, Limits().judge(baseline))
+    with pytest.raises(UserError, match="is no record"):
+        Limits.read(None, str(tmp_path / "a.xml"), 0.0)
+
+
+@pytest.mark.slow
+def test_the_workflow_of_the_documents(tmp_path):
+    """Each command of docs/fid-gate.yml runs as it is written, in a copy of what it uses; installing is make's part."""
+    steps = yaml.safe_load((ROOT / "docs/fid-gate.yml").read_text())["jobs"]["gate"]["steps"]
+    for name in ("configs", "scripts", "assets"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    page = tmp_path / "page.md"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "GITHUB_STEP_SUMMARY": str(page)}
+    commands = {step["name"]: step["run"] for step in steps if "run" in step}
+    assert list(commands) == ["Install", "Train", "Reference", "Gate"] and "pip install" in commands.pop("Install")
+    for name, command in commands.items():
+        done = subprocess.run(
+            ["bash", "-e", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+    [shown] = [step["with"]["path"] for step in steps if step.get("uses", "").startswith("actions/upload-artifact")]
+    assert {file.name for file in tmp_path.glob(shown)} == {"fid.json", "fid.xml"} and "passed" in page.read_text()

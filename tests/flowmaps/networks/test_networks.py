@@ -1,0 +1,142 @@
+import pytest
+import torch
+from helpers import generator
+from helpers.small_networks import IMAGES, LABELLED, SMALL, inputs, small
+
+from flowmaps.networks import MLP, NETWORKS, PRESETS, DiT, UNet
+from flowmaps.networks.dit import positions
+from flowmaps.networks.layers import normalise
+from flowmaps.objectives import OBJECTIVES
+
+
+def build(name):
+    """A network in eval mode and six points of it."""
+    fm = small(name).eval()
+    return fm.network, inputs(fm, 6)[0]
+
+
+def test_every_network_is_tested():
+    assert {cls for cls, _ in SMALL.values()} == set(NETWORKS.values())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_shape_dtype_and_dependence_on_each_input(name):
+    network, x = build(name)
+    s, t = torch.full((6,), 0.2), torch.full((6,), 0.7)
+    v = network(x, s, t)
+    assert v.shape == x.shape and v.dtype == x.dtype
+    for changed in (network(x + 1, s, t), network(x, s + 0.1, t), network(x, s, t + 0.1)):
+        assert not torch.allclose(v, changed)
+    torch.testing.assert_close(network(x[:2], s[:2], t[:2]), v[:2])  # samples do not mix
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_save_and_load_is_bit_equal(name, tmp_path):
+    network, x = build(name)
+    network.save_pretrained(tmp_path)
+    again = type(network).from_pretrained(tmp_path)
+    s, t = torch.rand(6), torch.rand(6)
+    assert torch.equal(again(x, s, t), network(x, s, t))
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_label_and_no_label(name):
+    network, x = build(name)
+    s = torch.full((6,), 0.5)
+    none, null = network(x, s, s), network(x, s, s, torch.full((6,), 4))
+    assert torch.equal(none, null)  # label num_classes means no label
+    assert not torch.allclose(none, network(x, s, s, torch.zeros(6, dtype=torch.int64)))
+
+
+def test_mlp_has_no_label():
+    s = torch.zeros(1)
+    with pytest.raises(ValueError, match="unconditional"):
+        MLP(width=8, depth=1)(torch.zeros(1, 2), s[:1], s[:1], torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_starts_as_a_one_time_network(name):
+    """The branch of t - s starts at zero: a fresh network does not see the second time."""
+    torch.manual_seed(0)
+    cls, options = SMALL[name]
+    network = cls(**options)
+    for parameter_name, p in network.named_parameters():
+        if "gap" not in parameter_name:
+            torch.nn.init.normal_(p, std=0.2)
+    x, s = torch.randn(3, 1, options["image_size"], options["image_size"]), torch.full((3,), 0.3)
+    assert torch.equal(network(x, s, s), network(x, s, torch.full((3,), 0.9)))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 9, 17, 18, 36, 64, 192])
+def test_normalise_takes_any_number_of_channels(channels):
+    y = normalise(3 + 5 * torch.randn(2, channels, 8, 8))
+    assert y.mean().abs() < 0.01 and abs(y.std() - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    "options", [{"image_size": 9}, {"width": 18, "heads": 2}, {"width": 16, "heads": 3}, {"data_std": 0.0}]
+)
+def test_dit_refuses_sizes_that_do_not_divide(options):
+    with pytest.raises(ValueError, match=r"divisible|data_std"):
+        DiT(**options)
+
+
+def test_dit_knows_where_a_patch_is():
+    """Without positions the network commutes with moving patches; with them it does not, and rows are not columns."""
+    network, x = build("DiT")
+    s, moved = torch.full((6,), 0.5), torch.roll(x, 4, dims=3)
+    assert not torch.allclose(network(moved, s, s), torch.roll(network(x, s, s), 4, dims=3), atol=1e-3)
+    assert not torch.allclose(network(x.mT, s, s), network(x, s, s).mT, atol=1e-3)
+    network.positions.zero_()
+    torch.testing.assert_close(network(moved, s, s), torch.roll(network(x, s, s), 4, dims=3), rtol=1e-4, atol=1e-5)
+    table = positions(4, 16)
+    row, column = torch.arange(4.0).repeat_interleave(4), torch.arange(4.0).repeat(4)
+    torch.testing.assert_close(table[:, 1], torch.sin(column * 0.1)), torch.testing.assert_close(table[:, 8], row.sin())
+
+
+@pytest.mark.parametrize("options", [{"image_size": 8, "channel_mult": (1, 1, 1, 1, 1)}, {"image_size": 9, "patch": 2}])
+def test_unet_refuses_sizes_that_do_not_divide(options):
+    with pytest.raises(ValueError, match="image_size"):
+        UNet(**options)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_in_bfloat16(name):
+    network, x = build(name)
+    s, t = torch.full((6,), 0.2), torch.full((6,), 0.7)
+    exact = network(x, s, t)
+    half = network.bfloat16()(x.bfloat16(), s, t)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_their_published_size(name):
+    preset = PRESETS[name]
+    with torch.device("meta"):
+        network = NETWORKS[preset.network](**preset.options)
+        parameters = sum(p.numel() for p in network.parameters())
+    assert parameters / 1e6 == pytest.approx(preset.millions, rel=5e-3)
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "lagrangian", "eulerian", "consistency"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_checkpointed_gradients_are_the_same(name, objective):
+    """With dropout: off in some terms, shared between passes in others, and the backward pass comes after all that."""
+    fm, method, gradients, kept = small(name, dropout=0.3).double(), OBJECTIVES[objective](), [], []
+    x1, _, _, label = inputs(fm, 8, torch.float64)
+    draws = method.draw(fm, x1, generator())
+    for checkpointing in (False, True):
+        if checkpointing:
+            fm.network.enable_gradient_checkpointing()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            torch.manual_seed(0)
+            loss = method.loss(fm, x1, label, draws).value
+        gradients.append(torch.autograd.grad(loss, list(fm.parameters()), allow_unused=True))
+        kept.append(sum(sizes))
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert kept[1] < kept[0] / 2

@@ -1,0 +1,222 @@
+"""What all objectives share: draws, weights, dropout, the split of the batch, compilation."""
+
+import itertools
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from benchmarks.objectives import Unsplit
+from helpers import gaussian_data, gaussian_map, generator
+from helpers.objectives import ANCHORED, LIVE, MAPS, RELATIVES
+from helpers.small_networks import IMAGES, small
+
+from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.derivatives import velocity_jvp
+from flowmaps.networks import MLP, UNet
+from flowmaps.networks.layers import Dropout
+from flowmaps.objectives import OBJECTIVES, LogVariance, PathObjective, eulerian, lagrangian
+from flowmaps.objectives.time_sampling import Times
+from samplers import Trajectory, uniform_times
+
+# Every objective on the smallest graph, relatives of others as slow tests; likewise the hardest derivatives on others.
+COMPILED = [
+    pytest.param("DiT", name, {}, marks=pytest.mark.slow if name in RELATIVES else ()) for name in OBJECTIVES
+] + [pytest.param("DiT", "mean_flow", {"guidance_max": 3.0}, marks=pytest.mark.slow)]
+COMPILED += [
+    pytest.param(*pair, {}, marks=pytest.mark.slow)
+    for pair in itertools.product(IMAGES, ("lagrangian", "eulerian"))
+    if pair[0] != "DiT"
+]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_consistency_shares_the_dropout_mask(compiled):
+    """With u = s student and target are the same function of the same point, if the mask is the same."""
+    torch.manual_seed(0)
+    network = UNet(8, 1, 8, (1,), 1, (), dropout=0.5).train()
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    fm, objective, x1 = FlowMap(network), OBJECTIVES["consistency"](adaptive=0.0), torch.randn(8, 1, 8, 8)
+    draws = objective.draw(fm, x1, generator())
+    loss = torch.compile(objective.loss, fullgraph=True, backend="aot_eager") if compiled else objective.loss
+    assert loss(fm, x1, None, draws._replace(t=draws.s)).value == 0
+    assert loss(fm, x1, None, draws).value != loss(fm, x1, None, draws).value  # a fresh mask each time
+    assert all(m.mask is None and not m.shared for m in network.modules() if isinstance(m, Dropout))
+
+
+@pytest.mark.parametrize("times", [Times.logit_normal, Times.gap])
+def test_times_have_the_stated_logits(times):
+    """logit_normal: two of them, in order. gap: that of t, and that of (t - s) / t."""
+    mean, std = ((0.4, 0.4) if times is Times.logit_normal else (0.4, -0.8)), (1.0, 1.0)
+    objective = OBJECTIVES["mean_flow"](times=times, time_mean=mean, time_std=std, diagonal=0.5)
+    x1 = torch.zeros(40_000, 1, dtype=torch.float64)
+    _, s, t, *_ = objective.draw(FlowMap(MLP(1)), x1, generator())
+    assert bool((s[20_000:] < t[20_000:]).all()) and torch.equal(s[:20_000], t[:20_000])
+    seen = {"diagonal": torch.logit(s[:20_000])}
+    s, t = s[20_000:], t[20_000:]
+    if times is Times.gap:
+        seen |= {"end": torch.logit(t), "share": torch.logit((t - s) / t)}
+    else:
+        seen["both"] = torch.logit(torch.cat([s, t]))
+    for name, logit in seen.items():
+        assert abs(logit.mean() - (mean[1] if name == "share" else mean[0])) < 0.03, name
+        assert abs(logit.std() - 1) < 0.03, name
+    with pytest.raises(UserError, match="time_std"):
+        OBJECTIVES["mean_flow"](time_std=(1.0, 0.0))
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_draws_are_uniform_and_keyed_by_the_generator(name):
+    fm, objective = gaussian_map(), OBJECTIVES[name]()
+    x1, _ = gaussian_data(fm, 4000)
+    x0, s, t, fraction, _ = objective.draw(fm, x1, generator(5))
+    rows = objective.diagonal_rows(4000)
+    assert torch.equal(s[:rows], t[:rows]) and bool((s[rows:] < t[rows:]).all())
+    assert abs(x0.std() - fm.base_std) < 0.03 and abs(fraction.mean() - 0.5) < 0.03
+    assert not rows or abs(s[:rows].mean() - 0.5) < 0.03
+    if 0 < rows < 4000 and name != "shortcut":  # min and max of two uniforms
+        assert abs(s[rows:].mean() - 1 / 3) < 0.04 and abs(t[rows:].mean() - 2 / 3) < 0.04
+    again = objective.draw(fm, x1, generator(5))
+    assert all(torch.equal(a, b) for a, b in zip((x0, s, t, fraction), again[:4], strict=True))
+
+
+def test_loss_is_the_joint_mean_of_the_paper_share():
+    fm = gaussian_map(wrong=0.3)
+    x1, _ = gaussian_data(fm, 40)
+    loss = OBJECTIVES["lagrangian"]()(fm, x1, generator=generator())
+    expected = 0.75 * loss.terms["diagonal"] + 0.25 * loss.terms["off_diagonal"]
+    torch.testing.assert_close(loss.value.detach(), expected)
+
+
+@pytest.mark.parametrize("name", ANCHORED)
+def test_dropout_acts_on_the_diagonal_term_only(name):
+    torch.manual_seed(0)
+    network = UNet(
+        image_size=8, channels=1, width=8, channel_mult=(1,), blocks=1, attention_resolutions=(), dropout=0.5
+    )
+    torch.nn.init.normal_(network.head[-1].weight)
+    for block in network.down:
+        torch.nn.init.normal_(block.conv2.weight)
+    fm = FlowMap(network.train(), info=FlowMapInfo(shape=(1, 8, 8)))
+    x1, objective = torch.randn(16, 1, 8, 8), OBJECTIVES[name]()
+    losses = [objective(fm, x1, generator=generator()) for _ in range(2)]  # same draws, other dropout masks
+    assert losses[0].terms["diagonal"] != losses[1].terms["diagonal"]
+    if "off_diagonal" in losses[0].terms:
+        assert losses[0].terms["off_diagonal"] == losses[1].terms["off_diagonal"]
+    assert all(m.training for m in network.modules())
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_learned_weight_leaves_the_logged_terms_alone(name):
+    torch.manual_seed(0)
+    fm = FlowMap(MLP(width=16, depth=2))
+    x1, weight = torch.randn(64, 2), LogVariance(limit=2.0)
+    plain = OBJECTIVES[name]()(fm, x1, generator=generator())
+    torch.nn.init.constant_(weight.linear.bias, 1.0)
+    weighted = OBJECTIVES[name]()(fm, x1, generator=generator(), weight=weight)
+    w = 2 * torch.tanh(torch.tensor(0.5))
+    torch.testing.assert_close(weighted.value, plain.value * torch.exp(-w) + w)
+    assert plain.terms == {name: weighted.terms[name] for name in plain.terms}
+    torch.nn.init.constant_(weight.linear.bias, -99.0)
+    assert weight(torch.rand(3), torch.rand(3)).tolist() == [-2.0] * 3  # the limit
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_adaptive_weight_divides_by_a_constant_power(name):
+    """One row a batch: the loss is r^2 / (3 r^2 + 1e-3)^p and its gradient that of r^2 over the same constant."""
+    fm, c = gaussian_map(wrong=0.3), 1e-3
+    x1, _ = gaussian_data(fm, 1)
+    plain, weighted = (OBJECTIVES[name](adaptive=p)(fm, x1, generator=generator()) for p in (0.0, 0.75))
+    constant = (3 * plain.value.detach() + c) ** 0.75
+    torch.testing.assert_close(weighted.value, plain.value / constant)
+    gradients = [torch.autograd.grad(loss.value, fm.network.wrong)[0] for loss in (plain, weighted)]
+    torch.testing.assert_close(gradients[1], gradients[0] / constant)
+    with pytest.raises(UserError, match="adaptive"):
+        OBJECTIVES[name](adaptive=-1.0)
+
+
+@pytest.mark.parametrize(("network", "name", "options"), COMPILED)
+def test_compiled_loss_equals_eager(network, name, options):
+    """fullgraph: no graph break, the derivative included."""
+    fm, objective = small(network), OBJECTIVES[name](**options)
+    x1, label = torch.randn(8, *fm.info.shape), torch.arange(8) % 3 if fm.info.num_classes else None
+    batch = x1
+    if issubclass(OBJECTIVES[name], PathObjective):  # two paths of four steps: eight rows
+        batch = Trajectory(uniform_times(4), torch.randn(5, 2, *fm.info.shape), None if label is None else label[:2])
+    x1, label, draws = objective.prepare(fm, batch, label, generator())
+
+    def gradient(loss):
+        return torch.autograd.grad(loss(fm, x1, label, draws).value, list(fm.parameters()), allow_unused=True)
+
+    torch.compiler.reset()  # each objective compiles the same code anew, and torch limits how often
+    compiled = torch.compile(objective.loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradient(compiled), gradient(objective.loss), strict=True):
+        assert (a is None) == (b is None)
+        if a is None:
+            continue
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("network", ["UNet", "EDM2UNet", "DiT"])
+def test_rows_without_a_gap_need_no_derivative(network):
+    """Splitting the batch has the gradient of one jvp over all rows, the diagonal ones times t - s = 0."""
+    fm, x1, label = small(network), torch.randn(16, 1, 8, 8), torch.arange(16) % 4
+    objective, parameters = OBJECTIVES["lagrangian"](), list(fm.parameters())
+    draws, gradients = objective.draw(fm, x1, generator()), []
+    for each in (objective, Unsplit()):
+        loss = each.loss(fm, x1, label, draws).value
+        gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).norm() <= 1e-6 * max(1.0, b.norm())
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_diagonal_rows_never_enter_a_derivative(name, monkeypatch):
+    seen = []
+
+    def spy(fm, x, s, t, *rest, **moving):
+        seen.append((s, t))
+        return velocity_jvp(fm, x, s, t, *rest, **moving)
+
+    for module in (lagrangian, eulerian):
+        monkeypatch.setattr(module, "velocity_jvp", spy)
+    fm, x1 = small("UNet"), torch.randn(16, 1, 8, 8)
+    terms = OBJECTIVES[name]()(fm, x1, torch.arange(16) % 4, generator=generator()).terms
+    assert ("jvp_norm" in terms) == bool(seen)
+    assert all(len(s) == 4 and bool((s < t).all()) for s, t in seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lagrangian", {"guidance": float("inf")}),
+        ("lagrangian", {"time_mean": (2.0, 2.0)}),
+        ("mean_flow", {"times": Times.gap, "time_mean": (float("nan"), 0.0)}),
+        ("consistency", {"k": -5.0}),
+        ("consistency", {"sigma_mean": float("nan")}),
+    ],
+)
+def test_options_that_would_break_or_be_ignored_are_refused(name, options):
+    with pytest.raises(UserError, match=r"objective\."):
+        OBJECTIVES[name](**options)
+
+
+def test_consistency_is_exact_under_autocast():
+    """The residual divides a small difference: half precision would be noise."""
+    fm, objective, x1 = small("UNet"), OBJECTIVES["consistency"](q=4096.0), torch.randn(8, 1, 8, 8)
+    draws = objective.draw(fm, x1, generator())
+    plain = objective.loss(fm, x1, None, draws).value
+    with torch.autocast("cpu", torch.bfloat16):
+        assert objective.loss(fm, x1, None, draws).value == plain
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_are_frozen_and_refuse_a_bad_share(name):
+    objective = OBJECTIVES[name]()
+    with pytest.raises(FrozenInstanceError):
+        objective.diagonal = 0.5
+    if name in MAPS:
+        with pytest.raises(UserError, match="diagonal"):
+            OBJECTIVES[name](diagonal=1.5)

@@ -1,0 +1,219 @@
+"""Schedules: fitted to a model, in files and checkpoints, in diffusers, and by the scripts that use them."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from helpers import gaussian_map, run_script
+from PIL import Image
+
+from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.export import store_schedule
+from flowmaps.pipeline import FlowMapPipeline
+from flowmaps.step_sizes import COSTS, costs, fit
+from samplers import Schedule, euler, heun, rollout, uniform_times
+
+SKEWED = Schedule({1: (0, 1), 2: (0, 0.7, 1)}, sampler="euler", cost="end", noises=8, errors={1: 2.0, 2: 0.5})
+
+
+def narrow():
+    """The exact drift of data far narrower than the noise, where most of the path is bent at its end."""
+    fm = gaussian_map()
+    fm.network.std = fm.network.std * 0.05
+    return fm
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_fitted_grids_beat_equal_steps_on_other_noises(cost):
+    fm = narrow()
+    schedule = fit(fm, [2, 4], sampler="euler", cost=cost, noises=64).schedule
+    x = fm.noise(200, seed=9)
+    with torch.no_grad():
+        end = heun(fm.drift, x, uniform_times(400))
+        for steps in (2, 4):
+            ours, equal = (
+                (euler(fm.drift, x, times) - end).square().mean().sqrt()
+                for times in (schedule[steps], uniform_times(steps))
+            )
+            assert ours < 0.75 * equal and schedule.errors[steps] < 0.75 * schedule.uniform_errors[steps]
+    facts = (schedule.sampler, schedule.cost, schedule.noises, schedule.seed, schedule.fine)
+    assert facts == ("euler", cost, 64, 1, 96) and schedule.checkpoint == fm.fingerprint()
+
+
+def test_equal_steps_are_kept_where_they_are_better():
+    """Both grids are compared on noises of their own; the written one is the better of the two."""
+    fm = gaussian_map()
+    for cost in COSTS:
+        schedule = fit(fm, [2, 3, 8], sampler="euler", cost=cost, noises=16, fine=24).schedule
+        for steps, times in schedule.items():
+            if schedule.errors[steps] >= schedule.uniform_errors[steps]:
+                assert torch.equal(times, uniform_times(steps))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "map"])
+def test_batches_do_not_change_the_costs(sampler):
+    fm = gaussian_map()
+    fm.network.bent.data += 0.1  # a map that is not exact: its costs are not all zero
+    plain = tuple(name for name in COSTS if not COSTS[name].at_end)
+    a, b = (costs(fm, sampler, plain, noises=20, fine=8, batch=batch) for batch in (7, 20))
+    for name in plain:
+        torch.testing.assert_close(a[name], b[name])
+        assert a[name][0, 8] > 1e-6
+
+
+def test_the_exact_map_costs_nothing():
+    fm = gaussian_map()
+    squared = [name for name in COSTS if not COSTS[name].root]
+    coarse, fine = (costs(fm, "map", squared, noises=8, fine=steps) for steps in (16, 32))
+    for name in squared:  # but the error of Heun's solution: of order 2, here squared
+        assert coarse[name].max() < 1e-2 and fine[name].max() < coarse[name].max() / 12
+        assert costs(fm, "euler", (name,), noises=8, fine=16)[name].max() > 0.1
+
+
+def test_what_cannot_be_fitted_is_refused():
+    with pytest.raises(UserError, match="from 1 to the fine grid's 8, got 2, 9"):
+        fit(gaussian_map(), [2, 9], sampler="euler", fine=8)
+    with pytest.raises(UserError, match="unknown cost"):
+        fit(gaussian_map(), [2], cost="least")
+    with pytest.raises(UserError, match="not for stochastic"):
+        fit(gaussian_map(), [2], sampler="stochastic")
+    broken = gaussian_map()
+    broken.network.wrong.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        fit(broken, [2], sampler="euler", fine=4, noises=4)
+
+
+def test_a_schedule_is_a_mapping_and_survives_json():
+    again = Schedule.from_json(SKEWED.to_json())
+    assert again == SKEWED and hash(again) == hash(SKEWED) and dict(again).keys() == {1, 2} and 3 not in again
+    assert again[2].dtype == torch.float64 and again[2].tolist() == [0, 0.7, 1]
+    assert SKEWED.only(2).grids.keys() == {2} and SKEWED.only(2).errors == {2: 0.5}
+    assert Schedule.uniform(4)[4].equal(uniform_times(4)) and again != Schedule.uniform(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"grids": {"2": [0, 0.5, 0.9]}}, "from 0 to 1"),
+        ({"grids": {"2": [0, 0.7, 0.6, 1]}}, "increase"),
+        ({"grids": {"3": [0, 0.5, 1]}}, "must be 4"),
+        ({"grids": {"2": [0, None, 1]}}, "schedule"),
+        ({"grids": {"2": [0, float("nan"), 1]}}, "lie in"),
+        ({"grids": 3}, "wrong type"),
+        ({"colour": "red"}, "no field colour"),
+        ({"noises": "many"}, "wrong type"),
+        ({"guidance": "much"}, "wrong type"),
+    ],
+)
+def test_schedules_that_are_damaged_are_refused(change, reason):
+    with pytest.raises(ValueError, match=reason):
+        Schedule.from_json(json.dumps({**json.loads(SKEWED.to_json()), **change}))
+    with pytest.raises(ValueError):
+        Schedule.from_json("[]")
+
+
+@pytest.mark.parametrize("scheduler", [FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler])
+def test_sigmas_give_diffusers_the_same_samples(scheduler):
+    """Noise at sigma = 1 and the final 0 implied: one list for both of its flow schedulers, u = -v."""
+    fm, schedule = narrow(), fit(narrow(), [1, 3, 6], sampler="euler", noises=16).schedule
+    for steps, times in schedule.items():
+        made = scheduler()
+        made.set_timesteps(sigmas=schedule.sigmas(steps))
+        x = fm.noise(10, seed=4).float()
+        expected = euler(fm.drift, x, times)
+        for k, timestep in enumerate(made.timesteps):
+            b = fm.drift(x, (1 - made.sigmas[k]).expand(10))
+            x = made.step(-b.float(), timestep, x, return_dict=False)[0]
+        torch.testing.assert_close(x, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_stored_schedule_is_used_by_the_pipeline_for_its_step_counts(start, tmp_path):
+    fm = FlowMap.from_pretrained(start)
+    fm.save_pretrained(tmp_path)
+    store_schedule(tmp_path, SKEWED)
+    fm, pipeline = FlowMap.from_pretrained(tmp_path), FlowMapPipeline.from_pretrained(tmp_path)
+    assert fm.info.schedules == {"euler": SKEWED}
+    x, label = fm.noise(4, 0), torch.arange(4)
+    for steps, times in ((2, SKEWED[2]), (4, uniform_times(4))):
+        made = pipeline(latents=x, num_inference_steps=steps, class_labels=label, output_type="pt").images
+        with torch.no_grad():
+            torch.testing.assert_close(made, euler(fm.drift, x, times, label), rtol=1e-5, atol=1e-6)
+    other = replace(SKEWED, grids={2: (0, 0.2, 1)}, errors={})
+    store_schedule(tmp_path, other)  # in the place of the first
+    assert FlowMap.from_pretrained(tmp_path).info.schedules == {"euler": other}
+
+
+def test_a_map_has_a_schedule_of_its_own():
+    fm = gaussian_map()
+    fm.info = replace(fm.info, schedules={"map": Schedule({2: (0, 0.3, 1)}, sampler="map")})
+    assert fm.info.times("map", 2).tolist() == [0, 0.3, 1] and fm.info.times("euler", 2) is None
+    x = fm.noise(3, 0)
+    torch.testing.assert_close(rollout(fm, x, fm.info.times("map", 2)), rollout(fm, x, uniform_times(1)))
+
+
+def samples(out, count):
+    return np.load(out / f"samples-{count}.npz")["samples"]
+
+
+def test_script_writes_stores_and_draws_and_samples_follow(start, tmp_path):
+    model, file = tmp_path / "model", tmp_path / "schedule.json"
+    FlowMap.from_pretrained(start).save_pretrained(model)
+    done = run_script(
+        "scripts/schedule.py", f"--checkpoint={model}", "--steps=2,3", f"--out={file}", "--store", "--noises=4",
+        "--fine=6", f"--plot={tmp_path / 'plot.png'}", check=True,
+    )  # fmt: skip
+    assert "error of equal steps" in done.stdout
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.width > 500
+    schedule, fm = Schedule.from_json(file.read_text()), FlowMap.from_pretrained(model)
+    assert fm.info.schedules == {"euler": schedule} and schedule.checkpoint == fm.fingerprint()
+    file.write_text(replace(schedule, grids={2: (0, 0.9, 1)}, errors={}, uniform_errors={}).to_json())
+    usual = ["scripts/sample.py", f"--checkpoint={model}", "--sampler=euler", "--num=4"]
+    for flag in ("stored", "uniform", file):
+        run_script(*usual, "--steps=2", f"--schedule={flag}", f"--out={tmp_path / 'out'}", check=True)
+        times = {"stored": schedule[2], "uniform": uniform_times(2)}.get(flag, torch.tensor([0, 0.9, 1]))
+        with torch.no_grad():
+            expected = euler(fm.drift, fm.noise(4, 0), times, torch.arange(4))
+        made = torch.from_numpy(samples(tmp_path / "out", 2)).movedim(-1, 1).float()
+        assert (made - (expected * 127.5 + 127.5).clamp(0, 255)).abs().max() <= 1
+
+    missing = run_script(*usual, "--steps=5", f"--schedule={file}", f"--out={tmp_path / 'no'}")
+    assert missing.returncode == 2 and "has no 5 steps, only 2" in missing.stderr and not (tmp_path / "no").exists()
+    file.write_text(replace(schedule, checkpoint="another").to_json())
+    warned = run_script(*usual, "--steps=2", f"--schedule={file}", f"--out={tmp_path / 'out'}", check=True)
+    assert "fitted to another checkpoint" in warned.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--out=x.json"], "--checkpoint is missing"),
+        (["--checkpoint=CHECKPOINT"], "--out=FILE.json, or --store"),
+        (["--checkpoint=CHECKPOINT", "--out=x.json", "--steps=2,97"], "from 1 to the fine grid's 96, got 2, 97"),
+        (["--checkpoint=CHECKPOINT", "--out=x.json", "--steps=two"], "--steps=two"),
+        (["--checkpoint=CHECKPOINT", "--out=x.json", "--sampler=map"], "no map to jump with"),
+        (["--checkpoint=CHECKPOINT", "--out=x.json", "--cost=least"], "least"),
+        (["--checkpoint=CHECKPOINT", "--out=/dev/null/x.json"], "--out"),
+    ],
+)
+def test_mistakes_are_one_line(start, flags, reason):
+    done = run_script("scripts/schedule.py", *(flag.replace("CHECKPOINT", str(start)) for flag in flags))
+    assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_schedule_file_that_is_none_is_named(start, tmp_path):
+    (tmp_path / "s.json").write_text('{"grids": {"2": [0, 0.6, 0.5, 1]}}')
+    for file, reason in (("s.json", "increase"), ("t.json", "No such file")):
+        flags = [f"--checkpoint={start}", "--sampler=euler", "--steps=2", f"--schedule={tmp_path / file}"]
+        done = run_script("scripts/sample.py", *flags, f"--out={tmp_path / 'out'}")
+        assert done.returncode == 2 and reason in done.stderr and file in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_info_of_another_kind_is_refused_when_fitting():
+    fm = gaussian_map()
+    fm.info = FlowMapInfo(shape=(3,), kind="consistency")
+    with pytest.raises(UserError, match="step sizes are for"):
+        fit(fm, [2])

@@ -1,0 +1,177 @@
+"""Latents: the VAE between images and a flow map, in the checkpoint, the pipeline and the scripts."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from helpers import generator, run_script
+from helpers.makers import write_vae
+from helpers.small_networks import small
+
+from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.generate import generate
+from flowmaps.images import to_uint8
+from flowmaps.pipeline import FlowMapPipeline
+from flowmaps.vae import Decoder, decode, fingerprint, moments, open_vae, reduction, scaling, vae_directory
+from samplers import uniform_times
+
+SHIFT, SCALE = (0.5, -1.0, 0.0, 2.0), (0.2, 0.5, 1.0, 0.3)
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    return write_vae(tmp_path_factory.mktemp("vae") / "vae")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(vae_folder, tmp_path_factory):
+    """A small model of latents, exported with its VAE."""
+    fm = small("DiT", channels=4).eval()
+    fm.info = replace(fm.info, vae="some/name", latent_shift=SHIFT, latent_scale=SCALE)
+    fm.decoder = Decoder(str(vae_folder), SHIFT, SCALE)
+    fm.open_decoder()
+    fm.save_pretrained(folder := tmp_path_factory.mktemp("model") / "model")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "shift", "scale"),
+    [
+        ({}, (0.0,) * 4, (0.18215,) * 4),
+        ({"shift_factor": 0.1, "scaling_factor": 0.4}, (0.1,) * 4, (0.4,) * 4),
+        (
+            {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [1.0, 2.0, 4.0, 8.0], "scaling_factor": 0.5},
+            (1.0, 2.0, 3.0, 4.0),
+            (0.5, 0.25, 0.125, 0.0625),
+        ),
+    ],
+)
+def test_scaling_is_what_the_vae_asks_for(options, shift, scale, tmp_path):
+    vae = open_vae(str(write_vae(tmp_path / "vae", levels=2, **options)))
+    assert scaling(vae) == (shift, scale) and reduction(vae) == 2
+
+
+def test_moments_and_decoding_are_the_vaes_own(vae_folder):
+    vae = open_vae(str(vae_folder))
+    images = 2 * torch.rand(5, 3, 32, 32, generator=generator()) - 1
+    with torch.no_grad():
+        z = vae.encode(images).latent_dist
+        theirs = vae.decode(z.mean).sample
+    made = moments(vae, images)
+    assert made.shape == (5, 2, 4, 4, 4) and reduction(vae) == 8
+    assert torch.equal(made[:, 0], z.mean) and torch.equal(made[:, 1], z.std)
+    x = (z.mean - torch.tensor(SHIFT)[:, None, None]) * torch.tensor(SCALE)[:, None, None]
+    for batch in (1, 2, 8):
+        torch.testing.assert_close(decode(vae, x, SHIFT, SCALE, batch), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_and_tiles_decode_to_nearly_the_same(tmp_path):
+    vae_folder = write_vae(tmp_path / "vae", sample_size=256)  # tiles of 256 pixels, 32 of the latents
+    x = torch.randn(2, 4, 48, 48, generator=generator())
+    whole = Decoder(str(vae_folder), SHIFT, SCALE)(x)
+    rough = Decoder(str(vae_folder), SHIFT, SCALE, dtype=torch.bfloat16)(x)
+    tiled = Decoder(str(vae_folder), SHIFT, SCALE, tiling=True)
+    assert rough.dtype == torch.float32 and 0 < (rough - whole).std() < 0.03 * whole.std()
+    assert 0 < (tiled(x) - whole).std() < 0.5 * whole.std()  # tiles have other group norms
+
+
+def test_a_checkpoint_carries_its_vae(checkpoint, vae_folder):
+    assert json.loads((checkpoint / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKL"]
+    fm = FlowMap.from_pretrained(checkpoint)
+    assert fm.info.latent_scale == SCALE and fm.decoder.vae is None  # opened when asked for
+    x = torch.randn(3, 4, 8, 8, generator=generator())
+    expected = decode(open_vae(str(vae_folder)), x, SHIFT, SCALE)
+    torch.testing.assert_close(fm.decode(x), expected)
+    assert (
+        "vae" not in dict(fm.named_modules()) and fm.fingerprint() == FlowMap.from_pretrained(checkpoint).fingerprint()
+    )
+    pixels = FlowMap(fm.network, info=FlowMapInfo((4, 8, 8), 4))
+    assert pixels.decode(x) is x
+
+
+def test_pipeline_gives_the_images_of_the_samplers(checkpoint):
+    fm, pipe = FlowMap.from_pretrained(checkpoint), FlowMapPipeline.from_pretrained(checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    noise = fm.noise(5, seed=1)
+    label = torch.arange(5) % 4
+    x, _ = next(generate(fm, uniform_times(2), 5, seed=1))
+    raw = pipe(latents=noise, class_labels=label, num_inference_steps=2, output_type="latent").images
+    torch.testing.assert_close(raw, x, rtol=1e-4, atol=1e-5)
+    images = pipe(latents=noise, class_labels=label, num_inference_steps=2, output_type="pt", decode_batch=2).images
+    torch.testing.assert_close(images, fm.decode(x), rtol=1e-3, atol=1e-4)
+    pil = pipe(latents=noise, class_labels=label, num_inference_steps=2).images
+    assert pil[0].size == (64, 64) and len(pil) == 5
+    bare = FlowMapPipeline(pipe.network, pipe.scheduler, "linear", 0.5, fm.info.to_dict())
+    with pytest.raises(UserError, match="without a VAE"):
+        bare(1)
+    assert bare(1, output_type="latent").images.shape == (1, 4, 8, 8)
+
+
+def test_sample_and_another_vae(checkpoint, vae_folder, tmp_path):
+    flags = [f"--checkpoint={checkpoint}", "--steps=1", "--num=6", "--vae_batch=4"]
+    run_script("scripts/sample.py", *flags, f"--out={tmp_path / 'a'}", check=True)
+    fm = FlowMap.from_pretrained(checkpoint)
+    x, _ = next(generate(fm, uniform_times(1), 6, seed=0))
+    made = np.load(tmp_path / "a/samples-1.npz")["samples"]
+    expected = to_uint8(fm.decode(x)).movedim(1, -1).numpy().astype(int)
+    assert made.shape == (6, 64, 64, 3) and np.abs(made - expected).max() <= 1
+    other = write_vae(tmp_path / "other", levels=3)
+    run_script("scripts/sample.py", *flags, f"--vae={other}", f"--out={tmp_path / 'b'}", check=True)
+    assert np.load(tmp_path / "b/samples-1.npz")["samples"].shape == (6, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{}"), "has no AutoencoderKL"),
+        (lambda folder: (folder / "config.json").write_text('{"_class_name": "UNet2DModel"}'), "has no AutoencoderKL"),
+        (
+            lambda folder: (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"short"),
+            "no whole AutoencoderKL",
+        ),
+        (lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(), "no whole AutoencoderKL"),
+    ],
+)
+def test_a_vae_that_is_damaged_or_none_is_refused(change, reason, checkpoint, tmp_path):
+    change(write_vae(tmp_path / "vae"))
+    done = run_script(
+        "scripts/sample.py", f"--checkpoint={checkpoint}", f"--out={tmp_path}", f"--vae={tmp_path / 'vae'}"
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"--vae={tmp_path / 'vae'}" in done.stderr and reason in done.stderr
+    assert not list(tmp_path.glob("steps-*"))
+
+
+def test_what_does_not_fit_is_refused(checkpoint, tmp_path):
+    narrow = write_vae(tmp_path / "narrow", channels=3)
+    with pytest.raises(UserError, match="latents of 3 channels, the model of 4"):
+        Decoder(str(narrow), SHIFT, SCALE).open()
+    with pytest.raises(UserError, match="not a hub id"):
+        open_vae("no/such/vae")
+    assert vae_directory(checkpoint) == checkpoint / "vae" and vae_directory(tmp_path) is None
+    with pytest.raises(UserError, match="latent_scale"):
+        FlowMapInfo((4, 8, 8), latent_shift=SHIFT)
+    with pytest.raises(UserError, match="latent_scale"):
+        FlowMapInfo((3, 8, 8), latent_shift=SHIFT, latent_scale=SCALE)
+    fm = FlowMap.from_pretrained(checkpoint)
+    fm.decoder, fm.info = None, replace(fm.info, vae="")
+    with pytest.raises(UserError, match="--vae is missing"):
+        fm.decode(torch.zeros(1, 4, 8, 8))
+    small("DiT").save_pretrained(tmp_path / "pixels")
+    done = run_script(
+        "scripts/sample.py", f"--checkpoint={tmp_path / 'pixels'}", f"--vae={narrow}", f"--out={tmp_path}"
+    )
+    assert done.returncode == 2 and "makes no latents" in done.stderr
+
+
+def test_pickles_are_never_read(tmp_path):
+    folder = write_vae(tmp_path / "vae")
+    vae = AutoencoderKL.from_pretrained(folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(vae.state_dict(), folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="no whole AutoencoderKL"):
+        open_vae(str(folder))
+    assert len(fingerprint(vae)) == 64

@@ -1,0 +1,70 @@
+"""What each process does for tests/test_distributed.py: ``torchrun ... tests/helpers/two_processes.py OUT ROW ...``.
+
+Each row of configs/digits.py is trained for 20 steps, by DDP and sharded. Losses (means over processes) and whole
+weights go to OUT/MODE-ROW-RANK.pt, since a launcher's exit code is not to be trusted: gloo now and then aborts after
+all is done.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from torch.distributed.tensor import DTensor
+
+from configs.digits import get_config
+from training.config import Trajectories, network
+from training.fsdp import whole
+from training.trainer import Trainer
+
+STEPS = 20
+MODES = ("ddp", "shard")
+DRIFT = "drift"  # in OUT: what teaches the rows that learn from trajectories
+
+
+def config_of(row, out, **changes):
+    """A small run of ``row`` with dropout; "lagrangian_dit" is lagrangian with a transformer."""
+    config = get_config(f"{row.removesuffix('_dit')},smoke")
+    config.steps, config.batch, config.optim.warmup = STEPS, 16, 5
+    if row.endswith("_dit"):
+        config.network = network("DiT", image_size=8, channels=1, patch=2, width=16, depth=2, heads=2, num_classes=10)
+    config.network.dropout = 0.1
+    if row in ("mid_training", "straightening", "reflow"):
+        config.init_from, config.teacher = "", str(out / DRIFT)
+        config.trajectories = Trajectories(steps=4)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def run(config):
+    """Losses of all steps, and the weights after them, of a trainer in this process."""
+    trainer = Trainer.build(config)
+    if config.shard:
+        assert all(isinstance(p, DTensor) for p in trainer.module.parameters())
+        assert all(isinstance(v, DTensor) for v in trainer.ema.shadows[str(config.ema[0])].values())
+    losses = [trainer.step(k)["loss"] for k in range(STEPS)]
+    if config.shard:
+        state = next(iter(trainer.optimizer.state.values()))
+        assert isinstance(state["exp_avg"], DTensor)
+    losses = trainer.accelerator.reduce(torch.stack(losses), "mean")
+    return (
+        losses,
+        {k: whole(v.detach()) for k, v in trainer.module.state_dict().items()},
+        trainer.ema.state(config.ema[0]),
+    )
+
+
+def main(out, *rows):
+    out = Path(out)
+    for row in rows:
+        for mode in MODES:
+            result = run(config_of(row, out, shard=mode == "shard"))
+            torch.save(result, out / f"{mode}-{row}-{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

@@ -1,0 +1,169 @@
+"""The shape of the package: who may import whom, and the public names that must not drift."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from helpers import ROOT, run_script
+
+import flowmaps
+import flowmaps.networks
+import flowmaps.objectives
+import samplers
+import training
+from flowmaps.metrics.extractors import CLASSIFIERS
+from flowmaps.objectives import OBJECTIVES
+
+FLOORS = ["samplers", "flowmaps", "flowmaps.cli", "training", "training.cli"]  # each may import those before it
+MODULES = {
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
+    for layer in ("samplers", "flowmaps", "training")
+    for path in (ROOT / layer).rglob("*.py")
+}
+OUTSIDE = {"configs", "scripts", "benchmarks", "tests", "helpers"}  # which the packages know nothing of
+
+
+def floor(module):
+    return max((f for f in FLOORS if f"{module}.".startswith(f"{f}.")), key=len)
+
+
+def imported(path, type_checking=True):
+    """Modules that a file imports, in functions too; with ``type_checking`` those for annotations alone as well."""
+    nodes = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if not type_checking and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        nodes += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            yield node.module
+            yield from (name for alias in node.names if (name := f"{node.module}.{alias.name}") in MODULES)
+
+
+def arrows():
+    """(module, module that it imports) within the packages; an import of a package's name counts as of the package."""
+    found = set()
+    for module, path in MODULES.items():
+        names = list(imported(path, type_checking=False))
+        found |= {(module, name) for name in names if name in MODULES and name != module}
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_goes_up(module):
+    above = FLOORS[FLOORS.index(floor(module)) + 1 :]
+    for name in imported(MODULES[module]):
+        assert name.split(".")[0] not in OUTSIDE, f"{module} imports {name}"
+        assert name not in MODULES or floor(name) not in above, f"{module} imports {name}"
+
+
+def test_no_circle_among_modules():
+    """Modules without imports are taken away until none is left; prints the sizes that docs/architecture.md quotes."""
+    left = {module: {b for a, b in arrows() if a == module} for module in MODULES}
+    for layer in ("samplers", "flowmaps", "training"):
+        inside = [m for m in MODULES if m.split(".")[0] == layer]
+        print(layer, len(inside), "modules,", sum(a in inside and b in inside for a, b in arrows()), "imports")
+    while free := {module for module, names in left.items() if not names}:
+        left = {module: names - free for module, names in left.items() if module not in free}
+    assert not left, f"circles among {sorted(left)}"
+
+
+def test_training_is_about_learning_alone():
+    assert sum(module.split(".")[0] == "training" for module in MODULES) <= 28
+
+
+@pytest.mark.parametrize("package", sorted(m for m, path in MODULES.items() if path.name == "__init__.py"))
+def test_each_package_says_what_belongs_there(package):
+    assert len(ast.get_docstring(ast.parse(MODULES[package].read_text())) or "") > 20
+
+
+def test_no_test_imports_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not [name for name in imported(path) if name.split(".")[0].startswith("test_")], path
+
+
+def test_samplers_need_torch_alone():
+    tops = {name.split(".")[0] for path in (ROOT / "samplers").rglob("*.py") for name in imported(path)}
+    assert tops - set(sys.stdlib_module_names) <= {"torch", "samplers"}
+
+
+def test_wheel_holds_the_packages_types_and_extractors(tmp_path):
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    assert {"flowmaps/py.typed", "samplers/py.typed", "training/py.typed"} <= names
+    assert {f"flowmaps/assets/extractors/{name}.safetensors" for name in CLASSIFIERS} <= names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"flowmaps", "samplers", "training"}
+
+
+@pytest.mark.parametrize("package", ["flowmaps", "samplers"])
+def test_import_is_light(package):
+    code = (
+        f"import sys, {package}; print([m for m in ('diffusers', 'torch_fidelity', 'accelerate') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+FROZEN = {
+    flowmaps: {"FlowMap", "FlowMapInfo", "UserError", "__version__"},
+    flowmaps.networks: {"MLP", "NETWORKS", "PRESETS", "UNet", "EDM2UNet", "DiT"},
+    flowmaps.objectives: {cls.__name__ for cls in OBJECTIVES.values()}
+    | {"OBJECTIVES", "Draws", "LogVariance", "Loss", "Objective", "PathObjective"},
+    samplers: {"check_times", "dpm_solver", "euler", "heun", "log_snr_times", "rollout", "stochastic"}
+    | {"Schedule", "Trajectory", "trajectory", "uniform_times"},
+    training: {"Config", "build_network", "train"},
+}
+
+SAMPLING = {"checkpoint", "steps", "num", "seed", "sampler", "label", "guidance", "gamma", "batch", "schedule"}
+SAMPLING |= {"vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
+SCORING = {"extractor", "weights", "root"}
+FLAGS = {
+    "train.py": {"config", "workdir", "dry_run", "stage"},
+    "sample.py": SAMPLING | {"out", "beside"},
+    "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt", "features"},
+    "fid.py": SAMPLING
+    | SCORING
+    | {"samples", "reference", "max_fid", "json", "memorisation", "metrics", "kid_subset"}
+    | {"repeats", "max_regression", "tolerance", "junit"},
+    "schedule.py": {"checkpoint", "steps", "out", "store", "plot", "sampler", "cost", "noises", "seed", "fine"}
+    | {"guidance", "batch"},
+    "train_extractor.py": {"data", "root", "out", "epochs", "seed"},
+    "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
+    "demo.py": {"workdir", "steps", "num"},
+    "export.py": {"checkpoint", "ema", "out", "name", "license", "results", "how", "push_to_hub"},
+    "import_checkpoint.py": {"format", "src", "out"},
+    "prepare_data.py": {"teacher", "out", "num", "solver", "steps", "substeps", "grid", "low", "high", "times", "start"}
+    | {"data", "root", "seed", "batch", "shard", "src", "size", "vae", "flip", "skip_corrupt", "workers"},
+}
+
+
+@pytest.mark.parametrize("module", FROZEN, ids=lambda m: m.__name__)
+def test_public_names(module):
+    assert set(module.__all__) == FROZEN[module]
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+@pytest.mark.parametrize("script", [path.name for path in (ROOT / "scripts").glob("*.py")])
+def test_flags(script):
+    """What ``--help`` lists is the contract; it shows the docstring's commands too."""
+    shown = run_script(f"scripts/{script}", "--help", check=True).stdout
+    assert f"python scripts/{script} " in shown
+    assert set(re.findall(r"^  --(\w+)", shown, re.MULTILINE)) == FLAGS[script]
+
+
+def test_module_paths_written_into_checkpoints_stay():
+    paths = {name: cls.__module__ for name, cls in flowmaps.networks.NETWORKS.items()}
+    assert paths == {name: f"flowmaps.networks.{name.lower()}" for name in ("MLP", "UNet", "EDM2UNet", "DiT")}
+
+
+def test_scripts_are_thin():
+    for path in (ROOT / "scripts").glob("*.py"):
+        shim = ".cli import" in path.read_text().replace("flowmaps.cli.run import", "")
+        assert len(path.read_text().splitlines()) < (10 if shim else 100), path

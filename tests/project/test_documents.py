@@ -1,0 +1,221 @@
+"""Every command and code block of README, docs and CONTRIBUTING is run, in a copy of this repository.
+
+A command is run as it stands but for what SCALED changes, so that it takes seconds: the numbers of steps and samples,
+networks of a row's smoke variant, two processes for eight. Files that a user fetches are made in their true format.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT, released
+from helpers.makers import (
+    encoded,
+    photograph,
+    write_data_root,
+    write_folder,
+    write_imagenet,
+    write_inception,
+    write_vae,
+)
+
+from flowmaps.metrics.extractors import INCEPTION_FILE
+
+PROGRAMS = r"(?:python|make|torchrun|accelerate|git|mkdir|for)\b"
+SHORT = "--config.steps=20 --config.batch=16 --config.log_every=5 --config.checkpoint_every=5"
+SCALED = {  # pattern -> what takes its place
+    r"(configs/digits\.py:(?!pipeline)\w+)": rf"\1 {SHORT}",  # of full width: the suites start from runs/digits-flow
+    r"(configs/(?!digits\.py:(?!pipeline))\w+\.py:[\w,]+)": r"\1,smoke",
+    r"(configs/imagenet\w+\.py:\S+)": r"\1 --config.network.num_classes=40",  # folders in `furnished`
+    r"(best\.num|--num)=(?!32768)\d+": r"\1=40",  # but for points, which are cheap
+    r"(scripts/fid\.py (?!.*--num).*)": r"\1 --num=40",  # for 50,000
+    r"--cpu_minutes=\d+": "--cpu_minutes=0.01",
+    r"--seeds=0,1,2": "--seeds=0",
+    r"--train_steps=\d+": "",
+    r"(--suite=(?:checkerboard|digits)\b.*--rows=[\w,]*)": r"\1 --train_steps=4",
+    r"(--suite=(?:learning|mid_training|bellman)\b)": r"\1 --train_steps=8 --num=16",
+    r"(--suite=(?:step|sample|networks|profile)\b)(?!.*--rows)": r"\1 --rows=UNet",
+    r"--suite=step --rows=UNet": "--suite=step --rows=lagrangian",
+    r"snapshot_every=\d+": "snapshot_every=4",
+    r"best\.every=\d+": "best.every=10",
+    r"--max_fid=9": "--max_fid=9999",  # after 20 steps of training
+    r"--steps=1,2,4 --sampler": "--steps=1 --sampler",  # for each, Inception
+    r"--metrics=fid,kid,is,prc": r"\g<0> --kid_subset=20",
+    r"--(nproc_per_node|num_processes|workers)=8": r"--\1=2",
+    r"--multi_gpu": "--cpu",
+    r"--nnodes=2(.*)HOST:29500": r"--nnodes=1\1localhost:29511",
+    r"--workdir=/shared/": "--workdir=shared/",
+    r" --config\.data\.download": "",  # there is no network
+    r"pytest -m slow": "pytest --collect-only -q -m slow",
+    r"^make ": "make -n ",  # the demo and the tests are run elsewhere
+    r"git clone REPOSITORY flowmaps && cd flowmaps": f"git clone -q {ROOT} clone && cd clone",
+    r"\), 128, 1024": "), 2, 256",
+}
+GIVEN = {  # names that a reader of a block brings along
+    "teachers.md": "my_denoiser = other_drift = lambda x, t, label: -x\n",
+}
+# Runs that rows of configs start from without naming them in the command.
+UNNAMED = ["runs/digits-flow", "runs/digits"]
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a document, which are indented by four spaces, with continued lines joined."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL).replace("\\\n", " ")
+    return [line.strip() for line in re.findall(r"^    (\S.*)$", prose, re.MULTILINE)]
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def scaled(text: str) -> str:
+    for pattern, new in SCALED.items():
+        text = re.sub(pattern, new, text)
+    return text
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = {file.name: commands(file.read_text()) for file in DOCUMENTS}
+BLOCKS = {file.name: blocks(file.read_text()) for file in DOCUMENTS}
+QUICK = {"README.md": 1}  # so many commands of a document and its blocks are run by `make test`, the rest by test-slow
+
+
+class Copy:
+    """A copy of the repository, in which commands are run as a user would type them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in listed.splitlines():
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes((ROOT / name).read_bytes())
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(folder),
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "TORCH_HOME": str(folder / "torch"),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        self.made: set[str] = set()
+
+    def shell(self, command: str) -> str:
+        ran = subprocess.run(
+            ["bash", "-c", command], cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=900
+        )
+        assert ran.returncode == 0, (
+            f"{command}\nexited with {ran.returncode}:\n{ran.stdout[-1000:]}{ran.stderr[-3000:]}"
+        )
+        return ran.stdout
+
+    def run(self, command: str) -> None:
+        """Run what the documents say; first, by their own commands, what makes the directories that it reads."""
+        if command in self.made:
+            return
+        for name in re.findall(r"configs/(imagenet\d+)\.py", command):
+            self.make(f"data/{name}")
+        for path in re.findall(r"(?:checkpoint|teacher|init_from)=([\w-]+/[\w/-]+)", command):  # not a chain's stages
+            self.make(path)
+        for file in re.findall(r"--json=(assets/\S+)", command):
+            (self.folder / file).unlink(missing_ok=True)  # the records of the whole experiment
+        self.shell(scaled(command))
+        self.made.update(re.findall(r"--(?:workdir|out)=(\S+)", command))
+
+    def run_blocks(self, name: str) -> None:
+        for block in BLOCKS[name]:
+            self.shell(f"python - <<'END'\n{GIVEN.get(name, '')}{scaled(block)}\nEND")
+
+    def make(self, path: str) -> None:
+        if path in self.made or (self.folder / path).exists():
+            return
+        for found in COMMANDS.values():
+            for i, command in enumerate(found):
+                if re.search(rf"--(workdir|out)={path}( |$)", command):
+                    for unpacks in [c for c in found[:i] if re.match("mkdir|for", c)]:
+                        self.run(unpacks)
+                        self.made.add(unpacks)
+                    return self.run(command)
+        raise AssertionError(f"no document says how {path} is made")
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    return Copy(tmp_path_factory.mktemp("documents"))
+
+
+@pytest.fixture(scope="module")
+def furnished(copy):
+    """With the files that users fetch or bring: of the true formats, their contents random."""
+    folder = copy.folder
+    write_data_root(folder / "data")
+    write_folder(folder / "my/images", {f"{'ab'[i % 2]}/{i}.png": encoded(photograph(i), "png") for i in range(48)})
+    (folder / "torch/hub/checkpoints").mkdir(parents=True)
+    write_inception(folder / "inception.pth", size=299)
+    os.link(folder / "inception.pth", folder / "torch/hub/checkpoints" / INCEPTION_FILE)
+    for name in ("mse", "ema"):
+        write_vae(folder / f"stabilityai/sd-vae-ft-{name}")
+    shape = {"classes": 10, "size": 32, "mult": (1, 2, 2), "blocks": 1, "attention": (16,)}  # of from_edm,smoke
+    released.edm("ddpm++", folder / "edm-cifar10-32x32-cond-vp.pkl", **shape)
+    tree = write_imagenet(folder / "imagenet", classes=40)
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as whole:
+        for synset in sorted(tree.iterdir()):
+            with tarfile.open(folder / "part.tar", "w") as part:
+                for image in sorted(synset.iterdir()):
+                    part.add(image, image.name)
+            whole.add(folder / "part.tar", f"{synset.name}.tar")
+    pictures = np.stack([np.asarray(photograph(i, 256, 256)) for i in range(8)])
+    moments = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=pictures, **moments)
+    for path in UNNAMED:
+        copy.make(path)
+    return copy
+
+
+def test_all_that_looks_like_a_command_is_one():
+    for name, found in COMMANDS.items():
+        assert all(re.match(PROGRAMS, command) for command in found), name
+    assert sum(map(len, COMMANDS.values())) > 80 and sum(map(len, BLOCKS.values())) >= 7
+
+
+def test_each_rule_changes_some_line():
+    """None is left over from a command that is gone."""
+    lines = [line for found in (*COMMANDS.values(), *BLOCKS.values()) for line in found]
+    for pattern, new in SCALED.items():
+        changed = [re.sub(pattern, new, line) for line in lines]
+        assert changed != lines, pattern
+        lines = changed
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_first_commands_and_blocks(copy, name):
+    for command in [c for c in COMMANDS[name] if not c.startswith("make")][: QUICK[name]]:
+        copy.run(command)
+    copy.run_blocks(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in COMMANDS if COMMANDS[name] or BLOCKS[name]])
+def test_all_commands_and_blocks(furnished, name):
+    if name == "extending.md":
+        extend(furnished.folder)
+    for command in COMMANDS[name]:
+        furnished.run(command)
+    furnished.run_blocks(name)
+
+
+def extend(folder: Path) -> None:
+    """Do with the copy what extending.md tells: a file, and a row in the table."""
+    objectives = folder / "flowmaps" / "objectives"
+    (objectives / "thirds.py").write_text(BLOCKS["extending.md"][0])
+    table = (objectives / "__init__.py").read_text()
+    row = "OBJECTIVES: dict[str, type[Objective]] = {\n"
+    assert row in table
+    table = table.replace(row, f'from flowmaps.objectives.thirds import Thirds\n\n{row}    "thirds": Thirds,\n')
+    (objectives / "__init__.py").write_text(table)

@@ -1,0 +1,164 @@
+"""Config rows and what is refused of them."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from helpers import ROOT
+from helpers.makers import write_lpips
+from helpers.runs import tiny
+
+from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.objectives.eulerian import Velocity
+from flowmaps.objectives.mid_training import Distance
+from training import build_network
+from training.config import build_objective, network, objective
+from training.config_rows import Chain
+from training.dry_run import dry_run, dry_run_chain
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("batch", 0),
+        ("ema", (1.0,)),
+        ("ema", ()),
+        ("base_std", 0.0),
+        ("sample_steps", (0,)),
+        ("interpolant", "x"),
+    ],
+)
+def test_config_mistakes_name_the_flag(field, value):
+    with pytest.raises(UserError, match=f"--config.{field}"):
+        tiny(**{field: value}).validate()
+
+
+HEAVY = ("cifar10", "folder")  # networks of 50 million parameters: the whole row is a slow test
+HUGE = ("imagenet64", "imagenet256", "imagenet512")  # 280 to 1,524 million: the whole row is for a larger machine
+MILLIONS = {  # of each row's network, as published
+    "imagenet64:lagrangian": 280.0,
+    **{f"imagenet256:{row}": 675.1 for row in ("lagrangian", "mean_flow", "improved_mean_flow", "terminal_velocity")},
+    "imagenet256:cmt,pre_training": 131.0,
+    "imagenet256:cmt,mid_training": 675.1,
+    "imagenet256:cmt,post_training": 675.1,
+    "imagenet512:cmt,mid_training": 1523.0,
+    "imagenet512:cmt,post_training": 1523.0,
+}
+USUAL = ("flow_matching", "lagrangian")  # of the other methods the whole row is one too, unless it is small
+
+
+def config_rows():
+    for file in sorted((ROOT / "configs").glob("*.py")):
+        module = importlib.import_module(f"configs.{file.stem}")
+        if file.stem in HUGE:
+            for row in module.ROWS:
+                slow = [pytest.mark.slow] if (file.stem, row) == ("imagenet512", "cmt") else []
+                yield pytest.param(module, f"{row},smoke", id=f"{file.stem}:{row},smoke", marks=slow)
+            continue
+        for row in (row for row in module.ROWS if "pipeline" not in row):  # chains: tests/test_chain.py
+            small = file.stem in ("checkerboard", "digits") or (row in USUAL and file.stem not in HEAVY)
+            slow = [] if small else [pytest.mark.slow]
+            yield pytest.param(module, row, id=f"{file.stem}:{row}", marks=slow)
+            yield pytest.param(module, f"{row},smoke", id=f"{file.stem}:{row},smoke")
+            if row.startswith("from_"):
+                yield pytest.param(module, f"{row},taught,smoke", id=f"{file.stem}:{row},taught,smoke")
+            for variant in ("cpu", "ddpmpp"):
+                if hasattr(module, variant):
+                    yield pytest.param(module, f"{row},{variant}", id=f"{file.stem}:{row},{variant}", marks=slow)
+                    if row == "lagrangian":
+                        yield pytest.param(module, f"{row},{variant},smoke", id=f"{file.stem}:{row},{variant},smoke")
+
+
+def write_start(config, folder):
+    """What the config's init_from and teacher stand for: a drift of the same network, as an import gives it."""
+    net = config.network
+    shape = (net.dim,) if hasattr(net, "dim") else (net.channels, net.image_size, net.image_size)
+    latents = {}
+    if config.data.name == "prepared" and net.channels == 4:
+        shift = tuple(config.data.latent_shift or 4 * (0.0,))
+        latents = {"latent_shift": shift, "latent_scale": tuple(config.data.latent_scale or 4 * (0.18215,))}
+    dropout = config.data.label_dropout
+    info = FlowMapInfo(shape, getattr(net, "num_classes", 0), kind="drift", label_dropout=dropout, **latents)
+    FlowMap(build_network(config), config.interpolant, config.base_std, info).save_pretrained(folder)
+    for field in ("init_from", "teacher"):
+        if getattr(config, field) and not getattr(config, field).endswith("_training"):  # which is a stage
+            setattr(config, field, str(folder))
+
+
+@pytest.mark.parametrize(("module", "row"), list(config_rows()))
+def test_every_config_row_passes_a_dry_run(module, row, request, tmp_path):
+    AcceleratorState._reset_state()  # rows differ in precision
+    made = module.get_config(row)
+    if isinstance(made, Chain):
+        for config in made.stages().values():
+            on_small_data(config, request, tmp_path)
+        found = [(facts, picture) for _, facts, picture in dry_run_chain(made, batch=2)]
+    else:
+        on_small_data(made, request, tmp_path)
+        found = [dry_run(made, batch=2)]
+    AcceleratorState._reset_state()
+    for facts, picture in found:
+        assert facts["parameters"] > 0 and picture.width > 50 and "GiB" in facts["memory guess"]
+
+
+def on_small_data(config, request, tmp_path):
+    """Data of the true format, and what stands for a checkpoint that the row starts from."""
+    classes = {"folder": 2, "prepared": 32}.get(config.data.name, 10)
+    if config.data.name == "prepared":
+        config.data.root = str(request.getfixturevalue("imagenet_root") / Path(config.data.root).name)
+    else:
+        data_root = request.getfixturevalue("data_root")
+        config.data.root = str(data_root / "folder" if config.data.name == "folder" else data_root)
+    config.data.workers = min(config.data.workers, 1)  # torch warns of more workers than cores
+    started = [source for source in (config.init_from, config.teacher) if source and not source.endswith("_training")]
+    if hasattr(config.network, "num_classes") and (started or config.data.name == "prepared"):
+        config.network.num_classes = min(config.network.num_classes, classes)
+    if started:
+        write_start(config, tmp_path)
+    if getattr(config.objective, "distance", None) is Distance.lpips:
+        config.objective.lpips_weights = str(write_lpips(tmp_path))
+
+
+@pytest.mark.parametrize("name", list(MILLIONS))
+def test_rows_have_the_published_number_of_parameters(name):
+    file, choice = name.split(":")
+    row, _, stage = choice.partition(",")
+    config = importlib.import_module(f"configs.{file}").get_config(row)
+    config = config.stages()[stage] if stage else config
+    config.validate()
+    with torch.device("meta"):
+        millions = sum(p.numel() for p in build_network(config).parameters()) / 1e6
+    assert millions == pytest.approx(MILLIONS[name], rel=4e-3)
+
+
+def test_every_row_of_the_large_files_has_a_published_number():
+    for file in HUGE:
+        rows = importlib.import_module(f"configs.{file}").ROWS
+        assert set(rows) == {name.partition(":")[2].partition(",")[0] for name in MILLIONS if name.startswith(file)}
+
+
+def test_dry_run_refuses_what_training_would():
+    config = tiny(accumulate=3, batch=16)
+    with pytest.raises(UserError, match=r"--config\.batch=16 is not divisible"):
+        dry_run(config)
+    config = tiny()
+    config.best.metric = "FID"
+    with pytest.raises(UserError, match=r"--config\.best\.metric"):
+        dry_run(config)
+
+
+def test_options_of_any_name_can_be_set():
+    """MeanFlow and mid-training have a ``target`` of their own, beside the section's name."""
+    section = objective("mean_flow", target=Velocity.model)
+    assert (section.name, section.target) == ("mean_flow", Velocity.model)
+    assert build_objective(tiny(objective=section)).taught
+
+
+def test_accidental_options_are_refused():
+    with pytest.raises(UserError, match="heads"):
+        network("UNet", heads=3)
+    with pytest.raises(UserError, match="colour"):
+        objective("lagrangian", colour=1)

@@ -1,0 +1,185 @@
+"""From a tree of images to scored samples of a model of latents, by the commands that a user types."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import run_script
+from helpers.makers import small_inception, write_inception, write_vae
+from helpers.runs import assert_same, weights
+from helpers.small_networks import small
+from safetensors.torch import load_file
+
+from flowmaps import FlowMap, UserError
+from flowmaps.data import load_data
+from flowmaps.pipeline import FlowMapPipeline
+from flowmaps.vae import decode, open_vae
+from training.config_rows import load_row
+from training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def latents(imagenet_root, tmp_path_factory):
+    """32 images of 64 x 64 as latents of 8 x 8."""
+    out = tmp_path_factory.mktemp("latents") / "set"
+    flags = [f"--src={imagenet_root / 'train'}", f"--vae={imagenet_root / 'vae'}", "--size=64", "--flip"]
+    run_script("scripts/prepare_data.py", "latents", *flags, f"--out={out}", check=True)
+    return out
+
+
+def small_flags(latents, prefix="--config"):
+    return [f"{prefix}.data.root={latents}", f"{prefix}.network.image_size=8", f"{prefix}.network.num_classes=32"]
+
+
+@pytest.fixture(scope="module")
+def run(latents, tmp_path_factory):
+    """20 steps of MeanFlow with guidance baked in, stopped after 10 and resumed."""
+    workdir = tmp_path_factory.mktemp("run") / "stopped"
+    flags = ["--config=configs/imagenet256.py:mean_flow,smoke", f"--workdir={workdir}", *small_flags(latents)]
+    run_script("scripts/train.py", *flags, "--config.steps=10", check=True)
+    run_script("scripts/train.py", *flags, check=True)
+    assert '"event": "resume", "step": 10' in (workdir / "log.jsonl").read_text()
+    return workdir
+
+
+def test_a_resumed_run_has_the_weights_of_one_that_never_stopped(run, latents, tmp_path):
+    flags = ["--config=configs/imagenet256.py:mean_flow,smoke", f"--workdir={tmp_path}", *small_flags(latents)]
+    run_script("scripts/train.py", *flags, "--config.data.workers=0", check=True)
+    for file in ("network", "ema-0.9999", "optimizer"):
+        assert_same(weights(tmp_path, file), weights(run, file))
+
+
+def test_samples_are_decoded_and_scored(run, imagenet_root, tmp_path):
+    flags = [f"--checkpoint={run}", "--steps=2", "--num=8"]
+    run_script("scripts/sample.py", *flags, f"--out={tmp_path}", check=True)
+    made = np.load(tmp_path / "samples-2.npz")
+    assert made["samples"].shape == (8, 64, 64, 3) and made["label"].tolist() == list(range(8))
+    weights = f"--weights={write_inception(tmp_path / 'inception.pth')}"
+    reference = ["--extractor=inception", weights, f"--out={tmp_path / 'reference.npz'}"]
+    with small_inception(tmp_path):
+        run_script(tmp_path / "stats.py", f"--data={imagenet_root / 'imagenet64'}", *reference, check=True)
+    found = []
+    for source in (flags, [f"--samples={tmp_path / 'samples-2.npz'}"]):
+        score = [f"--reference={tmp_path / 'reference.npz'}", weights, f"--json={tmp_path / 'fid.json'}"]
+        run_script(tmp_path / "fid.py", *source, *score, check=True)
+        found.append(json.loads((tmp_path / "fid.json").read_text()))
+    assert len(found[0]["model"]["vae"]["sha256"]) == 64 and found[0]["reference"]["n"] == 32
+    assert found[0]["results"][0]["FID"] == pytest.approx(found[1]["results"][0]["FID"], rel=1e-3)
+
+
+def test_the_export_is_a_whole_pipeline(run, imagenet_root):
+    fm, pipe = FlowMap.from_pretrained(run), FlowMapPipeline.from_pretrained(run / "model")
+    assert fm.info.latent_scale == 4 * (0.18215,) and fm.info.vae == str(imagenet_root / "vae")
+    assert fm.info.guidance == 2.5 and fm.info.label_dropout == 0.1
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(3, num_inference_steps=2).images[0].size == (64, 64)
+    x = torch.randn(2, 4, 8, 8)
+    theirs = decode(open_vae(str(imagenet_root / "vae")), x, fm.info.latent_shift, fm.info.latent_scale)
+    torch.testing.assert_close(fm.decode(x), theirs)
+
+
+@pytest.mark.slow
+def test_a_chain_from_a_small_guided_teacher(latents, tmp_path):
+    """A B/4 that is guided teaches a larger network, whose map then is guided too."""
+    stages = ("pre_training", "mid_training", "post_training")
+    flags = [flag for stage in stages for flag in small_flags(latents, f"--config.{stage}")]
+    command = ["--config=configs/imagenet256.py:cmt,smoke", f"--workdir={tmp_path}", *flags]
+    run_script("scripts/train.py", *command, "--config.pre_training.network.width=16", check=True)
+    infos = [FlowMap.from_pretrained(tmp_path / stage).info for stage in stages]
+    assert [info.kind for info in infos] == ["drift", "map", "map"] and {info.guidance for info in infos} == {2.5}
+    assert all((tmp_path / stage / "model/vae").is_dir() for stage in stages)
+
+
+def test_data_order_and_noise_are_those_of_the_run(latents):
+    """The latent's own noise depends on the step alone, so that it is the same after a resume and for any workers."""
+    config = load_row("configs/imagenet256.py", "lagrangian,smoke")
+    config.data.root, config.network.image_size, config.network.num_classes = str(latents), 8, 32
+    config.data.workers = 0
+    seen = []
+    for _ in range(2):
+        trainer = Trainer.build(config)
+        trainer.shard_loss(3, 0)
+        seen.append(trainer.latest[0][0])
+    assert torch.equal(*seen)
+    mean = load_data("prepared", str(latents)).fetch(trainer.loader.indices(3))[0][:, 0].float()
+    assert seen[0].shape == (16, 4, 8, 8) and (seen[0] - 0.18215 * mean).std() < 0.18215 * 2
+
+
+MISTAKES = {
+    "flip": ({"flip": True}, r"--config\.data\.flip .* latents \(of mirror images too"),
+    "augment": ({"augment": 0.1}, r"--config\.data\.augment .* latents"),
+    "vae": ({"vae": "nowhere/no/vae"}, r"--config\.data\.vae=nowhere/no/vae"),
+    "scale": ({"latent_scale": (1.0, 2.0)}, r"--config\.data\.latent_scale must be 4 numbers"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_latents_cannot_take(name, latents):
+    config = load_row("configs/imagenet256.py", "lagrangian,smoke")
+    config.data.root, config.network.image_size, config.network.num_classes = str(latents), 8, 32
+    for field, value in MISTAKES[name][0].items():
+        setattr(config.data, field, value)
+    with pytest.raises(UserError, match=MISTAKES[name][1]):
+        Trainer.build(config)
+
+
+def test_images_take_no_vae(imagenet_root):
+    config = load_row("configs/imagenet64.py", "lagrangian,smoke")
+    config.data.root, config.network.num_classes = str(imagenet_root / "imagenet64"), 32
+    config.data.vae = str(imagenet_root / "vae")
+    with pytest.raises(UserError, match=r"--config\.data\.vae is for latents"):
+        Trainer.build(config)
+
+
+def test_weights_for_latents_of_another_scaling_are_refused(latents, tmp_path):
+    config = load_row("configs/imagenet256.py", "lagrangian,smoke")
+    config.data.root, config.network.image_size, config.network.num_classes = str(latents), 8, 32
+    trainer = Trainer.build(config)
+    fm = trainer.averaged(0)
+    fm.info = replace(fm.info, latent_scale=4 * (0.13025,))
+    fm.save_pretrained(tmp_path / "other")
+    config.init_from = str(tmp_path / "other")
+    with pytest.raises(UserError, match=r"init_from.* another scaling: --config\.data\.latent_scale=0\.13025,"):
+        Trainer.build(config)
+    config.data.latent_scale = 4 * (0.13025,)
+    assert Trainer.build(config).averaged(0).info.latent_scale == 4 * (0.13025,)
+    config.init_from, config.teacher = "", str(tmp_path / "other")
+    config.data.latent_scale, config.data.label_dropout = (), 0.0
+    with pytest.raises(UserError, match=r"teacher.* another scaling"):
+        Trainer.build(config)
+
+
+def test_another_vae_is_told_of(latents, tmp_path, capsys):
+    config = load_row("configs/imagenet256.py", "lagrangian,smoke")
+    config.data.root, config.network.image_size, config.network.num_classes = str(latents), 8, 32
+    Trainer.build(config)
+    assert capsys.readouterr().err == ""
+    other = write_vae(tmp_path / "vae", latents_mean=4 * [0.0], latents_std=4 * [1.0])
+    state = load_file(other / "diffusion_pytorch_model.safetensors")
+    state["decoder.conv_in.bias"] += 1
+    shutil.copytree(other, tmp_path / "changed")
+    from safetensors.torch import save_file
+
+    save_file(state, tmp_path / "changed/diffusion_pytorch_model.safetensors", {"format": "pt"})
+    config.data.vae = str(tmp_path / "changed")
+    Trainer.build(config)
+    assert "is not the VAE that made" in capsys.readouterr().err
+
+
+def test_a_judge_of_latents_needs_images_to_compare_with(latents):
+    from training.best import Judge
+    from training.config import Best
+
+    with pytest.raises(UserError, match=r"--config\.best\.reference is missing"):
+        Judge(Best(metric="FID"), load_data("prepared", str(latents)), 0, torch.device("cpu"))
+
+
+def test_a_model_of_latents_without_a_vae_says_so(tmp_path):
+    fm = small("DiT", channels=4)
+    fm.info = replace(fm.info, latent_shift=4 * (0.0,), latent_scale=4 * (1.0,))
+    fm.save_pretrained(tmp_path / "model")
+    done = run_script("scripts/sample.py", f"--checkpoint={tmp_path / 'model'}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2 and "--vae is missing" in done.stderr and not (tmp_path / "out").exists()

@@ -1,0 +1,250 @@
+"""One optimiser step: micro-steps, precision, compilation, memory layout, and the memory they take."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from helpers.objectives import LIVE
+from helpers.runs import assert_same, tiny
+
+from configs.digits import get_config as digits
+from flowmaps import FlowMap, UserError
+from flowmaps.generate import labels_for
+from flowmaps.images import from_uint8
+from flowmaps.objectives import OBJECTIVES, Draws
+from flowmaps.rng import generator
+from training.config import Precision
+from training.dry_run import fixed_bytes, kept_bytes, memory_guess
+from training.trainer import CHANNELS_LAST, Trainer
+
+
+def gradients(trainer):
+    return {name: p.grad.clone() for name, p in trainer.module.named_parameters() if p.grad is not None}
+
+
+def test_micro_steps_sum_to_the_gradient_of_their_shards(monkeypatch):
+    """accumulate=2 is the mean of the losses of shards 0 and 1, in one backward."""
+    trainer = Trainer.build(tiny(accumulate=2))
+    monkeypatch.setattr(trainer.prepared, "zero_grad", lambda **options: None)
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", lambda parameters, limit: torch.tensor(1.0))
+    trainer.step(3)
+    ours = gradients(trainer)
+    whole = Trainer.build(tiny(accumulate=2))
+    ((whole.shard_loss(3, 0).value + whole.shard_loss(3, 1).value) / 2).backward()
+    expected = gradients(whole)
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], expected[name], rtol=1e-5, atol=1e-8)
+
+
+def test_two_micro_steps_equal_one_big_batch_of_their_rows():
+    """One loss on all rows of both shards, diagonal rows first, has the gradient of two accumulated micro-steps."""
+    config = digits("lagrangian,smoke")
+    config.accumulate = 2
+    trainer, half = Trainer.build(config), config.batch // 2
+    fm, objective = trainer.module.fm, trainer.module.objective
+    torch.manual_seed(0)
+    for p in trainer.module.parameters():  # away from the zero-initialised branches
+        torch.nn.init.normal_(p, std=0.05)
+    for micro in range(2):
+        (trainer.shard_loss(3, micro).value / 2).backward()
+    ours = gradients(trainer)
+    trainer.module.zero_grad()
+    shards = []
+    for micro in range(2):
+        x1, label = trainer.loader.shard(3 * 2 + micro)
+        x1 = from_uint8(x1)
+        shards.append((x1, label, *objective.draw(fm, x1, generator(config.seed, "draws", 3, micro))[:4]))
+    rows, m = [torch.cat(parts) for parts in zip(*shards, strict=True)], objective.diagonal_rows(half)
+    order = torch.cat([torch.arange(half)[part] + start for part in (slice(m), slice(m, None)) for start in (0, half)])
+    x1, label, *draws = (values[order] for values in rows)
+    objective.loss(fm, x1, label, Draws(*draws)).value.backward()
+    expected = gradients(trainer)
+    for name in expected:
+        torch.testing.assert_close(ours[name], expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_bfloat16_is_close_to_float32_and_keeps_the_derivative_exact():
+    losses = {}
+    for precision in Precision:
+        AcceleratorState._reset_state()  # one process, two precisions: only a test does that
+        config = digits("lagrangian,smoke")
+        config.precision = precision
+        trainer = Trainer.build(config)
+        torch.manual_seed(0)
+        for p in trainer.module.parameters():  # away from the zero-initialised branches
+            torch.nn.init.normal_(p, std=0.05)
+        losses[precision] = trainer.shard_loss(0, 0)
+    AcceleratorState._reset_state()
+    exact, half = ({k: float(v) for k, v in losses[p].terms.items()} for p in (Precision.fp32, Precision.bf16))
+    assert half["diagonal"] != exact["diagonal"]  # autocast is on
+    assert half["diagonal"] == pytest.approx(exact["diagonal"], rel=0.02)
+    assert half["off_diagonal"] == pytest.approx(exact["off_diagonal"], rel=0.1)
+
+
+def losses_and_weights(steps=5, **changes):
+    config = dataclasses.replace(digits("lagrangian,smoke"), **changes)
+    trainer = Trainer.build(config)
+    losses = [trainer.step(k)["loss"].item() for k in range(steps)]
+    return losses, dict(trainer.module.fm.network.state_dict())
+
+
+def test_clipped_says_whether_the_gradient_was_longer_than_the_clip():
+    for clip, expected in ((1e-6, 1.0), (1e6, 0.0)):
+        config = tiny()
+        config.optim.clip = clip
+        assert Trainer.build(config).step(0)["clipped"] == expected
+
+
+def test_label_dropout_hides_its_share_of_labels_and_is_recorded(monkeypatch):
+    config = dataclasses.replace(digits("lagrangian,smoke"), batch=1000)
+    config.data.label_dropout = 0.2
+    trainer, seen = Trainer.build(config), []
+    monkeypatch.setattr(trainer, "wrapped", lambda x1, label, draws: seen.append(label))
+    for _ in range(2):
+        trainer.shard_loss(0, 0)
+    true = trainer.loader.shard(0)[1]
+    dropped = seen[0] == 10
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0][~dropped], true[~dropped])
+    assert abs(dropped.float().mean() - 0.2) < 0.05
+    info = trainer.averaged(0).info
+    assert info.label_dropout == 0.2 and labels_for(info, 2, 10).tolist() == [10, 10]
+
+
+@pytest.mark.slow
+def test_compiled_run_equals_eager():
+    """By inductor, 5 optimiser steps: losses and weights."""
+    (eager, weights), (compiled, others) = losses_and_weights(), losses_and_weights(compile=True)
+    assert eager == pytest.approx(compiled, rel=1e-4)
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(not CHANNELS_LAST, reason="torch before 2.15 has no jvp of group_norm on channels-last tensors")
+def test_channels_last_is_the_same_function(tmp_path):
+    (plain, weights), (last, others) = losses_and_weights(), losses_and_weights(channels_last=True)
+    assert plain == pytest.approx(last, rel=1e-4)
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name].contiguous(), value, rtol=1e-3, atol=1e-5)
+    trainer = Trainer.build(dataclasses.replace(digits("lagrangian,smoke"), channels_last=True))
+    assert trainer.module.fm.network.stem.weight.is_contiguous(memory_format=torch.channels_last)
+    trainer.step(0)
+    trainer.save(tmp_path, 1)
+    assert_same(FlowMap.from_pretrained(tmp_path).network.state_dict(), trainer.averaged(1).network.state_dict())
+
+
+def test_channels_last_is_refused_on_an_old_torch(monkeypatch):
+    monkeypatch.setattr("training.trainer.CHANNELS_LAST", False)
+    with pytest.raises(UserError, match="channels_last needs torch"):
+        Trainer.build(dataclasses.replace(digits("lagrangian,smoke"), channels_last=True))
+
+
+def test_workers_give_the_same_steps(data_root):
+    from configs.folder import get_config as folder
+
+    losses = []
+    for workers in (0, 2):
+        config = folder("lagrangian,smoke")
+        config.data.root, config.data.workers, config.batch = str(data_root / "folder"), workers, 4
+        config.network.image_size, config.network.attention_resolutions, config.accumulate = 16, (), 2
+        trainer = Trainer.build(config)
+        losses.append([trainer.step(k)["loss"].item() for k in range(3)])
+    assert losses[0] == losses[1]
+
+
+def test_memory_guess_grows_with_the_images_of_a_micro_step():
+    """Fixed part: weights, gradients, two moments and two averages, by hand; the rest is linear in the micro-batch."""
+    config = dataclasses.replace(digits("lagrangian,smoke"), ema=(0.9, 0.99), batch=8)
+    trainer = Trainer.build(config)
+    trainer.step(0)
+
+    double = Trainer.build(dataclasses.replace(config, batch=16))
+    kept = {8: kept_bytes(trainer), 16: kept_bytes(double)}
+
+    def numbers(size):
+        guess = memory_guess(fixed_bytes(trainer), kept, size)
+        return [float(part) for part in re.findall(r"([\d.]+) GiB", guess)]
+
+    total, fixed, growing = numbers(8 * 2**12)
+    parameters = sum(p.numel() for p in trainer.module.parameters())
+    assert fixed == pytest.approx(6 * 4 * parameters / 2**30, abs=0.006)
+    assert total == pytest.approx(fixed + growing, abs=0.011)
+    assert numbers(16 * 2**12)[2] == pytest.approx(2 * growing, rel=0.1)  # freed addresses are used again
+
+
+def test_non_finite_gradients_skip_the_step_and_then_stop_the_run(tmp_path):
+    trainer = Trainer.build(tiny(max_skipped_steps=2))
+    weights_before = {k: v.clone() for k, v in trainer.module.fm.network.state_dict().items()}
+    trainer.data.x[:] = float("nan")
+    for count in (1, 2):
+        trainer.step(0)
+        assert trainer.skipped == count
+    assert_same(weights_before, trainer.module.fm.network.state_dict())
+    assert_same(weights_before, trainer.ema.state(0.999))
+    with pytest.raises(UserError, match="max_skipped_steps"):
+        trainer.step(0)
+
+
+def test_a_micro_step_without_a_diagonal_row_is_refused():
+    with pytest.raises(UserError, match=r"--config\.objective\.diagonal=0\.75"):
+        Trainer.build(tiny(batch=8, accumulate=8))
+
+
+def test_asking_for_gradient_norms_changes_nothing():
+    config = digits("lagrangian,smoke")
+    config.network.dropout = 0.3
+    asked, plain = Trainer.build(config), Trainer.build(config)
+    for step in range(2):
+        asked.step(step)
+        plain.step(step)
+        assert asked.gradient_norms() == asked.gradient_norms()
+    assert_same(asked.module.state_dict(), plain.module.state_dict())
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_gradient_norms_are_those_of_the_terms(name):
+    """The diagonal rows' is that of flow matching on them alone, the rest that of the difference to the whole."""
+    trainer = Trainer.build(digits(f"{name},smoke"))
+    torch.manual_seed(0)
+    for p in trainer.module.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    trainer.shard_loss(0, 0)
+    norms, module, (x1, label, draws) = trainer.gradient_norms(), trainer.module, trainer.latest[0]
+    rows, parameters = module.objective.diagonal_rows(len(x1)), list(module.parameters())
+
+    def gradient(value):
+        found = torch.autograd.grad(value, parameters, allow_unused=True)
+        pairs = zip(parameters, found, strict=True)
+        return torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for p, g in pairs])
+
+    whole, expected = gradient(module(x1, label, draws).value), {}
+    diagonal = torch.zeros_like(whole)
+    if rows:
+        few = Draws(*(value[:rows] for value in draws[:4]))
+        alone = OBJECTIVES["flow_matching"]().loss(module.fm, x1[:rows], label[:rows], few).value
+        diagonal = gradient(alone * rows / len(x1))
+        expected["grad_norm_diagonal"] = diagonal.norm().item()
+    if rows < len(x1):
+        expected["grad_norm_off_diagonal"] = (whole - diagonal).norm().item()
+    assert norms == pytest.approx(expected, rel=1e-3)
+
+
+def test_gradient_checkpointing_is_refused_where_it_cannot_be():
+    with pytest.raises(UserError, match="gradient_checkpointing: MLP"):
+        Trainer.build(tiny(gradient_checkpointing=True))
+    with pytest.raises(UserError, match=r"gradient_checkpointing and --config\.compile"):
+        Trainer.build(tiny(gradient_checkpointing=True, compile=True))
+
+
+def test_gradient_checkpointing_makes_the_same_steps():
+    states = []
+    for on in (False, True):
+        config = digits("lagrangian,smoke")
+        config.gradient_checkpointing, config.network.dropout = on, 0.2
+        trainer = Trainer.build(config)
+        for step in range(3):
+            trainer.step(step)
+        states.append(trainer.module.state_dict())
+    assert_same(*states)

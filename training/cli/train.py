@@ -1,0 +1,59 @@
+"""Train a flow map, or go on with a run: the same command resumes.
+
+python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/digits
+python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/digits --config.optim.lr=1e-3 --dry_run
+python scripts/train.py --config=configs/digits.py:pipeline --workdir=runs/chain --config.post_training.steps=2000
+
+A row that is a chain trains its stages in WORKDIR/pre_training, mid_training and post_training.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+from PIL import Image
+
+from flowmaps import UserError
+from flowmaps.files import writable_directory
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "File and row: configs/digits.py:lagrangian[,smoke]")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is resumed")
+STAGE = flags.DEFINE_string("stage", "", "The one stage of a chain to train; what it starts from must be there")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build everything, do two steps on a few images, draw a grid, stop")
+
+
+def main() -> None:
+    from flowmaps.distributed import processes
+    from training.chain import run_chain, table
+    from training.config_rows import Chain
+    from training.dry_run import dry_run, dry_run_chain
+    from training.loop import train
+
+    if CONFIG.value is None:
+        raise UserError("--config is missing: e.g. --config=configs/digits.py:lagrangian")
+    if WORKDIR.value is None and not DRY_RUN.value:
+        raise UserError("--workdir is missing: e.g. --workdir=runs/digits")
+    config = CONFIG.value
+    if STAGE.value and (DRY_RUN.value or not isinstance(config, Chain)):
+        reason = "a dry run tries all stages" if DRY_RUN.value else "this row is one run, not a chain"
+        raise UserError(f"--stage={STAGE.value}: {reason}, leave it out")
+    if DRY_RUN.value:
+        for stage, facts, picture in dry_run_chain(config) if isinstance(config, Chain) else [("", *dry_run(config))]:
+            show(stage, facts, picture)
+    elif isinstance(config, Chain):
+        records = run_chain(config, WORKDIR.value, STAGE.value)
+        if processes().is_main_process:
+            print(table(records))
+    else:
+        train(config, WORKDIR.value)
+
+
+def show(stage: str, facts: dict[str, Any], picture: Image.Image) -> None:
+    """Print what a dry run found, and put its picture into --workdir."""
+    for name, fact in facts.items():
+        print(f"{stage} {name}: {fact}".strip())
+    if WORKDIR.value is not None:
+        path = writable_directory(Path(WORKDIR.value), "--workdir") / f"dry-run{'-' * bool(stage)}{stage}.png"
+        picture.save(path)
+        print(f"{stage} grid: {path}".strip())
