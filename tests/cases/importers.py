@@ -1,0 +1,81 @@
+"""Checkpoints that say more about themselves than the importer reads."""
+
+import argparse
+import pickle
+
+import torch
+from common import TMP, case, raised
+from diffusers import DDPMScheduler, UNet2DModel
+from helpers import released, released_edm2
+from helpers.released_state_dicts import Transformer
+
+from flowmaps import UserError
+from flowmaps.importers import import_checkpoint
+
+
+def unet(name, root, **options):
+    d = TMP / name
+    net = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(128, 128),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+    )
+    net.save_pretrained(d if root else d / "unet")
+    DDPMScheduler(**options).save_pretrained(d if root else d / "scheduler")
+    return d
+
+
+for name, root, options in (
+    ("cosine in scheduler/", 0, {"beta_schedule": "squaredcos_cap_v2"}),
+    ("cosine beside the weights, as google/ddpm-* lay their files", 1, {"beta_schedule": "squaredcos_cap_v2"}),
+    ("v_prediction beside the weights", 1, {"prediction_type": "v_prediction"}),
+):
+    e, _ = raised(
+        lambda: import_checkpoint("diffusers_unet", unet(name.replace("/", "_").replace("*", ""), root, **options))
+    )
+    case(f"diffusers_unet, {name}: refused", isinstance(e, UserError))
+m = Transformer(classes=5)
+table = "y_embedder.embedding_table.weight"
+w = dict(m.w)
+w[table] = torch.randn(10, 128)
+torch.save({"ema": w, "args": argparse.Namespace(num_classes=10)}, TMP / "a.pt")
+info = import_checkpoint("dit", TMP / "a.pt").info
+case(
+    "DiT trained with class_dropout_prob=0, its args say 10 classes",
+    info.num_classes == 10 and not info.label_dropout,
+    f"num_classes={info.num_classes}, label_dropout={info.label_dropout}",
+)
+w = dict(m.w)
+w[table] = torch.randn(1, 128)
+torch.save(w, TMP / "b.pt")
+e, _ = raised(lambda: import_checkpoint("dit", TMP / "b.pt"))
+case(
+    "DiT with one row (unconditional): imported, or refused by its reason",
+    e is None or "class" in str(e),
+    str(e)[80:220],
+)
+torch.save({k: v.bfloat16() for k, v in m.w.items()}, TMP / "c.pt")
+e, _ = raised(lambda: import_checkpoint("sit", TMP / "c.pt"))
+case("SiT saved in bfloat16", e is None, str(e)[80:220])
+torch.save({"ema": {"_orig_mod." + k: v for k, v in m.w.items()}}, TMP / "d.pt")
+e, _ = raised(lambda: import_checkpoint("sit", TMP / "d.pt"))
+case("SiT's ema of a compiled model (_orig_mod.)", e is None, str(e)[80:200])
+torch.save({"ema": m.w | {"projectors.0.0.weight": torch.zeros(8, 128)}}, TMP / "r.pt")
+e, _ = raised(lambda: import_checkpoint("sit", TMP / "r.pt"))
+case("SiT trained by REPA (projectors.* beside)", e is None, str(e)[80:220])
+
+
+class Protocol5:
+    def __getattr__(self, key):
+        return getattr(pickle, key)
+
+    def dumps(self, content, protocol=None):
+        return pickle.dumps(content, 5)
+
+
+released.pickle = Protocol5()
+released_edm2.edm2(TMP / "e.pkl", True)
+e, _ = raised(lambda: import_checkpoint("edm2", TMP / "e.pkl"))
+case("EDM2 snapshot in pickle protocol 5 (Python 3.14's default)", e is None, str(e)[80:240])
