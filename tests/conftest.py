@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests/helpers
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    torch.set_num_threads(1)  # pytest -n 2 on two cores; also makes sums reproducible
+    torch.set_num_threads(1)  # for pytest -n 2 on two cores; also makes sums reproducible
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,7 +26,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory) -> Path:
-    """A folder with the files of every data set that has any, small and of the true format."""
+    """A folder with small files in the real format of every data set that is read from files."""
     from helpers.makers import write_data_root
 
     return write_data_root(tmp_path_factory.mktemp("data"))
@@ -34,7 +34,7 @@ def data_root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def imagenet_root(tmp_path_factory) -> Path:
-    """A folder with sets of 32 images, as prepare_data.py writes them: imagenet64, imagenet256, imagenet512."""
+    """A folder with sets of 32 images as written by prepare_data.py: imagenet64, imagenet256, imagenet512."""
     from helpers.makers import write_imagenet_sets
 
     return write_imagenet_sets(tmp_path_factory.mktemp("imagenet"))
@@ -42,7 +42,7 @@ def imagenet_root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A run of flow matching on the digits."""
+    """The directory of a flow-matching run on the digits."""
     from configs.digits import get_config
     from training.loop import train
 

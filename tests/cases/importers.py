@@ -29,8 +29,8 @@ def unet(name, root, **options):
 
 for name, root, options in (
     ("cosine in scheduler/", 0, {"beta_schedule": "squaredcos_cap_v2"}),
-    ("cosine beside the weights, as google/ddpm-* lay their files", 1, {"beta_schedule": "squaredcos_cap_v2"}),
-    ("v_prediction beside the weights", 1, {"prediction_type": "v_prediction"}),
+    ("cosine next to the weights, as google/ddpm-* lay out their files", 1, {"beta_schedule": "squaredcos_cap_v2"}),
+    ("v_prediction next to the weights", 1, {"prediction_type": "v_prediction"}),
 ):
     e, _ = raised(
         lambda: import_checkpoint("diffusers_unet", unet(name.replace("/", "_").replace("*", ""), root, **options))
@@ -64,7 +64,7 @@ e, _ = raised(lambda: import_checkpoint("sit", TMP / "d.pt"))
 case("SiT's ema of a compiled model (_orig_mod.)", e is None, str(e)[80:200])
 torch.save({"ema": m.w | {"projectors.0.0.weight": torch.zeros(8, 128)}}, TMP / "r.pt")
 e, _ = raised(lambda: import_checkpoint("sit", TMP / "r.pt"))
-case("SiT trained by REPA (projectors.* beside)", e is None, str(e)[80:220])
+case("SiT trained by REPA (with projectors.*)", e is None, str(e)[80:220])
 
 
 class Protocol5:

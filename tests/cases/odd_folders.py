@@ -23,11 +23,11 @@ for hidden in (".ipynb_checkpoints", ".thumbnails", "@eaDir"):
         image(d / c / "0.png")
     image(d / hidden / "0-checkpoint.png")
     data = open_images(d, 16)
-    case(f"{hidden}/ is no class", data.classes == ("a", "b"), f"classes {data.classes}, {len(data)} images")
+    case(f"{hidden}/ is not a class", data.classes == ("a", "b"), f"classes {data.classes}, {len(data)} images")
 d = TMP / "inside"
 [image(d / c / "0.png") for c in "ab"]
 image(d / "a/.ipynb_checkpoints/0-checkpoint.png")
-case("a hidden copy inside a class is no image", len(open_images(d, 16)) == 2, f"{len(open_images(d, 16))} images")
+case("a hidden copy inside a class is not an image", len(open_images(d, 16)) == 2, f"{len(open_images(d, 16))} images")
 z = TMP / "x.zip"
 with zipfile.ZipFile(z, "w") as file:
     for name in ("top/a/0.png", "top/b/0.png", "top/.ipynb_checkpoints/0.png"):

@@ -23,6 +23,6 @@ fm = FlowMap.from_pretrained(CLONE / "assets/digits")
 case("from_pretrained", True)
 e, _ = raised(lambda: fm.save_pretrained(TMP / "m"))
 case("save_pretrained", e is None, repr(e)[:100])
-for name in ("flowmaps.evaluation.samples", "training.loop"):
+for name in ("flowmaps.cli.sample", "training.loop"):
     e, _ = raised(lambda: __import__(name))
     case(f"import {name} (sample.py, train.py)", e is None, repr(e)[:100])

@@ -1,4 +1,4 @@
-"""The shape of the package: who may import whom, and the public names that must not drift."""
+"""Structure of the repository: who may import whom, and the public names and flags that must not change by accident."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ MODULES = {
     for layer in ("samplers", "flowmaps", "training")
     for path in (ROOT / layer).rglob("*.py")
 }
-OUTSIDE = {"configs", "scripts", "benchmarks", "tests", "helpers"}  # which the packages know nothing of
+OUTSIDE = {"configs", "scripts", "benchmarks", "tests", "helpers"}  # no package imports these
 
 
 def floor(module):
@@ -31,7 +31,7 @@ def floor(module):
 
 
 def imported(path, type_checking=True):
-    """Modules that a file imports, in functions too; with ``type_checking`` those for annotations alone as well."""
+    """Yield the modules that a file imports, also in functions; ``type_checking`` includes imports for annotations."""
     nodes = [ast.parse(path.read_text())]
     while nodes:
         node = nodes.pop()
@@ -47,7 +47,7 @@ def imported(path, type_checking=True):
 
 
 def arrows():
-    """(module, module that it imports) within the packages; an import of a package's name counts as of the package."""
+    """Return pairs (module, imported module) inside the packages; a name imported from a package counts as that."""
     found = set()
     for module, path in MODULES.items():
         names = list(imported(path, type_checking=False))
@@ -64,7 +64,7 @@ def test_no_import_goes_up(module):
 
 
 def test_no_circle_among_modules():
-    """Modules without imports are taken away until none is left; prints the sizes that docs/architecture.md quotes."""
+    """Remove modules without imports until none is left; also prints the number of modules and imports per package."""
     left = {module: {b for a, b in arrows() if a == module} for module in MODULES}
     for layer in ("samplers", "flowmaps", "training"):
         inside = [m for m in MODULES if m.split(".")[0] == layer]
@@ -74,12 +74,12 @@ def test_no_circle_among_modules():
     assert not left, f"circles among {sorted(left)}"
 
 
-def test_training_is_about_learning_alone():
+def test_training_stays_small():
     assert sum(module.split(".")[0] == "training" for module in MODULES) <= 28
 
 
 @pytest.mark.parametrize("package", sorted(m for m, path in MODULES.items() if path.name == "__init__.py"))
-def test_each_package_says_what_belongs_there(package):
+def test_each_package_has_a_docstring(package):
     assert len(ast.get_docstring(ast.parse(MODULES[package].read_text())) or "") > 20
 
 
@@ -88,7 +88,7 @@ def test_no_test_imports_another():
         assert not [name for name in imported(path) if name.split(".")[0].startswith("test_")], path
 
 
-def test_samplers_need_torch_alone():
+def test_samplers_import_only_torch():
     tops = {name.split(".")[0] for path in (ROOT / "samplers").rglob("*.py") for name in imported(path)}
     assert tops - set(sys.stdlib_module_names) <= {"torch", "samplers"}
 
@@ -103,7 +103,7 @@ def test_wheel_holds_the_packages_types_and_extractors(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["flowmaps", "samplers"])
-def test_import_is_light(package):
+def test_import_does_not_load_heavy_packages(package):
     code = (
         f"import sys, {package}; print([m for m in ('diffusers', 'torch_fidelity', 'accelerate') if m in sys.modules])"
     )
@@ -145,20 +145,20 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("module", FROZEN, ids=lambda m: m.__name__)
-def test_public_names(module):
+def test_public_names_are_the_frozen_ones(module):
     assert set(module.__all__) == FROZEN[module]
     assert all(hasattr(module, name) for name in module.__all__)
 
 
 @pytest.mark.parametrize("script", [path.name for path in (ROOT / "scripts").glob("*.py")])
-def test_flags(script):
-    """What ``--help`` lists is the contract; it shows the docstring's commands too."""
+def test_help_lists_the_frozen_flags_and_an_example(script):
+    """The flags that ``--help`` lists are the contract."""
     shown = run_script(f"scripts/{script}", "--help", check=True).stdout
     assert f"python scripts/{script} " in shown
     assert set(re.findall(r"^  --(\w+)", shown, re.MULTILINE)) == FLAGS[script]
 
 
-def test_module_paths_written_into_checkpoints_stay():
+def test_module_paths_in_checkpoints_do_not_change():
     paths = {name: cls.__module__ for name, cls in flowmaps.networks.NETWORKS.items()}
     assert paths == {name: f"flowmaps.networks.{name.lower()}" for name in ("MLP", "UNet", "EDM2UNet", "DiT")}
 

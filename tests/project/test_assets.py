@@ -1,4 +1,4 @@
-"""The checkpoints in assets/: what their cards say is what they are."""
+"""The checkpoints in assets/ agree with their cards, records and reference statistics."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def distances(name, way, sampler, metric):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_card_records_and_reference_belong_together(name):
+def test_card_records_and_reference_belong_to_the_weights(name):
     directory = ASSETS / name
     files = [file for file in directory.rglob("*") if file.is_file()]
     assert {file.suffix for file in files} == {".safetensors", ".json", ".md"}
@@ -44,14 +44,14 @@ def test_card_records_and_reference_belong_together(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_readme_has_the_table_of_the_card(name):
+def test_readme_repeats_the_table_of_the_card(name):
     [table] = re.findall(r"\n(\| steps \|.*?)\n\n", (ASSETS / name / "README.md").read_text(), re.DOTALL)
     assert table in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pipeline_equals_the_sampler(name):
-    """On equal steps and on the stored ones, which the pipeline takes without being told."""
+def test_pipeline_makes_the_samples_of_rollout(name):
+    """On equal steps and on the stored ones, which the pipeline uses by default."""
     fm, pipeline = FlowMap.from_pretrained(ASSETS / name), FlowMapPipeline.from_pretrained(ASSETS / name)
     pipeline.set_progress_bar_config(disable=True)
     x, label = fm.noise(4, seed=0), torch.arange(4) if fm.info.num_classes else None
@@ -69,7 +69,7 @@ def test_pipeline_equals_the_sampler(name):
 
 
 @pytest.mark.parametrize("name", ["checkerboard", "digits"])
-def test_scores_are_those_of_the_record_and_a_gate(name):
+def test_scores_reproduce_the_record_and_a_low_limit_fails_the_gate(name):
     record, reference = ASSETS / f"results/{name}-map.json", ASSETS / f"references/{name}.npz"
     known = json.loads(record.read_text())
     score = ["scripts/fid.py", f"--checkpoint={ASSETS / name}", f"--reference={reference}", "--schedule=uniform"]

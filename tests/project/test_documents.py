@@ -1,7 +1,7 @@
-"""Every command and code block of README, docs and CONTRIBUTING is run, in a copy of this repository.
+"""Run every command and code block of README, docs and CONTRIBUTING in a copy of this repository.
 
-A command is run as it stands but for what SCALED changes, so that it takes seconds: the numbers of steps and samples,
-networks of a row's smoke variant, two processes for eight. Files that a user fetches are made in their true format.
+A command runs unchanged except for the rules in SCALED, which make it take seconds: fewer steps and samples, networks
+of a row's smoke variant, two processes instead of eight. Files that a user downloads are generated in real formats.
 """
 
 import os
@@ -28,12 +28,12 @@ from flowmaps.metrics.extractors import INCEPTION_FILE
 
 PROGRAMS = r"(?:python|make|torchrun|accelerate|git|mkdir|for)\b"
 SHORT = "--config.steps=20 --config.batch=16 --config.log_every=5 --config.checkpoint_every=5"
-SCALED = {  # pattern -> what takes its place
-    r"(configs/digits\.py:(?!pipeline)\w+)": rf"\1 {SHORT}",  # of full width: the suites start from runs/digits-flow
+SCALED = {  # pattern -> replacement
+    r"(configs/digits\.py:(?!pipeline)\w+)": rf"\1 {SHORT}",  # full width: the suites start from runs/digits-flow
     r"(configs/(?!digits\.py:(?!pipeline))\w+\.py:[\w,]+)": r"\1,smoke",
     r"(configs/imagenet\w+\.py:\S+)": r"\1 --config.network.num_classes=40",  # folders in `furnished`
-    r"(best\.num|--num)=(?!32768)\d+": r"\1=40",  # but for points, which are cheap
-    r"(scripts/fid\.py (?!.*--num).*)": r"\1 --num=40",  # for 50,000
+    r"(best\.num|--num)=(?!32768)\d+": r"\1=40",  # except for points, which are cheap
+    r"(scripts/fid\.py (?!.*--num).*)": r"\1 --num=40",  # instead of 50,000
     r"--cpu_minutes=\d+": "--cpu_minutes=0.01",
     r"--seeds=0,1,2": "--seeds=0",
     r"--train_steps=\d+": "",
@@ -44,27 +44,27 @@ SCALED = {  # pattern -> what takes its place
     r"snapshot_every=\d+": "snapshot_every=4",
     r"best\.every=\d+": "best.every=10",
     r"--max_fid=9": "--max_fid=9999",  # after 20 steps of training
-    r"--steps=1,2,4 --sampler": "--steps=1 --sampler",  # for each, Inception
+    r"--steps=1,2,4 --sampler": "--steps=1 --sampler",  # each runs Inception
     r"--metrics=fid,kid,is,prc": r"\g<0> --kid_subset=20",
     r"--(nproc_per_node|num_processes|workers)=8": r"--\1=2",
     r"--multi_gpu": "--cpu",
     r"--nnodes=2(.*)HOST:29500": r"--nnodes=1\1localhost:29511",
     r"--workdir=/shared/": "--workdir=shared/",
-    r" --config\.data\.download": "",  # there is no network
+    r" --config\.data\.download": "",  # tests run offline
     r"pytest -m slow": "pytest --collect-only -q -m slow",
-    r"^make ": "make -n ",  # the demo and the tests are run elsewhere
+    r"^make ": "make -n ",  # other tests run the demo and the tests
     r"git clone REPOSITORY flowmaps && cd flowmaps": f"git clone -q {ROOT} clone && cd clone",
     r"\), 128, 1024": "), 2, 256",
 }
-GIVEN = {  # names that a reader of a block brings along
+GIVEN = {  # names that a block expects its reader to have
     "teachers.md": "my_denoiser = other_drift = lambda x, t, label: -x\n",
 }
-# Runs that rows of configs start from without naming them in the command.
+# Runs from which rows of configs start without naming them in the command.
 UNNAMED = ["runs/digits-flow", "runs/digits"]
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a document, which are indented by four spaces, with continued lines joined."""
+    """Return the commands of a document: lines indented by four spaces, with continued lines joined."""
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL).replace("\\\n", " ")
     return [line.strip() for line in re.findall(r"^    (\S.*)$", prose, re.MULTILINE)]
 
@@ -82,11 +82,11 @@ def scaled(text: str) -> str:
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {file.name: commands(file.read_text()) for file in DOCUMENTS}
 BLOCKS = {file.name: blocks(file.read_text()) for file in DOCUMENTS}
-QUICK = {"README.md": 1}  # so many commands of a document and its blocks are run by `make test`, the rest by test-slow
+QUICK = {"README.md": 1}  # `make test` runs this many commands of a document and all its blocks, test-slow everything
 
 
 class Copy:
-    """A copy of the repository, in which commands are run as a user would type them."""
+    """A copy of the repository in which commands run as a user would type them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -116,7 +116,7 @@ class Copy:
         return ran.stdout
 
     def run(self, command: str) -> None:
-        """Run what the documents say; first, by their own commands, what makes the directories that it reads."""
+        """Run a command of the documents, after the commands of the documents that make the directories it reads."""
         if command in self.made:
             return
         for name in re.findall(r"configs/(imagenet\d+)\.py", command):
@@ -124,7 +124,7 @@ class Copy:
         for path in re.findall(r"(?:checkpoint|teacher|init_from)=([\w-]+/[\w/-]+)", command):  # not a chain's stages
             self.make(path)
         for file in re.findall(r"--json=(assets/\S+)", command):
-            (self.folder / file).unlink(missing_ok=True)  # the records of the whole experiment
+            (self.folder / file).unlink(missing_ok=True)  # existing records would not be run again
         self.shell(scaled(command))
         self.made.update(re.findall(r"--(?:workdir|out)=(\S+)", command))
 
@@ -142,7 +142,7 @@ class Copy:
                         self.run(unpacks)
                         self.made.add(unpacks)
                     return self.run(command)
-        raise AssertionError(f"no document says how {path} is made")
+        raise AssertionError(f"no command in the documents makes {path}")
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def copy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def furnished(copy):
-    """With the files that users fetch or bring: of the true formats, their contents random."""
+    """Add the files that users download or own: real formats, random contents."""
     folder = copy.folder
     write_data_root(folder / "data")
     write_folder(folder / "my/images", {f"{'ab'[i % 2]}/{i}.png": encoded(photograph(i), "png") for i in range(48)})
@@ -164,12 +164,12 @@ def furnished(copy):
     shape = {"classes": 10, "size": 32, "mult": (1, 2, 2), "blocks": 1, "attention": (16,)}  # of from_edm,smoke
     released.edm("ddpm++", folder / "edm-cifar10-32x32-cond-vp.pkl", **shape)
     tree = write_imagenet(folder / "imagenet", classes=40)
-    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as whole:
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as archive:
         for synset in sorted(tree.iterdir()):
             with tarfile.open(folder / "part.tar", "w") as part:
                 for image in sorted(synset.iterdir()):
                     part.add(image, image.name)
-            whole.add(folder / "part.tar", f"{synset.name}.tar")
+            archive.add(folder / "part.tar", f"{synset.name}.tar")
     pictures = np.stack([np.asarray(photograph(i, 256, 256)) for i in range(8)])
     moments = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
     np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=pictures, **moments)
@@ -178,14 +178,14 @@ def furnished(copy):
     return copy
 
 
-def test_all_that_looks_like_a_command_is_one():
+def test_every_indented_line_is_a_command():
     for name, found in COMMANDS.items():
         assert all(re.match(PROGRAMS, command) for command in found), name
     assert sum(map(len, COMMANDS.values())) > 80 and sum(map(len, BLOCKS.values())) >= 7
 
 
 def test_each_rule_changes_some_line():
-    """None is left over from a command that is gone."""
+    """A rule that matches nothing is left over from a removed command."""
     lines = [line for found in (*COMMANDS.values(), *BLOCKS.values()) for line in found]
     for pattern, new in SCALED.items():
         changed = [re.sub(pattern, new, line) for line in lines]
@@ -194,7 +194,7 @@ def test_each_rule_changes_some_line():
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_first_commands_and_blocks(copy, name):
+def test_first_commands_and_blocks_run(copy, name):
     for command in [c for c in COMMANDS[name] if not c.startswith("make")][: QUICK[name]]:
         copy.run(command)
     copy.run_blocks(name)
@@ -202,7 +202,7 @@ def test_first_commands_and_blocks(copy, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in COMMANDS if COMMANDS[name] or BLOCKS[name]])
-def test_all_commands_and_blocks(furnished, name):
+def test_all_commands_and_blocks_run(furnished, name):
     if name == "extending.md":
         extend(furnished.folder)
     for command in COMMANDS[name]:
@@ -211,7 +211,7 @@ def test_all_commands_and_blocks(furnished, name):
 
 
 def extend(folder: Path) -> None:
-    """Do with the copy what extending.md tells: a file, and a row in the table."""
+    """Follow extending.md in the copy: add the file, and the row in the table."""
     objectives = folder / "flowmaps" / "objectives"
     (objectives / "thirds.py").write_text(BLOCKS["extending.md"][0])
     table = (objectives / "__init__.py").read_text()
