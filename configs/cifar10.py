@@ -41,8 +41,17 @@ relative to lagrangian's (docs/maths.md), or less where they have fewer steps. N
 this package, who have no GPU yet.
 """
 
+from functools import partial
 from typing import Any
 
+from flowmaps.objectives import (
+    Consistency,
+    ImprovedMeanFlow,
+    Lagrangian,
+    MeanFlow,
+    MidTraining,
+    Objective,
+)
 from flowmaps.objectives.mid_training import Distance, Target
 from flowmaps.objectives.time_sampling import Times
 from training.config import (
@@ -56,17 +65,16 @@ from training.config import (
     Start,
     Trajectories,
     Weight,
-    network,
-    objective,
+    preset,
 )
-from training.config_rows import Chain, method_rows, select, straightening_rows
+from training.config_rows import Chain, distil_init, objective_configs, select, smoke, straightening_configs
 
 
-def base(method: str, **options: Any) -> Config:
+def base(objective: Objective) -> Config:
     return Config(
         data=Data(name="cifar10"),
-        network=network("edm2-cifar10"),
-        objective=objective(method, **options),
+        network=preset("edm2-cifar10"),
+        objective=objective,
         base_std=0.5,
         weight=Weight(learned=True),
         optim=Optim(name=Optimizer.radam, lr=1e-2, warmup=0, decay=Decay.inverse_sqrt, decay_start=35_000),
@@ -81,14 +89,14 @@ def base(method: str, **options: Any) -> Config:
 
 def ddpmpp(config: Config) -> None:
     """The network that EDM trained: an ordinary one, at an ordinary learning rate."""
-    config.network = network("ddpm++-cifar10")
+    config.network = preset("ddpm++-cifar10")
     config.optim.lr, config.optim.warmup = 5e-4, 1000
 
 
 def started(name: str, base_std: float, **options: Any) -> Config:
     """A row whose network has the shape and the weights of the import in teachers/``name``."""
-    config = base("lagrangian")
-    config.network = network("ddpm++-cifar10", base_std=base_std, **options)
+    config = base(Lagrangian())
+    config.network = preset("ddpm++-cifar10", base_std=base_std, **options)
     config.init_from, config.base_std = f"teachers/{name}", base_std
     config.optim = Optim(name=Optimizer.radam, lr=1e-4, warmup=1000)
     config.weight.learned, config.steps = False, 100_000
@@ -104,7 +112,7 @@ def from_edm() -> Config:
 
 def cmt(stage: Config) -> Config:
     """What both stages of consistency mid-training share: EDM's unconditional VP network, batches of 128, RAdam."""
-    stage.network = network("ddpm++-cifar10", base_std=0.5, convention="edm", augment_dim=9)
+    stage.network = preset("ddpm++-cifar10", base_std=0.5, convention="edm", augment_dim=9)
     stage.network.dropout = 0.2
     stage.optim = Optim(name=Optimizer.radam, lr=2e-4, warmup=0, decay=Decay.linear)
     stage.weight.learned, stage.batch, stage.steps, stage.ema = False, 128, 300_000, (0.999,)
@@ -113,7 +121,7 @@ def cmt(stage: Config) -> Config:
 
 def mid_training() -> Config:
     """8 trajectories of 16 steps a batch, from noised data, each state to the end by LPIPS."""
-    config = cmt(base("mid_training", target=Target.endpoint, distance=Distance.lpips))
+    config = cmt(base(MidTraining(target=Target.endpoint, distance=Distance.lpips)))
     config.trajectories = Trajectories(Solver.dpm_solver, 16, Grid.log_snr, low=0.0062, start=Start.data)
     config.init_from = config.teacher = "teachers/edm-uncond"
     return config
@@ -121,28 +129,14 @@ def mid_training() -> Config:
 
 def post_training() -> Config:
     """Consistency tuning at the final gap from the first step on, from mid-training's average."""
-    config = cmt(base("consistency", q=4096.0, stage_steps=0))
+    config = cmt(base(Consistency(q=4096.0, stage_steps=0)))
     config.init_from, config.steps, config.ema, config.optim.lr = "runs/cifar10-mid", 100_000, (0.9999,), 1e-4
     return config
 
 
-def taught(config: Config) -> None:
-    """The frozen import teaches the off-diagonal term: distillation."""
-    config.teacher = config.init_from
-
-
-def smoke(config: Config) -> None:
-    """Seconds on two cores: every part runs, nothing is learned."""
-    net = config.network
-    net.width, net.channel_mult, net.blocks = 16, (1, 2, 2), 1
-    config.steps, config.batch = 20, 16
-    config.trajectories.steps = min(config.trajectories.steps, 8)
-    config.log_every = config.sample_every = config.checkpoint_every = 5
-
-
-def weighted(method: str, **options: Any) -> Config:
-    """A row whose method has a weight of its own."""
-    config = base(method, **options)
+def unweighted(objective: Objective) -> Config:
+    """A row without a learned weight: the objective has its own."""
+    config = base(objective)
     config.weight.learned = False
     return config
 
@@ -160,14 +154,17 @@ def short() -> Config:
     return config
 
 
-MEAN_FLOW = {"diagonal": 0.25, "adaptive": 0.75, "times": Times.logit_normal}
-IMPROVED = {"diagonal": 0.5, "adaptive": 1.0, "times": Times.logit_normal}
+def mean_flow() -> Config:
+    times, both = Times.logit_normal, (2.0, 2.0)
+    return unweighted(MeanFlow(diagonal=0.25, adaptive=0.75, times=times, time_mean=both, time_std=both))
+
+
 DDPM = {"channel_mult": (1, 2, 2, 2)}
-ROWS = method_rows(base) | {
-    "mean_flow": lambda: weighted("mean_flow", **MEAN_FLOW, time_mean=(2.0, 2.0), time_std=(2.0, 2.0)),
-    **straightening_rows(short, "teachers/rectified_flow"),
-    "improved_mean_flow": lambda: weighted("improved_mean_flow", **IMPROVED),
-    "consistency": lambda: weighted("consistency"),
+ROWS = objective_configs(base) | {
+    "mean_flow": mean_flow,
+    **straightening_configs(short, "teachers/rectified_flow"),
+    "improved_mean_flow": lambda: unweighted(ImprovedMeanFlow(diagonal=0.5, adaptive=1.0, times=Times.logit_normal)),
+    "consistency": lambda: unweighted(Consistency()),
     "mid_training": mid_training,
     "post_training": post_training,
     "from_edm": from_edm,
@@ -177,4 +174,5 @@ ROWS = method_rows(base) | {
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:
-    return select(choice, ROWS, {"ddpmpp": ddpmpp, "taught": taught, "smoke": smoke})
+    small = partial(smoke, trajectory_steps=8, width=16, channel_mult=(1, 2, 2), blocks=1)
+    return select(choice, ROWS, {"ddpmpp": ddpmpp, "taught": distil_init, "smoke": small})

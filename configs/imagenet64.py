@@ -14,17 +14,18 @@ samples, labels uniform, NVIDIA's Inception, EDM's statistics of the 1.28 millio
 (imagenet-64x64.npz, read as it is). Not run by the authors of this package, who have no GPU yet.
 """
 
-from typing import Any
+from functools import partial
 
-from training.config import Config, Data, Decay, Optim, Optimizer, Precision, Weight, network, objective
-from training.config_rows import Chain, select
+from flowmaps.objectives import Lagrangian, Objective
+from training.config import Config, Data, Decay, Optim, Optimizer, Precision, Weight, preset
+from training.config_rows import Chain, select, smoke
 
 
-def base(method: str, **options: Any) -> Config:
+def base(objective: Objective) -> Config:
     return Config(
         data=Data(name="prepared", root="data/imagenet64", workers=4),
-        network=network("edm2-s-imagenet64"),
-        objective=objective(method, **options),
+        network=preset("edm2-s-imagenet64"),
+        objective=objective,
         base_std=0.5,
         weight=Weight(learned=True),
         optim=Optim(name=Optimizer.radam, lr=1e-2, warmup=0, decay=Decay.inverse_sqrt, decay_start=35_000),
@@ -38,17 +39,9 @@ def base(method: str, **options: Any) -> Config:
     )
 
 
-def smoke(config: Config) -> None:
-    """Seconds on two cores: every part runs, nothing is learned."""
-    net = config.network
-    net.width, net.channel_mult, net.blocks, net.attention_resolutions = 16, (1, 1, 2), 1, (16,)
-    config.precision, config.data.workers = Precision.fp32, 1
-    config.steps, config.batch = 20, 16
-    config.log_every = config.sample_every = config.checkpoint_every = 5
-
-
-ROWS = {"lagrangian": lambda: base("lagrangian")}
+ROWS = {"lagrangian": lambda: base(Lagrangian())}
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:
-    return select(choice, ROWS, {"smoke": smoke})
+    small = partial(smoke, width=16, channel_mult=(1, 1, 2), blocks=1, attention_resolutions=(16,))
+    return select(choice, ROWS, {"smoke": small})

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from torch.distributed.tensor import DTensor
 
 from configs.digits import get_config
+from flowmaps.networks import DiT
 from training.config import Trajectories, network
-from training.fsdp import whole
+from training.fsdp import full_tensor
 from training.trainer import Trainer
 
 STEPS = 20
@@ -29,7 +30,7 @@ def config_of(row, out, **changes):
     config = get_config(f"{row.removesuffix('_dit')},smoke")
     config.steps, config.batch, config.optim.warmup = STEPS, 16, 5
     if row.endswith("_dit"):
-        config.network = network("DiT", image_size=8, channels=1, patch=2, width=16, depth=2, heads=2, num_classes=10)
+        config.network = network(DiT, image_size=8, channels=1, patch=2, width=16, depth=2, heads=2, num_classes=10)
     config.network.dropout = 0.1
     if row in ("mid_training", "straightening", "reflow"):
         config.init_from, config.teacher = "", str(out / DRIFT)
@@ -52,7 +53,7 @@ def run(config):
     losses = trainer.accelerator.reduce(torch.stack(losses), "mean")
     return (
         losses,
-        {k: whole(v.detach()) for k, v in trainer.module.state_dict().items()},
+        {k: full_tensor(v.detach()) for k, v in trainer.module.state_dict().items()},
         trainer.ema.state(config.ema[0]),
     )
 

@@ -1,6 +1,9 @@
 """Config rows and what is refused of them."""
 
 import importlib
+import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,15 @@ from helpers.makers import write_lpips
 from helpers.runs import tiny
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.networks import UNet
+from flowmaps.objectives import Lagrangian, MeanFlow
 from flowmaps.objectives.eulerian import Velocity
 from flowmaps.objectives.mid_training import Distance
 from training import build_network
-from training.config import build_objective, network, objective
+from training.config import build_objective, class_name, network
 from training.config_rows import Chain
 from training.dry_run import dry_run, dry_run_chain
+from training.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -32,7 +38,7 @@ from training.dry_run import dry_run, dry_run_chain
     ],
 )
 def test_config_mistakes_name_the_flag(field, value):
-    with pytest.raises(UserError, match=f"--config.{field}"):
+    with pytest.raises(UserError, match=f"^{field}="):
         tiny(**{field: value}).validate()
 
 
@@ -142,23 +148,72 @@ def test_every_row_of_the_large_files_has_a_published_number():
 
 def test_dry_run_refuses_what_training_would():
     config = tiny(accumulate=3, batch=16)
-    with pytest.raises(UserError, match=r"--config\.batch=16 is not divisible"):
+    with pytest.raises(UserError, match=r"^config\.batch=16: is not divisible"):
         dry_run(config)
     config = tiny()
     config.best.metric = "FID"
-    with pytest.raises(UserError, match=r"--config\.best\.metric"):
+    with pytest.raises(UserError, match=r"config\.best\.metric"):
         dry_run(config)
 
 
 def test_options_of_any_name_can_be_set():
-    """MeanFlow and mid-training have a ``target`` of their own, beside the section's name."""
-    section = objective("mean_flow", target=Velocity.model)
-    assert (section.name, section.target) == ("mean_flow", Velocity.model)
-    assert build_objective(tiny(objective=section)).taught
+    """MeanFlow and mid-training each have an option ``target``; a copy is built, so that the config may change on."""
+    section = MeanFlow(target=Velocity.model)
+    assert (class_name(section), section.target) == ("mean_flow", Velocity.model)
+    built = build_objective(tiny(objective=section))
+    assert built.taught and built == section and built is not section
 
 
 def test_accidental_options_are_refused():
-    with pytest.raises(UserError, match="heads"):
-        network("UNet", heads=3)
-    with pytest.raises(UserError, match="colour"):
-        objective("lagrangian", colour=1)
+    with pytest.raises(UserError, match=r"UNet: .*heads"):
+        network(UNet, heads=3)
+    with pytest.raises(UserError, match=r"network\.widht: UNet has no such option"):
+        network(UNet).widht = 3
+    with pytest.raises(TypeError, match="colour"):
+        Lagrangian(colour=1)
+
+
+class Line(torch.nn.Module):
+    """A network of the user's own."""
+
+    def __init__(self, dim: int, width: int = 8) -> None:
+        super().__init__()
+        self.width, self.layer = width, torch.nn.Linear(dim + 2, dim)
+
+    def forward(self, x, s, t, label=None):
+        return self.layer(torch.cat([x, s[:, None], t[:, None]], dim=1))
+
+
+def test_a_network_class_of_the_users_own_is_configured_without_our_tables():
+    config = tiny(network=network(Line, 2))
+    config.network.width = 5
+    assert config.to_dict()["network"] == {"name": f"{__name__}.Line", "dim": 2, "width": 5}
+    assert build_network(config).width == 5
+    with pytest.raises(UserError, match="dim"):
+        network(Line)
+    trainer = Trainer.build(config)
+    assert math.isfinite(trainer.step(0)["loss"])
+
+
+SNIPPET = """
+from flowmaps.networks import UNet
+from flowmaps.objectives import Lagrangian
+from training.config import Config, network
+
+config = Config(network(UNet, image_size=8, {network}), Lagrangian({objective}))
+config.{field} = 3
+"""
+
+
+@pytest.mark.slow
+def test_mypy_finds_a_misspelt_option(tmp_path):
+    """Types of networks, objectives and fields reach a config file."""
+    right = {"network": "width=32", "objective": "diagonal=0.5", "field": "steps"}
+    wrong = [right, {**right, "network": "widht=32"}, {**right, "objective": "diagnal=1"}, {**right, "field": "stepz"}]
+    for number, parts in enumerate([*wrong, {**right, "network": "width='32'"}]):
+        (tmp_path / f"row{number}.py").write_text(SNIPPET.format(**parts))
+    command = [sys.executable, "-m", "mypy", "--config-file=pyproject.toml", *map(str, tmp_path.glob("*.py"))]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    assert "row0" not in said, said
+    for number, word in enumerate(("widht", "diagnal", "stepz", '"width"'), start=1):
+        assert any(f"row{number}.py" in line and word in line for line in said.splitlines()), said

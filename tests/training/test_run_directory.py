@@ -20,12 +20,12 @@ from flowmaps.data.shards import PreparedImages
 from flowmaps.run_weights import list_checkpoints
 from training.loop import train
 from training.optim import WINDOW, Spikes
-from training.run_directory import locked
+from training.run_directory import run_lock
 from training.trainer import Trainer
 
 
 def held_lock(directory, ready, done):
-    with locked(directory):
+    with run_lock(directory):
         ready.set()
         done.wait(60)
 
@@ -36,7 +36,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path):
     other = context.Process(target=held_lock, args=(tmp_path, ready, done))
     other.start()
     assert ready.wait(30)
-    with pytest.raises(UserError, match=f"--workdir={tmp_path}: process {other.pid} on .* trains there"):
+    with pytest.raises(UserError, match=f"^workdir={tmp_path}: process {other.pid} on .* trains there"):
         train(tiny(), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock"]
     other.kill()  # and no lock stays behind
@@ -109,10 +109,10 @@ def test_files_of_shards(imagenet_root):
 
 def test_spikes_are_what_is_far_above_the_median_of_the_window():
     spikes = Spikes()
-    assert not any(spikes.is_one(norm, 5) for norm in [*range(1, WINDOW), 1e9])  # none before the window is full
-    assert not spikes.is_one(300, 5) and spikes.is_one(400, 5)  # the median is 65
-    assert not spikes.is_one(1e9, 0)
-    found = [spikes.is_one(1000, 5) for _ in range(WINDOW)]
+    assert not any(spikes.is_spike(norm, 5) for norm in [*range(1, WINDOW), 1e9])  # none before the window is full
+    assert not spikes.is_spike(300, 5) and spikes.is_spike(400, 5)  # the median is 65
+    assert not spikes.is_spike(1e9, 0)
+    found = [spikes.is_spike(1000, 5) for _ in range(WINDOW)]
     assert found[0] and not found[-1] and spikes.count == 1 + sum(found)  # what lasts is usual in the end
 
 
@@ -140,7 +140,7 @@ def test_a_run_from_before_a_field_was_made_goes_on_with_its_default(tmp_path):
     stored = json.loads((tmp_path / "config.json").read_text())
     del stored["optim"]["spike"], stored["shard"], stored["network"]["depth"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(UserError, match=r"--config\.network\.depth differs"):
+    with pytest.raises(UserError, match=r"^config\.network\.depth: differs"):
         train(tiny(), tmp_path)  # the row's is not the default
     stored["network"]["depth"] = tiny().network.depth
     (tmp_path / "config.json").write_text(json.dumps(stored))
@@ -148,7 +148,7 @@ def test_a_run_from_before_a_field_was_made_goes_on_with_its_default(tmp_path):
     config = tiny()
     config.optim.spike = 5.0
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(UserError, match=r"--config\.optim\.spike differs"):
+    with pytest.raises(UserError, match=r"^config\.optim\.spike: differs"):
         train(config, tmp_path)
 
 
