@@ -180,7 +180,7 @@ def _defaults(section: Any) -> dict[str, Any]:
         value = getattr(section, f.name)
         if dataclasses.is_dataclass(value):
             found[f.name] = _defaults(value)
-        elif f.default is not dataclasses.MISSING:
+        elif f.init and f.default is not dataclasses.MISSING:
             found[f.name] = plain(f.default)
     return found
 
