@@ -15,7 +15,7 @@ from typing import Any
 from flowmaps.errors import UserError
 from flowmaps.interpolants import INTERPOLANTS
 from flowmaps.networks import NETWORKS, PRESETS
-from flowmaps.objectives import OBJECTIVES, Objective, PathObjective
+from flowmaps.objectives import OBJECTIVES, Objective, TrajectoryObjective
 from flowmaps.posthoc_ema import WIDEST
 
 
@@ -228,7 +228,7 @@ class Config:
         if self.gradient_checkpointing and self.compile:
             raise UserError("--config.gradient_checkpointing and --config.compile exclude each other: leave one out")
         made = build_objective(self)
-        if self.trajectories.files and not isinstance(made, PathObjective):
+        if self.trajectories.files and not isinstance(made, TrajectoryObjective):
             raise UserError(f"--config.trajectories.files: {self.objective.name} learns from data, leave them out")
         if made.guided and not self.data.label_dropout:
             raise UserError("--config.objective.guidance needs rows without a label: --config.data.label_dropout=0.1")

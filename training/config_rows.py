@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from flowmaps.errors import UserError
-from flowmaps.objectives import OBJECTIVES, PathObjective
-from flowmaps.objectives.eulerian import Stop
-from flowmaps.objectives.progressive import Middle
-from flowmaps.objectives.straightening import State
+from flowmaps.objectives import OBJECTIVES, TrajectoryObjective
+from flowmaps.objectives.eulerian import StopGradient
+from flowmaps.objectives.progressive import IntermediateTime
+from flowmaps.objectives.straightening import TrainPoint
 from training.config import Config, Trajectories, objective
 
 
@@ -35,10 +35,10 @@ class Chain:
 
 # Rows that every config file has: objective and options by row. A file adds what learns from a teacher's paths.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name, cls in OBJECTIVES.items() if not issubclass(cls, PathObjective)},
+    **{name: (name, {}) for name, cls in OBJECTIVES.items() if not issubclass(cls, TrajectoryObjective)},
     "lagrangian_slim": ("lagrangian", {"slim": True}),
-    "eulerian_slim": ("eulerian", {"stop": Stop.slim}),
-    "progressive_uniform": ("progressive", {"middle": Middle.uniform}),
+    "eulerian_slim": ("eulerian", {"stop": StopGradient.slim}),
+    "progressive_uniform": ("progressive", {"middle": IntermediateTime.uniform}),
 }
 
 
@@ -50,14 +50,14 @@ def method_rows(base: Callable[..., Config]) -> dict[str, Callable[[], Config]]:
 def straightening_rows(base: Callable[[], Config], run: str, steps: int = 4) -> dict[str, Callable[[], Config]]:
     """The rows straightening and reflow: ``base()`` from the weights and on the paths of the drift in ``run``."""
 
-    def row(state: State) -> Config:
+    def row(state: TrainPoint) -> Config:
         config = base()
         config.objective = objective("straightening", steps=(steps,), state=state)
         config.init_from = config.teacher = run
         config.trajectories, config.weight.learned = Trajectories(steps=96), False
         return config
 
-    return {"straightening": lambda: row(State.path), "reflow": lambda: row(State.chord)}
+    return {"straightening": lambda: row(TrainPoint.path), "reflow": lambda: row(TrainPoint.chord)}
 
 
 def select(

@@ -16,7 +16,7 @@ from flowmaps import UserError
 from flowmaps.data import ImageFiles
 from flowmaps.distributed import processes
 from flowmaps.evaluation.samples import grid_image
-from flowmaps.objectives import PathObjective
+from flowmaps.objectives import TrajectoryObjective
 from training.chain import placed
 from training.config import Config, build_objective
 from training.config_rows import Chain
@@ -41,7 +41,7 @@ def dry_run(config: Config, batch: int = 4, out: Path | None = None) -> tuple[di
     micro_batch = micro_batch_size(config, number)
     objective = build_objective(config)
     least = math.ceil(1 / objective.diagonal) if objective.diagonal else 1  # a diagonal row has to be among them
-    if isinstance(objective, PathObjective):
+    if isinstance(objective, TrajectoryObjective):
         least = objective.rows(grid(config.trajectories))  # of a trajectory
     small = min(micro_batch, max(1, batch // (number * config.accumulate) // least) * least)
     trainer = Trainer.build(_with_micro_batch(config, small, number))

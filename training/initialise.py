@@ -82,9 +82,9 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
     """The flow map whose drift teaches ``fm``: that of ``config.teacher``, a copy for an average, or None."""
     if not config.teacher:
         return copy.deepcopy(fm).requires_grad_(False).eval() if objective.teacher_ema else None
-    if not objective.taught or objective.teacher_ema:
+    if not objective.uses_teacher or objective.teacher_ema:
         reason = f"{config.objective.name} takes no teacher: leave it out"
-        if objective.taught:
+        if objective.uses_teacher:
             reason = "an average teaches already: add --config.objective.teacher_ema=0"
         raise UserError(f"--config.teacher={config.teacher}, but {reason}")
     teacher = opened("teacher", config.teacher)

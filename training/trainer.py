@@ -20,7 +20,7 @@ from flowmaps.data.augment import PARAMETERS, augmented, mirrored
 from flowmaps.distributed import ON_CPU, AnyProcess
 from flowmaps.networks.conditioning import soft_label
 from flowmaps.networks.magnitude import normalise_weights
-from flowmaps.objectives import LogVariance, Loss, PathObjective
+from flowmaps.objectives import LogVariance, Loss, TrajectoryObjective
 from flowmaps.posthoc_ema import write_snapshot
 from flowmaps.rng import generator
 from samplers import Trajectory
@@ -53,7 +53,7 @@ class Trainer:
     prepared: Any  # as accelerate wants it called
     ema: EMA
     started: str = ""  # fingerprint of config.init_from
-    paths: Paths | None = None  # where the trajectories of a PathObjective come from
+    paths: Paths | None = None  # where the trajectories of a TrajectoryObjective come from
     latest: Any = None  # ((x1, label, draws), seed of dropout) of the latest shard
     skipped: int = 0  # steps with a non-finite gradient since the start or resume
     spikes: Spikes = field(default_factory=Spikes)
@@ -112,7 +112,7 @@ class Trainer:
         teaching = (objective.teacher_ema,) if objective.teacher_ema else ()
         ema = EMA(fm.network, tuple(dict.fromkeys((*config.ema, *teaching))), config.ema_widths, hollow)
         paths = None
-        if isinstance(objective, PathObjective):
+        if isinstance(objective, TrajectoryObjective):
             paths = build_paths(config, objective, fm, module.teacher, data)
             objective.check(data.shape, paths.times, accelerator.device)
         items, rows = (paths.data, paths.rows) if paths else (data, 1)  # an item of the data gives so many rows

@@ -115,7 +115,7 @@ FROZEN = {
     flowmaps: {"FlowMap", "FlowMapInfo", "UserError", "__version__"},
     flowmaps.networks: {"MLP", "NETWORKS", "PRESETS", "UNet", "EDM2UNet", "DiT"},
     flowmaps.objectives: {cls.__name__ for cls in OBJECTIVES.values()}
-    | {"OBJECTIVES", "Draws", "LogVariance", "Loss", "Objective", "PathObjective"},
+    | {"OBJECTIVES", "Draws", "LogVariance", "Loss", "Objective", "SelfDistillation", "TrajectoryObjective"},
     samplers: {"check_times", "dpm_solver", "euler", "heun", "log_snr_times", "rollout", "stochastic"}
     | {"Schedule", "Trajectory", "trajectory", "uniform_times"},
     training: {"Config", "build_network", "train"},

@@ -154,7 +154,7 @@ def test_options_of_any_name_can_be_set():
     """MeanFlow and mid-training have a ``target`` of their own, beside the section's name."""
     section = objective("mean_flow", target=Velocity.model)
     assert (section.name, section.target) == ("mean_flow", Velocity.model)
-    assert build_objective(tiny(objective=section)).taught
+    assert build_objective(tiny(objective=section)).uses_teacher
 
 
 def test_accidental_options_are_refused():
