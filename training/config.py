@@ -19,7 +19,7 @@ from torch import nn
 from flowmaps.errors import UserError, within
 from flowmaps.interpolants import INTERPOLANTS
 from flowmaps.networks import NETWORKS, PRESETS
-from flowmaps.objectives import OBJECTIVES, Objective, PathObjective
+from flowmaps.objectives import OBJECTIVES, Objective, TrajectoryObjective
 from flowmaps.posthoc_ema import WIDEST
 
 P = ParamSpec("P")
@@ -185,7 +185,8 @@ def _section_class(cls: type[nn.Module]) -> type[NetworkSection]:
 def preset(name: str, **changes: Any) -> NetworkSection:
     """Describe the network ``name`` of ``flowmaps.networks.PRESETS``, with ``changes`` to its arguments."""
     found = PRESETS[name]
-    return network(NETWORKS[found.network], **{**found.options, **changes})
+    cls: Callable[..., nn.Module] = NETWORKS[found.network]
+    return network(cls, **{**found.options, **changes})
 
 
 @dataclass
@@ -301,7 +302,7 @@ class Config:
     def _check_objective(self) -> None:
         """Check the objective, and what it needs of data, network and teacher."""
         made = build_objective(self)
-        if self.trajectories.files and not isinstance(made, PathObjective):
+        if self.trajectories.files and not isinstance(made, TrajectoryObjective):
             raise UserError(f"{class_name(made)} learns from data: leave them out", field="trajectories.files")
         if self.data.label_dropout and not getattr(self.network, "num_classes", 0):
             raise UserError("needs labels: set network.num_classes", "data.label_dropout", self.data.label_dropout)

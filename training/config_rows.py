@@ -17,13 +17,13 @@ from flowmaps.objectives import (
     Eulerian,
     Lagrangian,
     Objective,
-    PathObjective,
     Progressive,
     Straightening,
+    TrajectoryObjective,
 )
-from flowmaps.objectives.eulerian import Stop
-from flowmaps.objectives.progressive import Middle
-from flowmaps.objectives.straightening import State
+from flowmaps.objectives.eulerian import StopGradient
+from flowmaps.objectives.progressive import IntermediateTime
+from flowmaps.objectives.straightening import TrainPoint
 from training.config import Config, Precision, Trajectories
 
 
@@ -46,10 +46,10 @@ class Chain:
 
 # Rows that config files have in common. A file adds those that learn from a teacher's trajectories.
 METHODS: dict[str, Callable[[], Objective]] = {
-    **{name: cls for name, cls in OBJECTIVES.items() if not issubclass(cls, PathObjective)},
+    **{name: cls for name, cls in OBJECTIVES.items() if not issubclass(cls, TrajectoryObjective)},
     "lagrangian_slim": partial(Lagrangian, slim=True),
-    "eulerian_slim": partial(Eulerian, stop=Stop.slim),
-    "progressive_uniform": partial(Progressive, middle=Middle.uniform),
+    "eulerian_slim": partial(Eulerian, stop=StopGradient.slim),
+    "progressive_uniform": partial(Progressive, middle=IntermediateTime.uniform),
 }
 
 
@@ -61,14 +61,14 @@ def objective_configs(base: Callable[[Objective], Config]) -> dict[str, Callable
 def straightening_configs(base: Callable[[], Config], run: str, steps: int = 4) -> dict[str, Callable[[], Config]]:
     """Return the rows straightening and reflow: ``base()`` with weights and trajectories of the drift in ``run``."""
 
-    def row(state: State) -> Config:
+    def row(state: TrainPoint) -> Config:
         config = base()
         config.objective = Straightening(steps=(steps,), state=state)
         config.init_from = config.teacher = run
         config.trajectories, config.weight.learned = Trajectories(steps=96), False
         return config
 
-    return {"straightening": lambda: row(State.path), "reflow": lambda: row(State.chord)}
+    return {"straightening": lambda: row(TrainPoint.path), "reflow": lambda: row(TrainPoint.chord)}
 
 
 def smoke(config: Config, batch: int = 16, trajectory_steps: int | None = None, **network: Any) -> None:

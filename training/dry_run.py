@@ -16,7 +16,7 @@ from flowmaps.data import ImageFiles
 from flowmaps.distributed import processes
 from flowmaps.errors import within
 from flowmaps.evaluation.samples import grid_image
-from flowmaps.objectives import PathObjective
+from flowmaps.objectives import TrajectoryObjective
 from training.build import micro_batch_size
 from training.chain import placed
 from training.config import Config, build_objective
@@ -58,7 +58,7 @@ def _dry_run(config: Config, batch: int, out: Path | None) -> tuple[dict[str, An
     micro_batch = micro_batch_size(config, number)
     objective = build_objective(config)
     least = math.ceil(1 / objective.diagonal) if objective.diagonal else 1  # at least one diagonal row
-    if isinstance(objective, PathObjective):
+    if isinstance(objective, TrajectoryObjective):
         with within("trajectories"):
             least = objective.rows(grid(config.trajectories))  # the rows of one trajectory
     small = min(micro_batch, max(1, batch // (number * config.accumulate) // least) * least)

@@ -88,7 +88,7 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
     def refused(reason: str) -> UserError:
         return UserError(reason, field="teacher", value=config.teacher)
 
-    if not objective.taught:
+    if not objective.uses_teacher:
         raise refused(f"{class_name(objective)} does not use a teacher: leave it out")
     if objective.teacher_ema:
         raise refused("this objective already uses its own average as teacher: set objective.teacher_ema=0")

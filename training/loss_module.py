@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from flowmaps import FlowMap
 from flowmaps.objectives import Draws, Loss, Objective
+from flowmaps.objectives.base import Segments
 
 
 class LossModule(nn.Module):
@@ -27,11 +28,11 @@ class LossModule(nn.Module):
     def teacher(self) -> FlowMap | None:
         return self._hidden[0]
 
-    def forward(self, x1: Tensor, label: Tensor | None, draws: Draws) -> Loss:
+    def forward(self, x1: Tensor, label: Tensor | None, draws: Draws | Segments) -> Loss:
         drift = None if self.teacher is None else self.teacher.drift
         return self.objective.loss(self.fm, x1, label, draws, teacher=drift, weight=self.weight)
 
-    def gradient_norms(self, x1: Tensor, label: Tensor | None, draws: Draws) -> dict[str, Tensor]:
+    def gradient_norms(self, x1: Tensor, label: Tensor | None, draws: Draws | Segments) -> dict[str, Tensor]:
         """Return the norms of the contributions of diagonal and off-diagonal rows to the gradient of ``forward``."""
         drift = None if self.teacher is None else self.teacher.drift
         per_sample, _ = self.objective.per_sample(self.fm, x1, label, draws, drift, self.weight)

@@ -16,7 +16,7 @@ from flowmaps.data import DataSet, TrajectoryFiles
 from flowmaps.data.loader import Order
 from flowmaps.data.registry import as_samples
 from flowmaps.data.shards import begin, complete
-from flowmaps.objectives import PathObjective
+from flowmaps.objectives import TrajectoryObjective
 from flowmaps.rng import generator
 from samplers import Trajectory, check_times, log_snr_times, trajectory, uniform_times
 from training.config import Config, Grid, Solver, Start, Trajectories, class_name
@@ -113,7 +113,9 @@ class Paths:
         return self.walk(self.walk.teacher.base_std * noise, x, label)
 
 
-def build_paths(config: Config, objective: PathObjective, fm: FlowMap, teacher: FlowMap | None, data: DataSet) -> Paths:
+def build_paths(
+    config: Config, objective: TrajectoryObjective, fm: FlowMap, teacher: FlowMap | None, data: DataSet
+) -> Paths:
     """What ``config`` says of the trajectories of ``objective``."""
     options = config.trajectories
     if options.files:

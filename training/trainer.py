@@ -20,7 +20,7 @@ from flowmaps.distributed import AnyProcess
 from flowmaps.errors import within
 from flowmaps.networks.conditioning import soft_label
 from flowmaps.networks.magnitude import normalise_weights
-from flowmaps.objectives import Loss, PathObjective
+from flowmaps.objectives import Loss, TrajectoryObjective
 from flowmaps.posthoc_ema import write_snapshot
 from flowmaps.rng import generator
 from samplers import Trajectory
@@ -64,7 +64,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     ema: EMA
     init_fingerprint: str = ""  # of what config.init_from held
-    paths: Paths | None = None  # where the trajectories of a PathObjective come from
+    paths: Paths | None = None  # where the trajectories of a TrajectoryObjective come from
     latest: Any = None  # ((x1, label, draws), seed of dropout) of the latest shard
     skipped: int = 0  # steps with a non-finite gradient since the start or resume
     spikes: Spikes = field(default_factory=Spikes)
@@ -102,7 +102,7 @@ class Trainer:
         wrapped = accelerator.prepare_model(module, evaluation_mode=config.shard)  # i.e. no DDP around FSDP
         ema = build_ema(config, objective, fm.network, meta)
         paths = None
-        if isinstance(objective, PathObjective):
+        if isinstance(objective, TrajectoryObjective):
             paths = build_paths(config, objective, fm, module.teacher, data)
             objective.check(data.shape, paths.times, accelerator.device)
         loader = build_loader(config, accelerator, data, paths, size)

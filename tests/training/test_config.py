@@ -161,7 +161,7 @@ def test_options_of_any_name_can_be_set():
     section = MeanFlow(target=Velocity.model)
     assert (class_name(section), section.target) == ("mean_flow", Velocity.model)
     built = build_objective(tiny(objective=section))
-    assert built.taught and built == section and built is not section
+    assert built.uses_teacher and built == section and built is not section
 
 
 def test_accidental_options_are_refused():
