@@ -17,7 +17,7 @@ from flowmaps.data import Latents, Loader, Order, as_dataset, download, load_dat
 from flowmaps.data.augment import PARAMETERS
 from flowmaps.data.loader import DataSet
 from flowmaps.distributed import ON_CPU
-from flowmaps.errors import UserError
+from flowmaps.errors import UserError, within
 from flowmaps.flow_map import FlowMap
 from flowmaps.info import FlowMapInfo
 from flowmaps.objectives import LogVariance, Objective
@@ -68,9 +68,10 @@ def build_data(config: Config, accelerator: Accelerator, given: Any = None) -> D
     else:
         size = getattr(config.network, "image_size", None)
         with accelerator.local_main_process_first():  # the first process downloads and checks; the others find it done
-            if config.data.download:
-                download(config.data.name, config.data.root)
-            data = load_data(config.data.name, config.data.root, size, config.data.skip_corrupt)
+            with within("data"):
+                if config.data.download:
+                    download(config.data.name, config.data.root)
+                data = load_data(config.data.name, config.data.root, size, config.data.skip_corrupt)
     data = scaled(config, data)
     _check_augmentation(config, data)
     return data

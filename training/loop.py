@@ -11,7 +11,7 @@ from typing import Any
 
 from flowmaps import FlowMap, UserError
 from flowmaps.distributed import team
-from flowmaps.errors import Stopped, within
+from flowmaps.errors import Stopped, blame, within
 from flowmaps.evaluation.samples import grid_image
 from flowmaps.files import writable_directory, write_file
 from flowmaps.run_weights import list_checkpoints
@@ -58,13 +58,14 @@ def train_section(config: Config, workdir: Path, data: Any, section: str) -> Flo
         trainer = Trainer.build(config, data)
         judge = None
         if config.best.metric:
-            with within("best"):
-                judge = Judge(config.best, trainer.data, config.seed, trainer.accelerator.device, team())
+            judge = Judge(config.best, trainer.data, config.seed, trainer.accelerator.device, team())
     main = trainer.accelerator.is_main_process
     with ExitStack() as stack:
         if main:
             stack.enter_context(disk_errors(workdir))
-            stack.enter_context(run_lock(writable_directory(workdir, "--workdir")))
+            with blame("workdir", workdir):
+                writable_directory(workdir, "--workdir")
+            stack.enter_context(run_lock(workdir))
         stack.enter_context(within(section))
         stack.enter_context(trainer.loader.watched())
         done = _train(config, workdir, trainer, judge, main)

@@ -17,7 +17,6 @@ from flowmaps import FlowMap, UserError
 from flowmaps.data import DataSet, Latents, Loader, as_samples
 from flowmaps.data.augment import augmented, mirrored
 from flowmaps.distributed import AnyProcess
-from flowmaps.errors import within
 from flowmaps.networks.conditioning import soft_label
 from flowmaps.networks.magnitude import normalise_weights
 from flowmaps.objectives import Loss, TrajectoryObjective
@@ -85,8 +84,7 @@ class Trainer:
         accelerator = build_accelerator(config)
         data = build_data(config, accelerator, data)
         if config.best.metric:
-            with within("best"):
-                check_best(config.best, data.shape)
+            check_best(config.best, data.shape)
         size = micro_batch_size(config, accelerator.num_processes)
         objective = build_objective(config)
         check_diagonal(objective, size)

@@ -1,7 +1,7 @@
 """Config rows and what is refused of them."""
 
 import importlib
-import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,20 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import ConfigMixin, ModelMixin
 from helpers import ROOT
 from helpers.makers import write_lpips
-from helpers.runs import tiny
+from helpers.runs import assert_same, tiny, weights
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
-from flowmaps.networks import UNet
+from flowmaps.data import ArrayData
+from flowmaps.networks import UNet, registered
 from flowmaps.objectives import Lagrangian, MeanFlow
 from flowmaps.objectives.eulerian import Velocity
 from flowmaps.objectives.mid_training import Distance
+from flowmaps.run_weights import list_checkpoints
 from training import build_network
 from training.config import build_objective, class_name, network
 from training.config_rows import Chain
 from training.dry_run import dry_run, dry_run_chain
-from training.trainer import Trainer
+from training.loop import train
 
 
 @pytest.mark.parametrize(
@@ -173,30 +176,52 @@ def test_accidental_options_are_refused():
         Lagrangian(colour=1)
 
 
-class Line(torch.nn.Module):
-    """A network of the user's own."""
+class Line(ModelMixin, ConfigMixin):
+    """A network that is not in NETWORKS."""
 
+    @registered
     def __init__(self, dim: int, width: int = 8) -> None:
         super().__init__()
-        self.width, self.layer = width, torch.nn.Linear(dim + 2, dim)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(dim + 2, width), torch.nn.Linear(width, dim))
 
     def forward(self, x, s, t, label=None):
-        return self.layer(torch.cat([x, s[:, None], t[:, None]], dim=1))
+        return self.layers(torch.cat([x, s[:, None], t[:, None]], dim=1))
 
 
-def test_a_network_class_of_the_users_own_is_configured_without_our_tables():
-    config = tiny(network=network(Line, 2))
-    config.network.width = 5
-    assert config.to_dict()["network"] == {"name": f"{__name__}.Line", "dim": 2, "width": 5}
-    assert build_network(config).width == 5
+def test_a_network_class_of_ones_own_is_configured_trained_and_resumed_without_our_tables(tmp_path):
+    def config(width=5):
+        made = tiny(network=network(Line, 2))
+        made.network.width = width
+        return made
+
+    assert config().to_dict()["network"] == {"name": f"{__name__}.Line", "dim": 2, "width": 5}
+    assert build_network(config()).layers[0].out_features == 5
     with pytest.raises(UserError, match="dim"):
         network(Line)
-    trainer = Trainer.build(config)
-    assert math.isfinite(trainer.step(0)["loss"])
+    train(config(), tmp_path)
+    before = weights(tmp_path)
+    shutil.rmtree(list_checkpoints(tmp_path)[-1])
+    train(config(), tmp_path)
+    assert_same(before, weights(tmp_path))
+    with pytest.raises(UserError, match=r"^config\.network\.width: differs"):
+        train(config(width=6), tmp_path)
+
+
+def test_a_run_trains_on_data_from_memory_and_knows_it_again(tmp_path):
+    x = torch.rand(100, 2, generator=torch.Generator().manual_seed(0))
+    fm = train(tiny(), tmp_path, data=ArrayData(x, None, 0))
+    assert fm.info.images_seen == 6 * 64
+    shutil.rmtree(list_checkpoints(tmp_path)[-1])
+    train(tiny(), tmp_path, data=ArrayData(x, None, 0))
+    with pytest.raises(UserError, match=r"^config\.data\.root: has changed"):
+        train(tiny(), tmp_path, data=ArrayData(x + 1, None, 0))
+    with pytest.raises(UserError, match=r"^config\.network: is made for samples of shape \(2,\)"):
+        train(tiny(), tmp_path, data=ArrayData(torch.rand(10, 3), None, 0))
 
 
 SNIPPET = """
-from flowmaps.networks import UNet
+from flowmaps.data import ArrayData
+from flowmaps.networks import UNet, registered
 from flowmaps.objectives import Lagrangian
 from training.config import Config, network
 
