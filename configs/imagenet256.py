@@ -13,12 +13,12 @@ known. Nothing here was run by the authors of this package (no GPU yet).
 
 mean_flow            3.43 / 2.93 (second-hand). A quarter of the rows has s < t, times logit-normal (-0.4, 1) on the
                      paper's axis, adaptive weight p = 1; guidance baked in: effective weight 2.5 while its t is in
-                     [0.3, 0.8], at second hand, as is the cost, 1,520 GPU hours. The paper mixes 0.2 of the data's
+                     [0.3, 0.8] (second-hand, as is the cost of 1,520 GPU hours). The paper mixes 0.2 of the data's
                      velocity with 0.92 of the model's own to get 2.5; here the weight is 2.5 itself.
 improved_mean_flow   1.72 / 1.54 (second-hand; arXiv 2512.02012). Half of the rows have s < t, p = 1; batch 1024, 640
-                     epochs, warm-up 10 epochs, as in the authors' file for their B/2; the network is told a guidance
-                     weight from [1, 8], drawn uniformly (the paper's density falls, and its range of times is told
-                     too). Their XL/2 takes conditions as tokens and has 610 million parameters.
+                     epochs, warm-up 10 epochs, as in the authors' file for their B/2; the network is conditioned on a
+                     guidance weight drawn uniformly from [1, 8] (the paper's density falls, and it conditions on the
+                     range of times too). Their XL/2 takes conditions as tokens and has 610 million parameters.
 terminal_velocity    3.29 / 2.80 at weight 2, in 4 steps 1.99 at 1.75 (TVM, ICLR 2026). Gap times (-0.8, 1) and ends
                      (-0.4, 1) on the paper's axis, both terms with equal weight, teacher EMA 0.99, normalised queries
                      and keys; its RMSNorm of the modulation is not here. Batch and rate: MeanFlow's, a guess.

@@ -7,11 +7,11 @@ python scripts/fid.py --checkpoint=runs/imagenet64 --reference=imagenet-64x64.np
 Nobody has published Lagrangian self-distillation on this set. The settings are those of Boffi et al. 2025 for 64 x 64
 (arXiv 2505.18825, table 3: batch 256, 800,000 steps = 204.8 million images, RAdam with 1e-2 / sqrt(max(step / 35,000,
 1)), clipping at 1, share of diagonal rows 0.75, learned weight, EMA 0.9999, bf16), the network is EDM2-S for this size
-(arXiv 2312.02696: 280 million parameters), which is told the class. The paper trains its 124 million parameters about
+(arXiv 2312.02696: 280 million parameters), class-conditional. The paper trains its 124 million parameters about
 48 hours on 4 H100; by parameters this is some 110 hours, a guess. To compare with, second-hand: FID-50k of the largest
 EDM2 1.33 in 63 evaluations; in 1 / 2 steps sCT 2.04 / 1.48, CMT 1.78 / 1.32, ECT 2.49 / 1.67. Their protocol: 50,000
 samples, labels uniform, NVIDIA's Inception, EDM's statistics of the 1.28 million training images in ADM's crop
-(imagenet-64x64.npz, read as it is). Not run by the authors of this package, who have no GPU yet.
+(imagenet-64x64.npz, read as it is). Not run by the authors of this package, who do not have a GPU yet.
 """
 
 from functools import partial

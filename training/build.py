@@ -154,6 +154,8 @@ def open_decoder(config: Config, data: Latents) -> Decoder:
     """Open the VAE of a run, which sample grids, scores and exports need."""
     shift, scale = data.info["latent_shift"], data.info["latent_scale"]
     decoder = Decoder(data.facts["vae"], shift, scale, flag="--config.data.vae")
+    with within("data"):
+        decoder.open()
     if fingerprint(decoder.open()) != data.facts["vae_sha256"]:
         print(
             f"warning: data.vae={decoder.source} is not the VAE that made data.root={config.data.root}: correct only "

@@ -156,7 +156,7 @@ def network(cls: Callable[P, nn.Module], *args: P.args, **options: P.kwargs) -> 
     """Describe a network in a config: ``network(UNet, image_size=32, width=64)``.
 
     Args:
-        cls: A network of ``flowmaps.networks``, or a class of your own with the same call, network(x, s, t, label).
+        cls: A network of ``flowmaps.networks``, or your own (``flowmaps.networks.Network`` says what it must offer).
         args: Positional arguments of its constructor.
         options: Keyword arguments of its constructor. All remain fields, as in ``config.network.width = 32``.
 

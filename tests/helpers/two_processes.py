@@ -1,6 +1,6 @@
-"""What each process does for tests/test_distributed.py: ``torchrun ... tests/helpers/two_processes.py OUT ROW ...``.
+"""The work of each process for test_distributed.py: ``torchrun ... tests/helpers/two_processes.py OUT ROW ...``.
 
-Each row of configs/digits.py is trained for 20 steps, by DDP and sharded. Losses (means over processes) and whole
+Each row of configs/digits.py is trained for 20 steps, by DDP and sharded. Losses (means over processes) and full
 weights go to OUT/MODE-ROW-RANK.pt, since a launcher's exit code is not to be trusted: gloo now and then aborts after
 all is done.
 """
@@ -22,7 +22,7 @@ from training.trainer import Trainer
 
 STEPS = 20
 MODES = ("ddp", "shard")
-DRIFT = "drift"  # in OUT: what teaches the rows that learn from trajectories
+DRIFT = "drift"  # in OUT: the teacher of rows that learn from trajectories
 
 
 def config_of(row, out, **changes):
@@ -41,7 +41,7 @@ def config_of(row, out, **changes):
 
 
 def run(config):
-    """Losses of all steps, and the weights after them, of a trainer in this process."""
+    """Return the losses of all steps and the final weights of a trainer in this process."""
     trainer = Trainer.build(config)
     if config.shard:
         assert all(isinstance(p, DTensor) for p in trainer.module.parameters())

@@ -67,7 +67,7 @@ def test_each_stage_starts_from_the_average_of_the_one_before(whole):
     assert "| post_training | lagrangian | 20 | 320 |" in table(records)
 
 
-def test_a_chain_that_is_done_is_only_looked_at(whole):
+def test_a_finished_chain_is_left_as_it_is(whole):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
     run_script("scripts/train.py", *FLAGS, f"--workdir={whole}", check=True)
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
@@ -101,7 +101,7 @@ def test_a_mistake_in_a_later_stage_is_found_before_the_first(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_an_earlier_stage_may_teach(tmp_path):
+def test_an_earlier_stage_may_be_the_teacher(tmp_path):
     chain = small()
     chain.post_training.teacher = "pre_training"
     assert placed(chain, tmp_path)["post_training"].teacher == str(tmp_path / "pre_training")
@@ -127,7 +127,7 @@ def test_a_dry_run_tries_all_stages(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(f"dry-run-{stage}.png" for stage in STAGES)
 
 
-def test_which_weights_and_what_starts_anew(whole):
+def test_init_ema_and_init_fresh(whole):
     """init_ema takes raw or averaged weights of the run's last checkpoint, init_fresh leaves parameters random."""
     config, before = get_config("pipeline,smoke").post_training, whole / "mid_training"
     config.init_from = str(before)

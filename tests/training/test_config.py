@@ -1,4 +1,4 @@
-"""Config rows and what is refused of them."""
+"""Config rows, sections, and validation."""
 
 import importlib
 import shutil
@@ -40,7 +40,7 @@ from training.loop import train
         ("interpolant", "x"),
     ],
 )
-def test_config_mistakes_name_the_flag(field, value):
+def test_config_mistakes_name_the_field(field, value):
     with pytest.raises(UserError, match=f"^{field}="):
         tiny(**{field: value}).validate()
 
@@ -67,7 +67,7 @@ def config_rows():
                 slow = [pytest.mark.slow] if (file.stem, row) == ("imagenet512", "cmt") else []
                 yield pytest.param(module, f"{row},smoke", id=f"{file.stem}:{row},smoke", marks=slow)
             continue
-        for row in (row for row in module.ROWS if "pipeline" not in row):  # chains: tests/test_chain.py
+        for row in (row for row in module.ROWS if "pipeline" not in row):  # chains: tests/training/test_chain.py
             small = file.stem in ("checkerboard", "digits") or (row in USUAL and file.stem not in HEAVY)
             slow = [] if small else [pytest.mark.slow]
             yield pytest.param(module, row, id=f"{file.stem}:{row}", marks=slow)
@@ -82,7 +82,7 @@ def config_rows():
 
 
 def write_start(config, folder):
-    """What the config's init_from and teacher stand for: a drift of the same network, as an import gives it."""
+    """Write the checkpoint of init_from and teacher: a drift of the same network, as an import makes it."""
     net = config.network
     shape = (net.dim,) if hasattr(net, "dim") else (net.channels, net.image_size, net.image_size)
     latents = {}
@@ -93,7 +93,7 @@ def write_start(config, folder):
     info = FlowMapInfo(shape, getattr(net, "num_classes", 0), kind="drift", label_dropout=dropout, **latents)
     FlowMap(build_network(config), config.interpolant, config.base_std, info).save_pretrained(folder)
     for field in ("init_from", "teacher"):
-        if getattr(config, field) and not getattr(config, field).endswith("_training"):  # which is a stage
+        if getattr(config, field) and not getattr(config, field).endswith("_training"):  # i.e. not a stage
             setattr(config, field, str(folder))
 
 
@@ -114,7 +114,7 @@ def test_every_config_row_passes_a_dry_run(module, row, request, tmp_path):
 
 
 def on_small_data(config, request, tmp_path):
-    """Data of the true format, and what stands for a checkpoint that the row starts from."""
+    """Set up data of the true format, and a substitute for the checkpoint that the row starts from."""
     classes = {"folder": 2, "prepared": 32}.get(config.data.name, 10)
     if config.data.name == "prepared":
         config.data.root = str(request.getfixturevalue("imagenet_root") / Path(config.data.root).name)
@@ -160,7 +160,7 @@ def test_dry_run_refuses_what_training_would():
 
 
 def test_options_of_any_name_can_be_set():
-    """MeanFlow and mid-training each have an option ``target``; a copy is built, so that the config may change on."""
+    """MeanFlow and mid-training each have an option ``target``; a copy is built, so the config may change later."""
     section = MeanFlow(target=Velocity.model)
     assert (class_name(section), section.target) == ("mean_flow", Velocity.model)
     built = build_objective(tiny(objective=section))

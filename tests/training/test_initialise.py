@@ -31,7 +31,7 @@ def test_a_map_starts_as_the_drift(start, row):
     assert fm.info.kind == "map"
 
 
-def test_it_resumes_exactly_and_not_from_another_start(start, tmp_path):
+def test_a_started_run_resumes_exactly_and_refuses_another_start(start, tmp_path):
     config = started(start)
     config.steps = config.sample_every = 6
     config.checkpoint_every = 3
@@ -60,7 +60,7 @@ def test_it_resumes_exactly_and_not_from_another_start(start, tmp_path):
         (lambda c: setattr(c, "init_from", "nowhere"), "nowhere"),
     ],
 )
-def test_what_does_not_fit_is_refused(start, change, reason):
+def test_weights_that_do_not_fit_are_refused(start, change, reason):
     config = started(start, "lagrangian_started,smoke")
     change(config)
     with pytest.raises(UserError, match=reason):

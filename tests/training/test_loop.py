@@ -1,3 +1,5 @@
+"""The training loop: files of a run, exact resumption, averages, the log, the best checkpoint."""
+
 import json
 import math
 import shutil
@@ -101,7 +103,7 @@ def test_a_checkpoint_that_lies_about_its_step_is_refused(tmp_path):
 
 
 def test_log_has_each_step_once_and_true_means(tmp_path, monkeypatch):
-    """Means cover every step of an interval, whatever is written inside it; a resume drops what came after."""
+    """Means cover every step of an interval, whatever is written inside it; a resume drops later rows."""
     losses = []
     step = Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda self, k: (losses.append(step(self, k)), losses[-1])[1])

@@ -206,7 +206,7 @@ def test_asking_for_gradient_norms_changes_nothing():
 
 @pytest.mark.parametrize("name", LIVE)
 def test_gradient_norms_are_those_of_the_terms(name):
-    """The diagonal rows' is that of flow matching on them alone, the rest that of the difference to the whole."""
+    """The diagonal part is the gradient norm of flow matching on these rows, the other part that of the rest."""
     trainer = Trainer.build(digits(f"{name},smoke"))
     torch.manual_seed(0)
     for p in trainer.module.parameters():
