@@ -3,19 +3,21 @@
 python scripts/train.py --config=configs/checkerboard.py:lagrangian --workdir=runs/checkerboard
 """
 
-from typing import Any
+from functools import partial
 
-from training.config import Config, Data, Decay, Optim, Optimizer, network, objective
-from training.config_rows import Chain, method_rows, select, straightening_rows
+from flowmaps.networks import MLP
+from flowmaps.objectives import Consistency, FlowMatching, MidTraining, Objective
+from training.config import Config, Data, Decay, Optim, Optimizer, network
+from training.config_rows import Chain, objective_configs, select, smoke, straightening_configs
 
 DATA_STD = 0.577  # of a coordinate that is uniform on [-1, 1]: 1 / sqrt(3)
 
 
-def base(method: str, **options: Any) -> Config:
+def base(objective: Objective) -> Config:
     return Config(
         data=Data(name="checkerboard"),
-        network=network("MLP", width=256, depth=4, data_std=DATA_STD, fourier_features=64, fourier_scale=2.5),
-        objective=objective(method, **options),
+        network=network(MLP, width=256, depth=4, data_std=DATA_STD, fourier_features=64, fourier_scale=2.5),
+        objective=objective,
         base_std=DATA_STD,
         optim=Optim(name=Optimizer.adamw, lr=2e-3, warmup=100, decay=Decay.cosine),
         steps=2500,
@@ -29,30 +31,24 @@ def base(method: str, **options: Any) -> Config:
 
 def mid() -> Config:
     """Mid-training on the trajectories of the drift in runs/checkerboard-flow, from its weights."""
-    config = base("mid_training")
+    config = base(MidTraining())
     config.init_from = config.teacher = "runs/checkerboard-flow"
     return config
 
 
-def short(method: str) -> Config:
-    """A fine-tune."""
-    config = base(method)
+def short() -> Config:
+    """A short run from the weights of a drift."""
+    config = base(FlowMatching())
     config.steps, config.optim.lr, config.optim.warmup = 500, 6e-4, 50
     return config
 
 
-def smoke(config: Config) -> None:
-    """Seconds on two cores: every part runs, nothing is learned."""
-    config.network.width, config.steps, config.batch = 32, 20, 64
-    config.log_every = config.sample_every = config.checkpoint_every = 5
-
-
-ROWS = method_rows(base) | {
-    "consistency": lambda: base("consistency", stage_steps=300, adaptive=0.0),
+ROWS = objective_configs(base) | {
+    "consistency": lambda: base(Consistency(stage_steps=300, adaptive=0.0)),
     "mid_training": mid,
-    **straightening_rows(lambda: short("flow_matching"), "runs/checkerboard-flow"),
+    **straightening_configs(short, "runs/checkerboard-flow"),
 }
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:
-    return select(choice, ROWS, {"smoke": smoke})
+    return select(choice, ROWS, {"smoke": partial(smoke, batch=64, width=32)})

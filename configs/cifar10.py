@@ -9,18 +9,18 @@ million parameters), batch 512, 400,000 steps (204.8 million images), RAdam with
 clipping at 1, share of diagonal rows 0.75, dropout 0.13, learned weight and EMA 0.9999; about 24 hours on 4 H100.
 Append ",ddpmpp" for EDM's U-Net of 55.7 million parameters, at lr 5e-4 (a guess).
 
-Published FID of 50,000 samples to the training images, at 1 / 2 / 4 / 8 steps, and how it was had. Extractors and
-selection differ, which is worth a few tenths. [2]: read at second hand. No number was found for rows that are not here.
+Published FID of 50,000 samples to the training images, at 1 / 2 / 4 / 8 steps, and its protocol. Extractors and
+selection differ, which is worth a few tenths. [2]: as reported by others. No number was found for rows not listed.
 
 lagrangian            8.10 / 4.37 / 3.34 / 3.33. Own port of Inception, resized bilinearly, statistics of the training
                       images, seed 42, the best checkpoint for each step count; one checkpoint (27) has 8.82 / 4.49 /
                       3.34 / 3.65
 progressive           12.81 / 8.43 / 5.96 / 5.07, with midpoints; the same protocol and budget
-progressive_uniform   13.61 / 7.95 / 6.03 / 5.32; likewise
-eulerian              none: it diverged in the paper. Nor has eulerian_slim one
+progressive_uniform   13.61 / 7.95 / 6.03 / 5.32; same protocol and budget
+eulerian              none: it diverged in the paper. None for eulerian_slim either
 flow_matching         2.07 with Heun in 50 evaluations (facebookresearch/flow_matching; users report 2.2 to 3.1)
 mean_flow             2.92 / - [2] (arXiv 2505.13447): 819 million images, some 370 H200 hours, EDM's augmentation;
-                      torchmetrics, that is torch-fidelity's Inception
+                      torchmetrics, i.e. torch-fidelity's Inception
 shortcut              27.28 / 16.04 / 9.63 / 7.10 [2], not by its authors
 consistency           3.60 / 2.11 [2] (arXiv 2406.14548) after 51.2 million images from EDM's weights; NVIDIA's
                       Inception. From random weights, as here, none was found
@@ -29,20 +29,29 @@ straightening         4.80 in 6 Euler steps, and reflow 4.33 [2] (arXiv 2312.164
 from_edm              none as a map; the teacher's own 1.79 in 35 evaluations, conditional (arXiv 2206.00364)
 from_rectified_flow, from_ddpm   none as a map; the teachers' own: arXiv 2209.03003, 2006.11239
 
-Rows that start from published weights (docs/teachers.md), and follow their drift too with ",taught": from_edm
+Rows that start from published weights (docs/teachers.md), and also distil their drift with ",taught": from_edm
 (edm-cifar10-32x32-cond-vp), from_rectified_flow (DDPM++), from_ddpm (google/ddpm-cifar10-32), each imported to
 teachers/NAME first. Consistency mid-training: the row mid_training with --workdir=runs/cifar10-mid, then post_training,
 from edm-cifar10-32x32-uncond-vp imported to teachers/edm-uncond; optimiser, rates, steps, dropout 0.2, EMAs, LPIPS and
-q = 4096 are those of the authors' scripts [2]. Ours alone: the last of 16 steps goes from noise level 0.002 to none.
+q = 4096 are those of the authors' scripts [2]. Only ours: the last of 16 steps goes from noise level 0.002 to none.
 
 mean_flow, improved_mean_flow (arXiv 2512.02012) and consistency have the shares, times and weights of their papers in
 this setting, not their batch, optimiser and augmentation. All rows cost what the first one does, times the step's cost
 relative to lagrangian's (docs/maths.md), or less where they have fewer steps. Nothing here was run by the authors of
-this package, who have no GPU yet.
+this package, who do not have a GPU yet.
 """
 
+from functools import partial
 from typing import Any
 
+from flowmaps.objectives import (
+    Consistency,
+    ImprovedMeanFlow,
+    Lagrangian,
+    MeanFlow,
+    MidTraining,
+    Objective,
+)
 from flowmaps.objectives.mid_training import Distance, Target
 from flowmaps.objectives.time_sampling import Times
 from training.config import (
@@ -56,17 +65,16 @@ from training.config import (
     Start,
     Trajectories,
     Weight,
-    network,
-    objective,
+    preset,
 )
-from training.config_rows import Chain, method_rows, select, straightening_rows
+from training.config_rows import Chain, distil_init, objective_configs, select, smoke, straightening_configs
 
 
-def base(method: str, **options: Any) -> Config:
+def base(objective: Objective) -> Config:
     return Config(
         data=Data(name="cifar10"),
-        network=network("edm2-cifar10"),
-        objective=objective(method, **options),
+        network=preset("edm2-cifar10"),
+        objective=objective,
         base_std=0.5,
         weight=Weight(learned=True),
         optim=Optim(name=Optimizer.radam, lr=1e-2, warmup=0, decay=Decay.inverse_sqrt, decay_start=35_000),
@@ -81,14 +89,14 @@ def base(method: str, **options: Any) -> Config:
 
 def ddpmpp(config: Config) -> None:
     """The network that EDM trained: an ordinary one, at an ordinary learning rate."""
-    config.network = network("ddpm++-cifar10")
+    config.network = preset("ddpm++-cifar10")
     config.optim.lr, config.optim.warmup = 5e-4, 1000
 
 
 def started(name: str, base_std: float, **options: Any) -> Config:
     """A row whose network has the shape and the weights of the import in teachers/``name``."""
-    config = base("lagrangian")
-    config.network = network("ddpm++-cifar10", base_std=base_std, **options)
+    config = base(Lagrangian())
+    config.network = preset("ddpm++-cifar10", base_std=base_std, **options)
     config.init_from, config.base_std = f"teachers/{name}", base_std
     config.optim = Optim(name=Optimizer.radam, lr=1e-4, warmup=1000)
     config.weight.learned, config.steps = False, 100_000
@@ -96,15 +104,15 @@ def started(name: str, base_std: float, **options: Any) -> Config:
 
 
 def from_edm() -> Config:
-    """EDM's class-conditional network, told of its augmentation as in its own training."""
+    """EDM's class-conditional network, conditioned on its augmentation as in its own training."""
     config = started("edm", 0.5, convention="edm", num_classes=10, augment_dim=9)
     config.data.augment = 0.12
     return config
 
 
 def cmt(stage: Config) -> Config:
-    """What both stages of consistency mid-training share: EDM's unconditional VP network, batches of 128, RAdam."""
-    stage.network = network("ddpm++-cifar10", base_std=0.5, convention="edm", augment_dim=9)
+    """Set the common part of both stages of consistency mid-training: EDM's unconditional VP network, RAdam."""
+    stage.network = preset("ddpm++-cifar10", base_std=0.5, convention="edm", augment_dim=9)
     stage.network.dropout = 0.2
     stage.optim = Optim(name=Optimizer.radam, lr=2e-4, warmup=0, decay=Decay.linear)
     stage.weight.learned, stage.batch, stage.steps, stage.ema = False, 128, 300_000, (0.999,)
@@ -112,8 +120,8 @@ def cmt(stage: Config) -> Config:
 
 
 def mid_training() -> Config:
-    """8 trajectories of 16 steps a batch, from noised data, each state to the end by LPIPS."""
-    config = cmt(base("mid_training", target=Target.endpoint, distance=Distance.lpips))
+    """8 trajectories of 16 steps per batch, from noised data, each state to the end by LPIPS."""
+    config = cmt(base(MidTraining(target=Target.endpoint, distance=Distance.lpips)))
     config.trajectories = Trajectories(Solver.dpm_solver, 16, Grid.log_snr, low=0.0062, start=Start.data)
     config.init_from = config.teacher = "teachers/edm-uncond"
     return config
@@ -121,28 +129,14 @@ def mid_training() -> Config:
 
 def post_training() -> Config:
     """Consistency tuning at the final gap from the first step on, from mid-training's average."""
-    config = cmt(base("consistency", q=4096.0, stage_steps=0))
+    config = cmt(base(Consistency(q=4096.0, stage_steps=0)))
     config.init_from, config.steps, config.ema, config.optim.lr = "runs/cifar10-mid", 100_000, (0.9999,), 1e-4
     return config
 
 
-def taught(config: Config) -> None:
-    """The frozen import teaches the off-diagonal term: distillation."""
-    config.teacher = config.init_from
-
-
-def smoke(config: Config) -> None:
-    """Seconds on two cores: every part runs, nothing is learned."""
-    net = config.network
-    net.width, net.channel_mult, net.blocks = 16, (1, 2, 2), 1
-    config.steps, config.batch = 20, 16
-    config.trajectories.steps = min(config.trajectories.steps, 8)
-    config.log_every = config.sample_every = config.checkpoint_every = 5
-
-
-def weighted(method: str, **options: Any) -> Config:
-    """A row whose method has a weight of its own."""
-    config = base(method, **options)
+def unweighted(objective: Objective) -> Config:
+    """A row without a learned weight: the objective has its own."""
+    config = base(objective)
     config.weight.learned = False
     return config
 
@@ -153,21 +147,24 @@ def rectified() -> Config:
 
 
 def short() -> Config:
-    """What Nguyen et al. 2024 (arXiv 2312.16414) fine-tune with, in batches of 60 for their 15: 15 paths of 4 steps."""
+    """The fine-tuning of Nguyen et al. 2024 (arXiv 2312.16414), in batches of 60 for their 15: 15 paths of 4 steps."""
     config = rectified()
     config.optim = Optim(name=Optimizer.adamw, lr=2e-4, warmup=5000)
     config.batch, config.steps, config.ema = 60, 12_000, (0.9999,)
     return config
 
 
-MEAN_FLOW = {"diagonal": 0.25, "adaptive": 0.75, "times": Times.logit_normal}
-IMPROVED = {"diagonal": 0.5, "adaptive": 1.0, "times": Times.logit_normal}
+def mean_flow() -> Config:
+    times, both = Times.logit_normal, (2.0, 2.0)
+    return unweighted(MeanFlow(diagonal=0.25, adaptive=0.75, times=times, time_mean=both, time_std=both))
+
+
 DDPM = {"channel_mult": (1, 2, 2, 2)}
-ROWS = method_rows(base) | {
-    "mean_flow": lambda: weighted("mean_flow", **MEAN_FLOW, time_mean=(2.0, 2.0), time_std=(2.0, 2.0)),
-    **straightening_rows(short, "teachers/rectified_flow"),
-    "improved_mean_flow": lambda: weighted("improved_mean_flow", **IMPROVED),
-    "consistency": lambda: weighted("consistency"),
+ROWS = objective_configs(base) | {
+    "mean_flow": mean_flow,
+    **straightening_configs(short, "teachers/rectified_flow"),
+    "improved_mean_flow": lambda: unweighted(ImprovedMeanFlow(diagonal=0.5, adaptive=1.0, times=Times.logit_normal)),
+    "consistency": lambda: unweighted(Consistency()),
     "mid_training": mid_training,
     "post_training": post_training,
     "from_edm": from_edm,
@@ -177,4 +174,5 @@ ROWS = method_rows(base) | {
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:
-    return select(choice, ROWS, {"ddpmpp": ddpmpp, "taught": taught, "smoke": smoke})
+    small = partial(smoke, trajectory_steps=8, width=16, channel_mult=(1, 2, 2), blocks=1)
+    return select(choice, ROWS, {"ddpmpp": ddpmpp, "taught": distil_init, "smoke": small})

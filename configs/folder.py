@@ -1,4 +1,4 @@
-"""Images of your own, in a folder or a zip file, cropped to squares and resized to 64 x 64.
+"""Your own images, in a folder or a zip file, cropped to squares and resized to 64 x 64.
 
 python scripts/train.py --config=configs/folder.py:lagrangian --config.data.root=my/images --workdir=runs/mine --dry_run
 python scripts/train.py --config=configs/folder.py:lagrangian --config.data.root=my/images --workdir=runs/mine
@@ -6,14 +6,16 @@ python scripts/train.py --config=configs/folder.py:lagrangian --config.data.name
 
 Class-conditional with --config.network.num_classes=N (sub-folders or dataset.json; --dry_run lists the classes); other
 sizes with --config.network.image_size=N, grey images with --config.network.channels=1. The settings are those of
-Boffi et al. 2025 for CelebA-64 (arXiv 2505.18825, table 3) at a learning rate for this U-Net; not run by us yet.
+Boffi et al. 2025 for CelebA-64 (arXiv 2505.18825, table 3) at a learning rate for this U-Net; not yet run by us.
 
 from_edm2 is for ImageNet in 1,000 sub-folders: it starts from edm2-img64-s, imported to teachers/edm2 (docs/teachers.md
-says how), and ",taught" follows its drift too.
+says how); with ",taught" it also distils its drift.
 """
 
-from typing import Any
+from functools import partial
 
+from flowmaps.networks import EDM2UNet, UNet
+from flowmaps.objectives import Lagrangian, MidTraining, Objective
 from flowmaps.objectives.mid_training import Target
 from training.config import (
     Config,
@@ -27,16 +29,15 @@ from training.config import (
     Start,
     Trajectories,
     network,
-    objective,
 )
-from training.config_rows import Chain, method_rows, select, straightening_rows
+from training.config_rows import Chain, distil_init, objective_configs, select, smoke, straightening_configs
 
 
-def base(method: str, **options: Any) -> Config:
+def base(objective: Objective) -> Config:
     return Config(
         data=Data(name="folder", workers=4),
         network=network(
-            "UNet",
+            UNet,
             image_size=64,
             channels=3,
             width=128,
@@ -44,7 +45,7 @@ def base(method: str, **options: Any) -> Config:
             blocks=3,
             attention_resolutions=(16, 8),
         ),
-        objective=objective(method, **options),
+        objective=objective,
         base_std=0.5,
         optim=Optim(name=Optimizer.radam, lr=3e-4, warmup=1000, decay=Decay.inverse_sqrt, decay_start=35_000),
         steps=400_000,
@@ -57,22 +58,11 @@ def base(method: str, **options: Any) -> Config:
     )
 
 
-def smoke(config: Config) -> None:
-    """Seconds on two cores: every part runs, nothing is learned."""
-    net = config.network
-    net.width, net.channel_mult, net.blocks, net.attention_resolutions = 16, (1, 1, 2), 1, (16,)
-    config.precision = Precision.fp32
-    config.data.workers = 1
-    config.steps, config.batch = 20, 16
-    config.trajectories.steps = min(config.trajectories.steps, 8)
-    config.log_every = config.sample_every = config.checkpoint_every = 5
-
-
 def from_edm2() -> Config:
     """The shape and weights of EDM2-S at 64 x 64."""
-    config = base("lagrangian")
+    config = base(Lagrangian())
     config.network = network(
-        "EDM2UNet",
+        EDM2UNet,
         image_size=64,
         width=192,
         channel_mult=(1, 2, 3, 4),
@@ -86,23 +76,19 @@ def from_edm2() -> Config:
     return config
 
 
-def taught(config: Config) -> None:
-    """The frozen import teaches the off-diagonal term: distillation."""
-    config.teacher = config.init_from
-
-
 def mid() -> Config:
     """Mid-training from EDM2-S, on its trajectories; the paper's settings at 64 x 64 are not public."""
     config = from_edm2()
-    config.objective = objective("mid_training", target=Target.endpoint)
+    config.objective = MidTraining(target=Target.endpoint)
     config.teacher = config.init_from
     config.trajectories = Trajectories(Solver.dpm_solver, 16, Grid.log_snr, low=0.0062, start=Start.data)
     return config
 
 
-ROWS = method_rows(base) | {"from_edm2": from_edm2, "mid_training": mid}
-ROWS |= straightening_rows(from_edm2, "teachers/edm2")
+ROWS = objective_configs(base) | {"from_edm2": from_edm2, "mid_training": mid}
+ROWS |= straightening_configs(from_edm2, "teachers/edm2")
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:
-    return select(choice, ROWS, {"smoke": smoke, "taught": taught})
+    small = partial(smoke, trajectory_steps=8, width=16, channel_mult=(1, 1, 2), blocks=1, attention_resolutions=(16,))
+    return select(choice, ROWS, {"smoke": small, "taught": distil_init})

@@ -13,12 +13,12 @@ known. Nothing here was run by the authors of this package (no GPU yet).
 
 mean_flow            3.43 / 2.93 (second-hand). A quarter of the rows has s < t, times logit-normal (-0.4, 1) on the
                      paper's axis, adaptive weight p = 1; guidance baked in: effective weight 2.5 while its t is in
-                     [0.3, 0.8], at second hand, as is the cost, 1,520 GPU hours. The paper mixes 0.2 of the data's
+                     [0.3, 0.8] (second-hand, as is the cost of 1,520 GPU hours). The paper mixes 0.2 of the data's
                      velocity with 0.92 of the model's own to get 2.5; here the weight is 2.5 itself.
 improved_mean_flow   1.72 / 1.54 (second-hand; arXiv 2512.02012). Half of the rows have s < t, p = 1; batch 1024, 640
-                     epochs, warm-up 10 epochs, as in the authors' file for their B/2; the network is told a guidance
-                     weight from [1, 8], drawn uniformly (the paper's density falls, and its range of times is told
-                     too). Their XL/2 takes conditions as tokens and has 610 million parameters.
+                     epochs, warm-up 10 epochs, as in the authors' file for their B/2; the network is conditioned on a
+                     guidance weight drawn uniformly from [1, 8] (the paper's density falls, and it conditions on the
+                     range of times too). Their XL/2 takes conditions as tokens and has 610 million parameters.
 terminal_velocity    3.29 / 2.80 at weight 2, in 4 steps 1.99 at 1.75 (TVM, ICLR 2026). Gap times (-0.8, 1) and ends
                      (-0.4, 1) on the paper's axis, both terms with equal weight, teacher EMA 0.99, normalised queries
                      and keys; its RMSNorm of the modulation is not here. Batch and rate: MeanFlow's, a guess.
@@ -31,8 +31,17 @@ cmt                  3.34 in one step for 760 GPU hours in all (second-hand; Hu 
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
+from flowmaps.objectives import (
+    FlowMatching,
+    ImprovedMeanFlow,
+    Lagrangian,
+    MeanFlow,
+    MidTraining,
+    Objective,
+    TerminalVelocity,
+)
 from flowmaps.objectives.mid_training import Target
 from flowmaps.objectives.time_sampling import Times
 from training.config import (
@@ -45,20 +54,16 @@ from training.config import (
     Solver,
     Trajectories,
     Weight,
-    network,
-    objective,
+    preset,
 )
-from training.config_rows import Chain, select
-
-LOGIT_NORMAL = {"adaptive": 1.0, "times": Times.logit_normal}
-MEAN_FLOW = {**LOGIT_NORMAL, "diagonal": 0.75, "guidance": 2.5, "guidance_times": (0.2, 0.7)}
+from training.config_rows import Chain, select, smoke
 
 
-def base(method: str, **options: Any) -> Config:
+def base(objective: Objective) -> Config:
     return Config(
         data=Data(name="prepared", root="data/imagenet256", workers=4, label_dropout=0.1),
-        network=network("dit-xl2-imagenet256"),
-        objective=objective(method, **options),
+        network=preset("dit-xl2-imagenet256"),
+        objective=objective,
         base_std=1.0,
         optim=Optim(name=Optimizer.adamw, lr=1e-4, betas=(0.9, 0.95), warmup=0),
         steps=1_200_000,
@@ -71,52 +76,47 @@ def base(method: str, **options: Any) -> Config:
     )
 
 
+def mean_flow() -> Config:
+    return base(
+        MeanFlow(diagonal=0.75, adaptive=1.0, times=Times.logit_normal, guidance=2.5, guidance_times=(0.2, 0.7))
+    )
+
+
 def improved() -> Config:
-    config = base("improved_mean_flow", **LOGIT_NORMAL, diagonal=0.5, guidance_max=8.0)
+    config = base(ImprovedMeanFlow(diagonal=0.5, adaptive=1.0, times=Times.logit_normal, guidance_max=8.0))
     config.network.guidance = True
     config.batch, config.steps, config.optim.warmup = 1024, 800_000, 12_500
     return config
 
 
 def terminal() -> Config:
-    times = {"times": Times.gap, "time_mean": (0.4, -0.8)}
-    config = base("terminal_velocity", **times, diagonal=0.5, guidance=2.0)
+    config = base(TerminalVelocity(times=Times.gap, time_mean=(0.4, -0.8), diagonal=0.5, guidance=2.0))
     config.network.qk_norm = True
     return config
 
 
 def lagrangian() -> Config:
-    config = base("lagrangian")
+    config = base(Lagrangian())
     config.weight = Weight(learned=True)
     return config
 
 
 def cmt() -> Chain:
-    pre = base("flow_matching", guidance=2.5, times=Times.logit_normal)
-    pre.network, pre.steps = network("dit-b4-imagenet256"), 400_000
-    middle = base("mid_training", target=Target.pairs)
+    pre = base(FlowMatching(guidance=2.5, times=Times.logit_normal))
+    pre.network, pre.steps = preset("dit-b4-imagenet256"), 400_000
+    middle = base(MidTraining(target=Target.pairs))
     middle.teacher = "pre_training"
     middle.trajectories = Trajectories(solver=Solver.heun, steps=16)
     middle.steps, middle.ema = 107_000, (0.999,)
     middle.optim.decay = Decay.linear
-    post = base("mean_flow", **MEAN_FLOW)
+    post = mean_flow()
     post.init_from, post.steps = "mid_training", 463_000
     return Chain(pre, middle, post)
 
 
-def smoke(config: Config) -> None:
-    """Seconds on two cores: every part runs, nothing is learned."""
-    net = config.network
-    net.patch, net.width, net.depth, net.heads = 8, 32, 2, 2
-    config.precision, config.data.workers = Precision.fp32, 1
-    config.steps, config.batch = 20, 16
-    config.trajectories.steps = min(config.trajectories.steps, 8)
-    config.log_every = config.sample_every = config.checkpoint_every = 5
-
-
 ROWS: dict[str, Callable[[], Config | Chain]] = {
     "lagrangian": lagrangian,
-    "mean_flow": lambda: base("mean_flow", **MEAN_FLOW),
+    "mean_flow": mean_flow,
     "improved_mean_flow": improved,
     "terminal_velocity": terminal,
     "cmt": cmt,
@@ -124,4 +124,5 @@ ROWS: dict[str, Callable[[], Config | Chain]] = {
 
 
 def get_config(choice: str = "mean_flow") -> Config | Chain:
-    return select(choice, ROWS, {"smoke": smoke})
+    small = partial(smoke, trajectory_steps=8, patch=8, width=32, depth=2, heads=2)
+    return select(choice, ROWS, {"smoke": small})

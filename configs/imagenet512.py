@@ -19,11 +19,12 @@ post_training  16 million rows (125,000 steps of 128), consistency distillation 
 FID-50k after 28.8 million images, second-hand: 3.38 / 1.84 in 1 / 2 steps; the teacher's 1.81 takes 63 x 2 evaluations.
 Protocol as in EDM2: 50,000 samples, labels uniform, NVIDIA's Inception, its statistics of the training images in ADM's
 crop (img512.pkl, read as it is). No cost in GPU hours was found.
-The latents have the scaling of EDM2's own training. Not run by the authors of this package, who have no GPU yet.
+The latents have the scaling of EDM2's own training. Not run by the authors of this package, who do not have a GPU yet.
 """
 
-from typing import Any
+from functools import partial
 
+from flowmaps.objectives import Consistency, MidTraining, Objective
 from flowmaps.objectives.mid_training import Distance, Target
 from training.config import (
     Config,
@@ -35,16 +36,15 @@ from training.config import (
     Precision,
     Solver,
     Trajectories,
-    network,
-    objective,
+    preset,
 )
-from training.config_rows import Chain, select
+from training.config_rows import Chain, select, smoke
 
-MEAN, STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)  # of the latents, by channel
+MEAN, STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)  # of the latents, per channel
 TEACHER = "teachers/edm2-xxl"
 
 
-def base(method: str, **options: Any) -> Config:
+def base(objective: Objective) -> Config:
     return Config(
         data=Data(
             name="prepared",
@@ -53,8 +53,8 @@ def base(method: str, **options: Any) -> Config:
             latent_shift=MEAN,
             latent_scale=tuple(0.5 / std for std in STD),
         ),
-        network=network("edm2-xxl-imagenet512", convention="edm"),
-        objective=objective(method, **options),
+        network=preset("edm2-xxl-imagenet512", convention="edm"),
+        objective=objective,
         base_std=0.5,
         optim=Optim(name=Optimizer.adamw, lr=2e-4, warmup=0, decay=Decay.linear),
         steps=100_000,
@@ -68,28 +68,19 @@ def base(method: str, **options: Any) -> Config:
 
 
 def cmt() -> Chain:
-    middle = base("mid_training", target=Target.endpoint, distance=Distance.huber)
+    middle = base(MidTraining(target=Target.endpoint, distance=Distance.huber))
     middle.init_from = middle.teacher = TEACHER
     middle.trajectories = Trajectories(solver=Solver.dpm_solver, steps=16, grid=Grid.log_snr, low=0.0062)
-    post = base("consistency", q=1024.0, stage_steps=0, sigma_mean=-0.8, sigma_std=1.6)
+    post = base(Consistency(q=1024.0, stage_steps=0, sigma_mean=-0.8, sigma_std=1.6))
     post.init_from, post.teacher = "mid_training", TEACHER
     post.optim = Optim(name=Optimizer.adamw, lr=1e-6, betas=(0.9, 0.99), warmup=0)
     post.steps, post.ema = 125_000, (0.9999,)
     return Chain(None, middle, post)
 
 
-def smoke(config: Config) -> None:
-    """Seconds on two cores: every part runs, nothing is learned."""
-    net = config.network
-    net.width, net.channel_mult, net.blocks, net.attention_resolutions = 16, (1, 1, 2), 1, (16,)
-    config.precision, config.data.workers = Precision.fp32, 1
-    config.steps, config.batch = 20, 16
-    config.trajectories.steps = min(config.trajectories.steps, 8)
-    config.log_every = config.sample_every = config.checkpoint_every = 5
-
-
 ROWS = {"cmt": cmt}
 
 
 def get_config(choice: str = "cmt") -> Config | Chain:
-    return select(choice, ROWS, {"smoke": smoke})
+    small = partial(smoke, trajectory_steps=8, width=16, channel_mult=(1, 1, 2), blocks=1, attention_resolutions=(16,))
+    return select(choice, ROWS, {"smoke": small})

@@ -7,24 +7,25 @@ python scripts/fid.py --checkpoint=runs/imagenet64 --reference=imagenet-64x64.np
 Nobody has published Lagrangian self-distillation on this set. The settings are those of Boffi et al. 2025 for 64 x 64
 (arXiv 2505.18825, table 3: batch 256, 800,000 steps = 204.8 million images, RAdam with 1e-2 / sqrt(max(step / 35,000,
 1)), clipping at 1, share of diagonal rows 0.75, learned weight, EMA 0.9999, bf16), the network is EDM2-S for this size
-(arXiv 2312.02696: 280 million parameters), which is told the class. The paper trains its 124 million parameters about
+(arXiv 2312.02696: 280 million parameters), class-conditional. The paper trains its 124 million parameters about
 48 hours on 4 H100; by parameters this is some 110 hours, a guess. To compare with, second-hand: FID-50k of the largest
 EDM2 1.33 in 63 evaluations; in 1 / 2 steps sCT 2.04 / 1.48, CMT 1.78 / 1.32, ECT 2.49 / 1.67. Their protocol: 50,000
 samples, labels uniform, NVIDIA's Inception, EDM's statistics of the 1.28 million training images in ADM's crop
-(imagenet-64x64.npz, read as it is). Not run by the authors of this package, who have no GPU yet.
+(imagenet-64x64.npz, read as it is). Not run by the authors of this package, who do not have a GPU yet.
 """
 
-from typing import Any
+from functools import partial
 
-from training.config import Config, Data, Decay, Optim, Optimizer, Precision, Weight, network, objective
-from training.config_rows import Chain, select
+from flowmaps.objectives import Lagrangian, Objective
+from training.config import Config, Data, Decay, Optim, Optimizer, Precision, Weight, preset
+from training.config_rows import Chain, select, smoke
 
 
-def base(method: str, **options: Any) -> Config:
+def base(objective: Objective) -> Config:
     return Config(
         data=Data(name="prepared", root="data/imagenet64", workers=4),
-        network=network("edm2-s-imagenet64"),
-        objective=objective(method, **options),
+        network=preset("edm2-s-imagenet64"),
+        objective=objective,
         base_std=0.5,
         weight=Weight(learned=True),
         optim=Optim(name=Optimizer.radam, lr=1e-2, warmup=0, decay=Decay.inverse_sqrt, decay_start=35_000),
@@ -38,17 +39,9 @@ def base(method: str, **options: Any) -> Config:
     )
 
 
-def smoke(config: Config) -> None:
-    """Seconds on two cores: every part runs, nothing is learned."""
-    net = config.network
-    net.width, net.channel_mult, net.blocks, net.attention_resolutions = 16, (1, 1, 2), 1, (16,)
-    config.precision, config.data.workers = Precision.fp32, 1
-    config.steps, config.batch = 20, 16
-    config.log_every = config.sample_every = config.checkpoint_every = 5
-
-
-ROWS = {"lagrangian": lambda: base("lagrangian")}
+ROWS = {"lagrangian": lambda: base(Lagrangian())}
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:
-    return select(choice, ROWS, {"smoke": smoke})
+    small = partial(smoke, width=16, channel_mult=(1, 1, 2), blocks=1, attention_resolutions=(16,))
+    return select(choice, ROWS, {"smoke": small})

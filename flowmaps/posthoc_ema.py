@@ -1,11 +1,11 @@
-"""Averages of any width after training, from snapshots of a few: Karras et al. 2024 (EDM2, arXiv 2312.02696).
+"""Averages of any width after training, from snapshots of a few widths: Karras et al. 2024 (EDM2, arXiv 2312.02696).
 
     WORKDIR/snapshots/step-00001000.safetensors   tensors "WIDTH/NAME", their SHA-256 in the metadata
 
 A power-function average of exponent gamma after t steps has the profile p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1)
-on [0, t] (``training.ema``: exactly, not in the limit). The profile that is wanted is approached by a sum of those that
-were kept, in the sense of least squares over tau; the same sum of the snapshots is the average. Other than theirs, the
-coefficients add up to 1, so that weights which never moved come out as they are, and snapshots are float32: late in a
+on [0, t] (``training.ema``: exactly, not in the limit). The wanted profile is approximated by a linear combination
+of the stored ones, by least squares over tau; the same combination of the snapshots is the average. Unlike theirs, the
+coefficients sum to 1, so that weights which never moved are reproduced exactly, and snapshots are float32: late in a
 run the averages differ by less than float16 resolves.
 """
 
@@ -27,22 +27,22 @@ Profile = tuple[float, float]  # (t, width): when the average was taken, and its
 
 
 def exponent(width: float) -> float:
-    """gamma of the power function tau^gamma on [0, t] whose standard deviation is ``width`` t.
+    """Return gamma of the power function tau^gamma on [0, t] with standard deviation ``width`` t.
 
-    The largest root of (gamma + 1) = width^2 (gamma + 2)^2 (gamma + 3); Karras et al. 2024 (EDM2, arXiv 2312.02696),
-    section 3.1.
+    It is the largest root of (gamma + 1) = width^2 (gamma + 2)^2 (gamma + 3); Karras et al. 2024 (EDM2, arXiv
+    2312.02696), section 3.1.
     """
     return float(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max())
 
 
 def inner(a: Profile, b: Profile) -> float:
-    """The integral over tau of the product of two profiles."""
+    """Return the integral over tau of the product of two profiles."""
     (t, gamma), (u, delta) = sorted((profile[0], exponent(profile[1])) for profile in (a, b))
     return float((gamma + 1) * (delta + 1) / (gamma + delta + 1) * (t / u) ** delta / u)
 
 
 def coefficients(kept: list[Profile], wanted: Profile) -> list[float]:
-    """What the kept profiles are multiplied by, 1 in all, to come nearest to the wanted one."""
+    """Return the coefficients, of sum 1, of the ``kept`` profiles in the best approximation of the ``wanted`` one."""
     size = len(kept)
     gram = np.array([[inner(a, b) for b in kept] for a in kept])
     scale = 1 / np.sqrt(np.diag(gram))  # profiles of length 1: late and narrow ones are long
@@ -54,7 +54,7 @@ def coefficients(kept: list[Profile], wanted: Profile) -> list[float]:
 
 
 def write_snapshot(workdir: Path, step: int, averages: dict[float, dict[str, Tensor]]) -> None:
-    """Keep the averages, by width and name, after ``step`` steps."""
+    """Write the averages after ``step`` steps, given by width and parameter name."""
     tensors = {f"{width}/{name}": value for width, state in averages.items() for name, value in state.items()}
     facts = {"step": str(step), "sha256": _digest(tensors)}
     (workdir / "snapshots").mkdir(exist_ok=True)
@@ -62,13 +62,13 @@ def write_snapshot(workdir: Path, step: int, averages: dict[float, dict[str, Ten
 
 
 def list_snapshots(workdir: Path) -> list[Path]:
-    """The snapshots of a run, oldest first."""
+    """List the snapshots of a run, oldest first."""
     found = (workdir / "snapshots").glob("step-*.safetensors")
     return sorted(path for path in found if re.fullmatch(r"step-\d{8,}\.safetensors", path.name))
 
 
 def reconstruct(workdir: Path, width: float) -> dict[str, Tensor]:
-    """The average of relative ``width``, in (0, WIDEST), at the last snapshot of the run in ``workdir``."""
+    """Return the average of relative ``width``, in (0, WIDEST), at the last snapshot of the run in ``workdir``."""
     files = list_snapshots(workdir)
     profiles = [(path, profile) for path in files for profile in _profiles(path)]
     step = max(profile[0] for _, profile in profiles)
@@ -87,7 +87,7 @@ def reconstruct(workdir: Path, width: float) -> dict[str, Tensor]:
 
 
 def _profiles(path: Path) -> list[Profile]:
-    """The profiles in a snapshot, from its header."""
+    """Read the profiles in a snapshot from its header."""
     try:
         with safe_open(path, "pt") as file:
             widths = sorted({float(key.partition("/")[0]) for key in file.keys()})
@@ -109,7 +109,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} is damaged ({reason}): delete it to go by the other snapshots")
+    return UserError(f"{path} is damaged ({reason}): delete it to use the other snapshots")
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

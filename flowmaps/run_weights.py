@@ -1,4 +1,4 @@
-"""Weights inside a training run's directory: its checkpoints, their moving averages, and averages made afterwards."""
+"""Weights inside a run directory: checkpoints, their moving averages, and averages reconstructed afterwards."""
 
 import json
 import re
@@ -18,13 +18,17 @@ FORMAT = 1  # of a checkpoint's directory
 
 
 def list_checkpoints(workdir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """List the complete checkpoints of a run, oldest first."""
     found = (workdir / "checkpoints").glob("step-*")
     return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """state.json of a checkpoint, and its tensors by file and name. Damage is refused by file name."""
+    """Return state.json of a checkpoint, and its tensors by file and name.
+
+    Raises:
+        UserError: A file is missing or damaged; the message names it.
+    """
     remedy = f"delete {path} to resume from the checkpoint before it"
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
@@ -44,15 +48,20 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Ten
     return state, tensors
 
 
-def run_weights(run: str, which: str, flag: str = "--config.init_ema") -> dict[str, Tensor]:
-    """The network's weights in the directory ``run``: an average's, by its decay, or "raw", from the last checkpoint;
-    or those of the power-function average whose width ``which`` is, made from the snapshots.
+def run_weights(run: str, which: str) -> dict[str, Tensor]:
+    """Return weights of the network of a run.
 
-    Refused with the name of ``flag``, which says ``which``.
+    Args:
+        run: The run directory.
+        which: "raw", or the decay of one of the averages, from the last checkpoint; or the width of a power-function
+            average, reconstructed from the snapshots.
+
+    Raises:
+        UserError: The run does not have these weights; field "ema".
     """
     found = list_checkpoints(Path(run))
     if not found:
-        raise UserError(f"{flag}={which}: {run} is no run with checkpoints: leave the flag out")
+        raise UserError(f"{run} is not a run with checkpoints: leave it out", field="ema", value=which)
     tensors = read_checkpoint(found[-1])[1]
     name = "network" if which == "raw" else f"ema-{which}"
     width = float(which) if re.fullmatch(r"0?\.\d+", which) else 0.0
@@ -61,13 +70,13 @@ def run_weights(run: str, which: str, flag: str = "--config.init_ema") -> dict[s
     if name not in tensors:
         have = [key.removeprefix("ema-") for key in tensors if key.startswith("ema-") and "width" not in key]
         widths = f", any width below {WIDEST:.4f}" * bool(list_snapshots(Path(run)))
-        raise UserError(f"{flag}={which}: {found[-1]} has {', '.join([*have, 'raw'])}{widths}")
+        raise UserError(f"{found[-1]} has {', '.join([*have, 'raw'])}{widths}", field="ema", value=which)
     if any(".base_layer." in key for key in tensors[name]):
-        raise UserError(f"{flag}={which}: {run} was trained with --config.lora: leave the flag out")
+        raise UserError(f"{run} was trained with LoRA: leave it out", field="ema", value=which)
     return tensors[name]
 
 
-def take_weights(fm: FlowMap, run: str, which: str, flag: str) -> None:
-    """Give ``fm`` the weights of ``run_weights``, and note in its info which they are."""
-    fm.network.load_state_dict(run_weights(run, which, flag))
+def take_weights(fm: FlowMap, run: str, which: str) -> None:
+    """Load the weights of ``run_weights`` into ``fm``, and record in its info which they are."""
+    fm.network.load_state_dict(run_weights(run, which))
     fm.info = replace(fm.info, ema=None if which == "raw" else float(which))

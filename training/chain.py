@@ -1,4 +1,4 @@
-"""Several runs in a row, each from the weights of the one before: all by one command, which also resumes."""
+"""A chain of runs, each from the weights of the one before, by one command that also resumes."""
 
 import json
 from pathlib import Path
@@ -8,36 +8,32 @@ from accelerate.state import AcceleratorState
 
 from flowmaps import FlowMap, UserError
 from flowmaps.distributed import processes
+from flowmaps.errors import within
 from flowmaps.files import writable_directory, write_file
-from training.config import Config
+from training.config import Config, class_name
 from training.config_rows import Chain
-from training.loop import train
+from training.loop import train_section
 
 
 def run_chain(chain: Chain, workdir: str | Path, only: str = "") -> list[dict[str, Any]]:
-    """Train the stages of ``chain``, or the one named ``only``, in ``workdir``/STAGE; returns a record of each.
+    """Train the stages of ``chain``, or the one named ``only``, in ``workdir``/STAGE, and return a record of each.
 
-    A stage that is done is only looked at, and one that was stopped resumes, by the rules of ``train``. The records
-    of a whole chain are also in ``workdir``/chain.json.
+    By the rules of ``train`` a finished stage is left as it is and a stopped one resumes. The records of the complete
+    chain are also written to ``workdir``/chain.json.
     """
     workdir = Path(workdir)
     stages = placed(chain, workdir)
     if only and only not in stages:
-        raise UserError(f"--stage={only}: choose one of {', '.join(stages)}")
+        raise UserError(f"choose one of {', '.join(stages)}", field="stage", value=only)
     for name, config in stages.items():
-        try:
+        with within(f"config.{name}"):
             config.validate()
-        except UserError as error:
-            raise UserError(str(error).replace("--config.", f"--config.{name}.")) from None
     writable_directory(workdir, "--workdir")
     records = []
     for name, config in stages.items():
         if name == only or not only:
             AcceleratorState._reset_state()  # stages may differ in precision
-            try:
-                fm = train(config, workdir / name)
-            except UserError as error:
-                raise UserError(f"stage {name}: {error}") from None
+            fm = train_section(config, workdir / name, None, f"config.{name}")
             records.append(record(name, config, workdir / name, fm))
     if processes().is_main_process and not only:
         write_file(workdir / "chain.json", json.dumps(records, indent=2).encode())
@@ -45,7 +41,7 @@ def run_chain(chain: Chain, workdir: str | Path, only: str = "") -> list[dict[st
 
 
 def placed(chain: Chain, workdir: Path) -> dict[str, Config]:
-    """The stages with the names of earlier stages in ``init_from`` and ``teacher`` replaced by their directories."""
+    """Return the stages, with names of earlier stages in ``init_from`` and ``teacher`` replaced by directories."""
     done: dict[str, Config] = {}
     for name, config in chain.stages().items():
         for field in ("init_from", "teacher"):
@@ -53,14 +49,14 @@ def placed(chain: Chain, workdir: Path) -> dict[str, Config]:
             if value in done:
                 setattr(config, field, str(workdir / value))
             elif value in chain.stages():
-                raise UserError(f"--config.{name}.{field}={value}: that stage does not come before {name}")
+                raise UserError(f"that stage does not come before {name}", f"config.{name}.{field}", value)
         done[name] = config
     return done
 
 
 def record(name: str, config: Config, directory: Path, fm: FlowMap) -> dict[str, Any]:
-    """What became of a stage: what it started from, how long it was, and its last logged loss and scores."""
-    processes().wait_for_everyone()  # until the main process has written all
+    """Summarise a finished stage: its start, its length, and its last logged loss and scores."""
+    processes().wait_for_everyone()  # until the main process has written everything
     rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     last: dict[str, Any] = {}
     for row in rows:
@@ -68,7 +64,7 @@ def record(name: str, config: Config, directory: Path, fm: FlowMap) -> dict[str,
     origin = json.loads((directory / "config.json").read_text())["origin"]
     return {
         "stage": name,
-        "objective": config.objective.name,
+        "objective": class_name(config.objective),
         "steps": config.steps,
         "images_seen": fm.info.images_seen,
         "init_from": origin["init_from"],
@@ -79,7 +75,7 @@ def record(name: str, config: Config, directory: Path, fm: FlowMap) -> dict[str,
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """The records as Markdown, fingerprints by their first digits."""
+    """Format the records as a Markdown table, with shortened fingerprints."""
     columns = list(dict.fromkeys(key for row in records for key in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in records:

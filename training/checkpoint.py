@@ -1,10 +1,10 @@
-"""Run checkpoints: everything a run needs to go on bit for bit, in safetensors and JSON.
+"""Run checkpoints: everything a run needs to resume bit for bit, in safetensors and JSON.
 
     checkpoints/step-00000500/network.safetensors  weight.safetensors  optimizer.safetensors  ema-0.999.safetensors
                               state.json            step, images seen, and the SHA-256 of each file
     checkpoints/best/         the same, with model/ (the export) and its score in state.json
 
-No random state is kept: every draw is keyed by the step (flowmaps.rng).
+No random state is stored: every draw is keyed by the step (flowmaps.rng).
 """
 
 import json
@@ -21,77 +21,79 @@ from flowmaps.errors import UserError
 from flowmaps.files import new_directory, sha256
 from flowmaps.run_weights import FORMAT, list_checkpoints, read_checkpoint
 from training.ema import EMA
-from training.fsdp import alike, collected
+from training.fsdp import gather_to_cpu, shard_like
 from training.loss_module import LossModule
 
 
 def save_checkpoint(
     path: Path,
-    step: int,
-    images_seen: int,
+    state: dict[str, Any],
     module: LossModule,
     optimizer: torch.optim.Optimizer,
     ema: EMA,
     model: FlowMap | None = None,
     writes: bool = True,
-    **facts: Any,
 ) -> None:
-    """Write the directory ``path`` whole or not at all.
+    """Write the directory ``path``, complete or not at all.
 
-    With ``model``, its export goes to ``path``/model, so that ``path`` can be sampled from; ``facts`` go to state.json.
-    All processes take part, since each may have but a shard of the tensors; the one that ``writes`` has them all.
+    Args:
+        path: The checkpoint.
+        state: Entries of state.json: "step", "images_seen" and any others.
+        module: The loss, with the network and the learned weight.
+        optimizer: Its state is stored, its settings come from the config.
+        ema: The averages.
+        model: Exported to ``path``/model if given, so that ``path`` can be sampled from.
+        writes: Whether this process writes. All must call, since each may hold only a shard of the tensors.
     """
     parts = {"network": module.fm.network.state_dict(), "optimizer": _optimizer_tensors(optimizer)}
     if module.weight is not None:
         parts["weight"] = module.weight.state_dict()
-    parts |= {f"ema-{name}": shadow for name, shadow in ema.shadows.items()}
-    tensors = {name: collected(part, keep=writes) for name, part in parts.items()}
+    parts |= {f"ema-{name}": average for name, average in ema.state_dict().items()}
+    tensors = {name: gather_to_cpu(part, keep=writes) for name, part in parts.items()}
     if not writes:
         return
-    with new_directory(path) as beside:
-        for name, state in tensors.items():
-            save_file(state, beside / f"{name}.safetensors")
-        files = {file.name: sha256(file) for file in sorted(beside.iterdir())}
-        known = {"format": FORMAT, "step": step, "images_seen": images_seen, "files": files, **facts}
-        (beside / "state.json").write_text(json.dumps(known, indent=2))
+    with new_directory(path) as directory:
+        for name, part in tensors.items():
+            save_file(part, directory / f"{name}.safetensors")
+        files = {file.name: sha256(file) for file in sorted(directory.iterdir())}
+        (directory / "state.json").write_text(json.dumps({"format": FORMAT, **state, "files": files}, indent=2))
         if model is not None:
-            model.save_pretrained(beside / "model")
+            model.save_pretrained(directory / "model")
 
 
 def prune_checkpoints(workdir: Path, keep: int) -> None:
-    """Delete all but the last ``keep`` checkpoints; the best one is not among those counted."""
+    """Delete all but the last ``keep`` checkpoints; the best one is neither counted nor deleted."""
     for old in list_checkpoints(workdir)[:-keep]:
         shutil.rmtree(old)
 
 
 def load_checkpoint(path: Path, module: LossModule, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Any]:
-    """Restore ``module``, ``optimizer`` and ``ema`` in place; returns state.json."""
+    """Restore ``module``, ``optimizer`` and ``ema`` in place, and return state.json."""
     state, tensors = read_checkpoint(path)
-    wanted = {"network", "optimizer", *(f"ema-{name}" for name in ema.shadows)}
+    wanted = {"network", "optimizer", *(f"ema-{name}" for name in ema.state_dict())}
     wanted |= {"weight"} if module.weight is not None else set()
     if wanted != set(tensors):
-        raise UserError(f"{path} holds {sorted(tensors)}, but this config needs {sorted(wanted)}: use a new --workdir")
+        raise UserError(f"{path} holds {sorted(tensors)}, but this config needs {sorted(wanted)}: use a new workdir")
     try:
         _restore(module.fm.network, tensors["network"])
         if module.weight is not None:
             _restore(module.weight, tensors["weight"])
-        for name in ema.shadows:
-            ema.load(name, tensors[f"ema-{name}"])
+        ema.load_state_dict({name: tensors[f"ema-{name}"] for name in ema.state_dict()})
         _restore_optimizer(optimizer, tensors["optimizer"])
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not fit this config ({reason}): use a new --workdir") from None
+        raise UserError(f"{path} does not fit this config ({reason}): use a new workdir") from None
     return state
 
 
 def _restore(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load whole tensors into a module, sharded or not."""
+    """Load full tensors into a module, sharded or not."""
     live = module.state_dict()
-    module.load_state_dict({k: alike(v, live.get(k, v)) for k, v in tensors.items()})
+    module.load_state_dict({k: shard_like(v, live.get(k, v)) for k, v in tensors.items()})
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as flat tensors "parameter index/name"; its settings come from the config."""
+    """Return the optimiser's state as flat tensors "parameter index/name"."""
     state = optimizer.state_dict()["state"]
     return {f"{index}/{name}": value for index, entry in state.items() for name, value in entry.items()}
 
@@ -102,5 +104,5 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
     for key, value in tensors.items():
         index, name = key.split("/")
         like = parameters[int(index)]
-        state.setdefault(int(index), {})[name] = alike(value, like) if value.shape == like.shape else value
+        state.setdefault(int(index), {})[name] = shard_like(value, like) if value.shape == like.shape else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,7 +1,7 @@
 """The run config: typed dataclasses that a file in configs/ fills and ``--config.a.b=value`` overrides.
 
-Closed choices are Enums (given by name on the command line). The sections ``network`` and ``objective`` have exactly
-the arguments of the class they configure, read from its signature, so that nothing is listed twice.
+Closed choices are Enums, given by name on the command line. ``objective`` is the objective itself, a dataclass of its
+options. ``network`` has exactly the arguments of the class that it configures, read from its constructor.
 """
 # No `from __future__ import annotations` here: ml_collections reads the annotations as types.
 
@@ -9,14 +9,26 @@ import dataclasses
 import enum
 import inspect
 import typing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from flowmaps.errors import UserError
+from torch import nn
+
+from flowmaps.errors import UserError, within
 from flowmaps.interpolants import INTERPOLANTS
 from flowmaps.networks import NETWORKS, PRESETS
-from flowmaps.objectives import OBJECTIVES, Objective, PathObjective
+from flowmaps.objectives import OBJECTIVES, Objective, TrajectoryObjective
 from flowmaps.posthoc_ema import WIDEST
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def may_change(default: T) -> T:
+    """Declare a field that may differ when a run resumes, since it does not change the steps already done."""
+    return field(default=default, metadata={"may_change": True})
 
 
 class Optimizer(enum.Enum):
@@ -27,7 +39,7 @@ class Optimizer(enum.Enum):
 class Decay(enum.Enum):
     constant = "constant"
     cosine = "cosine"  # to zero at the last step
-    linear = "linear"  # likewise
+    linear = "linear"  # to zero at the last step
     inverse_sqrt = "inverse_sqrt"  # lr / sqrt(max(step / decay_start, 1))
 
 
@@ -38,16 +50,16 @@ class Precision(enum.Enum):
 
 @dataclass
 class Data:
-    name: str = "digits"  # a key of flowmaps.data.DATA; folder or zip for images of your own; prepared, by prepare_data
-    root: str = "data"  # folder of the data set's files, where it has any; the folder, zip file or prepared set
-    download: bool = False  # fetch the files into root first
-    workers: int = 0  # processes that read ahead; 0: read between the steps
-    skip_corrupt: bool = False  # leave out files that are no whole images, instead of refusing the folder
+    name: str = "digits"  # a key of flowmaps.data.DATA; folder or zip for your own images; prepared, by prepare_data
+    root: str = may_change("data")  # directory of the data set's files; the folder, zip file or prepared set
+    download: bool = may_change(False)  # fetch the files into root first
+    workers: int = may_change(0)  # processes that read ahead; 0: read between the steps
+    skip_corrupt: bool = False  # skip unreadable image files instead of refusing the folder
     flip: bool = False  # mirror half of the images
     label_dropout: float = 0.0  # share of rows trained without their label, for "no label" and guidance
-    vae: str = ""  # of latents: what makes images of them, a directory or hub id; empty: the VAE that made them
-    latent_shift: tuple[float, ...] = ()  # of latents z: a sample is scale (z - shift), a number a channel; empty: as
-    latent_scale: tuple[float, ...] = ()  # the VAE's config says
+    vae: str = ""  # decoder of latents, a directory or hub id; empty: the VAE that encoded them
+    latent_shift: tuple[float, ...] = ()  # a sample is scale (z - shift) of a latent z, one number per channel; empty:
+    latent_scale: tuple[float, ...] = ()  # as in the VAE's config
     augment: float = 0.0  # probability of each of EDM's transforms; the network needs augment_dim=9
 
 
@@ -58,7 +70,7 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 1.0  # global norm of the gradient
-    spike: float = 0.0  # a step whose gradient is longer than this many times the usual one is left out; 0: none is
+    spike: float = 0.0  # skip a step whose gradient norm exceeds this multiple of the recent median; 0 disables
     warmup: int = 100  # steps of linear warm-up
     decay: Decay = Decay.constant
     decay_start: int = 35_000  # steps, for inverse_sqrt
@@ -72,14 +84,14 @@ class Weight:
 
 @dataclass
 class Best:
-    """Which model a run keeps in checkpoints/best: that of the lowest ``metric``."""
+    """Keep the model with the lowest ``metric`` in checkpoints/best."""
 
-    metric: str = ""  # FID, FD-digits, FD-fashion_mnist; for points W2 or KL; empty: none is kept
-    steps: int = 1  # sampling steps
-    num: int = 2000  # samples
-    every: int = 5000  # training steps between two looks
-    reference: str = ""  # statistics file of stats.py; empty: the training data
-    weights: str = ""  # weight file of the extractor
+    metric: str = may_change("")  # FID, FD-digits, FD-fashion_mnist; for points W2 or KL; empty: keep none
+    steps: int = may_change(1)  # sampling steps
+    num: int = may_change(2000)  # samples
+    every: int = may_change(5000)  # training steps between two scores
+    reference: str = may_change("")  # statistics file of stats.py; empty: the training data
+    weights: str = may_change("")  # weight file of the extractor
 
 
 class Solver(enum.Enum):
@@ -90,20 +102,20 @@ class Solver(enum.Enum):
 
 class Grid(enum.Enum):
     uniform = "uniform"  # from ``low`` to 1
-    log_snr = "log_snr"  # uniform in the logarithm of signal over noise from ``low`` to ``high``, and a last step to 1
+    log_snr = "log_snr"  # uniform in log(signal / noise) from ``low`` to ``high``, and a last step to 1
     given = "given"  # ``times``
 
 
 class Start(enum.Enum):
-    """The first state of a trajectory, at time ``low``: a point of the path with the data, or without them."""
+    """The first state of a trajectory, at time ``low``."""
 
-    noise = "noise"
-    data = "data"
+    noise = "noise"  # noise alone
+    data = "data"  # the path's point between noise and an image
 
 
 @dataclass
 class Trajectories:
-    """The solver paths of a teacher, on which ``mid_training`` and ``straightening`` regress."""
+    """The solver paths of a teacher, which ``mid_training`` and ``straightening`` learn from."""
 
     solver: Solver = Solver.heun
     steps: int = 16
@@ -112,187 +124,269 @@ class Trajectories:
     high: float = 0.996  # for log_snr
     times: tuple[float, ...] = ()  # for given: increasing, from at least 0 to 1
     start: Start = Start.noise
-    substeps: int = 1  # solver steps in each step, whose states are not kept
-    files: str = ""  # directory that prepare_data.py wrote; empty: walk along the teacher's drift at each step
+    substeps: int = 1  # solver steps per step; the states between are not kept
+    files: str = may_change("")  # directory that prepare_data.py wrote; empty: integrate the drift in each step
 
 
 @dataclass
-class Section:
-    """Options of one class from a table: ``name`` is its key, the other fields are its arguments."""
+class NetworkSection:
+    """A network class and the arguments of its constructor; ``network`` makes a subclass with these as fields."""
 
-    name: str
+    network_class = nn.Module  # not annotated, so not a field
 
     def options(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "name"}
+        """Return the arguments by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    if TYPE_CHECKING:  # the fields exist at run time only
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    else:
+
+        def __setattr__(self, name, value):
+            if name not in {f.name for f in dataclasses.fields(self)}:
+                raise UserError(f"{self.network_class.__name__} has no such option", field=f"network.{name}")
+            super().__setattr__(name, value)
+
+
+def network(cls: Callable[P, nn.Module], *args: P.args, **options: P.kwargs) -> NetworkSection:
+    """Describe a network in a config: ``network(UNet, image_size=32, width=64)``.
+
+    Args:
+        cls: A network of ``flowmaps.networks``, or your own (``flowmaps.networks.Network`` says what it must offer).
+        args: Positional arguments of its constructor.
+        options: Keyword arguments of its constructor. All remain fields, as in ``config.network.width = 32``.
+
+    Raises:
+        UserError: The constructor does not have one of the options, or an option without default is missing.
+    """
+    made = _section_class(typing.cast(type[nn.Module], cls))
+    try:
+        given = inspect.signature(cls).bind(*args, **options).arguments
+    except TypeError as error:
+        raise UserError(f"{made.network_class.__name__}: {error}", field="network") from None
+    return made(**given)
+
+
+def _section_class(cls: type[nn.Module]) -> type[NetworkSection]:
+    hints = typing.get_type_hints(inspect.unwrap(cls.__init__))
+    fields: list[Any] = [
+        (p.name, hints.get(p.name, Any), field() if p.default is p.empty else field(default=p.default))
+        for p in inspect.signature(cls).parameters.values()
+    ]
+    made: Any = dataclasses.make_dataclass(f"{cls.__name__}Section", fields, bases=(NetworkSection,), kw_only=True)
+    made.network_class = cls
+    return typing.cast(type[NetworkSection], made)
+
+
+def preset(name: str, **changes: Any) -> NetworkSection:
+    """Describe the network ``name`` of ``flowmaps.networks.PRESETS``, with ``changes`` to its arguments."""
+    found = PRESETS[name]
+    cls: Callable[..., nn.Module] = NETWORKS[found.network]
+    return network(cls, **{**found.options, **changes})
 
 
 @dataclass
 class Config:
-    network: Any  # network("UNet", width=...)
-    objective: Any  # objective("lagrangian", diagonal=...)
-    teacher: str = ""  # checkpoint whose drift teaches, frozen; empty: the network itself, or its average
-    init_from: str = ""  # checkpoint whose weights the network starts from; empty: random weights
-    init_ema: str = ""  # which of a run's weights: the decay of one of its averages, or raw; empty: what it exports
-    init_fresh: tuple[str, ...] = ()  # parameters, by the beginnings of their names, that start from random weights
-    lora: int = 0  # rank of the low-rank changes that are trained instead of the weights; 0: the weights
+    """Everything that defines a run. Fields are flags of train.py: ``--config.optim.lr=1e-3``.
+
+    Args:
+        network: The architecture: ``network(UNet, image_size=32)`` or ``preset("dit-b4-imagenet256")``.
+        objective: The loss: ``Lagrangian(diagonal=0.75)``, any of ``flowmaps.objectives``.
+
+    The other fields have defaults; the comments next to them say what they mean. A number without a unit counts
+    optimiser steps.
+
+    Example:
+        >>> unet = network(UNet, image_size=8, channels=1, width=32, channel_mult=(1, 2), num_classes=10)
+        >>> config = Config(unet, Lagrangian(), data=Data(name="digits"), steps=1500, batch=64)
+        >>> train(config, "runs/digits")
+    """
+
+    network: NetworkSection
+    objective: Objective
+    teacher: str = may_change("")  # checkpoint whose frozen drift is the target; empty: the network or its average
+    init_from: str = may_change("")  # checkpoint whose weights the network starts from; empty: random weights
+    init_ema: str = ""  # which weights of that run: the decay of an average, or raw; empty: those it exports
+    init_fresh: tuple[str, ...] = ()  # prefixes of names of parameters that keep their random initial values
+    lora: int = 0  # rank of low-rank updates to train instead of the weights; 0: train the weights
     trajectories: Trajectories = field(default_factory=Trajectories)  # for mid_training and straightening
     data: Data = field(default_factory=Data)
     interpolant: str = "linear"
-    base_std: float = 0.5  # standard deviation of the noise; the paper takes that of the data
+    base_std: float = 0.5  # standard deviation of the noise; the paper uses that of the data
     weight: Weight = field(default_factory=Weight)
     optim: Optim = field(default_factory=Optim)
     steps: int = 1000
     batch: int = 128  # global batch, in images
-    accumulate: int = 1  # micro-steps a step: divides the memory, not the result
+    accumulate: int = may_change(1)  # micro-steps per step: divides the memory, does not change the result
     precision: Precision = Precision.fp32
     compile: bool = False  # torch.compile of the loss module
     channels_last: bool = False  # memory layout of convolutions
-    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, slower
-    max_skipped_steps: int = 10  # steps with a non-finite gradient are skipped; after this many the run stops
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
+    max_skipped_steps: int = may_change(
+        10
+    )  # steps with a non-finite gradient are skipped; the run stops after this many
     seed: int = 0
-    shard: bool = False  # spread weights, optimiser and averages over the processes (FSDP2), which else have copies
-    ema: tuple[float, ...] = (0.999,)  # decays kept side by side; the first one is sampled and exported
-    ema_widths: tuple[float, ...] = ()  # of power-function averages, whose snapshots give any width afterwards
-    snapshot_every: int = 1000  # steps between these
-    log_every: int = 50
-    sample_every: int = 500
-    sample_steps: tuple[int, ...] = (1, 2, 4, 8)
-    checkpoint_every: int = 500
-    keep: int = 2  # checkpoints kept
+    shard: bool = may_change(False)  # shard weights, optimiser and averages over the processes (FSDP2) instead of DDP
+    ema: tuple[float, ...] = (0.999,)  # decays of averages kept side by side; the first is sampled and exported
+    ema_widths: tuple[float, ...] = ()  # of power-function averages; their snapshots give any width afterwards
+    snapshot_every: int = may_change(1000)
+    log_every: int = may_change(50)
+    sample_every: int = may_change(500)
+    sample_steps: tuple[int, ...] = may_change((1, 2, 4, 8))
+    checkpoint_every: int = may_change(500)
+    keep: int = may_change(2)  # number of checkpoints kept
     best: Best = field(default_factory=Best)
 
     def validate(self) -> None:
-        """Refuse what types cannot: each message names the flag."""
-        for name in (
-            "steps",
-            "batch",
-            "accumulate",
-            "log_every",
-            "sample_every",
-            "checkpoint_every",
-            "snapshot_every",
-            "keep",
+        """Check everything that the types do not express.
+
+        Raises:
+            UserError: A field has a wrong value or two fields contradict each other; its ``field`` is relative to the
+                config, such as "optim.lr".
+        """
+        self._check_ranges()
+        self._check_optional_parts()
+        self._check_averages()
+        self._check_objective()
+
+    def _check_ranges(self) -> None:
+        for least, names in (
+            (0, "data.workers optim.warmup optim.weight_decay lora"),
+            (1, "steps batch accumulate log_every sample_every checkpoint_every snapshot_every keep"),
+            (1, "best.steps best.every optim.decay_start"),
+            (2, "best.num"),
         ):
-            if getattr(self, name) < 1:
-                raise UserError(f"--config.{name} must be at least 1, got {getattr(self, name)}")
-        for name, value in (
-            ("base_std", self.base_std),
-            ("optim.lr", self.optim.lr),
-            ("optim.clip", self.optim.clip),
-        ):
-            if not 0 < value < float("inf"):
-                raise UserError(f"--config.{name} must be positive, got {value}")
+            for name in names.split():
+                if attrgetter(name)(self) < least:
+                    raise UserError(f"must be at least {least}", field=name, value=attrgetter(name)(self))
+        for name in ("base_std", "optim.lr", "optim.clip", "weight.limit"):
+            if not 0 < attrgetter(name)(self) < float("inf"):
+                raise UserError("must be positive and finite", field=name, value=attrgetter(name)(self))
+        for name in ("data.augment", "data.label_dropout"):
+            if not 0 <= attrgetter(name)(self) <= 1:
+                raise UserError("is a probability, from 0 to 1", field=name, value=attrgetter(name)(self))
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
-            raise UserError(f"--config.optim.betas must be two numbers in [0, 1), got {self.optim.betas}")
-        for name, number, least in (
-            ("data.workers", self.data.workers, 0),
-            ("best.steps", self.best.steps, 1),
-            ("best.num", self.best.num, 2),
-            ("best.every", self.best.every, 1),
-        ):
-            if number < least:
-                raise UserError(f"--config.{name} must be at least {least}, got {number}")
-        if self.lora < 0 or (self.lora and not self.init_from):
-            raise UserError(
-                f"--config.lora={self.lora} is the rank of changes to weights: name these by --config.init_from"
-            )
-        for name, share in (("augment", self.data.augment), ("label_dropout", self.data.label_dropout)):
-            if not 0 <= share <= 1:
-                raise UserError(f"--config.data.{name} is a probability, got {share}")
-        if self.data.label_dropout and not getattr(self.network, "num_classes", 0):
-            raise UserError("--config.data.label_dropout needs labels: --config.network.num_classes=N")
-        if self.optim.weight_decay < 0:
-            raise UserError(f"--config.optim.weight_decay must not be negative, got {self.optim.weight_decay}")
-        if not self.weight.limit > 0:
-            raise UserError(f"--config.weight.limit must be positive, got {self.weight.limit}")
-        for name, count in (("warmup", self.optim.warmup), ("decay_start", self.optim.decay_start)):
-            if count < (name == "decay_start"):
-                raise UserError(f"--config.optim.{name} must not be negative or divide by zero, got {count}")
+            raise UserError("must be two numbers in [0, 1)", field="optim.betas", value=self.optim.betas)
+        if self.optim.spike and not 1 < self.optim.spike < float("inf"):
+            raise UserError("must be above 1, or 0 to skip no step", field="optim.spike", value=self.optim.spike)
+        if not self.sample_steps or min(self.sample_steps) < 1:
+            raise UserError("must be step counts of at least 1", field="sample_steps", value=self.sample_steps)
+
+    def _check_optional_parts(self) -> None:
+        if self.interpolant not in INTERPOLANTS:
+            raise UserError(f"choose one of {', '.join(INTERPOLANTS)}", field="interpolant", value=self.interpolant)
+        if self.lora and not self.init_from:
+            raise UserError("needs a base model: set init_from", field="lora", value=self.lora)
+        if self.gradient_checkpointing and self.compile:
+            raise UserError("excludes compile: choose one of the two", field="gradient_checkpointing")
+
+    def _check_averages(self) -> None:
         if not self.ema or not all(0 <= decay < 1 for decay in self.ema) or len(set(self.ema)) < len(self.ema):
-            raise UserError(f"--config.ema must be one or more different decays in [0, 1), got {self.ema}")
+            raise UserError("must be one or more different decays in [0, 1)", field="ema", value=self.ema)
         if self.ema_widths and not (
             all(0 < width < WIDEST for width in self.ema_widths)
             and len(set(self.ema_widths)) == len(self.ema_widths) > 1
             and min(self.ema) > WIDEST
         ):
             raise UserError(
-                f"--config.ema_widths={self.ema_widths}: two or more different widths between 0 and {WIDEST:.4f}, such "
-                "as (0.05, 0.1); the decays of --config.ema lie above"
+                f"must be two or more different widths between 0 and {WIDEST:.4f}, such as (0.05, 0.1), and the decays "
+                "of ema must lie above",
+                field="ema_widths",
+                value=self.ema_widths,
             )
-        if self.optim.spike and not 1 < self.optim.spike < float("inf"):
-            raise UserError(f"--config.optim.spike={self.optim.spike:g}: above 1, or 0 to leave out no step")
-        if not self.sample_steps or min(self.sample_steps) < 1:
-            raise UserError(f"--config.sample_steps must be step counts of at least 1, got {self.sample_steps}")
-        if self.interpolant not in INTERPOLANTS:
-            raise UserError(f"--config.interpolant={self.interpolant}: choose one of {', '.join(INTERPOLANTS)}")
-        if self.gradient_checkpointing and self.compile:
-            raise UserError("--config.gradient_checkpointing and --config.compile exclude each other: leave one out")
+
+    def _check_objective(self) -> None:
+        """Check the objective, and what it needs of data, network and teacher."""
         made = build_objective(self)
-        if self.trajectories.files and not isinstance(made, PathObjective):
-            raise UserError(f"--config.trajectories.files: {self.objective.name} learns from data, leave them out")
+        if self.trajectories.files and not isinstance(made, TrajectoryObjective):
+            raise UserError(f"{class_name(made)} learns from data: leave them out", field="trajectories.files")
+        if self.data.label_dropout and not getattr(self.network, "num_classes", 0):
+            raise UserError("needs labels: set network.num_classes", "data.label_dropout", self.data.label_dropout)
+        field_name, weight = ("guidance", made.guidance) if made.guidance > 1 else ("guidance_max", made.guidance_max)
         if made.guided and not self.data.label_dropout:
-            raise UserError("--config.objective.guidance needs rows without a label: --config.data.label_dropout=0.1")
+            raise UserError(
+                "needs rows without a label: set data.label_dropout=0.1", f"objective.{field_name}", f"{weight:g}"
+            )
         if made.guided and self.teacher:
-            raise UserError("--config.objective.guidance bakes in the network's own: leave --config.teacher out")
+            raise UserError(
+                "bakes in guidance of the network's own drift: leave teacher out",
+                f"objective.{field_name}",
+                f"{weight:g}",
+            )
         if getattr(self.network, "guidance", False) != (made.guidance_max > 1):
             raise UserError(
-                f"--config.objective.guidance_max={made.guidance_max:g} needs "
-                f"--config.network.guidance={made.guidance_max > 1}: the network is told the weight, or has none"
+                f"needs network.guidance={made.guidance_max > 1}: the network is conditioned on the weight, or not",
+                field="objective.guidance_max",
+                value=f"{made.guidance_max:g}",
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON (config.json of a run)."""
-        return _plain(dataclasses.asdict(self))  # type: ignore[no-any-return]
+        """Return plain values, ready for JSON (config.json of a run)."""
+        values: dict[str, Any] = plain({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        return values
+
+    def resumable_fields(self) -> set[str]:
+        """Return the dotted names of the fields that may differ when a run resumes."""
+        return set(_may_change(self))
 
 
-def _plain(value: Any) -> Any:
+def _may_change(section: Any, prefix: str = "") -> Iterator[str]:
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if f.metadata.get("may_change"):
+            yield prefix + f.name
+        elif dataclasses.is_dataclass(value):
+            yield from _may_change(value, f"{prefix}{f.name}.")
+
+
+def plain(value: Any) -> Any:
+    """Convert config values to JSON values: sections to dicts, enums to names, tuples to lists."""
     if isinstance(value, enum.Enum):
         return value.name
+    if dataclasses.is_dataclass(value):
+        name = {"name": class_name(value)} if isinstance(value, (Objective, NetworkSection)) else {}
+        return name | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _section(key: str, cls: type[Any], options: dict[str, Any]) -> Any:
-    """A mutable dataclass instance with the arguments of ``cls``, their types and defaults, and ``options`` set."""
-    constructor = inspect.unwrap(vars(cls).get("__init__", cls))
-    hints = typing.get_type_hints(constructor)
-    parameters = [p for p in inspect.signature(constructor).parameters.values() if p.name != "self"]
-    unknown = set(options) - {p.name for p in parameters}
-    if unknown:
-        raise UserError(f"{key} has no option {', '.join(sorted(unknown))}")
-    arguments = [(p.name, hints[p.name], field(default=p.default)) for p in parameters]
-    made = dataclasses.make_dataclass(f"{cls.__name__}Section", arguments, bases=(Section,))
-    return made(key, **options)
+def class_name(section: Objective | NetworkSection) -> str:
+    """Return the name of a section's class in our tables, or the import path of a class of the user's own."""
+    cls: Any = section.network_class if isinstance(section, NetworkSection) else type(section)
+    table: dict[str, Any] = NETWORKS if isinstance(section, NetworkSection) else OBJECTIVES
+    return next((name for name, known in table.items() if known is cls), f"{cls.__module__}.{cls.__qualname__}")
 
 
-def network(name: str, **options: Any) -> Any:
-    """The config section of a network from ``flowmaps.networks.NETWORKS``, or of a row of its PRESETS with changes."""
-    if name in PRESETS:
-        name, options = PRESETS[name].network, {**PRESETS[name].options, **options}
-    return _section(name, NETWORKS[name], options)
+def build_network(config: Config) -> nn.Module:
+    """Create the network of a config.
 
+    Args:
+        config: The run. The weights come from torch's global generator.
 
-def objective(name: str, **options: Any) -> Any:
-    """The config section of an objective from ``flowmaps.objectives.OBJECTIVES``."""
-    return _section(name, OBJECTIVES[name], options)
+    Returns:
+        The network, v(x [B, ...], s [B], t [B], label [B] or None) -> [B, ...].
 
+    Raises:
+        UserError: The class refuses its arguments; field "network".
 
-def build_network(config: Config) -> Any:
-    """The network that ``config.network`` describes, freshly initialised from torch's global generator."""
-    return _build(NETWORKS, config.network, "network")
+    Example:
+        >>> network = build_network(get_config("lagrangian"))
+        >>> v = network(x, s, t, label)
+    """
+    try:
+        return config.network.network_class(**config.network.options())
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error), field="network") from None
 
 
 def build_objective(config: Config) -> Objective:
-    """The objective that ``config.objective`` describes."""
-    built: Objective = _build(OBJECTIVES, config.objective, "objective")
-    return built
-
-
-def _build(table: dict[str, Any], section: Section, name: str) -> Any:
-    if section.name not in table:
-        raise UserError(f"--config.{name}.name={section.name}: choose one of {', '.join(table)}")
-    try:
-        return table[section.name](**section.options())
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--config.{name}: {error}") from None
+    """Return a validated copy of ``config.objective``, independent of later changes to the config."""
+    with within("objective"):
+        return dataclasses.replace(config.objective)

@@ -1,63 +1,93 @@
-"""The rows of a file in configs/: one run, or the runs of a chain, and variants of them."""
+"""Rows and variants of the files in configs/, and what these files share.
+
+This is not a file of configs/ itself, because a config file is loaded by its path and cannot import its neighbours.
+"""
 
 import dataclasses
-import functools
 import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flowmaps.errors import UserError
-from flowmaps.objectives import OBJECTIVES, PathObjective
-from flowmaps.objectives.eulerian import Stop
-from flowmaps.objectives.progressive import Middle
-from flowmaps.objectives.straightening import State
-from training.config import Config, Trajectories, objective
+from flowmaps.objectives import (
+    OBJECTIVES,
+    Eulerian,
+    Lagrangian,
+    Objective,
+    Progressive,
+    Straightening,
+    TrajectoryObjective,
+)
+from flowmaps.objectives.eulerian import StopGradient
+from flowmaps.objectives.progressive import IntermediateTime
+from flowmaps.objectives.straightening import TrainPoint
+from training.config import Config, Precision, Trajectories
 
 
 @dataclass
 class Chain:
     """Two or three runs, each from the weights of the one before: Hu et al. 2025 (arXiv 2509.24526).
 
-    In a stage's ``init_from`` and ``teacher`` the name of a stage before it means that stage's run.
+    In a stage's ``init_from`` and ``teacher``, the name of an earlier stage stands for that stage's run.
     """
 
-    pre_training: Config | None  # a drift, by flow matching; None: it is a checkpoint
+    pre_training: Config | None  # a drift, by flow matching; None: the drift is an existing checkpoint
     mid_training: Config  # a map, from the drift's trajectories
     post_training: Config  # the map, by any objective
 
     def stages(self) -> dict[str, Config]:
-        """The stages by name, in their order."""
+        """Return the stages by name, in order."""
         stages = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: config for name, config in stages.items() if config is not None}
 
 
-# Rows that every config file has: objective and options by row. A file adds what learns from a teacher's paths.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name, cls in OBJECTIVES.items() if not issubclass(cls, PathObjective)},
-    "lagrangian_slim": ("lagrangian", {"slim": True}),
-    "eulerian_slim": ("eulerian", {"stop": Stop.slim}),
-    "progressive_uniform": ("progressive", {"middle": Middle.uniform}),
+# Rows that config files have in common. A file adds those that learn from a teacher's trajectories.
+METHODS: dict[str, Callable[[], Objective]] = {
+    **{name: cls for name, cls in OBJECTIVES.items() if not issubclass(cls, TrajectoryObjective)},
+    "lagrangian_slim": partial(Lagrangian, slim=True),
+    "eulerian_slim": partial(Eulerian, stop=StopGradient.slim),
+    "progressive_uniform": partial(Progressive, middle=IntermediateTime.uniform),
 }
 
 
-def method_rows(base: Callable[..., Config]) -> dict[str, Callable[[], Config]]:
-    """A row for each of METHODS, from ``base(objective name, **options)``."""
-    return {row: functools.partial(base, name, **options) for row, (name, options) in METHODS.items()}
+def objective_configs(base: Callable[[Objective], Config]) -> dict[str, Callable[[], Config]]:
+    """Return a row for each of METHODS: ``base`` of its objective."""
+    return {row: partial(lambda make: base(make()), make) for row, make in METHODS.items()}
 
 
-def straightening_rows(base: Callable[[], Config], run: str, steps: int = 4) -> dict[str, Callable[[], Config]]:
-    """The rows straightening and reflow: ``base()`` from the weights and on the paths of the drift in ``run``."""
+def straightening_configs(base: Callable[[], Config], run: str, steps: int = 4) -> dict[str, Callable[[], Config]]:
+    """Return the rows straightening and reflow: ``base()`` with weights and trajectories of the drift in ``run``."""
 
-    def row(state: State) -> Config:
+    def row(state: TrainPoint) -> Config:
         config = base()
-        config.objective = objective("straightening", steps=(steps,), state=state)
+        config.objective = Straightening(steps=(steps,), state=state)
         config.init_from = config.teacher = run
         config.trajectories, config.weight.learned = Trajectories(steps=96), False
         return config
 
-    return {"straightening": lambda: row(State.path), "reflow": lambda: row(State.chord)}
+    return {"straightening": lambda: row(TrainPoint.path), "reflow": lambda: row(TrainPoint.chord)}
+
+
+def smoke(config: Config, batch: int = 16, trajectory_steps: int | None = None, **network: Any) -> None:
+    """Shrink a run to seconds on two cores, where every part runs and nothing is learned.
+
+    ``network`` are arguments of a small network; ``trajectory_steps`` limits the length of trajectories.
+    """
+    for name, value in network.items():
+        setattr(config.network, name, value)
+    config.steps, config.batch, config.precision = 20, batch, Precision.fp32
+    config.data.workers = min(config.data.workers, 1)
+    if trajectory_steps is not None:
+        config.trajectories.steps = min(config.trajectories.steps, trajectory_steps)
+    config.log_every = config.sample_every = config.checkpoint_every = 5
+
+
+def distil_init(config: Config) -> None:
+    """Use the checkpoint that the run starts from, frozen, as teacher of the off-diagonal term."""
+    config.teacher = config.init_from
 
 
 def select(
@@ -65,7 +95,7 @@ def select(
     rows: Mapping[str, Callable[[], Config | Chain]],
     variants: Mapping[str, Callable[[Config], None]],
 ) -> Config | Chain:
-    """What ``"row"`` or ``"row,variant"`` means in a file of configs/; a variant changes every stage of a chain."""
+    """Build ``"row"`` or ``"row,variant"`` of a config file; a variant changes every stage of a chain."""
     row, *changes = choice.split(",")
     if row not in rows:
         raise UserError(f"unknown row {row!r}: choose one of {', '.join(rows)}")
@@ -79,11 +109,11 @@ def select(
 
 
 def load_row(file: str, choice: str) -> Config:
-    """The config of one run that ``--config=file:choice`` means."""
+    """Load the config of one run, as ``--config=file:choice`` does."""
     path = Path(file)
     if not path.is_file():
-        raise UserError(f"{file}: no such config file (run from the repository's root)")
+        raise UserError(f"{file}: no such config file (run this in the repository's root)")
     made = runpy.run_path(str(path))["get_config"](choice)
     if not isinstance(made, Config):
-        raise UserError(f"{choice!r} of {file} is a chain of runs: choose a row that is one")
+        raise UserError(f"{choice!r} of {file} is a chain of runs: choose a row that is a single run")
     return made

@@ -1,4 +1,4 @@
-"""Weights spread over processes: FSDP2, with checkpoints that do not know of it."""
+"""Weights sharded over processes by FSDP2, with checkpoints that are independent of the sharding."""
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,11 @@ from training.loss_module import LossModule
 
 
 def shard(module: LossModule, device: torch.device, by_block: bool = True) -> None:
-    """Leave each process a part of every parameter, and with it of gradients, optimiser state and averages.
+    """Shard every parameter over the processes, and with it gradients, optimiser state and averages.
 
-    Weights are gathered for their use alone: ``by_block``, a block being an item of a ModuleList of the network, and
-    the others for the whole loss. What gathers blocks would break a compiled loss into pieces.
+    With ``by_block`` the weights of each block (an item of one of the network's ModuleLists) are gathered only while
+    it runs, all others for the complete loss. A compiled loss needs ``by_block=False``: the hooks that gather a block
+    would break its graph.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for blocks in module.fm.network.children():
@@ -23,33 +24,33 @@ def shard(module: LossModule, device: torch.device, by_block: bool = True) -> No
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of ``tensor``, or all of one that is not sharded."""
+    """Return this process's part of ``tensor``, or all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of ``tensor``; if it is sharded, by all processes at once."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return all of ``tensor``; a collective call if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def collected(state: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """``state`` whole and on the CPU, gathered one at a time by all processes, for those that ``keep`` it."""
+def gather_to_cpu(state: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Gather the full tensors of ``state`` one at a time, to the CPU of the processes that ``keep`` them."""
     found = {}
     for name, tensor in state.items():
-        gathered = whole(tensor.detach())
+        gathered = full_tensor(tensor.detach())
         if keep:
             found[name] = gathered.cpu().contiguous()
     return found
 
 
-def alike(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor``, which every process has whole, sharded as ``like`` is."""
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Shard ``tensor``, which every process holds in full, as ``like`` is."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 @torch.no_grad()
-def fill(target: Tensor, source: Tensor) -> None:
-    """Copy ``source``, which every process has whole, into ``target``, sharded or not."""
-    local(target).copy_(local(alike(source, target)))
+def copy_into_shard(target: Tensor, source: Tensor) -> None:
+    """Copy ``source``, which every process holds in full, into ``target``, sharded or not."""
+    local(target).copy_(local(shard_like(source, target)))

@@ -1,4 +1,4 @@
-"""What a run starts from: the weights of another run, and the teacher that it follows."""
+"""The checkpoints that a run depends on: the weights it starts from, and its teacher."""
 
 import copy
 import json
@@ -7,48 +7,57 @@ from dataclasses import replace
 from typing import Any, cast
 
 from flowmaps import FlowMap, UserError
+from flowmaps.errors import blame
 from flowmaps.objectives import Objective
 from flowmaps.run_weights import run_weights
-from training.config import Config
+from training.config import Config, class_name
 
-# What a network may have otherwise than the one whose weights it starts from.
-FREE = {"dropout", "guidance"}
+MAY_DIFFER = {"dropout", "guidance"}  # arguments of the network whose weights a run starts from
 
 
-def start_from(config: Config, fm: FlowMap) -> str:
-    """Give ``fm`` the weights of ``config.init_from``, whose network must be of the same class and arguments.
+def load_flow_map(field: str, source: str) -> FlowMap:
+    """Load the checkpoint that the config's ``field`` names."""
+    with blame(field, source):
+        return FlowMap.from_pretrained(source)
 
-    They are those that the checkpoint exports or, with ``config.init_ema``, others of the same run. What no checkpoint
-    has, the guidance weight's embedding, stays as it is: it starts as nothing; so do the parameters of
-    ``config.init_fresh``. Returns the fingerprint of what ``init_from`` held.
+
+def init_from_checkpoint(config: Config, fm: FlowMap) -> str:
+    """Load the weights of ``config.init_from`` into ``fm`` and return the fingerprint of that checkpoint.
+
+    They are the weights that the checkpoint exports or, with ``config.init_ema``, others of the same run. Parameters
+    that no checkpoint has (the embedding of a guidance weight, zero at first) and those of ``config.init_fresh`` keep
+    their initial values.
+
+    Raises:
+        UserError: The checkpoint has a network of another class, other arguments, another path or another scaling of
+            its latents.
     """
-    start = opened("init_from", config.init_from)
+    start = load_flow_map("init_from", config.init_from)
     if config.init_ema:
-        start.network.load_state_dict(run_weights(config.init_from, config.init_ema))
+        with blame("init_ema", config.init_ema):
+            start.network.load_state_dict(run_weights(config.init_from, config.init_ema))
+
+    def refused(reason: str) -> UserError:
+        return UserError(reason, field="init_from", value=config.init_from)
+
     if type(start.network) is not type(fm.network):
-        raise UserError(
-            f"--config.init_from={config.init_from} has a {type(start.network).__name__}, this run's network is a "
-            f"{config.network.name}"
-        )
+        raise refused(f"has a {type(start.network).__name__}, this run's network is a {type(fm.network).__name__}")
     ours, theirs = (dict(cast(Any, network).config) for network in (fm.network, start.network))
-    for name in (name for name in ours if not name.startswith("_") and name not in FREE):
-        if json.dumps(ours[name]) != json.dumps(theirs[name]):  # there, tuples are lists
-            raise UserError(
-                f"--config.init_from={config.init_from} was made with --config.network.{name}={theirs[name]}, "
-                f"this run has {ours[name]}"
-            )
+    for name in (name for name in ours if not name.startswith("_") and name not in MAY_DIFFER):
+        if json.dumps(ours[name]) != json.dumps(theirs[name]):  # a loaded config has lists for tuples
+            raise refused(f"was made with network.{name}={theirs[name]}, this run has {ours[name]}")
     if (start.interpolant_name, start.base_std) != (fm.interpolant_name, fm.base_std):
-        raise UserError(
-            f"--config.init_from={config.init_from} has interpolant {start.interpolant_name} and base_std "
-            f"{start.base_std:g}: --config.interpolant and --config.base_std must be the same"
+        raise refused(
+            f"has interpolant {start.interpolant_name} and base_std {start.base_std:g}: interpolant and base_std must "
+            "be the same"
         )
-    _same_latents("init_from", config.init_from, start, fm)
+    _check_latents("init_from", config.init_from, start, fm)
     taken = start.network.state_dict()
-    for beginning in config.init_fresh:
-        fresh = [name for name in taken if name.startswith(beginning)]
+    for prefix in config.init_fresh:
+        fresh = [name for name in taken if name.startswith(prefix)]
         if not fresh:
             known = ", ".join(dict.fromkeys(name.partition(".")[0] for name in taken))
-            raise UserError(f"--config.init_fresh={beginning} begins no parameter's name: they are in {known}")
+            raise UserError(f"no parameter's name begins so: they are in {known}", field="init_fresh", value=prefix)
         for name in fresh:
             del taken[name]
     fm.network.load_state_dict({**fm.network.state_dict(), **taken})
@@ -56,7 +65,7 @@ def start_from(config: Config, fm: FlowMap) -> str:
     return start.fingerprint()
 
 
-def _same_latents(flag: str, source: str, theirs: FlowMap, ours: FlowMap) -> None:
+def _check_latents(field: str, source: str, theirs: FlowMap, ours: FlowMap) -> None:
     """Refuse weights for latents of another scaling."""
     for name in ("latent_shift", "latent_scale"):
         a, b = (getattr(fm.info, name) for fm in (theirs, ours))
@@ -65,29 +74,25 @@ def _same_latents(flag: str, source: str, theirs: FlowMap, ours: FlowMap) -> Non
         ):
             shown = ",".join(f"{x:.6g}" for x in a)
             raise UserError(
-                f"--config.{flag}={source} has latents of another scaling: --config.data.{name}={shown or None}, this "
-                f"run has {b or None}"
+                f"has latents of another scaling: data.{name}={shown or None}, this run has {b or None}",
+                field=field,
+                value=source,
             )
 
 
-def opened(flag: str, source: str) -> FlowMap:
-    """The checkpoint that ``--config.flag`` names."""
-    try:
-        return FlowMap.from_pretrained(source)
-    except UserError as error:
-        raise UserError(f"--config.{flag}: {error}") from None
-
-
 def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap | None:
-    """The flow map whose drift teaches ``fm``: that of ``config.teacher``, a copy for an average, or None."""
+    """Return the frozen flow map whose drift is the target: ``config.teacher``, a copy for an average, or None."""
     if not config.teacher:
         return copy.deepcopy(fm).requires_grad_(False).eval() if objective.teacher_ema else None
-    if not objective.taught or objective.teacher_ema:
-        reason = f"{config.objective.name} takes no teacher: leave it out"
-        if objective.taught:
-            reason = "an average teaches already: add --config.objective.teacher_ema=0"
-        raise UserError(f"--config.teacher={config.teacher}, but {reason}")
-    teacher = opened("teacher", config.teacher)
+
+    def refused(reason: str) -> UserError:
+        return UserError(reason, field="teacher", value=config.teacher)
+
+    if not objective.uses_teacher:
+        raise refused(f"{class_name(objective)} does not use a teacher: leave it out")
+    if objective.teacher_ema:
+        raise refused("this objective already uses its own average as teacher: set objective.teacher_ema=0")
+    teacher = load_flow_map("teacher", config.teacher)
     for name, theirs, ours in (
         ("samples of shape", teacher.info.shape, fm.info.shape),
         ("num_classes", teacher.info.num_classes, fm.info.num_classes),
@@ -96,17 +101,14 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
         ("augment_dim", *(getattr(m.network.config, "augment_dim", 0) for m in (teacher, fm))),
     ):
         if theirs != ours:
-            raise UserError(f"--config.teacher={config.teacher} has {name} {theirs}, this run {ours}")
-    _same_latents("teacher", config.teacher, teacher, fm)
+            raise refused(f"has {name} {theirs}, this run {ours}")
+    _check_latents("teacher", config.teacher, teacher, fm)
     if teacher.info.guidance_max or (teacher.info.guidance and objective.diagonal):
-        raise UserError(f"--config.teacher={config.teacher} has guidance baked in, this run's diagonal has none")
-    if teacher.info.guidance:  # all that is learned is the teacher's
+        raise refused("has guidance baked in, this run's diagonal has none")
+    if teacher.info.guidance:  # without a diagonal, all that is learned comes from the teacher
         fm.info = replace(fm.info, guidance=teacher.info.guidance)
     if config.data.label_dropout and not teacher.info.label_dropout:
-        raise UserError(
-            f"--config.data.label_dropout={config.data.label_dropout:g}, but --config.teacher={config.teacher} "
-            "was never trained without labels"
-        )
+        raise refused(f"was never trained without labels, but data.label_dropout={config.data.label_dropout:g}")
     if teacher.info.kind == "consistency":
-        raise UserError(f"--config.teacher={config.teacher} is a consistency model and has no drift to teach")
+        raise refused("is a consistency model and does not have a drift to distil")
     return teacher.to(next(fm.parameters()).device).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The run's log: one JSON object a line in log.jsonl, something to look at on the terminal, and TensorBoard's files."""
+"""The log of a run: JSON lines in log.jsonl, progress on the terminal, and TensorBoard files."""
 
 import json
 import math
@@ -19,10 +19,10 @@ from flowmaps.files import write_file
 
 
 class Log:
-    """Appends to ``workdir/log.jsonl``; shows a progress bar on a terminal, a line per interval otherwise.
+    """Append to ``workdir/log.jsonl``, and show a progress bar on a terminal or a line per interval elsewhere.
 
-    Values of steps are summed where they are and read once an interval, so that no step waits for the device. In a run
-    of several processes only the main one writes (``enabled``).
+    The values of steps are summed on their device and read once per interval, so that no step waits for the device. In
+    a run of several processes only the main one writes (``enabled``).
     """
 
     def __init__(self, workdir: Path, steps: int, start: int, enabled: bool = True) -> None:
@@ -38,25 +38,25 @@ class Log:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep what happens inside out of the interval's time: writing is not training."""
+        """Exclude the block from the interval's time: writing is not training."""
         before = time.perf_counter()
         yield
         self.clock += time.perf_counter() - before
 
     def clear(self) -> None:
-        """Start an interval now."""
+        """Start a new interval."""
         self.sums: dict[str, Tensor | float] = defaultdict(float)
         self.count, self.clock = 0, time.perf_counter()
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Take in the values of one step."""
+        """Add the values of one step to the interval."""
         for name, value in values.items():
             self.sums[name] += value
         self.count += 1
         self.bar.update()
 
     def interval(self, step: int, batch: int, **facts: float) -> None:
-        """End the interval after ``step`` steps: log the means over its steps, and ``facts``."""
+        """End the interval after ``step`` steps and log its means and ``facts``."""
         means = {name: float(total) / self.count for name, total in self.sums.items()}
         seconds = time.perf_counter() - self.clock
         values = means | facts | {"images_per_second": self.count * batch / seconds}
@@ -81,7 +81,7 @@ class Log:
             self.board.add_image("samples", np.atleast_3d(np.asarray(image)), step, dataformats="HWC")
 
     def event(self, name: str, **facts: Any) -> None:
-        """Log something that happened, such as a resume."""
+        """Log an event, such as a resume."""
         self._write({"event": name, **facts})
         self._say(f"{name}: " + " ".join(f"{k}={v}" for k, v in facts.items()))
 
@@ -107,7 +107,7 @@ class Log:
 
 
 def _tensorboard(workdir: Path, start: int) -> Any:
-    """A writer of TensorBoard's event files in workdir/tb if it is installed, else None."""
+    """Open a writer of event files in workdir/tb if TensorBoard is installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -116,7 +116,7 @@ def _tensorboard(workdir: Path, start: int) -> Any:
 
 
 def _rows_until(path: Path, step: int) -> str:
-    """The lines of a log that were written up to ``step``: what a killed run logged after its checkpoint goes."""
+    """Return the lines of a log up to ``step``; a resumed run drops what was logged after its checkpoint."""
     lines = path.read_text().splitlines() if path.is_file() else []
     kept = []
     for line in lines:

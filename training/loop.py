@@ -1,5 +1,6 @@
 """The training loop."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -10,61 +11,81 @@ from typing import Any
 
 from flowmaps import FlowMap, UserError
 from flowmaps.distributed import team
-from flowmaps.errors import Stopped
+from flowmaps.errors import Stopped, blame, within
 from flowmaps.evaluation.samples import grid_image
 from flowmaps.files import writable_directory, write_file
 from flowmaps.run_weights import list_checkpoints
 from training.best import Judge
 from training.checkpoint import load_checkpoint
-from training.config import Config, Decay
+from training.config import Config, Decay, plain
 from training.log import Log
-from training.optim import Spikes
-from training.run_directory import disk_errors, locked
+from training.run_directory import disk_errors, run_lock
 from training.trainer import Trainer
 
-# What may differ between a run's config.json and the config that resumes it: nothing that changes the steps done
-# (and ``steps`` itself, unless the learning rate follows it).
-MAY_CHANGE = {"log_every", "sample_every", "sample_steps", "checkpoint_every", "keep", "max_skipped_steps"}
-MAY_CHANGE |= {"shard", "accumulate", "snapshot_every"}  # with the processes: how the work is spread
-MAY_CHANGE |= {"data.root", "data.download", "data.workers", "teacher", "init_from", "trajectories.files"}
-MAY_CHANGE |= {f"best.{name}" for name in ("metric", "steps", "num", "every", "reference", "weights")}
 
+def train(config: Config, workdir: str | Path, data: Any = None) -> FlowMap:
+    """Train the run in ``workdir``, or resume it.
 
-def train(config: Config, workdir: str | Path) -> FlowMap:
-    """Train, or go on training, the run in ``workdir``; returns the flow map with averaged weights.
+    The run writes config.json, log.jsonl, samples/, checkpoints/ and model/. If ``workdir`` has a checkpoint, the run
+    resumes from it and ends with bit for bit the weights of an uninterrupted run (on a GPU: to the determinism of its
+    kernels). Several processes, as torchrun starts them, share each step; a checkpoint does not depend on their number.
 
-    Writes config.json, log.jsonl, samples/, checkpoints/ and model/. If ``workdir`` has a checkpoint, the run resumes
-    from it and ends with bit for bit the weights of a run that never stopped (on a GPU: to the determinism of its
-    kernels). SIGTERM or Ctrl-C writes a checkpoint and raises ``Stopped``. Several processes, as torchrun starts them,
-    share each step; a checkpoint does not know how many they were.
+    Args:
+        config: What to train; see ``Config``. A resumed run must have the same, up to fields such as ``log_every``.
+        workdir: Directory of the run, created if need be.
+        data: Any map-style dataset of (image, label) pairs, or a ``flowmaps.data.DataSet``, to train on in place of the
+            data that ``config.data`` names; ``config.data.name`` is then only what the records call it.
+
+    Returns:
+        The flow map with averaged weights, in eval mode.
+
+    Raises:
+        UserError: The config is inconsistent or differs from that of the run in ``workdir``, a file is missing or
+            damaged, or another process trains there.
+        Stopped: SIGTERM or Ctrl-C arrived; a checkpoint has been written.
+
+    Example:
+        >>> unet = network(UNet, image_size=32, channels=3, num_classes=10)
+        >>> fm = train(Config(unet, Lagrangian(), steps=10_000), "runs/mine", data=my_dataset)
+        >>> fm.save_pretrained("mine")
     """
-    trainer, workdir = Trainer.build(config), Path(workdir)
+    return train_section(config, Path(workdir), data, "config")
+
+
+def train_section(config: Config, workdir: Path, data: Any, section: str) -> FlowMap:
+    """Train as ``train`` does; errors call the config ``section``, such as "config.mid_training" in a chain."""
+    with within(section):
+        trainer = Trainer.build(config, data)
+        judge = None
+        if config.best.metric:
+            judge = Judge(config.best, trainer.data, config.seed, trainer.accelerator.device, team())
     main = trainer.accelerator.is_main_process
-    judge = None
-    if config.best.metric:
-        judge = Judge(config.best, trainer.data, config.seed, trainer.accelerator.device, team())
     with ExitStack() as stack:
         if main:
             stack.enter_context(disk_errors(workdir))
-            stack.enter_context(locked(writable_directory(workdir, "--workdir")))
+            with blame("workdir", workdir):
+                writable_directory(workdir, "--workdir")
+            stack.enter_context(run_lock(workdir))
+        stack.enter_context(within(section))
         stack.enter_context(trainer.loader.watched())
         done = _train(config, workdir, trainer, judge, main)
     return trainer.averaged(done)
 
 
 def _train(config: Config, workdir: Path, trainer: Trainer, judge: Judge | None, main: bool) -> int:
-    """The loop of ``train``; returns how many steps are done."""
+    """Run the loop of ``train`` and return the number of steps done."""
     done, state = 0, {}
     if checkpoints := list_checkpoints(workdir):
-        _same_run(config, workdir / "config.json")
+        _check_same_config(config, workdir / "config.json")
         state = load_checkpoint(checkpoints[-1], trainer.module, trainer.optimizer, trainer.ema)
+        done = state["step"]
+        trainer.spikes.load_state_dict(state)
         trainer.refresh_teacher()
-        done, trainer.spikes = state["step"], Spikes(state.get("norms", ()))
         for name, digest in trainer.origin().items():
             if state.get(name, "") != digest:
                 raise UserError(
-                    f"--config.{name} has other contents than when the run in {workdir} began: "
-                    "bring them back or use a new --workdir"
+                    f"has changed since the run in {workdir} started: restore it or use a new workdir",
+                    field=name,
                 )
     elif main:
         for stale in ("checkpoints/best", "snapshots"):  # of a run that left no checkpoint
@@ -81,7 +102,7 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: Judge | None,
         while not last:
             log.add(trainer.step(done))
             done += 1
-            last = done == config.steps or trainer.any_process(bool(stop.asked))  # asked once a step
+            last = done == config.steps or trainer.any_process(bool(stop.asked))  # once per step
             if last or done % config.log_every == 0:
                 with log.paused():
                     norms = trainer.gradient_norms()
@@ -109,18 +130,18 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: Judge | None,
 
 
 def _keep_best(trainer: Trainer, judge: Judge, workdir: Path, done: int, log: Log) -> None:
-    """Score the averaged model; keep it in checkpoints/best if none of the run scored lower."""
+    """Score the averaged model, and write it to checkpoints/best if it is the best of the run so far."""
     model = trainer.averaged(done)
     score = judge(model)
     log.score(done, judge.name, score)
-    if judge.team.told(score < judge.lowest(workdir)):  # what the first process finds there
+    if judge.team.told(score < judge.lowest(workdir)):  # as the first process reads it
         trainer.checkpoint(workdir / "checkpoints" / "best", done, model, score=score, judge=judge.facts)
 
 
 class _Stop:
-    """Turns SIGTERM and SIGINT into a request, ``asked``, that the loop honours between two steps.
+    """Record SIGTERM or SIGINT in ``asked``, for the loop to stop between two steps.
 
-    Only the first signal: after it the handlers are what they were, so that a second Ctrl-C stops at once.
+    The first signal restores the previous handlers, so that a second Ctrl-C stops at once.
     """
 
     def __enter__(self) -> "_Stop":
@@ -137,37 +158,42 @@ class _Stop:
             signal.signal(number, handler)
 
 
-def _same_run(config: Config, path: Path) -> None:
-    """Refuse to resume a run under a config that would have made other steps."""
+def _check_same_config(config: Config, path: Path) -> None:
+    """Refuse to resume a run whose config.json would have made other steps."""
     try:
         stored = json.loads(path.read_text())
         stored.pop("origin", None)  # compared with the checkpoint's
-        stored = _filled(stored, _defaults(config))
+        stored = _with_defaults(stored, _defaults(config))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): cannot tell whether the run is the same") from None
-    allowed = MAY_CHANGE | ({"steps"} if config.optim.decay in (Decay.constant, Decay.inverse_sqrt) else set())
+    allowed = config.resumable_fields()
+    if config.optim.decay in (Decay.constant, Decay.inverse_sqrt):  # the others depend on the number of steps
+        allowed.add("steps")
     changed = [key for key in _differences(stored, config.to_dict()) if key not in allowed]
     if changed:
-        raise UserError(
-            f"--config.{changed[0]} differs from the run in {path.parent}: use its value or a new --workdir"
-        )
+        raise UserError(f"differs from the run in {path.parent}: use its value or a new workdir", field=changed[0])
 
 
-def _defaults(config: Config) -> dict[str, Any]:
-    """The values of fields that a config.json from before they were made does not have."""
-    network, objective = (type(section)(section.name) for section in (config.network, config.objective))
-    return Config(network=network, objective=objective).to_dict()
+def _defaults(section: Any) -> dict[str, Any]:
+    """Return the defaults of a section's fields, which stand in for fields that an older config.json does not have."""
+    found = {}
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            found[f.name] = _defaults(value)
+        elif f.init and f.default is not dataclasses.MISSING:
+            found[f.name] = plain(f.default)
+    return found
 
 
-def _filled(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: _filled(stored[k], v) if isinstance(v, dict) and k in stored else stored.get(k, v)
-        for k, v in defaults.items()
-    } | {k: v for k, v in stored.items() if k not in defaults}
+def _with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    found = defaults | stored
+    nested = {k: _with_defaults(found[k], v) for k, v in defaults.items() if isinstance(v, dict) and k in stored}
+    return found | nested
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Dotted keys at which two JSON values differ."""
+    """Return the dotted keys at which two JSON values differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         return [
             d for k in sorted(a.keys() | b.keys()) for d in _differences(a.get(k), b.get(k), f"{prefix}.{k}".strip("."))

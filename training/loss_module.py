@@ -1,19 +1,20 @@
-"""The module that distributed wrappers and torch.compile see."""
+"""The module that distributed training and torch.compile wrap."""
 
 import torch
 from torch import Tensor, nn
 
 from flowmaps import FlowMap
 from flowmaps.objectives import Draws, Loss, Objective
+from flowmaps.objectives.base import Segments
 
 
 class LossModule(nn.Module):
-    """The whole loss of one step as a module's forward, derivatives included.
+    """The complete loss of one step as a module's forward, derivatives included.
 
     DDP and FSDP synchronise gradients only for what runs inside the forward of the module they wrap: a jvp of
-    ``ddp.module`` outside it would skip the all-reduce without a word. Likewise torch.compile compiles this module,
-    since a jvp of a compiled network runs eagerly without a word. ``teacher``, a frozen flow map, is no part of the
-    module: it is neither trained nor synchronised.
+    ``ddp.module`` outside it would silently skip the all-reduce. For the same reason torch.compile compiles this
+    module: a jvp of a compiled network silently runs eagerly. ``teacher``, a frozen flow map, is not a submodule: it
+    is neither trained nor synchronised.
     """
 
     def __init__(
@@ -27,12 +28,12 @@ class LossModule(nn.Module):
     def teacher(self) -> FlowMap | None:
         return self._hidden[0]
 
-    def forward(self, x1: Tensor, label: Tensor | None, draws: Draws) -> Loss:
+    def forward(self, x1: Tensor, label: Tensor | None, draws: Draws | Segments) -> Loss:
         drift = None if self.teacher is None else self.teacher.drift
         return self.objective.loss(self.fm, x1, label, draws, teacher=drift, weight=self.weight)
 
-    def gradient_norms(self, x1: Tensor, label: Tensor | None, draws: Draws) -> dict[str, Tensor]:
-        """Norm of the gradient that the diagonal and the off-diagonal rows each put into that of ``forward``."""
+    def gradient_norms(self, x1: Tensor, label: Tensor | None, draws: Draws | Segments) -> dict[str, Tensor]:
+        """Return the norms of the contributions of diagonal and off-diagonal rows to the gradient of ``forward``."""
         drift = None if self.teacher is None else self.teacher.drift
         per_sample, _ = self.objective.per_sample(self.fm, x1, label, draws, drift, self.weight)
         rows, norms = self.objective.diagonal_rows(len(x1)), {}

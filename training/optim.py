@@ -1,8 +1,9 @@
-"""Optimiser, learning-rate schedule, and the guard against outliers among gradients."""
+"""Optimiser, learning-rate schedule, and detection of gradient spikes."""
 
 import math
 import statistics
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,14 +12,14 @@ from training.config import Decay, Optim, Optimizer
 
 
 def build_optimizer(config: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """RAdam (the paper's) or AdamW over ``parameters``."""
+    """Create RAdam (the paper's choice) or AdamW over ``parameters``."""
     cls: type[torch.optim.RAdam] | type[torch.optim.AdamW]
     cls = {Optimizer.radam: torch.optim.RAdam, Optimizer.adamw: torch.optim.AdamW}[config.name]
     return cls(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
 def learning_rate(config: Optim, step: int, steps: int) -> float:
-    """The rate of step ``step`` = 0 .. ``steps - 1``: linear warm-up, then the chosen decay."""
+    """Return the rate of step ``step`` = 0 .. ``steps - 1``: linear warm-up, then the chosen decay."""
     warm = min(1.0, (step + 1) / (config.warmup + 1))
     if config.decay is Decay.cosine:
         decay = 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -31,23 +32,34 @@ def learning_rate(config: Optim, step: int, steps: int) -> float:
     return config.lr * warm * decay
 
 
-WINDOW = 128  # steps whose gradients say what is usual
+WINDOW = 128  # steps whose gradient norms define the usual one
 
 
 class Spikes:
-    """Remembers the norms of the last gradients: a guard for objectives whose gradient has rare large outliers.
+    """Detector of outliers among gradient norms, for objectives whose gradient has rare large ones.
 
-    The window is that of OLMo's optimiser (Walsh et al. 2025, arXiv 2501.00656, section 3.4), the median in the place
-    of mean and deviation, which the outliers would move. Outliers are remembered too, so that a lasting change is
-    usual after half a window.
+    The window is that of OLMo's optimiser (Walsh et al. 2025, arXiv 2501.00656, section 3.4), with the median in place
+    of mean and deviation, which outliers would move. Outliers enter the window too, so that a lasting change becomes
+    the new normal after half a window.
     """
 
     def __init__(self, norms: Iterable[float] = ()) -> None:
-        self.norms = list(norms)  # latest last; kept in a checkpoint
-        self.count = 0  # since the start or resume
+        self.norms = list(norms)  # latest last
+        self.count = 0  # spikes since the start or resume
 
-    def is_one(self, norm: float, factor: float) -> bool:
-        """Whether ``norm`` is more than ``factor`` times the median of a full window before it; never at factor 0."""
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return the entries of a checkpoint's state.json."""
+        return {"norms": self.norms}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the window; a checkpoint from before the detector existed has none."""
+        self.norms = list(state.get("norms", ()))
+
+    def is_spike(self, norm: float, factor: float) -> bool:
+        """Return whether ``norm`` exceeds ``factor`` times the median of the full window before it, and record it.
+
+        Factor 0 disables the detector.
+        """
         if not factor:
             return False
         found = len(self.norms) == WINDOW and norm > factor * statistics.median(self.norms)

@@ -1,4 +1,4 @@
-"""What keeps a run directory whole: one run at a time in it, and plain words when it cannot be written."""
+"""Protection of a run directory: one run at a time, and one-line errors when it cannot be written."""
 
 import errno
 import fcntl
@@ -14,14 +14,19 @@ from safetensors import SafetensorError
 from flowmaps.errors import UserError
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
-RUST = "(os error"  # in what safetensors says of them
+RUST = "(os error"  # part of safetensors' messages about them
 
 
 @contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Hold the lock of the run in ``workdir`` inside the block; refused while another process does, on any host.
+def run_lock(workdir: Path) -> Iterator[None]:
+    """Hold the lock of the run in ``workdir`` inside the block.
 
-    A POSIX record lock, which the system drops however its process ends and which forked data workers do not have.
+    It is a POSIX record lock, which also holds across hosts on a shared file system, which the system drops however
+    the process ends, and which forked data workers do not inherit. ``filelock`` uses ``flock``: a data worker that
+    outlives its killed parent would keep that lock.
+
+    Raises:
+        UserError: Another process, on any host, holds the lock; the message names it.
     """
     with (workdir / ".lock").open("a+") as file:
         try:
@@ -29,10 +34,12 @@ def locked(workdir: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(
-                f"--workdir={workdir}: {file.read().strip()} trains there: wait for it, stop it, or use a new --workdir"
+                f"{file.read().strip()} trains there: wait for it, stop it, or use a new workdir",
+                field="workdir",
+                value=workdir,
             ) from None
         except OSError as error:
-            print(f"warning: {workdir} cannot be locked ({error.strerror}): see that one run is there", file=sys.stderr)
+            print(f"warning: {workdir} cannot be locked ({error.strerror}): start one run there only", file=sys.stderr)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -41,7 +48,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(workdir: Path) -> Iterator[None]:
-    """A full, broken or read-only disk inside the block ends it with one line."""
+    """Turn errors of a full, broken or read-only disk inside the block into a ``UserError``."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -51,6 +58,7 @@ def disk_errors(workdir: Path) -> Iterator[None]:
             raise
         reason = os.strerror(code) if code else str(error)
         raise UserError(
-            f"--workdir={workdir} cannot be written ({reason}): mend that and give the same command again, which goes "
-            "on from the last checkpoint"
+            f"cannot be written ({reason}): fix this and rerun the same command; it resumes from the last checkpoint",
+            field="workdir",
+            value=workdir,
         ) from None

@@ -16,10 +16,10 @@ from flowmaps.data import DataSet, TrajectoryFiles
 from flowmaps.data.loader import Order
 from flowmaps.data.registry import as_samples
 from flowmaps.data.shards import begin, complete
-from flowmaps.objectives import PathObjective
+from flowmaps.objectives import TrajectoryObjective
 from flowmaps.rng import generator
 from samplers import Trajectory, check_times, log_snr_times, trajectory, uniform_times
-from training.config import Config, Grid, Solver, Start, Trajectories
+from training.config import Config, Grid, Solver, Start, Trajectories, class_name
 
 
 def grid(options: Trajectories, flag: str = "--config.trajectories.") -> Tensor:
@@ -113,7 +113,9 @@ class Paths:
         return self.walk(self.walk.teacher.base_std * noise, x, label)
 
 
-def build_paths(config: Config, objective: PathObjective, fm: FlowMap, teacher: FlowMap | None, data: DataSet) -> Paths:
+def build_paths(
+    config: Config, objective: TrajectoryObjective, fm: FlowMap, teacher: FlowMap | None, data: DataSet
+) -> Paths:
     """What ``config`` says of the trajectories of ``objective``."""
     options = config.trajectories
     if options.files:
@@ -123,7 +125,7 @@ def build_paths(config: Config, objective: PathObjective, fm: FlowMap, teacher: 
         return Paths(stored, stored.times, objective.rows(stored.times))
     if teacher is None:
         raise UserError(
-            f"the objective {config.objective.name} needs a teacher to walk along (--config.teacher=DIR), "
+            f"the objective {class_name(objective)} needs a teacher to walk along (--config.teacher=DIR), "
             "or trajectories that prepare_data.py has made (--config.trajectories.files=DIR)"
         )
     return Paths(data, grid(options), objective.rows(grid(options)), Walk(teacher, options))

@@ -42,7 +42,7 @@ def main() -> None:
     how = Path(HOW.value).read_text() if HOW.value is not None else ""
     fm = FlowMap.from_pretrained(CHECKPOINT.value)
     if EMA.value is not None:
-        take_weights(fm, CHECKPOINT.value, EMA.value, "--ema")
+        take_weights(fm, CHECKPOINT.value, EMA.value)
     weights = fm.fingerprint()
     if wrong := [f for f, r in zip(RESULTS.value, records, strict=True) if _others(r, weights)]:
         raise UserError(f"--results={wrong[0]} is of other weights than those to be exported: score them again")

@@ -110,7 +110,7 @@ class SamplingFlags:
                     file=sys.stderr,
                 )
         for ema in self.ema.value:
-            run_weights(str(self.checkpoint.value), ema, "--ema")
+            run_weights(str(self.checkpoint.value), ema)
         self._open_vae(fm)
         return fm.to(pick_device())
 
@@ -119,7 +119,7 @@ class SamplingFlags:
         if not self.ema.value:
             yield fm
         for ema in self.ema.value:
-            take_weights(fm, str(self.checkpoint.value), ema, "--ema")
+            take_weights(fm, str(self.checkpoint.value), ema)
             yield fm
 
     def _open_vae(self, fm: FlowMap) -> None:

@@ -1,14 +1,16 @@
 """Two-time velocity networks v(x, s, t, label), each a diffusers model with a frozen module path.
 
-The path ``flowmaps.networks.<module>`` and the class name are written into every exported checkpoint.
+The path ``flowmaps.networks.<module>`` and the class name are written into every exported checkpoint. What a network
+must offer, and so a class of your own, is stated by ``Network`` in ``flowmaps.networks.interface``.
 """
 
 from flowmaps.networks.dit import DiT
 from flowmaps.networks.edm2unet import EDM2UNet
+from flowmaps.networks.interface import Network, registered
 from flowmaps.networks.mlp import MLP
 from flowmaps.networks.presets import PRESETS
 from flowmaps.networks.unet import UNet
 
 NETWORKS = {network.__name__: network for network in (MLP, UNet, EDM2UNet, DiT)}
 
-__all__ = ["MLP", "NETWORKS", "PRESETS", "DiT", "EDM2UNet", "UNet"]
+__all__ = ["MLP", "NETWORKS", "PRESETS", "DiT", "EDM2UNet", "Network", "UNet", "registered"]

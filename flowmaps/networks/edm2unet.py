@@ -5,11 +5,11 @@ import math
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
 from flowmaps.networks.conditioning import condition
+from flowmaps.networks.interface import registered
 from flowmaps.networks.layers import Dropout, Stage, check_unet, heads_of, resample, run, u_shape
 from flowmaps.networks.magnitude import MPLayer, mp_add, mp_cat, mp_silu, mp_sum, unit
 from flowmaps.networks.preconditioning import Preconditioned
@@ -134,7 +134,7 @@ class EDM2UNet(Preconditioned, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
 
-    @register_to_config
+    @registered
     def __init__(
         self,
         image_size: int = 32,

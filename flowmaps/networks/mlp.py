@@ -4,8 +4,9 @@ import math
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+
+from flowmaps.networks.interface import registered
 
 
 class MLP(ModelMixin, ConfigMixin):
@@ -16,7 +17,7 @@ class MLP(ModelMixin, ConfigMixin):
     x / data_std with standard deviation ``fourier_scale``: with few steps raw coordinates are the bottleneck.
     """
 
-    @register_to_config
+    @registered
     def __init__(
         self,
         dim: int = 2,

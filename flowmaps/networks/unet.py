@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
 from flowmaps.networks.conditioning import TimeEmbedding
+from flowmaps.networks.interface import registered
 from flowmaps.networks.layers import (
     Dropout,
     GroupNorm,
@@ -122,7 +122,7 @@ class UNet(Preconditioned, ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
 
-    @register_to_config
+    @registered
     def __init__(
         self,
         image_size: int = 32,

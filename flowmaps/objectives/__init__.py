@@ -1,6 +1,7 @@
-"""Training objectives, one file a method and one row here; docs/maths.md has every equation.
+"""Training objectives: one file and one row of OBJECTIVES per method. docs/maths.md has every equation.
 
-Tests, config rows and docs go over this table: a method that is listed is tested.
+Tests, config rows and docs iterate over this table, so a listed method is a tested one. ``SelfDistillation`` is the
+base of methods that learn from data, ``TrajectoryObjective`` of those that learn from a teacher's solver paths.
 """
 
 from flowmaps.objectives.base import Draws, Loss, Objective
@@ -11,8 +12,9 @@ from flowmaps.objectives.lagrangian import Lagrangian, TerminalVelocity
 from flowmaps.objectives.loss_weight import LogVariance
 from flowmaps.objectives.mid_training import MidTraining
 from flowmaps.objectives.progressive import Progressive, Shortcut
+from flowmaps.objectives.self_distillation import SelfDistillation
 from flowmaps.objectives.straightening import Straightening
-from flowmaps.objectives.trajectory import PathObjective
+from flowmaps.objectives.trajectory import TrajectoryObjective
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "flow_matching": FlowMatching,
@@ -41,9 +43,10 @@ __all__ = [
     "MeanFlow",
     "MidTraining",
     "Objective",
-    "PathObjective",
     "Progressive",
+    "SelfDistillation",
     "Shortcut",
     "Straightening",
     "TerminalVelocity",
+    "TrajectoryObjective",
 ]

@@ -1,24 +1,17 @@
-"""What all objectives share: random draws, the diagonal term, the weight and the reduction."""
+"""The base of all objectives: the call, the weights, the reduction to one number."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
-from flowmaps.networks.conditioning import with_guidance, without_label
-from flowmaps.networks.layers import no_dropout
-from flowmaps.objectives.time_sampling import Times, pair, single
-from samplers.callables import Drift, expand
+from samplers.callables import Drift
 from samplers.schedule import Schedule
 from samplers.trajectories import Trajectory
-
-Dropout = Callable[[nn.Module], AbstractContextManager[None]]  # a rule for the dropout of a network inside a block
 
 
 class Loss(NamedTuple):
@@ -29,83 +22,96 @@ class Loss(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The random part of one step: noise x0 [B, ...] and times s <= t [B], diagonal rows (s = t) first.
+    """The random part of one step on data: noise x0 [B, ...] and times s <= t [B], diagonal rows (s = t) first.
 
-    ``fraction`` [B], uniform on [0, 1], is for methods that need one more number a row; ``guidance`` [B] are the
-    weights of a guidance that is baked in, None without.
+    ``gamma`` [B], uniform on [0, 1], is for methods that need one more random number per row. ``guidance`` [B] holds
+    the weights of baked-in guidance, None without.
     """
 
     x0: Tensor
     s: Tensor
     t: Tensor
-    fraction: Tensor
+    gamma: Tensor
     guidance: Tensor | None = None
 
 
-class Rows(NamedTuple):
-    """Off-diagonal rows: noise, data, the point x = I_s of the path between, its velocity dI_s/ds, times and labels."""
+class Segments(NamedTuple):
+    """The random part of one step on trajectories: segments from x_s [n, ...] at time s [n] to a state at t [n]."""
 
-    x0: Tensor
-    x1: Tensor
-    x: Tensor
-    velocity: Tensor
+    x_s: Tensor
     s: Tensor
     t: Tensor
-    fraction: Tensor
-    label: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Objective:
-    """A loss for training a flow map by self-distillation: L = L_diagonal + L_off-diagonal.
+    """A loss for training a flow map. Options are the fields of the dataclass.
 
-    The first ``floor(diagonal * B)`` rows of a batch have s = t and regress v_{t,t}(I_t) on dI_t/dt (flow matching);
-    the others have (s, t) uniform on the triangle s < t and get the method's own residual, without dropout. Rows with
-    s = t never enter a derivative. Boffi et al. 2025 (arXiv 2505.18825), algorithm 1, with the joint mean over all B
-    rows of the authors' code; squared residuals are averaged over a sample's dimensions.
+    Objectives are mutable because they are sections of a training config, whose fields command-line flags override one
+    by one. ``__post_init__`` validates the options; ``dataclasses.replace(objective)`` validates them again after a
+    change, and discards what was derived from them.
+
+    A subclass implements ``row_losses``. The properties below are neutral values of options that only some objectives
+    have, so that callers can ask any objective for them.
     """
 
-    dropout: ClassVar[Dropout] = no_dropout  # what the off-diagonal term does about dropout
-
-    diagonal: float = 0.75  # share of rows with s = t
-    adaptive: float = 0.0  # power p of the adaptive weight 1 / sg[|r|^2 + 1e-3]^p; 0: none
-    teacher_ema: float = 0.0  # decay of the weights' average whose drift teaches; 0: the live network teaches itself
-    guidance: float = 1.0  # weight of the guidance that is baked in; 1: none
-    guidance_max: float = 1.0  # above 1: each row's weight is drawn from [1, guidance_max] and told to the network
-    guidance_times: tuple[float, float] = (0.0, 1.0)  # the weight is 1 for rows whose s lies outside
-    times: Times = Times.triangle
-    time_mean: tuple[float, float] = (0.4, 0.4)  # of the logits of logit_normal's two times, or gap's end and share
-    time_std: tuple[float, float] = (1.0, 1.0)
-
     def __post_init__(self) -> None:
-        if not 0 <= self.diagonal <= 1:
-            raise UserError(f"objective.diagonal is a share and must lie in [0, 1], got {self.diagonal}")
-        if not 0 <= self.adaptive <= 2:
-            raise UserError(f"objective.adaptive is a power and must lie in [0, 2], got {self.adaptive}")
-        if not 0 <= self.teacher_ema < 1:
-            raise UserError(f"objective.teacher_ema is a decay and must lie in [0, 1), got {self.teacher_ema}")
-        if self.teacher_ema and not self.taught:
-            raise UserError("objective.teacher_ema: this objective has no use for a teacher, leave it at 0")
-        if not (self.guidance == 1 <= self.guidance_max or self.guidance_max == 1 <= self.guidance):
-            raise UserError(
-                "objective.guidance and guidance_max must be at least 1, and one of them 1, "
-                f"got {self.guidance} and {self.guidance_max}"
-            )
-        low, high = self.guidance_times
-        if not 0 <= low < high <= 1 or ((low, high) != (0, 1) and not self.guided):
-            raise UserError(
-                "objective.guidance_times are two times from 0 to 1, and mean nothing without objective.guidance or "
-                f"guidance_max, got {self.guidance_times}"
-            )
         for f in fields(self):
             value = getattr(self, f.name)
             numbers = value if isinstance(value, tuple) else (value,)
             if not all(math.isfinite(n) for n in numbers if isinstance(n, float)):
-                raise UserError(f"objective.{f.name} must be finite, got {value}")
-        if len(self.time_mean) != 2 or len(self.time_std) != 2 or not all(std > 0 for std in self.time_std):
-            raise UserError("objective.time_mean and time_std are two numbers each, the latter positive")
-        if self.times is Times.triangle and (self.time_mean, self.time_std) != ((0.4, 0.4), (1.0, 1.0)):
-            raise UserError("objective.time_mean and time_std mean nothing with times=triangle: choose other times")
+                raise UserError("must be finite", field=f.name, value=value)
+        if not 0 <= self.adaptive <= 2:
+            raise UserError("is a power and must lie in [0, 2]", field="adaptive", value=self.adaptive)
+
+    @property
+    def diagonal(self) -> float:
+        """Share of rows with s = t."""
+        return 0.0
+
+    @property
+    def adaptive(self) -> float:
+        """Power of the adaptive weight, 0 for none."""
+        return 0.0
+
+    @property
+    def teacher_ema(self) -> float:
+        """Decay of the weight average that serves as teacher, 0 for none."""
+        return 0.0
+
+    @property
+    def guidance(self) -> float:
+        """Weight of baked-in guidance, 1 for none."""
+        return 1.0
+
+    @property
+    def guidance_max(self) -> float:
+        """Largest guidance weight that the network is conditioned on, 1 for none."""
+        return 1.0
+
+    @property
+    def guided(self) -> bool:
+        """True if guidance is baked in."""
+        return max(self.guidance, self.guidance_max) > 1
+
+    @property
+    def uses_teacher(self) -> bool:
+        """True if the target involves a drift, so that a teacher can provide it."""
+        return False
+
+    @property
+    def kind(self) -> str:
+        """``FlowMapInfo.kind`` of the trained network."""
+        return "map"
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """Step sizes that the network is trained for, by sampler."""
+        return {}
+
+    def diagonal_rows(self, batch_size: int) -> int:
+        """Return how many rows of a batch have s = t."""
+        return math.floor(self.diagonal * batch_size + 1e-9)  # 0.29 * 100 is 28.999...
 
     def __call__(
         self,
@@ -118,40 +124,30 @@ class Objective:
         weight: nn.Module | None = None,
         step: int = 0,
     ) -> Loss:
-        """The loss on data ``batch`` [B, ...] with ``label`` [B] or None; all randomness is from ``generator``.
+        """Compute the loss of ``fm`` on one batch. Dropout follows the network's mode.
 
-        A ``PathObjective`` takes a ``Trajectory`` for its batch, which has the label.
+        Args:
+            fm: The flow map to train.
+            batch: Data x1 [B, ...], or a ``Trajectory`` for a ``TrajectoryObjective``.
+            label: Class labels [B], or None. A trajectory has its own.
+            generator: Source of all random draws: noise, times, guidance weights, choice of segments.
+            teacher: Drift b(x, t, label) that the off-diagonal target uses, None for the live network's.
+            weight: A module w(s, t) -> [B] such as ``LogVariance``, None for an unweighted loss.
+            step: Training steps done so far, for methods whose times change over training.
 
-        ``teacher``: the drift that the off-diagonal term distils, None for the live network itself.
-        ``weight``: a module w(s, t) -> [B], None for an unweighted loss. Dropout follows the network's mode.
-        ``step``: steps done so far, for a method whose times change over training.
+        Returns:
+            The scalar loss with its gradient, and detached terms for the log.
+
+        Raises:
+            UserError: The batch is data where a trajectory is needed or the reverse, or guidance lacks labels.
+
+        Example:
+            >>> objective = OBJECTIVES["lagrangian"](diagonal=0.5)
+            >>> loss = objective(fm, x1, label, generator=torch.Generator().manual_seed(0))
+            >>> loss.value.backward()
         """
         x1, label, draws = self.prepare(fm, batch, label, generator, step)
         return self.loss(fm, x1, label, draws, teacher=teacher, weight=weight)
-
-    @property
-    def kind(self) -> str:
-        """What ``FlowMapInfo.kind`` says of the trained network."""
-        return "map"
-
-    @property
-    def schedules(self) -> dict[str, Schedule]:
-        """Step sizes that the network is trained for, by sampler."""
-        return {}
-
-    @property
-    def taught(self) -> bool:
-        """Whether the off-diagonal term asks a drift for its target: only then can a teacher take its place."""
-        return False
-
-    def diagonal_rows(self, batch_size: int) -> int:
-        """How many rows of a batch have s = t."""
-        return math.floor(self.diagonal * batch_size + 1e-9)  # 0.29 * 100 is 28.999...
-
-    @property
-    def guided(self) -> bool:
-        """Whether guidance is baked in."""
-        return max(self.guidance, self.guidance_max) > 1
 
     def prepare(
         self,
@@ -160,43 +156,40 @@ class Objective:
         label: Tensor | None,
         generator: torch.Generator,
         step: int = 0,
-    ) -> tuple[Tensor, Tensor | None, Draws]:
-        """What ``loss`` takes: data x1 [B, ...], their label, and the random part."""
+    ) -> tuple[Tensor, Tensor | None, Draws | Segments]:
+        """Return the arguments of ``loss``: data x1 [B, ...], their label, and the random part."""
         if isinstance(batch, Trajectory):
             raise UserError("this objective learns from data [B, ...], not from a Trajectory")
         return batch, label, self.draw(fm, batch, generator, step)
 
     def draw(self, fm: FlowMap, x1: Tensor, generator: torch.Generator, step: int = 0) -> Draws:
-        """Noise and times for one batch; apart from the loss, so that the loss can be compiled."""
+        """Draw noise and times for one batch. This is apart from the loss so that the loss can be compiled."""
         options: dict[str, Any] = {"generator": generator, "device": x1.device, "dtype": x1.dtype}
         x0 = fm.base_std * torch.randn(x1.shape, **options)
         uniform = torch.rand(2, len(x1), **options)
         rows = self.diagonal_rows(len(x1))
-        u = single(self.times, uniform[0, :rows], self.time_mean[0], self.time_std[0])
+        u = self.diagonal_times(uniform[0, :rows])
         s, t = self.off_diagonal_times(uniform[:, rows:], fm, step)
-        fraction, guidance = torch.rand(len(x1), **options), None
-        if self.guided:
-            drawn = 1 + (self.guidance_max - 1) * torch.rand(len(x1), **options)
-            guidance = torch.full_like(drawn, self.guidance) if self.guidance > 1 else drawn
-            low, high = self.guidance_times
-            start = torch.cat([u, s])
-            guidance = torch.where((start >= low) & (start <= high), guidance, 1.0)
-        return Draws(x0, torch.cat([u, s]), torch.cat([u, t]), fraction, guidance)
+        return Draws(x0, torch.cat([u, s]), torch.cat([u, t]), gamma=torch.rand(len(x1), **options))
+
+    def diagonal_times(self, uniform: Tensor) -> Tensor:
+        """Return the times of diagonal rows from uniform numbers [n]."""
+        return uniform
 
     def off_diagonal_times(self, uniform: Tensor, fm: FlowMap, step: int) -> tuple[Tensor, Tensor]:
-        """(s, t) of the off-diagonal rows of training step ``step`` from uniform numbers [2, n]."""
-        return pair(self.times, uniform, self.time_mean, self.time_std)
+        """Return (s, t) of the off-diagonal rows of training step ``step`` from uniform numbers [2, n]."""
+        return uniform.amin(dim=0), uniform.amax(dim=0)  # uniform on the triangle s < t
 
     def loss(
         self,
         fm: FlowMap,
         x1: Tensor,
         label: Tensor | None,
-        draws: Draws,
+        draws: Draws | Segments,
         teacher: Drift | None = None,
         weight: nn.Module | None = None,
     ) -> Loss:
-        """The loss at given draws: no randomness but dropout."""
+        """Compute the loss for given draws. Only dropout is random here."""
         per_sample, terms = self.per_sample(fm, x1, label, draws, teacher, weight)
         return Loss(per_sample.mean(), terms)
 
@@ -205,79 +198,44 @@ class Objective:
         fm: FlowMap,
         x1: Tensor,
         label: Tensor | None,
-        draws: Draws,
+        draws: Draws | Segments,
         teacher: Drift | None,
         weight: nn.Module | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of each row [B], diagonal rows first, and the terms of ``Loss``."""
-        rows = self.diagonal_rows(len(x1))
-        x0, s, t, fraction, guidance = draws
-        x_s = fm.interpolant.point(x0, x1, s)
-        velocity = fm.interpolant.velocity(x0, x1, s)
-        if guidance is not None:
-            velocity, label = self.guide(fm, x_s, s, label, velocity, guidance)
-        squared: list[Tensor] = []
+        """Return the weighted loss of each row [B], diagonal rows first, and the terms of ``Loss``."""
         terms: dict[str, Tensor] = {}
-        if rows:
-            residual = fm.drift(x_s[:rows], s[:rows], part(label, 0, rows)) - velocity[:rows]
-            squared.append(mean_square(residual))
-            terms["diagonal"] = squared[-1].detach().mean()
-        if rows < len(x1):
-            x0, x1, x_s, velocity, fraction = (a[rows:] for a in (x0, x1, x_s, velocity, fraction))
-            off = Rows(x0, x1, x_s, velocity, s[rows:], t[rows:], fraction, part(label, rows, None))
-            with type(self).dropout(fm.network):
-                residual = self.residual(fm, off, teacher, terms)
-            squared.append(self.error(residual, off))
-            terms["off_diagonal"] = squared[-1].detach().mean()
-        per_sample = torch.cat(squared)
+        losses = self.row_losses(fm, x1, label, draws, teacher, terms)
         if self.adaptive:  # Geng et al. 2025 (arXiv 2505.13447), with |r|^2 the sum over a sample's dimensions
-            total = per_sample.detach() * x1[0].numel()
-            per_sample = per_sample * (total + 1e-3).pow(-self.adaptive)
+            total = losses.detach() * x1[0].numel()
+            losses = losses * (total + 1e-3).pow(-self.adaptive)
         if weight is not None:  # exp(-w) |r|^2 + w: w learns the log of the residual's variance
-            w = weight(s, t)
-            per_sample = torch.exp(-w) * per_sample + w
+            w = weight(draws.s, draws.t)
+            losses = torch.exp(-w) * losses + w
             terms["weight_min"], terms["weight_max"] = w.detach().amin(), w.detach().amax()
-        return per_sample, terms
+        return losses, terms
 
-    def guide(
-        self, fm: FlowMap, x: Tensor, s: Tensor, label: Tensor | None, velocity: Tensor, guidance: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The velocity that is regressed under guidance w, and the label that goes with it.
+    def row_losses(
+        self,
+        fm: FlowMap,
+        x1: Tensor,
+        label: Tensor | None,
+        draws: Any,
+        teacher: Drift | None,
+        terms: dict[str, Tensor],
+    ) -> Tensor:
+        """Return the unweighted loss of each row [B], and put what to log into ``terms``.
 
-        u + w (dI_s/ds - u) with u = sg[v_{s,s}(I_s; no label)], whose mean given I_s is the guided drift
-        w b(x; label) + (1 - w) b(x; no label): MeanFlow's way (arXiv 2505.13447, appendix), for any objective, since
-        the off-diagonal terms follow the drift that the diagonal learns. Rows without a label have w = 1.
+        ``draws`` is what ``prepare`` returned: ``Draws`` for data, ``Segments`` for trajectories.
         """
-        if label is None:
-            raise UserError("objective.guidance needs labels")
-        unlabelled, has_label = without_label(label, fm.info.num_classes)
-        w = torch.where(has_label, guidance, 1.0)
-        with torch.no_grad(), no_dropout(fm.network):
-            u = fm.drift(x, s, unlabelled)
-        if self.guidance_max > 1:
-            label = with_guidance(label, w, fm.info.num_classes)
-        return torch.lerp(u.to(velocity.dtype), velocity, expand(w, velocity).to(velocity.dtype)), label
-
-    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
-        """The off-diagonal residual [n, ...], with the method's stop-gradients; ``terms`` takes what to log."""
         raise NotImplementedError
-
-    def error(self, residual: Tensor, rows: Rows) -> Tensor:
-        """What is minimised of the off-diagonal residual [n, ...] of ``rows``: [n]."""
-        return mean_square(residual)
 
 
 def rms(value: Tensor) -> Tensor:
-    """Root mean square of a detached tensor, for the log."""
+    """Return the root mean square of a tensor, detached, for the log."""
     return mean_square(value.detach()).mean().sqrt()
 
 
-def part(label: Tensor | None, start: int, stop: int | None) -> Tensor | None:
-    """Rows ``start`` .. ``stop`` of an optional label."""
-    return None if label is None else label[start:stop]
-
-
 def mean_square(residual: Tensor) -> Tensor:
-    """Mean over a sample's dimensions of the squared residual, in at least float32: [B, ...] -> [B]."""
+    """Average the squared residual over a sample's dimensions, in at least float32: [B, ...] -> [B]."""
     r = residual.to(torch.promote_types(residual.dtype, torch.float32))
     return r.square().flatten(1).mean(dim=1)

@@ -1,7 +1,6 @@
 """Consistency training: the map to data alone, X_{s,1}."""
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,12 +8,11 @@ from torch import Tensor
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.networks.layers import shared_dropout
-from flowmaps.objectives.base import Dropout, Objective, Rows
-from flowmaps.objectives.time_sampling import Times
+from flowmaps.objectives.base import Draws, Objective, mean_square
 from samplers.callables import Drift, expand
 
 
-@dataclass(frozen=True)
+@dataclass
 class Consistency(Objective):
     """r = ( X_{s,1}(I_s) - sg[ X_{u,1}(I_u) ] ) / (sigma_s - sigma_u), both points with the same noise and data.
 
@@ -28,20 +26,11 @@ class Consistency(Objective):
     With a teacher it is consistency distillation, Song et al. 2023 (arXiv 2303.01469): the target starts where a Heun
     step of the teacher's drift leads from I_s to u, instead of at I_u.
 
-    Every row is of this kind: X_{s,1} is all that is trained, which is what kind "consistency" tells a sampler.
+    Every row is of this kind. X_{s,1} is all that is trained: there is no drift to guide or to learn from an average
+    of the weights, and the kind "consistency" makes samplers that need other times refuse the model.
     """
 
-    dropout: ClassVar[Dropout] = shared_dropout
-
-    diagonal: float = field(default=0.0, init=False)
-    teacher_ema: float = field(default=0.0, init=False)  # an average of a network that has no drift would teach nothing
-    times: Times = field(default=Times.triangle, init=False)  # the noise level's distribution takes its place
-    time_mean: tuple[float, float] = field(default=(0.4, 0.4), init=False)
-    time_std: tuple[float, float] = field(default=(1.0, 1.0), init=False)
-    guidance: float = field(default=1.0, init=False)  # there is no drift to guide
-    guidance_max: float = field(default=1.0, init=False)
-    guidance_times: tuple[float, float] = field(default=(0.0, 1.0), init=False)
-    adaptive: float = 0.5
+    adaptive: float = 0.5  # power p of the adaptive weight 1 / sg[|r|^2 + 1e-3]^p; 0: none
     sigma_mean: float = -1.1
     sigma_std: float = 2.0
     q: float = 2.0
@@ -54,19 +43,21 @@ class Consistency(Objective):
         return "consistency"
 
     @property
-    def taught(self) -> bool:
+    def uses_teacher(self) -> bool:
         return True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.q > 1 or not self.sigma_std > 0 or min(self.k, self.b, self.stage_steps) < 0:
-            raise UserError(
-                "objective.q must be above 1, sigma_std positive, k, b and stage_steps not negative, "
-                f"got {self.q}, {self.sigma_std}, {self.k}, {self.b} and {self.stage_steps}"
-            )
+        if not self.q > 1:
+            raise UserError("must be above 1", field="q", value=self.q)
+        if not self.sigma_std > 0:
+            raise UserError("must be positive", field="sigma_std", value=self.sigma_std)
+        for name in ("k", "b", "stage_steps"):
+            if getattr(self, name) < 0:
+                raise UserError("must not be negative", field=name, value=getattr(self, name))
 
     def off_diagonal_times(self, uniform: Tensor, fm: FlowMap, step: int) -> tuple[Tensor, Tensor]:
-        """(s, u): the student's time and the target's; u = 1 where the target is the data itself."""
+        """Return (s, u), the times of student and target; u = 1 where the target is the data itself."""
         sigma = torch.exp(self.sigma_mean + self.sigma_std * torch.special.ndtri(uniform[0])).clamp(1e-6, 1e6)
         stage = step // self.stage_steps if self.stage_steps else 0
         n = 1 + self.k * torch.sigmoid(-self.b * sigma)
@@ -74,24 +65,39 @@ class Consistency(Objective):
         time = fm.interpolant.time
         return time(sigma / fm.base_std), time(ratio * sigma / fm.base_std)
 
-    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
-        path, s, u, label = fm.interpolant, rows.s, rows.t, rows.label
-        end = torch.ones_like(s)
-        with torch.autocast(rows.x.device.type, enabled=False):  # student and target differ by little
-            student = self.to_data(fm, rows.x, s, end, label)
+    def row_losses(
+        self,
+        fm: FlowMap,
+        x1: Tensor,
+        label: Tensor | None,
+        draws: Draws,
+        teacher: Drift | None,
+        terms: dict[str, Tensor],
+    ) -> Tensor:
+        with shared_dropout(fm.network):
+            losses = mean_square(self.residual(fm, x1, label, draws, teacher))
+        terms["off_diagonal"] = losses.detach().mean()
+        return losses
+
+    def residual(self, fm: FlowMap, x1: Tensor, label: Tensor | None, draws: Draws, teacher: Drift | None) -> Tensor:
+        """Return the residual [B, ...], with stop-gradient."""
+        path, s, u = fm.interpolant, draws.s, draws.t
+        x_s, end = path.point(draws.x0, x1, s), torch.ones_like(s)
+        with torch.autocast(x1.device.type, enabled=False):  # student and target differ by little
+            student = self.to_data(fm, x_s, s, end, label)
             with torch.no_grad():
-                x_u = path.point(rows.x0, rows.x1, u) if teacher is None else heun_step(teacher, rows.x, s, u, label)
+                x_u = path.point(draws.x0, x1, u) if teacher is None else heun_step(teacher, x_s, s, u, label)
                 target = self.to_data(fm, x_u, u, end, label)
         sigma_s, sigma_u = (fm.base_std * path.alpha(time) / path.beta(time) for time in (s, u))
         return (student - target) / expand((sigma_s - sigma_u).clamp(min=1e-9), student)
 
     @staticmethod
     def to_data(fm: FlowMap, x: Tensor, s: Tensor, end: Tensor, label: Tensor | None) -> Tensor:
-        """X_{s,1}(x)."""
+        """Return X_{s,1}(x)."""
         return x + expand(end - s, x) * fm.velocity(x, s, end, label)
 
 
 def heun_step(drift: Drift, x: Tensor, s: Tensor, u: Tensor, label: Tensor | None) -> Tensor:
-    """From x [B, ...] at times s [B] to times u [B] along ``drift``, with an error of order 3."""
+    """Take one Heun step along ``drift`` from x [B, ...] at times s [B] to times u [B], with an error of order 3."""
     h, b = expand(u - s, x), drift(x, s, label)
     return x + h / 2 * (b + drift(x + h * b, u, label))

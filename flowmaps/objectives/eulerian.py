@@ -1,4 +1,4 @@
-"""Eulerian self-distillation (ESD), and MeanFlow, which is its slim form with another velocity."""
+"""Eulerian self-distillation (ESD), and MeanFlow, i.e. its slim form with another velocity."""
 
 import enum
 from dataclasses import dataclass
@@ -8,39 +8,41 @@ from torch import Tensor
 
 from flowmaps.derivatives import velocity_jvp
 from flowmaps.flow_map import FlowMap
-from flowmaps.objectives.base import Objective, Rows, rms
+from flowmaps.objectives.base import rms
+from flowmaps.objectives.self_distillation import OffDiagonalBatch, SelfDistillation
+from flowmaps.objectives.time_sampling import TimeSampling
 from samplers.callables import Drift, expand
 
 
-class Stop(enum.Enum):
-    """What is a constant in the Eulerian residual."""
+class StopGradient(enum.Enum):
+    """The part of the Eulerian residual that is held constant."""
 
-    advection = "advection"  # the whole term grad X . v_{s,s}: the paper's recommendation
+    advection = "advection"  # the term grad X . v_{s,s}: the paper's recommendation
     velocity = "velocity"  # v_{s,s} alone: the gradient also flows through the spatial derivative
     slim = "slim"  # all but v_{s,t}: no derivative is differentiated
 
 
-@dataclass(frozen=True)
-class Eulerian(Objective):
+@dataclass
+class Eulerian(TimeSampling, SelfDistillation):
     """r = d/ds X_{s,t}(I_s) + sg[ grad X_{s,t}(I_s) . v_{s,s}(I_s) ]: the end point stays as the start moves on.
 
     Boffi et al. 2025 (arXiv 2505.18825), algorithm 3; ``stop`` = slim is the stop-gradient regression of
     arXiv 2609.16222, r = v_{s,t} - sg[ v_{s,s} + (t - s) (d_s v + grad v . v_{s,s}) ].
     """
 
-    stop: Stop = Stop.advection
+    stop: StopGradient = StopGradient.advection
 
     @property
-    def taught(self) -> bool:
+    def uses_teacher(self) -> bool:
         return True
 
-    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
-        x, s, t, label = rows.x, rows.s, rows.t, rows.label
+    def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
+        x, s, t, label = batch.x, batch.s, batch.t, batch.label
         with torch.no_grad():
             velocity = (teacher or fm.drift)(x, s, label)
-        if self.stop is Stop.slim:
-            return slim_residual(fm, rows, velocity, velocity, terms)
-        if self.stop is Stop.velocity:
+        if self.stop is StopGradient.slim:
+            return slim_residual(fm, batch, velocity, velocity, terms)
+        if self.stop is StopGradient.velocity:
             v, dv = velocity_jvp(fm, x, s, t, label, dx=velocity, ds=1.0)
             terms["jvp_norm"] = rms(dv)
             return velocity - v + expand(t - s, x) * dv
@@ -55,12 +57,12 @@ class Eulerian(Objective):
 class Velocity(enum.Enum):
     """A velocity at (I_s, s)."""
 
-    conditional = "conditional"  # dI_s/ds of the row's own noise and data
+    conditional = "conditional"  # dI_s/ds of the row's noise and data
     model = "model"  # v_{s,s}(I_s)
 
 
-@dataclass(frozen=True)
-class MeanFlow(Objective):
+@dataclass
+class MeanFlow(TimeSampling, SelfDistillation):
     """r = v_{s,t} - sg[ u + (t - s) (d_s v + grad v . w) ]; ``target`` u and ``tangent`` w are conditional velocities.
 
     Geng et al. 2025 (arXiv 2505.13447), the MeanFlow identity at this package's times and sign.
@@ -70,18 +72,18 @@ class MeanFlow(Objective):
     target: Velocity = Velocity.conditional
 
     @property
-    def taught(self) -> bool:
+    def uses_teacher(self) -> bool:
         return Velocity.model in (self.tangent, self.target)
 
-    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
-        choices = {Velocity.conditional: rows.velocity}
-        if self.taught:
+    def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
+        choices = {Velocity.conditional: batch.conditional_velocity}
+        if self.uses_teacher:
             with torch.no_grad():
-                choices[Velocity.model] = (teacher or fm.drift)(rows.x, rows.s, rows.label)
-        return slim_residual(fm, rows, choices[self.tangent], choices[self.target], terms)
+                choices[Velocity.model] = (teacher or fm.drift)(batch.x, batch.s, batch.label)
+        return slim_residual(fm, batch, choices[self.tangent], choices[self.target], terms)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImprovedMeanFlow(MeanFlow):
     """MeanFlow along the model's own velocity: a regression of v - (t - s) sg[d_s v + grad v . v_{s,s}] on dI_s/ds.
 
@@ -91,8 +93,10 @@ class ImprovedMeanFlow(MeanFlow):
     tangent: Velocity = Velocity.model
 
 
-def slim_residual(fm: FlowMap, rows: Rows, tangent: Tensor, target: Tensor, terms: dict[str, Tensor]) -> Tensor:
-    """v_{s,t} - target - (t - s) sg[d_s v + grad v . tangent]; the gradient flows through v_{s,t} alone."""
-    v, dv = velocity_jvp(fm, rows.x, rows.s, rows.t, rows.label, dx=tangent, ds=1.0)
+def slim_residual(
+    fm: FlowMap, batch: OffDiagonalBatch, tangent: Tensor, target: Tensor, terms: dict[str, Tensor]
+) -> Tensor:
+    """Return v_{s,t} - target - (t - s) sg[d_s v + grad v . tangent]; the gradient flows through v_{s,t} alone."""
+    v, dv = velocity_jvp(fm, batch.x, batch.s, batch.t, batch.label, dx=tangent, ds=1.0)
     terms["jvp_norm"] = rms(dv)
-    return v - target - expand(rows.t - rows.s, rows.x) * dv.detach()
+    return v - target - expand(batch.t - batch.s, batch.x) * dv.detach()

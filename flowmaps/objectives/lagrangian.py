@@ -8,19 +8,21 @@ from torch import Tensor
 
 from flowmaps.derivatives import velocity_difference, velocity_jvp
 from flowmaps.flow_map import FlowMap
-from flowmaps.objectives.base import Objective, Rows, rms
+from flowmaps.objectives.base import rms
+from flowmaps.objectives.self_distillation import OffDiagonalBatch, SelfDistillation
+from flowmaps.objectives.time_sampling import TimeSampling
 from samplers.callables import Drift, expand
 
 
 class Derivative(enum.Enum):
-    """How d_t v is taken."""
+    """Method of taking d_t v."""
 
     exact = "exact"  # forward-mode differentiation
     finite = "finite"  # a central difference: cheaper, float32 only, error about 1e-3
 
 
-@dataclass(frozen=True)
-class Lagrangian(Objective):
+@dataclass
+class Lagrangian(TimeSampling, SelfDistillation):
     """r = d/dt X_{s,t}(I_s) - sg[ v_{t,t}( X_{s,t}(I_s) ) ]: the map moves with the drift at its own end point.
 
     Boffi et al. 2025 (arXiv 2505.18825), algorithm 2. The gradient flows through v_{s,t} and its t-derivative
@@ -32,11 +34,11 @@ class Lagrangian(Objective):
     derivative: Derivative = Derivative.exact
 
     @property
-    def taught(self) -> bool:
+    def uses_teacher(self) -> bool:
         return True
 
-    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
-        x, s, t, label = rows.x, rows.s, rows.t, rows.label
+    def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
+        x, s, t, label = batch.x, batch.s, batch.t, batch.label
         if self.derivative is Derivative.exact:
             v, dv = velocity_jvp(fm, x, s, t, label, dt=1.0)
         else:
@@ -48,12 +50,13 @@ class Lagrangian(Objective):
         return v + gap * (dv.detach() if self.slim else dv) - target
 
 
-@dataclass(frozen=True)
+@dataclass
 class TerminalVelocity(Lagrangian):
     """Lagrangian self-distillation whose end-point velocity comes from a moving average of the weights.
 
-    Terminal Velocity Matching (2025): r = d/dt X_{s,t}(I_s) - sg[ v'_{t,t}( X_{s,t}(I_s) ) ], v' with weights averaged
-    at decay ``teacher_ema``, the point from the live weights. The trainer keeps the average and passes it as teacher.
+    Terminal Velocity Matching (2025): r = d/dt X_{s,t}(I_s) - sg[ v'_{t,t}( X_{s,t}(I_s) ) ], where v' has weights
+    averaged at decay ``teacher_ema`` and the point comes from the live weights. The trainer keeps the average and
+    passes it as ``teacher``.
     """
 
     teacher_ema: float = 0.99

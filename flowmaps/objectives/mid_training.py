@@ -9,36 +9,36 @@ from torch import Tensor
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.metrics.lpips import lpips
-from flowmaps.objectives.base import Rows, mean_square
-from flowmaps.objectives.trajectory import PathObjective
-from samplers.callables import Drift, expand
+from flowmaps.objectives.base import Segments, mean_square
+from flowmaps.objectives.trajectory import TrajectoryObjective
+from samplers.callables import expand
 
 
 class Target(enum.Enum):
-    """What a state of the trajectory is carried to."""
+    """The state that an earlier state of the trajectory is carried to."""
 
     pairs = "pairs"  # another, later state: the map between any two times
     endpoint = "endpoint"  # the last state: the map to data alone
 
 
 class Distance(enum.Enum):
-    """What is minimised of a residual r, a mean over a sample's dimensions."""
+    """Loss of a residual r; means are over a sample's dimensions."""
 
     l2 = "l2"  # mean of r^2
     l1 = "l1"  # mean of |r|
     huber = "huber"  # sqrt(mean of r^2 + huber^2) - huber
-    lpips = "lpips"  # of the two images, by VGG-16
+    lpips = "lpips"  # LPIPS of the two images, with VGG-16
 
 
-@dataclass(frozen=True)
-class MidTraining(PathObjective):
-    """Regression on states x_0, ..., x_N of a teacher's trajectories at times t_0 < ... < t_N; nothing moves with v.
+@dataclass
+class MidTraining(TrajectoryObjective):
+    """Regression on states x_0, ..., x_N of a teacher's trajectories at times t_0 < ... < t_N.
 
-    ``target`` = pairs: r = v_{t_i,t_j}(x_i) - (x_j - x_i) / (t_j - t_i), the average velocity of the piece.
+    ``target`` = pairs: r = v_{t_i,t_j}(x_i) - (x_j - x_i) / (t_j - t_i), the average velocity of the segment.
     ``target`` = endpoint: r = X_{t_i,t_N}(x_i) - x_N, which trains a consistency model.
-    Hu et al. 2025 (arXiv 2509.24526), section 3. Every state but the last is the start of one row, so that a trajectory
-    of N steps gives N rows. For pairs, j is uniform on i + 1 .. N, and N itself in a share ``to_end`` of the rows: with
-    none, as published, one row in N^2 has the jump from noise to data.
+    Hu et al. 2025 (arXiv 2509.24526), section 3. Every state but the last starts one row, so a trajectory of N steps
+    gives N rows. For pairs, j is uniform on i + 1 .. N, except that a share ``to_end`` of the rows has j = N: with
+    to_end = 0, as published, one row in N^2 has the jump from noise to data.
 
     ``distance`` = lpips compares images X_{t_i,t_N}(x_i) and x_N; ``lpips_weights`` is the folder of its weight files.
     """
@@ -46,25 +46,25 @@ class MidTraining(PathObjective):
     target: Target = Target.pairs
     to_end: float = 0.0  # for pairs
     distance: Distance = Distance.l2
-    huber: float = 5.4e-4  # a dimension's share of 5.4e-4 sqrt(dimensions), arXiv 2310.14189
-    lpips_weights: str = ""  # empty: where torch.hub keeps downloads
+    huber: float = 5.4e-4  # 5.4e-4 sqrt(dimensions) of arXiv 2310.14189, per dimension
+    lpips_weights: str = ""  # empty: torch.hub's download folder
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target is Target.pairs and self.distance is Distance.lpips:
-            raise UserError("objective.distance=lpips compares images: it needs objective.target=endpoint")
+            raise UserError("compares images: set target=endpoint", field="distance", value="lpips")
         if not 0 <= self.to_end <= 1 or (self.to_end and self.target is Target.endpoint):
-            raise UserError(f"objective.to_end is a share, for objective.target=pairs, got {self.to_end}")
+            raise UserError("is a share in [0, 1], for target=pairs", field="to_end", value=self.to_end)
         if not self.huber >= 0:
-            raise UserError(f"objective.huber must not be negative, got {self.huber}")
+            raise UserError("must not be negative", field="huber", value=self.huber)
         if self.lpips_weights and self.distance is not Distance.lpips:
-            raise UserError("objective.lpips_weights mean nothing without objective.distance=lpips")
+            raise UserError("has no effect without distance=lpips", field="lpips_weights", value=self.lpips_weights)
 
     @property
     def kind(self) -> str:
         return "consistency" if self.target is Target.endpoint else "map"
 
-    def pieces(self, times: Tensor, row: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def segment_indices(self, times: Tensor, row: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         last = len(times) - 1
         j = torch.full_like(row, last)
         if self.target is Target.pairs:
@@ -75,21 +75,21 @@ class MidTraining(PathObjective):
     def check(self, shape: tuple[int, ...], times: Tensor, device: torch.device) -> None:
         if self.distance is Distance.lpips:
             if len(shape) != 3:
-                raise UserError("objective.distance=lpips compares images, these samples are points")
+                raise UserError("compares images, but these samples are points", field="distance", value="lpips")
             image = torch.zeros(1, *shape, device=device)
             lpips(self.lpips_weights, device)(image, image)
 
-    def residual(self, fm: FlowMap, rows: Rows, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
-        """``rows.x0`` at s and ``rows.x1`` at t are the two ends of a piece of a trajectory."""
-        gap = expand(rows.t - rows.s, rows.x0)
-        v = fm.velocity(rows.x0, rows.s, rows.t, rows.label)
+    def residual(self, fm: FlowMap, segments: Segments, x_t: Tensor, label: Tensor | None) -> Tensor:
+        x_s, s, t = segments
+        gap = expand(t - s, x_s)
+        v = fm.velocity(x_s, s, t, label)
         if self.target is Target.endpoint:
-            return rows.x0 + gap * v - rows.x1
-        return v - (rows.x1 - rows.x0) / gap
+            return x_s + gap * v - x_t
+        return v - (x_t - x_s) / gap
 
-    def error(self, residual: Tensor, rows: Rows) -> Tensor:
+    def error(self, residual: Tensor, x_t: Tensor) -> Tensor:
         if self.distance is Distance.lpips:
-            distance: Tensor = self.seen(rows.x1 + residual, rows.x1)
+            distance: Tensor = self.lpips(x_t + residual, x_t)
             return distance
         if self.distance is Distance.l1:
             return residual.to(torch.promote_types(residual.dtype, torch.float32)).abs().flatten(1).mean(dim=1)
@@ -99,6 +99,6 @@ class MidTraining(PathObjective):
         return squared
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def seen(self, x: Tensor, y: Tensor) -> Tensor:
-        """LPIPS of two batches of images: [n]; runs eagerly in a compiled loss."""
+    def lpips(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the LPIPS of two batches of images [n]; runs eagerly in a compiled loss."""
         return lpips(self.lpips_weights, x.device)(x, y)

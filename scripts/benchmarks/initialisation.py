@@ -13,8 +13,9 @@ from flowmaps.evaluation.references import pick_extractor, source_stats
 from flowmaps.evaluation.samples import samples
 from flowmaps.images import to_uint8
 from flowmaps.metrics import board_kl, frechet_distance
+from flowmaps.objectives import MidTraining
 from flowmaps.objectives.mid_training import Target
-from training.config import Config, objective
+from training.config import Config
 from training.config_rows import load_row
 from training.trainer import Trainer
 
@@ -68,7 +69,7 @@ class Curve:
 def middle(data: str, seed: int, target: Target, teacher: str, setting: Setting) -> Config:
     """The config of mid-training from the weights and on the trajectories of ``teacher``."""
     config = load_row(f"configs/{data}.py", "mid_training")
-    config.objective = objective("mid_training", target=target, to_end=0.5 if target is Target.pairs else 0.0)
+    config.objective = MidTraining(target=target, to_end=0.5 if target is Target.pairs else 0.0)
     config.init_from = config.teacher = teacher
     config.seed, config.steps = seed, setting.middle
     return config

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowmaps import FlowMap, UserError
 from flowmaps.derivatives import velocity_jvp
@@ -27,35 +27,35 @@ from flowmaps.objectives import (
     Progressive,
 )
 from flowmaps.objectives.base import mean_square
-from flowmaps.objectives.eulerian import Stop
+from flowmaps.objectives.eulerian import StopGradient
 from flowmaps.objectives.lagrangian import Derivative
 from flowmaps.rng import generator
 from samplers.callables import Drift, expand
 
 
-@dataclass(frozen=True)
+@dataclass
 class Unsplit(Lagrangian):
     """Lagrangian self-distillation as one expression over all rows, with t - s = 0 on the diagonal: the reference form.
 
     The package splits the batch instead, since a row with s = t needs no derivative.
     """
 
-    def per_sample(
+    def row_losses(
         self,
         fm: FlowMap,
         x1: Tensor,
         label: Tensor | None,
         draws: Draws,
         teacher: Drift | None,
-        weight: nn.Module | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        terms: dict[str, Tensor],
+    ) -> Tensor:
         x0, s, t = draws.x0, draws.s, draws.t
-        x, velocity = fm.interpolant.point(x0, x1, s), fm.interpolant.velocity(x0, x1, s)
+        x, velocity = fm.interpolant.point(x0, x1, s), fm.interpolant.conditional_velocity(x0, x1, s)
         v, dv = velocity_jvp(fm, x, s, t, label, dt=1.0)
         gap = expand(t - s, x)
         with torch.no_grad():
             target = torch.where(gap == 0, velocity, fm.drift(x + gap * v, t, label))
-        return mean_square(v + gap * dv - target), {}
+        return mean_square(v + gap * dv - target)
 
 
 COSTS: dict[str, Objective] = {
@@ -68,7 +68,7 @@ COSTS: dict[str, Objective] = {
     "lagrangian, finite": Lagrangian(derivative=Derivative.finite),
     "lagrangian, unsplit": Unsplit(),
     "eulerian": Eulerian(),
-    "eulerian, slim": Eulerian(stop=Stop.slim),
+    "eulerian, slim": Eulerian(stop=StopGradient.slim),
     "consistency": Consistency(),
 }
 _IMAGES = {"image_size": 32, "channels": 1, "num_classes": 10}

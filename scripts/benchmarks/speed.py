@@ -23,14 +23,15 @@ from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.distributed import pick_device
 from flowmaps.generate import generate
 from flowmaps.images import from_uint8
-from flowmaps.networks import NETWORKS
+from flowmaps.networks import NETWORKS, DiT
 from flowmaps.rng import generator
 from samplers import euler, rollout, uniform_times
+from training.build import CHANNELS_LAST
 from training.checkpoint import load_checkpoint
 from training.config import Config, Precision, network
 from training.config_rows import load_row
 from training.ema import EMA
-from training.trainer import CHANNELS_LAST, Trainer
+from training.trainer import Trainer
 
 Scores = dict[str, float]
 
@@ -41,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulate 2": {"accumulate": 2},
     "compile": {"compile": True},
 }
-DIT = network("DiT", image_size=8, channels=1, patch=1, width=128, depth=4, heads=4, num_classes=10)
+DIT = network(DiT, image_size=8, channels=1, patch=1, width=128, depth=4, heads=4, num_classes=10)
 
 
 def machine() -> dict[str, Any]:

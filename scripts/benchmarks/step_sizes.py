@@ -13,11 +13,12 @@ from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.evaluation.references import pick_extractor, source_stats
 from flowmaps.images import to_uint8
 from flowmaps.metrics import board_kl, frechet_distance, sliced_w2
-from flowmaps.objectives.straightening import State
+from flowmaps.objectives import Straightening
+from flowmaps.objectives.straightening import TrainPoint
 from flowmaps.step_sizes import FINE, Solution, costs, end_errors, fine_solutions
 from samplers import Schedule, euler, heun, rollout, uniform_times
 from samplers.bellman import solve_all
-from training.config import Config, Trajectories, objective
+from training.config import Config, Trajectories
 from training.config_rows import load_row
 from training.teacher_trajectories import Walk, write_trajectories
 from training.trainer import Trainer
@@ -166,12 +167,17 @@ def run(config: Config) -> FlowMap:
 
 
 def straightened(
-    data: str, seed: int, folder: Path, steps: tuple[int, ...], how: tuple[State, str, int], train_steps: int | None
+    data: str,
+    seed: int,
+    folder: Path,
+    steps: tuple[int, ...],
+    how: tuple[TrainPoint, str, int],
+    train_steps: int | None,
 ) -> FlowMap:
     """The drift in ``folder``, fine-tuned on the paths there for ``steps``; ``how``: state, schedule, rank of LoRA."""
     state, schedule, lora = how
     config = load_row(f"configs/{data}.py", "straightening" + SETTINGS[data].variant)
-    config.objective = objective("straightening", steps=steps, schedule=schedule, state=state)
+    config.objective = Straightening(steps=steps, schedule=schedule, state=state)
     config.teacher = config.init_from = str(folder / "drift")
     config.trajectories = Trajectories(steps=FINE["euler"], files=str(folder / "paths"))
     config.seed, config.lora = seed, lora
@@ -204,10 +210,10 @@ def records(
             pass
         fitted_file = str(folder / "schedule.json")
         for row, how in {
-            "straightened, Bellman, end": (State.path, fitted_file, 0),
-            f"straightened, Bellman, end, LoRA {RANK}": (State.path, fitted_file, RANK),
-            "straightened, equal steps": (State.path, "", 0),
-            "reflow, equal steps": (State.chord, "", 0),
+            "straightened, Bellman, end": (TrainPoint.path, fitted_file, 0),
+            f"straightened, Bellman, end, LoRA {RANK}": (TrainPoint.path, fitted_file, RANK),
+            "straightened, equal steps": (TrainPoint.path, "", 0),
+            "reflow, equal steps": (TrainPoint.chord, "", 0),
         }.items():
             tried = grids["Bellman, end" if how[1] else "equal steps"]
             for steps in STEPS if setting.each else ():

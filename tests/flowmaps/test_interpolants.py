@@ -19,7 +19,7 @@ def test_velocity_is_the_time_derivative(name):
     x0, x1 = torch.randn(2, 50, 2, 3, dtype=torch.float64)
     t = torch.rand(50, dtype=torch.float64)
     difference = (path.point(x0, x1, t + h) - path.point(x0, x1, t - h)) / (2 * h)
-    torch.testing.assert_close(path.velocity(x0, x1, t), difference, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(path.conditional_velocity(x0, x1, t), difference, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", INTERPOLANTS)

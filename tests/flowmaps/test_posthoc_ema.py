@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from configs.digits import get_config as digits
 from flowmaps import FlowMap, UserError
-from flowmaps.networks import NETWORKS
+from flowmaps.networks import NETWORKS, DiT, EDM2UNet, UNet
 from flowmaps.posthoc_ema import coefficients, exponent, inner, list_snapshots, reconstruct
 from training.config import WIDEST, network
 from training.ema import EMA
@@ -80,9 +80,9 @@ def train_with_snapshots(config, workdir, also, steps=64, every=8):
 SMALL = {"image_size": 8, "channels": 1, "width": 16, "num_classes": 10}
 KINDS = {
     "MLP": None,
-    "UNet": network("UNet", **SMALL, channel_mult=(1, 2), blocks=1, attention_resolutions=()),
-    "EDM2UNet": network("EDM2UNet", **SMALL, channel_mult=(1, 2), blocks=1, attention_resolutions=()),
-    "DiT": network("DiT", **SMALL, patch=2, depth=1, heads=2),
+    "UNet": network(UNet, **SMALL, channel_mult=(1, 2), blocks=1, attention_resolutions=()),
+    "EDM2UNet": network(EDM2UNet, **SMALL, channel_mult=(1, 2), blocks=1, attention_resolutions=()),
+    "DiT": network(DiT, **SMALL, patch=2, depth=1, heads=2),
 }
 
 

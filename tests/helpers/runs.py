@@ -1,4 +1,4 @@
-"""Short training runs, and what they leave behind."""
+"""Short training runs and their files."""
 
 import torch
 

@@ -1,6 +1,6 @@
-"""What each process does for tests/test_distributed.py: ``torchrun ... tests/helpers/two_processes.py OUT ROW ...``.
+"""The work of each process for test_distributed.py: ``torchrun ... tests/helpers/two_processes.py OUT ROW ...``.
 
-Each row of configs/digits.py is trained for 20 steps, by DDP and sharded. Losses (means over processes) and whole
+Each row of configs/digits.py is trained for 20 steps, by DDP and sharded. Losses (means over processes) and full
 weights go to OUT/MODE-ROW-RANK.pt, since a launcher's exit code is not to be trusted: gloo now and then aborts after
 all is done.
 """
@@ -15,13 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from torch.distributed.tensor import DTensor
 
 from configs.digits import get_config
+from flowmaps.networks import DiT
 from training.config import Trajectories, network
-from training.fsdp import whole
+from training.fsdp import full_tensor
 from training.trainer import Trainer
 
 STEPS = 20
 MODES = ("ddp", "shard")
-DRIFT = "drift"  # in OUT: what teaches the rows that learn from trajectories
+DRIFT = "drift"  # in OUT: the teacher of rows that learn from trajectories
 
 
 def config_of(row, out, **changes):
@@ -29,7 +30,7 @@ def config_of(row, out, **changes):
     config = get_config(f"{row.removesuffix('_dit')},smoke")
     config.steps, config.batch, config.optim.warmup = STEPS, 16, 5
     if row.endswith("_dit"):
-        config.network = network("DiT", image_size=8, channels=1, patch=2, width=16, depth=2, heads=2, num_classes=10)
+        config.network = network(DiT, image_size=8, channels=1, patch=2, width=16, depth=2, heads=2, num_classes=10)
     config.network.dropout = 0.1
     if row in ("mid_training", "straightening", "reflow"):
         config.init_from, config.teacher = "", str(out / DRIFT)
@@ -40,7 +41,7 @@ def config_of(row, out, **changes):
 
 
 def run(config):
-    """Losses of all steps, and the weights after them, of a trainer in this process."""
+    """Return the losses of all steps and the final weights of a trainer in this process."""
     trainer = Trainer.build(config)
     if config.shard:
         assert all(isinstance(p, DTensor) for p in trainer.module.parameters())
@@ -52,7 +53,7 @@ def run(config):
     losses = trainer.accelerator.reduce(torch.stack(losses), "mean")
     return (
         losses,
-        {k: whole(v.detach()) for k, v in trainer.module.state_dict().items()},
+        {k: full_tensor(v.detach()) for k, v in trainer.module.state_dict().items()},
         trainer.ema.state(config.ema[0]),
     )
 

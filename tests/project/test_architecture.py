@@ -113,9 +113,9 @@ def test_import_does_not_load_heavy_packages(package):
 
 FROZEN = {
     flowmaps: {"FlowMap", "FlowMapInfo", "UserError", "__version__"},
-    flowmaps.networks: {"MLP", "NETWORKS", "PRESETS", "UNet", "EDM2UNet", "DiT"},
+    flowmaps.networks: {"MLP", "NETWORKS", "PRESETS", "UNet", "EDM2UNet", "DiT", "Network", "registered"},
     flowmaps.objectives: {cls.__name__ for cls in OBJECTIVES.values()}
-    | {"OBJECTIVES", "Draws", "LogVariance", "Loss", "Objective", "PathObjective"},
+    | {"OBJECTIVES", "Draws", "LogVariance", "Loss", "Objective", "SelfDistillation", "TrajectoryObjective"},
     samplers: {"check_times", "dpm_solver", "euler", "heun", "log_snr_times", "rollout", "stochastic"}
     | {"Schedule", "Trajectory", "trajectory", "uniform_times"},
     training: {"Config", "build_network", "train"},

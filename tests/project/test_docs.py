@@ -6,6 +6,7 @@ import torch
 from helpers import CASES, ROOT, gaussian_data, gaussian_map
 
 from flowmaps.objectives import OBJECTIVES
+from training.config import class_name
 
 
 def test_the_objective_of_extending_md_vanishes_only_at_the_exact_map():
@@ -34,7 +35,7 @@ def test_every_objective_has_a_row_in_readme_maths_and_each_config():
         if config.stem.startswith("imagenet"):  # only published runs
             continue
         configs = [module.get_config(row) for row in module.ROWS if "pipeline" not in row]
-        assert {config.objective.name for config in configs} == set(OBJECTIVES)
+        assert {class_name(config.objective) for config in configs} == set(OBJECTIVES)
 
 
 def test_architecture_md_names_every_module():

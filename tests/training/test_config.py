@@ -1,22 +1,31 @@
-"""Config rows and what is refused of them."""
+"""Config rows, sections, and validation."""
 
 import importlib
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import ConfigMixin, ModelMixin
 from helpers import ROOT
 from helpers.makers import write_lpips
-from helpers.runs import tiny
+from helpers.runs import assert_same, tiny, weights
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.data import ArrayData
+from flowmaps.networks import UNet, registered
+from flowmaps.objectives import Lagrangian, MeanFlow
 from flowmaps.objectives.eulerian import Velocity
 from flowmaps.objectives.mid_training import Distance
+from flowmaps.run_weights import list_checkpoints
 from training import build_network
-from training.config import build_objective, network, objective
+from training.config import build_objective, class_name, network
 from training.config_rows import Chain
 from training.dry_run import dry_run, dry_run_chain
+from training.loop import train
 
 
 @pytest.mark.parametrize(
@@ -31,8 +40,8 @@ from training.dry_run import dry_run, dry_run_chain
         ("interpolant", "x"),
     ],
 )
-def test_config_mistakes_name_the_flag(field, value):
-    with pytest.raises(UserError, match=f"--config.{field}"):
+def test_config_mistakes_name_the_field(field, value):
+    with pytest.raises(UserError, match=f"^{field}="):
         tiny(**{field: value}).validate()
 
 
@@ -58,7 +67,7 @@ def config_rows():
                 slow = [pytest.mark.slow] if (file.stem, row) == ("imagenet512", "cmt") else []
                 yield pytest.param(module, f"{row},smoke", id=f"{file.stem}:{row},smoke", marks=slow)
             continue
-        for row in (row for row in module.ROWS if "pipeline" not in row):  # chains: tests/test_chain.py
+        for row in (row for row in module.ROWS if "pipeline" not in row):  # chains: tests/training/test_chain.py
             small = file.stem in ("checkerboard", "digits") or (row in USUAL and file.stem not in HEAVY)
             slow = [] if small else [pytest.mark.slow]
             yield pytest.param(module, row, id=f"{file.stem}:{row}", marks=slow)
@@ -73,7 +82,7 @@ def config_rows():
 
 
 def write_start(config, folder):
-    """What the config's init_from and teacher stand for: a drift of the same network, as an import gives it."""
+    """Write the checkpoint of init_from and teacher: a drift of the same network, as an import makes it."""
     net = config.network
     shape = (net.dim,) if hasattr(net, "dim") else (net.channels, net.image_size, net.image_size)
     latents = {}
@@ -84,7 +93,7 @@ def write_start(config, folder):
     info = FlowMapInfo(shape, getattr(net, "num_classes", 0), kind="drift", label_dropout=dropout, **latents)
     FlowMap(build_network(config), config.interpolant, config.base_std, info).save_pretrained(folder)
     for field in ("init_from", "teacher"):
-        if getattr(config, field) and not getattr(config, field).endswith("_training"):  # which is a stage
+        if getattr(config, field) and not getattr(config, field).endswith("_training"):  # i.e. not a stage
             setattr(config, field, str(folder))
 
 
@@ -105,7 +114,7 @@ def test_every_config_row_passes_a_dry_run(module, row, request, tmp_path):
 
 
 def on_small_data(config, request, tmp_path):
-    """Data of the true format, and what stands for a checkpoint that the row starts from."""
+    """Set up data of the true format, and a substitute for the checkpoint that the row starts from."""
     classes = {"folder": 2, "prepared": 32}.get(config.data.name, 10)
     if config.data.name == "prepared":
         config.data.root = str(request.getfixturevalue("imagenet_root") / Path(config.data.root).name)
@@ -142,23 +151,94 @@ def test_every_row_of_the_large_files_has_a_published_number():
 
 def test_dry_run_refuses_what_training_would():
     config = tiny(accumulate=3, batch=16)
-    with pytest.raises(UserError, match=r"--config\.batch=16 is not divisible"):
+    with pytest.raises(UserError, match=r"^config\.batch=16: is not divisible"):
         dry_run(config)
     config = tiny()
     config.best.metric = "FID"
-    with pytest.raises(UserError, match=r"--config\.best\.metric"):
+    with pytest.raises(UserError, match=r"config\.best\.metric"):
         dry_run(config)
 
 
 def test_options_of_any_name_can_be_set():
-    """MeanFlow and mid-training have a ``target`` of their own, beside the section's name."""
-    section = objective("mean_flow", target=Velocity.model)
-    assert (section.name, section.target) == ("mean_flow", Velocity.model)
-    assert build_objective(tiny(objective=section)).taught
+    """MeanFlow and mid-training each have an option ``target``; a copy is built, so the config may change later."""
+    section = MeanFlow(target=Velocity.model)
+    assert (class_name(section), section.target) == ("mean_flow", Velocity.model)
+    built = build_objective(tiny(objective=section))
+    assert built.uses_teacher and built == section and built is not section
 
 
 def test_accidental_options_are_refused():
-    with pytest.raises(UserError, match="heads"):
-        network("UNet", heads=3)
-    with pytest.raises(UserError, match="colour"):
-        objective("lagrangian", colour=1)
+    with pytest.raises(UserError, match=r"UNet: .*heads"):
+        network(UNet, heads=3)
+    with pytest.raises(UserError, match=r"network\.widht: UNet has no such option"):
+        network(UNet).widht = 3
+    with pytest.raises(TypeError, match="colour"):
+        Lagrangian(colour=1)
+
+
+class Line(ModelMixin, ConfigMixin):
+    """A network that is not in NETWORKS."""
+
+    @registered
+    def __init__(self, dim: int, width: int = 8) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(dim + 2, width), torch.nn.Linear(width, dim))
+
+    def forward(self, x, s, t, label=None):
+        return self.layers(torch.cat([x, s[:, None], t[:, None]], dim=1))
+
+
+def test_a_network_class_of_ones_own_is_configured_trained_and_resumed_without_our_tables(tmp_path):
+    def config(width=5):
+        made = tiny(network=network(Line, 2))
+        made.network.width = width
+        return made
+
+    assert config().to_dict()["network"] == {"name": f"{__name__}.Line", "dim": 2, "width": 5}
+    assert build_network(config()).layers[0].out_features == 5
+    with pytest.raises(UserError, match="dim"):
+        network(Line)
+    train(config(), tmp_path)
+    before = weights(tmp_path)
+    shutil.rmtree(list_checkpoints(tmp_path)[-1])
+    train(config(), tmp_path)
+    assert_same(before, weights(tmp_path))
+    with pytest.raises(UserError, match=r"^config\.network\.width: differs"):
+        train(config(width=6), tmp_path)
+
+
+def test_a_run_trains_on_data_from_memory_and_knows_it_again(tmp_path):
+    x = torch.rand(100, 2, generator=torch.Generator().manual_seed(0))
+    fm = train(tiny(), tmp_path, data=ArrayData(x, None, 0))
+    assert fm.info.images_seen == 6 * 64
+    shutil.rmtree(list_checkpoints(tmp_path)[-1])
+    train(tiny(), tmp_path, data=ArrayData(x, None, 0))
+    with pytest.raises(UserError, match=r"^config\.data\.root: has changed"):
+        train(tiny(), tmp_path, data=ArrayData(x + 1, None, 0))
+    with pytest.raises(UserError, match=r"^config\.network: is made for samples of shape \(2,\)"):
+        train(tiny(), tmp_path, data=ArrayData(torch.rand(10, 3), None, 0))
+
+
+SNIPPET = """
+from flowmaps.data import ArrayData
+from flowmaps.networks import UNet, registered
+from flowmaps.objectives import Lagrangian
+from training.config import Config, network
+
+config = Config(network(UNet, image_size=8, {network}), Lagrangian({objective}))
+config.{field} = 3
+"""
+
+
+@pytest.mark.slow
+def test_mypy_finds_a_misspelt_option(tmp_path):
+    """Types of networks, objectives and fields reach a config file."""
+    right = {"network": "width=32", "objective": "diagonal=0.5", "field": "steps"}
+    wrong = [right, {**right, "network": "widht=32"}, {**right, "objective": "diagnal=1"}, {**right, "field": "stepz"}]
+    for number, parts in enumerate([*wrong, {**right, "network": "width='32'"}]):
+        (tmp_path / f"row{number}.py").write_text(SNIPPET.format(**parts))
+    command = [sys.executable, "-m", "mypy", "--config-file=pyproject.toml", *map(str, tmp_path.glob("*.py"))]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    assert "row0" not in said, said
+    for number, word in enumerate(("widht", "diagnal", "stepz", '"width"'), start=1):
+        assert any(f"row{number}.py" in line and word in line for line in said.splitlines()), said

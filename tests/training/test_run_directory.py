@@ -1,4 +1,4 @@
-"""What a run survives, and what it refuses: locks, full disks, dead workers, spikes, old configs."""
+"""Robustness of a run: locks, full disks, dead workers, gradient spikes, old configs."""
 
 import json
 import multiprocessing
@@ -20,12 +20,12 @@ from flowmaps.data.shards import PreparedImages
 from flowmaps.run_weights import list_checkpoints
 from training.loop import train
 from training.optim import WINDOW, Spikes
-from training.run_directory import locked
+from training.run_directory import run_lock
 from training.trainer import Trainer
 
 
 def held_lock(directory, ready, done):
-    with locked(directory):
+    with run_lock(directory):
         ready.set()
         done.wait(60)
 
@@ -36,7 +36,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path):
     other = context.Process(target=held_lock, args=(tmp_path, ready, done))
     other.start()
     assert ready.wait(30)
-    with pytest.raises(UserError, match=f"--workdir={tmp_path}: process {other.pid} on .* trains there"):
+    with pytest.raises(UserError, match=f"^workdir={tmp_path}: process {other.pid} on .* trains there"):
         train(tiny(), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock"]
     other.kill()  # and no lock stays behind
@@ -55,7 +55,7 @@ TRAIN = f"{sys.executable} scripts/train.py {ROW} --workdir="
     reason="no file system can be mounted here",
 )
 @pytest.mark.parametrize("way", ["full", pytest.param("read-only", marks=pytest.mark.slow)])
-def test_a_disk_that_cannot_be_written_ends_the_run_in_one_line_and_keeps_the_last_checkpoint(tmp_path, way):
+def test_a_full_or_read_only_disk_ends_the_run_in_one_line_and_keeps_the_last_checkpoint(tmp_path, way):
     """A real file system with room for one checkpoint, or read-only; made writable, the same command ends as usual."""
     size, disk = {"full": "6m", "read-only": "9m"}[way], tmp_path / "disk"
     disk.mkdir()
@@ -84,7 +84,7 @@ def test_a_disk_that_cannot_be_written_ends_the_run_in_one_line_and_keeps_the_la
 
 
 def test_a_dead_worker_is_named_with_the_file_it_held(data_root, tmp_path, monkeypatch):
-    """Killed by the system while it reads, as one that takes too much memory is."""
+    """The system kills it while it reads, as it does when memory runs out."""
     shutil.copytree(data_root / "folder", tmp_path / "folder")
     data = open_images(tmp_path / "folder", size=8)
     image = type(data)._image
@@ -107,13 +107,13 @@ def test_files_of_shards(imagenet_root):
     assert data.file_of(len(data) - 1).endswith(f"shard-{len(data.ends) - 1:05d}.safetensors")
 
 
-def test_spikes_are_what_is_far_above_the_median_of_the_window():
+def test_a_spike_is_far_above_the_median_of_the_window():
     spikes = Spikes()
-    assert not any(spikes.is_one(norm, 5) for norm in [*range(1, WINDOW), 1e9])  # none before the window is full
-    assert not spikes.is_one(300, 5) and spikes.is_one(400, 5)  # the median is 65
-    assert not spikes.is_one(1e9, 0)
-    found = [spikes.is_one(1000, 5) for _ in range(WINDOW)]
-    assert found[0] and not found[-1] and spikes.count == 1 + sum(found)  # what lasts is usual in the end
+    assert not any(spikes.is_spike(norm, 5) for norm in [*range(1, WINDOW), 1e9])  # none before the window is full
+    assert not spikes.is_spike(300, 5) and spikes.is_spike(400, 5)  # the median is 65
+    assert not spikes.is_spike(1e9, 0)
+    found = [spikes.is_spike(1000, 5) for _ in range(WINDOW)]
+    assert found[0] and not found[-1] and spikes.count == 1 + sum(found)  # a lasting change becomes normal
 
 
 def test_a_spike_changes_no_weight_and_is_known_after_a_resume(tmp_path, monkeypatch):
@@ -135,12 +135,12 @@ def test_a_spike_changes_no_weight_and_is_known_after_a_resume(tmp_path, monkeyp
     assert states[0] == states[1] and len(states[0]["norms"]) == 3
 
 
-def test_a_run_from_before_a_field_was_made_goes_on_with_its_default(tmp_path):
+def test_a_run_from_before_a_field_existed_resumes_with_its_default(tmp_path):
     train(tiny(), tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     del stored["optim"]["spike"], stored["shard"], stored["network"]["depth"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(UserError, match=r"--config\.network\.depth differs"):
+    with pytest.raises(UserError, match=r"^config\.network\.depth: differs"):
         train(tiny(), tmp_path)  # the row's is not the default
     stored["network"]["depth"] = tiny().network.depth
     (tmp_path / "config.json").write_text(json.dumps(stored))
@@ -148,7 +148,7 @@ def test_a_run_from_before_a_field_was_made_goes_on_with_its_default(tmp_path):
     config = tiny()
     config.optim.spike = 5.0
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(UserError, match=r"--config\.optim\.spike differs"):
+    with pytest.raises(UserError, match=r"^config\.optim\.spike: differs"):
         train(config, tmp_path)
 
 

@@ -56,7 +56,7 @@ TRAIN_MISTAKES = {
     "unknown data": ([CHECKER, "--config.data.name=moon", "--workdir={tmp}/a"], "moon"),
     "no such width": ([CHECKER, "--config.network.width=0", "--workdir={tmp}/a"], "width"),
     "other target": ([CHECKER, "--config.network.name=UNet", "--workdir={tmp}/a"], "--config.network"),
-    "no target": ([CHECKER, "--config.objective.name=magic", "--workdir={tmp}/a"], "lagrangian"),
+    "no target": ([CHECKER, "--config.objective.name=magic", "--workdir={tmp}/a"], "--config.objective.name"),
     "best of nothing": ([CHECKER, "--config.best.metric=FID", "--workdir={tmp}/a"], "--config.best.metric"),
     "flipped points": ([CHECKER, "--config.data.flip", "--workdir={tmp}/a"], "--config.data.flip"),
     "no labels to drop": ([CHECKER, "--config.data.label_dropout=0.1", "--workdir={tmp}/a"], "label_dropout"),

@@ -9,7 +9,7 @@ from configs.digits import get_config as digits
 from flowmaps.networks import EDM2UNet
 from flowmaps.networks.edm2unet import Block
 from flowmaps.networks.magnitude import MPLayer, mp_add, mp_cat, mp_silu, mp_sum, normalise_weights, unit
-from training.config import network
+from training.config import class_name, preset
 from training.trainer import Trainer
 
 
@@ -101,5 +101,5 @@ def test_every_weight_has_root_mean_square_one_after_a_step(monkeypatch):
 
 
 def test_a_preset_takes_changes():
-    section = network("edm2-cifar10", dropout=0.0, num_classes=10)
-    assert (section.name, section.dropout, section.num_classes, section.blocks) == ("EDM2UNet", 0.0, 10, 4)
+    section = preset("edm2-cifar10", dropout=0.0, num_classes=10)
+    assert (class_name(section), section.dropout, section.num_classes, section.blocks) == ("EDM2UNet", 0.0, 10, 4)

@@ -1,18 +1,46 @@
+import inspect
+
 import pytest
 import torch
+from diffusers import ConfigMixin, ModelMixin
 from helpers import generator
 from helpers.small_networks import IMAGES, LABELLED, SMALL, inputs, small
 
-from flowmaps.networks import MLP, NETWORKS, PRESETS, DiT, UNet
+from flowmaps import FlowMap
+from flowmaps.networks import MLP, NETWORKS, PRESETS, DiT, UNet, registered
 from flowmaps.networks.dit import positions
 from flowmaps.networks.layers import normalise
-from flowmaps.objectives import OBJECTIVES
+from flowmaps.objectives import OBJECTIVES, TrajectoryObjective
+from samplers import Trajectory, uniform_times
 
 
 def build(name):
     """A network in eval mode and six points of it."""
     fm = small(name).eval()
     return fm.network, inputs(fm, 6)[0]
+
+
+class Affine(ModelMixin, ConfigMixin):
+    """The example of ``flowmaps.networks.interface``."""
+
+    @registered
+    def __init__(self, dim: int = 2) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(dim + 2, dim)
+
+    def forward(self, x, s, t, label=None):
+        return self.layer(torch.cat([x, s[:, None], t[:, None]], dim=1))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_network_of_the_users_own_meets_the_protocol(name):
+    network = Affine(dim=3)
+    assert network.config.dim == 3 and list(inspect.signature(Affine).parameters) == ["dim"]
+    fm, batch = FlowMap(network), torch.randn(8, 3)
+    if issubclass(OBJECTIVES[name], TrajectoryObjective):
+        batch = Trajectory(uniform_times(4), torch.randn(5, 2, 3))
+    OBJECTIVES[name]()(fm, batch, generator=generator()).value.backward()
+    assert network.layer.weight.grad.abs().max() > 0
 
 
 def test_every_network_is_tested():

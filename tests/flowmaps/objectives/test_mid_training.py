@@ -55,7 +55,7 @@ def test_every_state_starts_one_row_and_is_carried_along_its_own_path(target):
     starts, ends = (draws.s * steps).round().long(), (draws.t * steps).round().long()
     path = torch.arange(paths).repeat_interleave(steps)
     assert torch.equal(starts, torch.arange(steps).repeat(paths)) and torch.equal(label, walk.label[path])
-    assert torch.equal(draws.x0, walk.states[starts, path]) and torch.equal(x1, walk.states[ends, path])
+    assert torch.equal(draws.x_s, walk.states[starts, path]) and torch.equal(x1, walk.states[ends, path])
     if target is Target.endpoint:
         assert bool((ends == steps).all())
     else:

@@ -9,17 +9,17 @@ from flowmaps import FlowMap, UserError
 from flowmaps.derivatives import velocity_difference, velocity_jvp
 from flowmaps.networks import UNet
 from flowmaps.objectives import OBJECTIVES, Draws
-from flowmaps.objectives.eulerian import Stop
+from flowmaps.objectives.eulerian import StopGradient
 from flowmaps.objectives.lagrangian import Derivative
-from flowmaps.objectives.progressive import Middle
+from flowmaps.objectives.progressive import IntermediateTime
 
 CONDITIONAL = ("mean_flow", "improved_mean_flow")  # targets are right in the mean over (x0, x1) given I_s only
 SELF_DISTILLED = {
     **{name: {} for name in MAPS if name not in CONDITIONAL},
     "lagrangian-slim": {"slim": True},
-    "eulerian-velocity": {"stop": Stop.velocity},
-    "eulerian-slim": {"stop": Stop.slim},
-    "progressive-uniform": {"middle": Middle.uniform},
+    "eulerian-velocity": {"stop": StopGradient.velocity},
+    "eulerian-slim": {"stop": StopGradient.slim},
+    "progressive-uniform": {"middle": IntermediateTime.uniform},
 }
 
 
@@ -118,7 +118,7 @@ def test_gradient_on_a_wrong_map_pins_the_stop_gradients(name):
     draws = objective.draw(fm, x1, generator())
     loss = objective.loss(fm, x1, None, draws)
     (gradient,) = torch.autograd.grad(loss.value, fm.network.bent)
-    s, t, g = draws.s[:, None], draws.t[:, None], draws.fraction[:, None]
+    s, t, g = draws.s[:, None], draws.t[:, None], draws.gamma[:, None]
     g = g if name == "progressive-uniform" else torch.full_like(g, 0.5)
     residual, student = by_hand(name, fm, draws.x0, x1, s, t, g, c)
     torch.testing.assert_close(loss.value.detach(), residual.square().mean())
@@ -138,7 +138,7 @@ def test_conditional_targets_are_right_in_the_mean(name, case):
         def point(self, x0, x1, t):
             return x_s
 
-        def velocity(self, x0, x1, t):
+        def conditional_velocity(self, x0, x1, t):
             return fm.drift(x_s, t, label).detach()
 
     fm.interpolant = Expected()
@@ -158,14 +158,14 @@ def test_consistency_bias_shrinks_with_the_gap(case):
     bias = []
     for q in (1e2, 2e2, 4e2):
         objective = OBJECTIVES["consistency"](q=q, k=1.0, stage_steps=0, adaptive=0.0)
-        x0, s, u, fraction, _ = objective.draw(fm, x1, generator())
+        x0, s, u, gamma, _ = objective.draw(fm, x1, generator())
         x = fm.interpolant.point(x0, x1, s)
         m, variance = fm.network.moments(s, label)
         mean = fm.network.mean if label is None else fm.network.mean[label]
         a, b = fm.interpolant.alpha(s)[:, None], fm.interpolant.beta(s)[:, None]
         x0_mean = a * fm.base_std**2 / variance * (x - m)
         x1_mean = mean + b * fm.network.std**2 / variance * (x - m)
-        given = objective.loss(fm, x1_mean, label, Draws(x0_mean, s, u, fraction))
+        given = objective.loss(fm, x1_mean, label, Draws(x0_mean, s, u, gamma))
         bias.append(given.value.item() ** 0.5)
     assert bias[0] / bias[1] == pytest.approx(2, rel=0.03) and bias[1] / bias[2] == pytest.approx(2, rel=0.02)
     if case == CASES[0]:  # its constant: e (u - s)^2 x'' / 2 with x'' / (x - m) the second derivative of the spread
@@ -198,7 +198,7 @@ def test_consistency_noise_levels_follow_the_schedule():
         n = 1 + 8 / (1 + sigma_s.exp())
         torch.testing.assert_close(sigma_u, (sigma_s * (1 - n / 4.0 ** (1 + stage))).clamp(min=0), rtol=1e-6, atol=1e-9)
     assert abs(sigma_s.log().mean() + 1.1) < 0.1 and abs(sigma_s.log().std() - 2) < 0.1
-    with pytest.raises(UserError, match="q must be above 1"):
+    with pytest.raises(UserError, match=r"q=1\.0: must be above 1"):
         OBJECTIVES["consistency"](q=1.0)
 
 
@@ -232,7 +232,7 @@ def test_finite_difference_converges_with_second_order_and_refuses_half_precisio
         OBJECTIVES["lagrangian"](derivative=Derivative.finite)(fm, x1, generator=generator())
 
 
-@pytest.mark.parametrize("name", [name for name in SELF_DISTILLED if made(name).taught])
+@pytest.mark.parametrize("name", [name for name in SELF_DISTILLED if made(name).uses_teacher])
 def test_teacher_replaces_the_live_network_and_gets_no_gradient(name):
     fm, teacher = gaussian_map(wrong=0.1), gaussian_map()
     x1, _ = gaussian_data(fm, 32)
@@ -243,7 +243,7 @@ def test_teacher_replaces_the_live_network_and_gets_no_gradient(name):
     assert teacher.network.wrong.grad is None
 
 
-@pytest.mark.parametrize("name", [name for name in LIVE if not made(name).taught])
+@pytest.mark.parametrize("name", [name for name in LIVE if not made(name).uses_teacher])
 def test_a_teacher_that_would_be_ignored_is_refused(name):
     with pytest.raises(UserError, match="teacher_ema"):
         made(name, teacher_ema=0.9)

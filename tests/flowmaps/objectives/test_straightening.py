@@ -13,7 +13,7 @@ from configs.digits import get_config
 from flowmaps import FlowMap, UserError
 from flowmaps.networks import MLP, DiT, EDM2UNet, UNet
 from flowmaps.objectives import Straightening
-from flowmaps.objectives.straightening import State
+from flowmaps.objectives.straightening import TrainPoint
 from samplers import Schedule, Trajectory, euler, heun, uniform_times
 from training.config import Trajectories
 from training.loop import train
@@ -44,7 +44,7 @@ def test_segments_are_those_of_the_grids(tmp_path):
 
 
 @pytest.mark.parametrize("classes", [False, True])
-@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("state", TrainPoint)
 def test_the_loss_and_its_gradient_by_hand(state, classes):
     """A constant error c of the drift: the loss is the mean of |b + c - mean velocity|^2 over paths and segments."""
     truth, fm, c = gaussian_map(classes=classes), gaussian_map(classes=classes, wrong=0.1), 0.1
@@ -54,7 +54,7 @@ def test_the_loss_and_its_gradient_by_hand(state, classes):
     for s, e in ((0, 2), (2, 4)):
         x, t = walk.states[s], walk.times[s]
         velocity = (walk.states[e] - x) / (walk.times[e] - t)
-        if state is State.chord:
+        if state is TrainPoint.chord:
             x, velocity = (1 - t) * first + t * last, last - first
         residuals.append(truth.drift(x, t.expand(6), walk.label).detach() + c - velocity)
     residual = torch.stack(residuals)
@@ -71,7 +71,7 @@ def test_a_drift_that_is_straight_already_has_no_loss():
     x0 = torch.randn(5, 3, generator=generator(), dtype=torch.float64)
     times = uniform_times(8)
     walk = Trajectory(times, x0 + times.view(-1, 1, 1) * (fm.network.mean - x0))
-    for state in State:
+    for state in TrainPoint:
         loss = Straightening(steps=(1, 2, 8), state=state)(fm, walk, generator=generator()).value
         assert loss < 1e-20
 
@@ -81,7 +81,7 @@ def test_a_drift_that_is_straight_already_has_no_loss():
     [
         ({"steps": (0,)}, "at least 1"),
         ({"steps": (2, 2)}, "different"),
-        ({"steps": (4,), "schedule": "FILE"}, "steps=4, but objective.schedule=.* has 2, 3"),
+        ({"steps": (4,), "schedule": "FILE"}, "steps=4: schedule=.* has 2, 3"),
         ({"schedule": "nowhere.json"}, "nowhere.json: No such file"),
     ],
 )
@@ -92,7 +92,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path, options, reason):
 
 
 def test_grids_that_the_path_or_the_sampler_do_not_have_are_refused(tmp_path):
-    with pytest.raises(UserError, match="grid of 3 steps has times that the trajectory of 4 steps has not"):
+    with pytest.raises(UserError, match="grid of 3 steps has times that are missing from the trajectory of 4 steps"):
         Straightening(steps=(3,)).segments(uniform_times(4))
     with pytest.raises(UserError, match="for the sampler map, not euler"):
         Straightening(schedule=stored(tmp_path, Schedule({2: (0, 0.5, 1)}, sampler="map")))

@@ -1,0 +1,162 @@
+"""Objectives that learn the drift on rows with s = t, and self-distillation, which adds rows with s < t."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowmaps.errors import UserError
+from flowmaps.flow_map import FlowMap
+from flowmaps.networks.conditioning import with_guidance, without_label
+from flowmaps.networks.layers import no_dropout
+from flowmaps.objectives.base import Draws, Objective, mean_square
+from samplers.callables import Drift, expand
+
+
+@dataclass
+class DriftObjective(Objective):
+    """Regression of v_{t,t}(I_t) on dI_t/dt (flow matching), optionally with guidance baked in."""
+
+    adaptive: float = 0.0  # power p of the adaptive weight 1 / sg[|r|^2 + 1e-3]^p; 0: none
+    teacher_ema: float = 0.0  # decay of the weight average whose drift is the teacher; 0: the live network's drift
+    guidance: float = 1.0  # weight of baked-in guidance; 1: none
+    guidance_max: float = 1.0  # above 1: draw each row's weight from [1, guidance_max] and condition the network on it
+    guidance_times: tuple[float, float] = (0.0, 1.0)  # the weight is 1 for rows whose s lies outside
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.teacher_ema < 1:
+            raise UserError("is a decay and must lie in [0, 1)", field="teacher_ema", value=self.teacher_ema)
+        if self.teacher_ema and not self.uses_teacher:
+            raise UserError("this objective has no use for a teacher: leave it at 0", "teacher_ema", self.teacher_ema)
+        if not (self.guidance == 1 <= self.guidance_max or self.guidance_max == 1 <= self.guidance):
+            raise UserError(
+                f"must be at least 1, and one of guidance and guidance_max={self.guidance_max} must be 1",
+                field="guidance",
+                value=self.guidance,
+            )
+        low, high = self.guidance_times
+        if not 0 <= low < high <= 1:
+            raise UserError("are two times in order from 0 to 1", field="guidance_times", value=self.guidance_times)
+        if (low, high) != (0, 1) and not self.guided:
+            raise UserError(
+                "have no effect without guidance or guidance_max", field="guidance_times", value=self.guidance_times
+            )
+
+    def draw(self, fm: FlowMap, x1: Tensor, generator: torch.Generator, step: int = 0) -> Draws:
+        draws = super().draw(fm, x1, generator, step)
+        if not self.guided:
+            return draws
+        uniform = torch.rand(len(x1), generator=generator, device=x1.device, dtype=x1.dtype)
+        drawn = 1 + (self.guidance_max - 1) * uniform
+        guidance = torch.full_like(drawn, self.guidance) if self.guidance > 1 else drawn
+        low, high = self.guidance_times
+        return draws._replace(guidance=torch.where((draws.s >= low) & (draws.s <= high), guidance, 1.0))
+
+    def conditional(
+        self, fm: FlowMap, x1: Tensor, label: Tensor | None, draws: Draws
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return I_s and the target dI_s/ds [B, ...], guided if guidance is on, and the label that goes with them."""
+        x_s = fm.interpolant.point(draws.x0, x1, draws.s)
+        velocity = fm.interpolant.conditional_velocity(draws.x0, x1, draws.s)
+        if draws.guidance is not None:
+            velocity, label = self.guided_velocity(fm, x_s, draws.s, label, velocity, draws.guidance)
+        return x_s, velocity, label
+
+    def guided_velocity(
+        self, fm: FlowMap, x: Tensor, s: Tensor, label: Tensor | None, velocity: Tensor, guidance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the regression target under guidance w, and the label that goes with it.
+
+        u + w (dI_s/ds - u) with u = sg[v_{s,s}(I_s; no label)], whose mean given I_s is the guided drift
+        w b(x; label) + (1 - w) b(x; no label). This is MeanFlow's way (arXiv 2505.13447, appendix) and serves any
+        objective, since the off-diagonal terms follow the drift that the diagonal learns. Rows without a label have
+        w = 1.
+        """
+        if label is None:
+            raise UserError("needs labels", field="guidance" if self.guidance > 1 else "guidance_max")
+        unlabelled, has_label = without_label(label, fm.info.num_classes)
+        w = torch.where(has_label, guidance, 1.0)
+        with torch.no_grad(), no_dropout(fm.network):
+            u = fm.drift(x, s, unlabelled)
+        if self.guidance_max > 1:
+            label = with_guidance(label, w, fm.info.num_classes)
+        return torch.lerp(u.to(velocity.dtype), velocity, expand(w, velocity).to(velocity.dtype)), label
+
+    def drift_losses(
+        self, fm: FlowMap, x: Tensor, s: Tensor, label: Tensor | None, velocity: Tensor, terms: dict[str, Tensor]
+    ) -> Tensor:
+        """Return |v_{s,s}(x) - velocity|^2 of rows with s = t: [n]."""
+        losses = mean_square(fm.drift(x, s, label) - velocity)
+        terms["diagonal"] = losses.detach().mean()
+        return losses
+
+
+class OffDiagonalBatch(NamedTuple):
+    """Rows with s < t: noise, data, the point x = I_s, its velocity dI_s/ds [n, ...], times, gamma [n] and labels."""
+
+    x0: Tensor
+    x1: Tensor
+    x: Tensor
+    conditional_velocity: Tensor
+    s: Tensor
+    t: Tensor
+    gamma: Tensor
+    label: Tensor | None
+
+
+@dataclass
+class SelfDistillation(DriftObjective):
+    """Train a flow map without a teacher: L = L_diagonal + L_off-diagonal.
+
+    The first ``floor(diagonal * B)`` rows of a batch have s = t and learn the drift by flow matching. The others have
+    s < t and get the method's own ``residual``, without dropout. Rows with s = t never enter a derivative. Boffi et al.
+    2025 (arXiv 2505.18825), algorithm 1, with the joint mean over all B rows of the authors' code; squared residuals
+    are averaged over a sample's dimensions.
+    """
+
+    diagonal: float = 0.75  # share of rows with s = t
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.diagonal <= 1:
+            raise UserError("is a share and must lie in [0, 1]", field="diagonal", value=self.diagonal)
+
+    def row_losses(
+        self,
+        fm: FlowMap,
+        x1: Tensor,
+        label: Tensor | None,
+        draws: Draws,
+        teacher: Drift | None,
+        terms: dict[str, Tensor],
+    ) -> Tensor:
+        rows = self.diagonal_rows(len(x1))
+        x_s, velocity, label = self.conditional(fm, x1, label, draws)
+        losses: list[Tensor] = []
+        if rows:
+            losses.append(
+                self.drift_losses(fm, x_s[:rows], draws.s[:rows], part(label, 0, rows), velocity[:rows], terms)
+            )
+        if rows < len(x1):
+            tensors = (draws.x0, x1, x_s, velocity, draws.s, draws.t, draws.gamma)
+            x0, x1, x_s, velocity, s, t, gamma = (a[rows:] for a in tensors)
+            batch = OffDiagonalBatch(x0, x1, x_s, velocity, s, t, gamma, part(label, rows, None))
+            with no_dropout(fm.network):
+                residual = self.residual(fm, batch, teacher, terms)
+            losses.append(mean_square(residual))
+            terms["off_diagonal"] = losses[-1].detach().mean()
+        return torch.cat(losses)
+
+    def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
+        """Return the off-diagonal residual [n, ...], with the method's stop-gradients; put what to log into ``terms``.
+
+        ``teacher`` is a drift for the target, None for the live network's: ``(teacher or fm.drift)(x, t, label)``.
+        """
+        raise NotImplementedError
+
+
+def part(label: Tensor | None, start: int, stop: int | None) -> Tensor | None:
+    """Return rows ``start`` .. ``stop`` of an optional label."""
+    return None if label is None else label[start:stop]
