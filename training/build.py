@@ -4,9 +4,8 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from flowmaps.data.loader import DataSet
-from flowmaps.data.shards import Latents
-from flowmaps.errors import UserError
+from flowmaps.data import DataSet, Latents
+from flowmaps.errors import UserError, within
 from flowmaps.flow_map import FlowMap
 from flowmaps.info import FlowMapInfo
 from flowmaps.vae import Decoder, fingerprint
@@ -31,7 +30,9 @@ def scaled(config: Config, data: DataSet) -> DataSet:
 def open_decoder(config: Config, data: Latents) -> Decoder:
     """The VAE of a run, open: without it there are no pictures, no scores and no whole export."""
     shift, scale = data.info["latent_shift"], data.info["latent_scale"]
-    decoder = Decoder(data.facts["vae"], shift, scale, flag="--config.data.vae")
+    decoder = Decoder(data.facts["vae"], shift, scale)
+    with within("data"):
+        decoder.open()
     if fingerprint(decoder.open()) != data.facts["vae_sha256"]:
         print(
             f"warning: --config.data.vae={decoder.source} is not the VAE that made --config.data.root="

@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState
 
 from flowmaps import FlowMap, UserError
 from flowmaps.distributed import processes
+from flowmaps.errors import blame
 from flowmaps.files import writable_directory, write_file
 from training.config import Config
 from training.config_rows import Chain
@@ -29,7 +30,8 @@ def run_chain(chain: Chain, workdir: str | Path, only: str = "") -> list[dict[st
             config.validate()
         except UserError as error:
             raise UserError(str(error).replace("--config.", f"--config.{name}.")) from None
-    writable_directory(workdir, "--workdir")
+    with blame("workdir", workdir):
+        writable_directory(workdir)
     records = []
     for name, config in stages.items():
         if name == only or not only:

@@ -15,12 +15,13 @@ from torch import Tensor
 from flowmaps import UserError
 from flowmaps.data import ImageFiles
 from flowmaps.distributed import processes
+from flowmaps.errors import within
 from flowmaps.evaluation.samples import grid_image
 from flowmaps.objectives import PathObjective
 from training.chain import placed
 from training.config import Config, build_objective
 from training.config_rows import Chain
-from training.teacher_trajectories import grid
+from training.teacher_trajectories import trajectory_times
 from training.trainer import Trainer, micro_batch_size
 
 
@@ -42,7 +43,8 @@ def dry_run(config: Config, batch: int = 4, out: Path | None = None) -> tuple[di
     objective = build_objective(config)
     least = math.ceil(1 / objective.diagonal) if objective.diagonal else 1  # a diagonal row has to be among them
     if isinstance(objective, PathObjective):
-        least = objective.rows(grid(config.trajectories))  # of a trajectory
+        with within("trajectories"):
+            least = objective.rows(trajectory_times(config.trajectories))  # of a trajectory
     small = min(micro_batch, max(1, batch // (number * config.accumulate) // least) * least)
     trainer = Trainer.build(_with_micro_batch(config, small, number))
     losses = [float(trainer.step(step)["loss"]) for step in range(2)]

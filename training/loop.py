@@ -10,7 +10,7 @@ from typing import Any
 
 from flowmaps import FlowMap, UserError
 from flowmaps.distributed import team
-from flowmaps.errors import Stopped
+from flowmaps.errors import Stopped, blame
 from flowmaps.evaluation.samples import grid_image
 from flowmaps.files import writable_directory, write_file
 from flowmaps.run_weights import list_checkpoints
@@ -46,7 +46,9 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
     with ExitStack() as stack:
         if main:
             stack.enter_context(disk_errors(workdir))
-            stack.enter_context(locked(writable_directory(workdir, "--workdir")))
+            with blame("workdir", workdir):
+                writable_directory(workdir)
+            stack.enter_context(locked(workdir))
         stack.enter_context(trainer.loader.watched())
         done = _train(config, workdir, trainer, judge, main)
     return trainer.averaged(done)

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from flowmaps import FlowMap, UserError
-from flowmaps.data import DataSet, Latents, Loader, Order, as_samples, download, load_data
-from flowmaps.data.augment import PARAMETERS, augmented, mirrored
+from flowmaps.data import DataSet, Latents, Loader, ShuffledOrder, as_samples, download, open_dataset
+from flowmaps.data.augment import PARAMETERS, edm_augment, random_hflip
 from flowmaps.distributed import ON_CPU, AnyProcess
+from flowmaps.errors import within
 from flowmaps.networks.conditioning import soft_label
 from flowmaps.networks.magnitude import normalise_weights
 from flowmaps.objectives import LogVariance, Loss, PathObjective
@@ -34,7 +35,7 @@ from training.initialise import build_teacher, start_from
 from training.lora import add_lora, merge_lora
 from training.loss_module import LossModule
 from training.optim import Spikes, build_optimizer, learning_rate
-from training.teacher_trajectories import Paths, build_paths
+from training.teacher_trajectories import TrajectorySource, build_trajectory_source
 
 CHANNELS_LAST = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
 
@@ -53,7 +54,7 @@ class Trainer:
     prepared: Any  # as accelerate wants it called
     ema: EMA
     started: str = ""  # fingerprint of config.init_from
-    paths: Paths | None = None  # where the trajectories of a PathObjective come from
+    paths: TrajectorySource | None = None  # where the trajectories of a PathObjective come from
     latest: Any = None  # ((x1, label, draws), seed of dropout) of the latest shard
     skipped: int = 0  # steps with a non-finite gradient since the start or resume
     spikes: Spikes = field(default_factory=Spikes)
@@ -73,7 +74,10 @@ class Trainer:
         with accelerator.local_main_process_first():  # it downloads, or checks a folder; the others find that done
             if config.data.download:
                 download(config.data.name, config.data.root)
-            data = scaled(config, load_data(config.data.name, config.data.root, pixels, config.data.skip_corrupt))
+            with within("data"):
+                found = config.data
+                data = open_dataset(found.name, root=found.root, size=pixels, skip_corrupt=found.skip_corrupt)
+            data = scaled(config, data)
         _check_augmentation(config, data)
         if config.best.metric:
             check_best(config.best, data.shape)
@@ -113,7 +117,7 @@ class Trainer:
         ema = EMA(fm.network, tuple(dict.fromkeys((*config.ema, *teaching))), config.ema_widths, hollow)
         paths = None
         if isinstance(objective, PathObjective):
-            paths = build_paths(config, objective, fm, module.teacher, data)
+            paths = build_trajectory_source(config, objective, fm, module.teacher, data)
             objective.check(data.shape, paths.times, accelerator.device)
         items, rows = (paths.data, paths.rows) if paths else (data, 1)  # an item of the data gives so many rows
         if size % rows:
@@ -121,7 +125,7 @@ class Trainer:
                 f"--config.batch={config.batch}: a micro-step of {size} rows is not a whole number of trajectories of "
                 f"{rows} rows, choose a multiple"
             )
-        order = Order(len(items), config.seed)
+        order = ShuffledOrder(len(items), config.seed)
 
         def indices(k: int) -> Tensor:
             """Items of micro-step k of this process, counted from the start of the run."""
@@ -177,10 +181,10 @@ class Trainer:
         """The loss of one shard of step ``step``'s global batch: this process's micro-step ``micro``."""
         config, fm, device = self.config, self.module.fm, self.accelerator.device
         shard = self.accelerator.process_index * config.accumulate + micro
-        x1, label = self.loader.shard(step * config.accumulate + micro)
+        x1, label = self.loader.batch(step * config.accumulate + micro)
         x1 = x1.to(device, non_blocking=True)
         label = label.to(device, non_blocking=True) if label is not None and fm.info.num_classes else None
-        if not (self.paths and self.paths.walk is None):  # whose items are trajectories
+        if not (self.paths and self.paths.solver is None):  # whose items are trajectories
             drawing = generator(config.seed, "latents", step, shard, device)
             x1 = as_samples(self.data, x1, lambda shape: torch.randn(shape, generator=drawing, device=device))
         if label is not None and config.data.label_dropout:
@@ -189,9 +193,9 @@ class Trainer:
             )
             label = torch.where(drawn < config.data.label_dropout, fm.info.num_classes, label)
         if config.data.flip:
-            x1 = mirrored(x1, generator(config.seed, "flip", step, shard, device))
+            x1 = random_hflip(x1, generator(config.seed, "flip", step, shard, device))
         if config.data.augment:
-            x1, done = augmented(x1, config.data.augment, generator(config.seed, "augment", step, shard, device))
+            x1, done = edm_augment(x1, config.data.augment, generator(config.seed, "augment", step, shard, device))
             label = soft_label(label, done, fm.info.num_classes)
         batch: Tensor | Trajectory = x1
         if self.paths:
@@ -293,7 +297,7 @@ class Trainer:
         """What the run rests on beside its config, by flag: a resume must find the same."""
         teacher = self.module.teacher if self.config.teacher else None
         taught = teacher.fingerprint() if teacher else ""
-        walked = self.paths.data.digest() if self.paths and not self.paths.walk else ""
+        walked = self.paths.data.digest() if self.paths and not self.paths.solver else ""
         origin = {"data.root": self.data.digest(), "teacher": taught, "init_from": self.started}
         grids = "".join(schedule.to_json() for schedule in self.module.objective.schedules.values())
         fitted = hashlib.sha256(grids.encode()).hexdigest() if grids else ""

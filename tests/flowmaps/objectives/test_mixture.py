@@ -53,7 +53,7 @@ def points():
 def trained(name, monkeypatch, steps=1500):
     g = torch.Generator().manual_seed(1)
     x = MEANS[torch.randint(3, (100_000,), generator=g)] + STD * torch.randn(100_000, 2, generator=g).double()
-    monkeypatch.setattr("training.trainer.load_data", lambda *a: ArrayData(x.float(), None, 0))
+    monkeypatch.setattr("training.trainer.open_dataset", lambda *a, **k: ArrayData(x.float(), None, 0))
     config = base(name, **OPTIONS.get(name, {}))
     config.network, config.base_std = network("MLP", width=64, depth=3, data_std=1.0), 1.0
     config.optim = Optim(name=Optimizer.adamw, lr=5e-3, warmup=10, decay=Decay.cosine)
