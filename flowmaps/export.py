@@ -106,7 +106,7 @@ def load(source: str | Path) -> FlowMap:
     except (UserError, TypeError, AttributeError) as error:
         raise UserError(f"{directory}/model_index.json: {error}") from None
     if info.latent_scale and isinstance(index.get("vae"), list) and index["vae"][1]:
-        fm.decoder = Decoder(str(source), info.latent_shift, info.latent_scale, flag="the checkpoint")
+        fm.decoder = Decoder(str(source), info.latent_shift, info.latent_scale)
     return fm
 
 

@@ -1,4 +1,4 @@
-"""Files and directories that are complete or absent: written beside, flushed to disk, then renamed."""
+"""Atomic writes of files and directories (written to a temporary name, flushed, renamed), and .npz files."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ def _sync(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content`` in one step."""
+    """Replace the content of ``path`` atomically."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
         beside.write_bytes(content)
@@ -36,7 +36,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory that takes the place of ``path`` when the block ends without an error."""
+    """Yield a temporary directory that replaces ``path`` when the block ends without an error."""
     beside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():  # killed between the two renames below
         old.replace(path)
@@ -59,35 +59,35 @@ def new_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def writable_directory(path: Path, flag: str) -> Path:
-    """Create ``path`` if need be and check that a file can be written there; ``flag`` is named in the error."""
+def writable_directory(path: Path) -> Path:
+    """Create the directory ``path`` if it does not exist and check that a file can be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-test-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"{flag}={path}: cannot write there ({error.strerror}): choose another directory") from None
+        raise UserError(f"cannot write to {path} ({error.strerror}): choose another directory") from None
     return path
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
+    """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def writable_file(path: Path, flag: str) -> Path:
-    """Check, before any work, that the file ``path`` can be written; ``flag`` is named in the error."""
+def writable_file(path: Path) -> Path:
+    """Check, before any work, that the file ``path`` can be written."""
     if path.is_dir():
-        raise UserError(f"{flag}={path} is a directory: name a file")
-    writable_directory(path.parent, flag)
+        raise UserError(f"{path} is a directory: give a file name")
+    writable_directory(path.parent)
     return path
 
 
 @contextmanager
 def _opened_npz(path: str | Path, remedy: str) -> Iterator[Any]:
-    """An .npz open for reading, nothing unpickled; a damaged or foreign file is refused by name, with ``remedy``."""
+    """Open an .npz without unpickling; errors name the file and end with ``remedy``."""
     try:
         with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             yield archive
@@ -101,17 +101,17 @@ def _opened_npz(path: str | Path, remedy: str) -> Iterator[Any]:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        raise UserError(f"{path} is no readable .npz ({error}): {remedy}") from None
+        raise UserError(f"{path} is not a readable .npz ({error}): {remedy}") from None
 
 
 def read_npz(path: str | Path, remedy: str, keys: Collection[str] | None = None) -> dict[str, Any]:
-    """The arrays ``keys`` of an .npz that are there, by default all; refused as in ``_opened_npz``."""
+    """Return the arrays of an .npz, all or those among ``keys``; a damaged file is refused with ``remedy``."""
     with _opened_npz(path, remedy) as archive:
         return {key: archive[key] for key in archive.files if keys is None or key in keys}
 
 
 def npz_shapes(path: str | Path, remedy: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the arrays in an .npz, which may be large, from their headers alone."""
+    """Return names and shapes of the arrays in an .npz from their headers alone, since they may be large."""
     shapes = {}
     with _opened_npz(path, remedy) as archive:
         for entry in archive.zip.namelist():
@@ -123,6 +123,6 @@ def npz_shapes(path: str | Path, remedy: str) -> dict[str, tuple[int, ...]]:
 
 
 def cache_directory() -> Path:
-    """Where things are kept that can be made again: ~/.cache/flowmaps, or under XDG_CACHE_HOME."""
+    """Return the directory of things that can be computed again: ~/.cache/flowmaps, or under XDG_CACHE_HOME."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (Path.home can raise)
     return Path(home) / "flowmaps"

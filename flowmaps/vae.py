@@ -1,7 +1,7 @@
 """Latents: a VAE between images and the flow map.
 
-The map lives on x = scale (z - shift), a channel at a time, where z [B, C, h, w] is what the VAE's encoder gives; so x
-has the spread that the network expects. Rombach et al. 2022 (arXiv 2112.10752) have shift 0 and scale 0.18215.
+The map works on x = scale (z - shift), per channel, where z [B, C, h, w] is the output of the VAE's encoder; x then has
+the standard deviation that the network expects. Rombach et al. 2022 (arXiv 2112.10752) have shift 0 and scale 0.18215.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from flowmaps.errors import UserError
+from flowmaps.errors import UserError, blame
 from flowmaps.hub import from_hub
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def vae_directory(source: str | Path) -> Path | None:
-    """The folder of the VAE in the directory ``source``: itself, its vae/ or its model/vae/; None if there is none."""
+    """Return the folder of the VAE in the directory ``source``: itself, vae/ or model/vae/; None if there is none."""
     for folder in (Path(source), Path(source) / "vae", Path(source) / "model" / "vae"):
         try:
             if json.loads((folder / FILES[0]).read_bytes())["_class_name"] == "AutoencoderKL":
@@ -35,17 +35,23 @@ def vae_directory(source: str | Path) -> Path | None:
     return None
 
 
-def open_vae(source: str, dtype: torch.dtype = torch.float32, flag: str = "--vae") -> "AutoencoderKL":
-    """The ``AutoencoderKL`` of a directory or hub id, itself or in vae/: on the CPU, for inference.
+def open_vae(source: str, dtype: torch.dtype = torch.float32) -> "AutoencoderKL":
+    """Open an ``AutoencoderKL`` on the CPU, for inference.
 
-    Safetensors alone, never pickles. Raises ``UserError`` that names ``flag``.
+    Args:
+        source: Directory or hub id; the VAE is there or in vae/. Only safetensors are read, never pickles.
+        dtype: Type of the weights.
+
+    Raises:
+        UserError: There is no VAE, or it is damaged. The field is "vae".
     """
     from diffusers import AutoencoderKL
 
     wanted = [*FILES, *(f"vae/{name}" for name in FILES)]
-    folder = vae_directory(source if Path(source).is_dir() else from_hub(source, wanted, flag))
-    if folder is None:
-        raise UserError(f"{flag}={source} has no AutoencoderKL (config.json of that class, or vae/ with one)")
+    with blame("vae", source):
+        folder = vae_directory(source if Path(source).is_dir() else from_hub(source, wanted))
+        if folder is None:
+            raise UserError("has no AutoencoderKL (config.json of that class, or vae/ with one)")
     try:
         if not (folder / FILES[1]).is_file():
             raise FileNotFoundError(f"no {FILES[1]}")
@@ -56,13 +62,15 @@ def open_vae(source: str, dtype: torch.dtype = torch.float32, flag: str = "--vae
             raise ValueError(f"{wrong[0]} is missing, new or of another shape")
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{flag}={source}: {folder} is no whole AutoencoderKL ({reason}): get it again") from None
+        raise UserError(
+            f"{folder} is not an intact AutoencoderKL ({reason}): download it again", field="vae", value=source
+        ) from None
     opened: AutoencoderKL = vae.requires_grad_(False).eval()
     return opened
 
 
 def scaling(vae: "AutoencoderKL") -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(shift, scale), a number a channel, that the VAE's config asks for."""
+    """Return (shift, scale), one number per channel each, from the VAE's config."""
     config: Any = vae.config
     channels = int(config.latent_channels)
     if config.latents_mean is not None and config.latents_std is not None:
@@ -71,12 +79,12 @@ def scaling(vae: "AutoencoderKL") -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def reduction(vae: "AutoencoderKL") -> int:
-    """Pixels of an image a pixel of the latents, in height and in width."""
+    """Return the factor by which latents are smaller than images, in height and in width."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def fingerprint(vae: "AutoencoderKL") -> str:
-    """SHA-256 over the VAE's weights by name."""
+    """Return a SHA-256 over the VAE's weights by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().float().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -85,13 +93,13 @@ def fingerprint(vae: "AutoencoderKL") -> str:
 
 @torch.no_grad()
 def moments(vae: "AutoencoderKL", images: Tensor) -> Tensor:
-    """Mean and standard deviation of z for images [B, 3, H, W] in [-1, 1]: [B, 2, C, h, w]."""
+    """Encode images [B, 3, H, W] in [-1, 1] as mean and standard deviation of z: [B, 2, C, h, w]."""
     z: Any = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
     return torch.stack([z.mean, z.std], dim=1)
 
 
 def channels(values: tuple[float, ...], like: Tensor) -> Tensor:
-    """A number a channel as [C, 1, 1], on the device and in the type of ``like``."""
+    """Return one number per channel as [C, 1, 1], on the device and in the type of ``like``."""
     return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None, None]
 
 
@@ -99,7 +107,7 @@ def channels(values: tuple[float, ...], like: Tensor) -> Tensor:
 def decode(
     vae: "AutoencoderKL", x: Tensor, shift: tuple[float, ...], scale: tuple[float, ...], batch: int = 8
 ) -> Tensor:
-    """Images [B, 3, H, W], about in [-1, 1] and float32, of samples x [B, C, h, w]; ``batch`` at a time."""
+    """Decode samples x [B, C, h, w] to float32 images [B, 3, H, W], about in [-1, 1], ``batch`` at a time."""
     z = x.float() / channels(scale, x.float()) + channels(shift, x.float())
     parts = [vae.decode(part.to(vae.device, vae.dtype)).sample for part in torch.split(z, batch)]
     return torch.cat([part.float().to(x.device) for part in parts])
@@ -107,9 +115,9 @@ def decode(
 
 @dataclass
 class Decoder:
-    """From a flow map's latents to images; the VAE of ``source`` (directory or hub id) is opened when first asked for.
+    """Decodes a flow map's latents to images; the VAE at ``source`` (directory or hub id) is opened on first use.
 
-    ``tiling``: decode an image in overlapping tiles, for less memory.
+    ``tiling`` decodes an image in overlapping tiles, which takes less memory.
     """
 
     source: str
@@ -118,19 +126,23 @@ class Decoder:
     dtype: torch.dtype = torch.float32
     batch: int = 8
     tiling: bool = False
-    flag: str = "--vae"  # what names ``source``, for errors
     vae: "AutoencoderKL | None" = field(default=None, repr=False)
 
     def open(self) -> "AutoencoderKL":
-        """The VAE, refused if its latents have another number of channels than the map's."""
+        """Open the VAE; its latents must have as many channels as the map's.
+
+        Raises:
+            UserError: There is no VAE, it is damaged or it does not fit. The field is "vae".
+        """
         if self.vae is None:
             if not self.source:
-                raise UserError(f"{self.flag} is missing: this model makes latents, and its checkpoint names no VAE")
-            vae = open_vae(self.source, self.dtype, self.flag)
+                raise UserError("missing: this model makes latents, and its checkpoint names no VAE", field="vae")
+            vae = open_vae(self.source, self.dtype)
             if vae.config.latent_channels != len(self.scale):
                 raise UserError(
-                    f"{self.flag}={self.source} has latents of {vae.config.latent_channels} channels, the model of "
-                    f"{len(self.scale)}"
+                    f"has latents of {vae.config.latent_channels} channels, the model of {len(self.scale)}",
+                    field="vae",
+                    value=self.source,
                 )
             if self.tiling:
                 vae.enable_tiling()
@@ -138,8 +150,8 @@ class Decoder:
         return self.vae
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] of samples x [B, C, h, w], on x's device."""
+        """Decode samples x [B, C, h, w] to images [B, 3, H, W] on the device of x."""
         return decode(self.open().to(x.device), x, self.shift, self.scale, self.batch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Decoder":
-        return self  # a teacher's copy of a flow map shares it
+        return self  # the copy of a flow map for a teacher shares it

@@ -25,6 +25,7 @@ from absl import flags
 
 from flowmaps import UserError
 from flowmaps.cli.run import run
+from flowmaps.errors import blame
 from flowmaps.files import writable_file, write_file
 
 SUITE = flags.DEFINE_string(
@@ -64,9 +65,10 @@ def main() -> None:
         raise UserError(f"--rates={','.join(RATES.value)}: positive numbers, for --suite=learning and no other")
     if PLOT.value and (SUITE.value not in PLOTTED or not PLOT.value.endswith(".png")):
         raise UserError(f"--plot={PLOT.value}: a .png file, for --suite={', '.join(PLOTTED)}")
-    for name, file in (("--json", JSON.value), ("--plot", PLOT.value)):
+    for name, file in (("json", JSON.value), ("plot", PLOT.value)):
         if file:
-            writable_file(Path(file), name)
+            with blame(name, file):
+                writable_file(Path(file))
     if THREADS.value:
         torch.set_num_threads(THREADS.value)
     budget = {"train_steps": TRAIN_STEPS.value, "cpu_minutes": CPU_MINUTES.value, "num": NUM.value}

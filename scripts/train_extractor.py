@@ -14,7 +14,8 @@ from safetensors.torch import save
 
 from flowmaps import UserError
 from flowmaps.cli.run import run
-from flowmaps.data import ArrayData, Order, in_order, load_arrays
+from flowmaps.data import DataSet, ShuffledOrder, iterate, open_dataset
+from flowmaps.errors import blame
 from flowmaps.files import writable_file, write_file
 from flowmaps.images import from_uint8
 from flowmaps.metrics.extractors import CLASSIFIERS, Classifier
@@ -27,11 +28,11 @@ SEED = flags.DEFINE_integer("seed", 0, "Initialisation, order and shifts")
 BATCH = 128
 
 
-def accuracy(network: Classifier, data: ArrayData) -> float:
+def accuracy(network: Classifier, data: DataSet) -> float:
     network.eval()
     right = 0
     with torch.no_grad():
-        for x, label in in_order(data):
+        for x, label in iterate(data):
             right += int((network(from_uint8(x)).argmax(dim=1) == label).sum())
     return right / len(data)
 
@@ -40,10 +41,11 @@ def main() -> None:
     for flag in (DATA, OUT):
         if flag.value is None:
             raise UserError(f"--{flag.name} is missing")
-    out = writable_file(Path(OUT.value), "--out")
-    train, heldout = (load_arrays(DATA.value, split, ROOT.value) for split in ("train", "heldout"))
+    with blame("out", OUT.value):
+        out = writable_file(Path(OUT.value))
+    train, heldout = (open_dataset(DATA.value, split, root=ROOT.value) for split in ("train", "heldout"))
     torch.manual_seed(SEED.value)
-    network, order = Classifier(**CLASSIFIERS[DATA.value]), Order(len(train), SEED.value)
+    network, order = Classifier(**CLASSIFIERS[DATA.value]), ShuffledOrder(len(train), SEED.value)
     steps = EPOCHS.value * (len(train) // BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)

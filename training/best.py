@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowmaps import FlowMap, UserError
-from flowmaps.data import DataSet, Latents, in_order
+from flowmaps.data import DataSet, Latents, iterate
 from flowmaps.distributed import ALONE, Team
 from flowmaps.evaluation.evaluate import NotFinite, generated
 from flowmaps.evaluation.references import reference_stats
@@ -67,7 +67,7 @@ class Judge:
                     raise UserError("--reference is missing: latents are no images to compare with (see stats.py)")
                 extractor = load_extractor(name, best.weights or None, device)
                 share = self.team.share(len(data))
-                reference = self.team.merged(extractor.stats(rows for rows, _ in in_order(data, share)))
+                reference = self.team.merged(extractor.stats(rows for rows, _ in iterate(data, share)))
         except UserError as error:
             message = re.sub(r"--(reference|weights|extractor)\b", r"--config.best.\1", str(error))
             raise UserError(message.replace("best.extractor", "best.metric")) from None

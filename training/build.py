@@ -13,9 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from torch import Tensor
 
-from flowmaps.data import Latents, Loader, Order, as_dataset, download, load_data
+from flowmaps.data import DataSet, Latents, Loader, ShuffledOrder, as_dataset, download, open_dataset
 from flowmaps.data.augment import PARAMETERS
-from flowmaps.data.loader import DataSet
 from flowmaps.distributed import ON_CPU
 from flowmaps.errors import UserError, within
 from flowmaps.flow_map import FlowMap
@@ -27,7 +26,7 @@ from training.ema import EMA
 from training.initialise import build_teacher, init_from_checkpoint
 from training.lora import add_lora
 from training.loss_module import LossModule
-from training.teacher_trajectories import Paths
+from training.teacher_trajectories import TrajectorySource
 
 CHANNELS_LAST = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
 
@@ -71,7 +70,8 @@ def build_data(config: Config, accelerator: Accelerator, given: Any = None) -> D
             with within("data"):
                 if config.data.download:
                     download(config.data.name, config.data.root)
-                data = load_data(config.data.name, config.data.root, size, config.data.skip_corrupt)
+                named = config.data
+                data = open_dataset(named.name, root=named.root, size=size, skip_corrupt=named.skip_corrupt)
     data = scaled(config, data)
     _check_augmentation(config, data)
     return data
@@ -153,7 +153,7 @@ def build_model(config: Config, data: DataSet) -> tuple[FlowMap, LogVariance | N
 def open_decoder(config: Config, data: Latents) -> Decoder:
     """Open the VAE of a run, which sample grids, scores and exports need."""
     shift, scale = data.info["latent_shift"], data.info["latent_scale"]
-    decoder = Decoder(data.facts["vae"], shift, scale, flag="--config.data.vae")
+    decoder = Decoder(data.facts["vae"], shift, scale)
     with within("data"):
         decoder.open()
     if fingerprint(decoder.open()) != data.facts["vae_sha256"]:
@@ -209,7 +209,9 @@ def build_ema(config: Config, objective: Objective, network: torch.nn.Module, me
     return EMA(network, tuple(dict.fromkeys((*config.ema, *teaching))), config.ema_widths, meta)
 
 
-def build_loader(config: Config, accelerator: Accelerator, data: DataSet, paths: Paths | None, size: int) -> Loader:
+def build_loader(
+    config: Config, accelerator: Accelerator, data: DataSet, paths: TrajectorySource | None, size: int
+) -> Loader:
     """Read micro-batches of ``size`` rows, of which each item of a trajectory source gives several."""
     items, rows = (paths.data, paths.rows) if paths else (data, 1)
     if size % rows:
@@ -218,11 +220,13 @@ def build_loader(config: Config, accelerator: Accelerator, data: DataSet, paths:
             field="batch",
             value=config.batch,
         )
-    indices = _micro_step_indices(config, Order(len(items), config.seed), accelerator.process_index, size, rows)
+    indices = _micro_step_indices(config, ShuffledOrder(len(items), config.seed), accelerator.process_index, size, rows)
     return Loader(items, indices, config.data.workers, pin=accelerator.device.type == "cuda")
 
 
-def _micro_step_indices(config: Config, order: Order, rank: int, size: int, rows: int) -> Callable[[int], Tensor]:
+def _micro_step_indices(
+    config: Config, order: ShuffledOrder, rank: int, size: int, rows: int
+) -> Callable[[int], Tensor]:
     def indices(k: int) -> Tensor:
         """Items of micro-step k of this process, counted from the start of the run."""
         step, micro = divmod(k, config.accumulate)

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 
 from flowmaps import FlowMap, UserError
 from flowmaps.distributed import processes
-from flowmaps.errors import within
+from flowmaps.errors import blame, within
 from flowmaps.files import writable_directory, write_file
 from training.config import Config, class_name
 from training.config_rows import Chain
@@ -28,7 +28,8 @@ def run_chain(chain: Chain, workdir: str | Path, only: str = "") -> list[dict[st
     for name, config in stages.items():
         with within(f"config.{name}"):
             config.validate()
-    writable_directory(workdir, "--workdir")
+    with blame("workdir", workdir):
+        writable_directory(workdir)
     records = []
     for name, config in stages.items():
         if name == only or not only:

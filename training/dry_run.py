@@ -21,7 +21,7 @@ from training.build import micro_batch_size
 from training.chain import placed
 from training.config import Config, build_objective
 from training.config_rows import Chain
-from training.teacher_trajectories import grid
+from training.teacher_trajectories import trajectory_times
 from training.trainer import Trainer
 
 
@@ -60,7 +60,7 @@ def _dry_run(config: Config, batch: int, out: Path | None) -> tuple[dict[str, An
     least = math.ceil(1 / objective.diagonal) if objective.diagonal else 1  # at least one diagonal row
     if isinstance(objective, TrajectoryObjective):
         with within("trajectories"):
-            least = objective.rows(grid(config.trajectories))  # the rows of one trajectory
+            least = objective.rows(trajectory_times(config.trajectories))  # the rows of one trajectory
     small = min(micro_batch, max(1, batch // (number * config.accumulate) // least) * least)
     trainer = Trainer.build(_with_micro_batch(config, small, number))
     losses = [float(trainer.step(step)["loss"]) for step in range(2)]

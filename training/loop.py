@@ -64,7 +64,7 @@ def train_section(config: Config, workdir: Path, data: Any, section: str) -> Flo
         if main:
             stack.enter_context(disk_errors(workdir))
             with blame("workdir", workdir):
-                writable_directory(workdir, "--workdir")
+                writable_directory(workdir)
             stack.enter_context(run_lock(workdir))
         stack.enter_context(within(section))
         stack.enter_context(trainer.loader.watched())

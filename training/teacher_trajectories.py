@@ -1,4 +1,4 @@
-"""Trajectories to learn from: integrated along a teacher's drift at each step, or written to disk once."""
+"""Trajectories to train on: solved along a teacher's drift at each step, or written to disk once."""
 
 import dataclasses
 import math
@@ -11,76 +11,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowmaps import FlowMap, UserError
-from flowmaps.data import DataSet, TrajectoryFiles
-from flowmaps.data.loader import Order
-from flowmaps.data.registry import as_samples
-from flowmaps.data.shards import begin, complete
+from flowmaps import FlowMap
+from flowmaps.data import DataSet, ShuffledOrder, TrajectoryFiles, as_samples
+from flowmaps.data.shards import start_writing, write_missing
+from flowmaps.errors import UserError, blame, within
 from flowmaps.objectives import TrajectoryObjective
 from flowmaps.rng import generator
 from samplers import Trajectory, check_times, log_snr_times, trajectory, uniform_times
 from training.config import Config, Grid, Solver, Start, Trajectories, class_name
 
 
-def grid(options: Trajectories, flag: str = "--config.trajectories.") -> Tensor:
-    """The times [N + 1] that ``options`` describe, the last one 1; ``flag`` begins the flags that errors name."""
+def trajectory_times(options: Trajectories) -> Tensor:
+    """Return the times [N + 1] that ``options`` describe; the last one is 1.
+
+    Raises:
+        UserError: The options contradict each other. The field is relative to ``options``.
+    """
     low, high = options.low, options.high
     for name in ("steps", "substeps"):
         if getattr(options, name) < 1:
-            raise UserError(f"{flag}{name} must be at least 1, got {getattr(options, name)}")
+            raise UserError("must be at least 1", field=name, value=getattr(options, name))
     if bool(options.times) != (options.grid is Grid.given):
-        raise UserError(f"{flag}times are for {flag}grid=given, and it for them: give both or none")
+        raise UserError("times requires grid=given, and grid=given requires times", field="times")
     if options.grid is Grid.given:
         times = torch.tensor(options.times, dtype=torch.float64)
         try:
             check_times(times)
         except ValueError as error:
-            raise UserError(f"{flag}times: {error}") from None
+            raise UserError(str(error), field="times") from None
         if times[-1] != 1 or len(times) != options.steps + 1:
-            raise UserError(f"{flag}times must be {flag}steps + 1 = {options.steps + 1} numbers that end at 1")
+            raise UserError(f"must be steps + 1 = {options.steps + 1} numbers that end at 1", field="times")
     elif options.grid is Grid.uniform:
         if not 0 <= low < 1:
-            raise UserError(f"{flag}low must lie in [0, 1), got {low}")
+            raise UserError("must lie in [0, 1)", field="low", value=low)
         times = low + (1 - low) * uniform_times(options.steps)
     else:
         if not 0 < low < high < 1 or options.steps < 2:
-            raise UserError(f"{flag}grid=log_snr needs two steps or more and 0 < low < high < 1, got {low} and {high}")
+            raise UserError(
+                f"needs at least 2 steps and 0 < low < high < 1, got steps={options.steps}, low={low} and high={high}",
+                field="grid",
+                value="log_snr",
+            )
         times = torch.cat([log_snr_times(options.steps - 1, low, high), torch.ones(1, dtype=torch.float64)])
     if options.start is Start.data and not times[0] > 0:
-        raise UserError(f"{flag}start=data needs a first time above 0, where the data are: {flag}low=0.006")
+        raise UserError("needs a first time above 0: set low, e.g. to 0.006", field="start", value="data")
     return times
 
 
-def parse(
-    solver: str, steps: int, kind: str, low: float, high: float, times: list[str], start: str, substeps: int
-) -> Trajectories:
-    """The options that the flags of prepare_data.py say, checked."""
-    for flag, value, choices in (("solver", solver, Solver), ("grid", kind, Grid), ("start", start, Start)):
-        if value not in choices.__members__:
-            raise UserError(f"--{flag}={value}: choose one of {', '.join(choices.__members__)}")
-    try:
-        numbers = tuple(float(time) for time in times)
-    except ValueError:
-        raise UserError(f"--times={','.join(times)}: give numbers, such as 0,0.3,1") from None
-    options = Trajectories(Solver[solver], steps, Grid[kind], low, high, numbers, Start[start], substeps)
-    grid(options, "--")
-    return options
-
-
 @dataclass(frozen=True)
-class Walk:
-    """Trajectories of ``teacher`` as ``options`` say."""
+class TrajectorySolver:
+    """Solves for trajectories along the drift of ``teacher``."""
 
     teacher: FlowMap
     options: Trajectories
 
     def __post_init__(self) -> None:
         if self.options.solver is Solver.dpm_solver and self.teacher.interpolant_name != "linear":
-            raise UserError("--config.trajectories.solver=dpm_solver is for the linear path: choose heun")
+            raise UserError("requires the linear interpolant: choose heun", field="solver", value="dpm_solver")
 
     def __call__(self, x0: Tensor, x1: Tensor | None = None, label: Tensor | None = None) -> Trajectory:
-        """From noise ``x0`` [B, ...], and data ``x1`` [B, ...] if they start from data; no gradient is kept."""
-        times, substeps = grid(self.options), self.options.substeps
+        """Start from noise ``x0`` [B, ...] and, with start=data, data ``x1`` [B, ...]; no gradient is kept."""
+        times, substeps = trajectory_times(self.options), self.options.substeps
         if substeps > 1:
             shares = torch.arange(substeps, dtype=times.dtype) / substeps
             times = torch.cat([torch.lerp(times[:-1, None], times[1:, None], shares).flatten(), times[-1:]])
@@ -90,52 +81,58 @@ class Walk:
         return trajectory(self.teacher.drift, x, times, label, self.options.solver.name, substeps)
 
 
-def described(options: Trajectories) -> dict[str, Any]:
-    """What ``options`` say of how trajectories are made, ready for JSON."""
+def to_dict(options: Trajectories) -> dict[str, Any]:
+    """Return ``options``, except ``files``, ready for JSON."""
     facts = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "files"}
     return facts | {name: facts[name].name for name in ("solver", "grid", "start")} | {"times": list(options.times)}
 
 
 @dataclass(frozen=True)
-class Paths:
-    """Trajectories for training: items of ``data`` give one each, of ``rows`` training rows."""
+class TrajectorySource:
+    """Makes one trajectory, which gives ``rows`` training rows, from each item of ``data``."""
 
     data: DataSet
     times: Tensor
     rows: int
-    walk: Walk | None = None  # None: the items are trajectories already
+    solver: TrajectorySolver | None = None  # None: the items are trajectories already
 
     def __call__(self, x: Tensor, label: Tensor | None, generator: torch.Generator) -> Trajectory:
-        """Trajectories of the items ``x`` [B, ...] with ``label`` [B] or None, the noise from ``generator``."""
-        if self.walk is None:
+        """Return the trajectories of the items ``x`` [B, ...] with ``label`` [B] or None; noise from ``generator``."""
+        if self.solver is None:
             return Trajectory(self.times, x.transpose(0, 1), label)
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        return self.walk(self.walk.teacher.base_std * noise, x, label)
+        return self.solver(self.solver.teacher.base_std * noise, x, label)
 
 
-def build_paths(
+def build_trajectory_source(
     config: Config, objective: TrajectoryObjective, fm: FlowMap, teacher: FlowMap | None, data: DataSet
-) -> Paths:
-    """What ``config`` says of the trajectories of ``objective``."""
+) -> TrajectorySource:
+    """Build the source of trajectories for ``objective``; ``fm`` takes over the guidance of stored ones."""
     options = config.trajectories
     if options.files:
-        stored = TrajectoryFiles.open(options.files, "--config.trajectories.files")
+        with blame("trajectories.files", options.files):
+            stored = TrajectoryFiles.open(options.files)
         _check_files(config, fm, teacher, stored)
         fm.info = dataclasses.replace(fm.info, guidance=stored.facts["guidance"])
-        return Paths(stored, stored.times, objective.rows(stored.times))
+        return TrajectorySource(stored, stored.times, objective.rows(stored.times))
     if teacher is None:
         raise UserError(
-            f"the objective {class_name(objective)} needs a teacher to walk along (--config.teacher=DIR), "
-            "or trajectories that prepare_data.py has made (--config.trajectories.files=DIR)"
+            f"the objective {class_name(objective)} needs a teacher to solve along (teacher=DIR), or trajectories "
+            "written by prepare_data.py (trajectories.files=DIR)",
+            field="teacher",
         )
-    return Paths(data, grid(options), objective.rows(grid(options)), Walk(teacher, options))
+    with within("trajectories"):
+        times, solver = trajectory_times(options), TrajectorySolver(teacher, options)
+    return TrajectorySource(data, times, objective.rows(times), solver)
 
 
 def _check_files(config: Config, fm: FlowMap, teacher: FlowMap | None, stored: TrajectoryFiles) -> None:
-    """Refuse trajectories that this run does not describe or whose path is another."""
-    flag = f"--config.trajectories.files={stored.root}"
+    """Refuse stored trajectories that do not fit the run."""
+    where: dict[str, Any] = {"field": "trajectories.files", "value": stored.root}
     if config.data.label_dropout or config.data.augment or config.data.flip:
-        raise UserError(f"{flag}: --config.data.label_dropout, augment and flip come too late for stored trajectories")
+        raise UserError(
+            "data.label_dropout, data.augment and data.flip cannot be applied to stored trajectories", **where
+        )
     ours: dict[str, Any] = {
         "samples of shape": fm.info.shape,
         "num_classes": fm.info.num_classes,
@@ -147,29 +144,52 @@ def _check_files(config: Config, fm: FlowMap, teacher: FlowMap | None, stored: T
         ours["teacher"] = teacher.fingerprint()
     for name, value in ours.items():
         if theirs[name] != value:
-            raise UserError(f"{flag} has {name} {theirs[name]}, this run {value}")
-    for name, value in described(config.trajectories).items():
+            raise UserError(f"has {name} {theirs[name]}, this run {value}", **where)
+    for name, value in to_dict(config.trajectories).items():
         made = stored.facts["made"][name]
         if made != value:
-            raise UserError(f"{flag} was made with --{name}={made}, this run has --config.trajectories.{name}={value}")
+            raise UserError(f"was made with {name}={made}, this run has trajectories.{name}={value}", **where)
 
 
 def write_trajectories(
-    out: Path, walk: Walk, num: int, seed: int, batch: int = 256, shard: int = 1024, data: DataSet | None = None
+    out: Path,
+    solver: TrajectorySolver,
+    num: int,
+    seed: int,
+    batch: int = 256,
+    shard: int = 1024,
+    data: DataSet | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """Write ``num`` trajectories to the directory ``out``; yields (shards made, shards to make).
+    """Write trajectories to disk, for training to read.
 
-    Trajectory i has the noise of sample i at this seed, and with ``data`` (for start=data) the image at position i of
-    their shuffled order and its label; otherwise its label is i mod classes. A shard that is there is kept.
+    Trajectory i starts from the noise of sample i at this seed. With ``data`` (for start=data) it has the image and
+    label at position i of the data's shuffled order; otherwise its label is i mod classes.
+
+    Args:
+        out: Directory of the set; one that was started with the same arguments is completed.
+        solver: The teacher and how it is solved.
+        num: Number of trajectories.
+        seed: Seed of the noise and of the data's order.
+        batch: Trajectories solved at a time.
+        shard: Trajectories per file.
+        data: Data set to start from.
+
+    Yields:
+        (shards made, shards to make) by this process, first before any work and then after each shard.
+
+    Raises:
+        UserError: ``data`` does not fit the teacher or ``start``, ``out`` holds another set, or a trajectory is not
+            finite.
     """
-    teacher, options = walk.teacher, walk.options
+    teacher, options = solver.teacher, solver.options
     if (data is None) == (options.start is Start.data):
-        raise UserError("trajectories start from data if and only if there are any: --start=data goes with --data=NAME")
+        raise UserError("start=data requires data, and data requires start=data", "start", options.start.name)
     classes = teacher.info.num_classes
     if data is not None and (data.shape, data.num_classes if classes else 0) != (teacher.info.shape, classes):
         raise UserError(
-            f"--data has samples of shape {data.shape} and {data.num_classes} classes, --teacher "
-            f"{teacher.info.shape} and {classes}"
+            f"has samples of shape {data.shape} and {data.num_classes} classes, the teacher {teacher.info.shape} and "
+            f"{classes}",
+            field="data",
         )
     facts: dict[str, Any] = {
         "num": num,
@@ -182,12 +202,12 @@ def write_trajectories(
         "guidance": teacher.info.guidance,
         "data": data.digest() if data is not None else "",
         "seed": seed,
-        "times": grid(options).tolist(),
-        "made": described(options),
+        "times": trajectory_times(options).tolist(),
+        "made": to_dict(options),
     }
     total = math.ceil(num / shard)
-    missing = begin(out, "trajectories", facts, total)
-    order = Order(len(data), seed) if data is not None else None
+    missing = start_writing(out, "trajectories", facts, total)
+    order = ShuffledOrder(len(data), seed) if data is not None else None
     device = next(teacher.parameters()).device
 
     def make(number: int) -> tuple[dict[str, Tensor], list[str]]:
@@ -201,17 +221,17 @@ def write_trajectories(
                 x1 = as_samples(data, x1.to(device), partial(_noise, seed, first, device))
                 label = given if classes else None
             label = None if label is None else label.to(device)
-            made = walk(teacher.noise(count, seed, start=first), x1, label).states
+            made = solver(teacher.noise(count, seed, start=first), x1, label).states
             if not bool(torch.isfinite(made).all()):
                 raise UserError(f"the trajectories {first} .. {first + count - 1} are not finite: try another grid")
             states.append(made.transpose(0, 1).float().cpu())
             labels += [] if label is None else [label.cpu()]
         return {"states": torch.cat(states).contiguous()} | ({"label": torch.cat(labels)} if labels else {}), []
 
-    yield from complete(out, total, missing, make)
+    yield from write_missing(out, total, missing, make)
 
 
 def _noise(seed: int, first: int, device: torch.device, shape: tuple[int, ...]) -> Tensor:
-    """Noise of items ``first``, ``first + 1``, ...: [n, ...] as ``shape``, the same for any batch size."""
+    """Draw noise of ``shape`` [n, ...] for items ``first``, ``first + 1``, ...: the same for any batch size."""
     rows = [torch.randn(shape[1:], generator=generator(seed, "latents", first + i)) for i in range(shape[0])]
     return torch.stack(rows).to(device)

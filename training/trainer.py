@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from flowmaps import FlowMap, UserError
 from flowmaps.data import DataSet, Latents, Loader, as_samples
-from flowmaps.data.augment import augmented, mirrored
+from flowmaps.data.augment import edm_augment, random_hflip
 from flowmaps.distributed import AnyProcess
 from flowmaps.networks.conditioning import soft_label
 from flowmaps.networks.magnitude import normalise_weights
@@ -42,7 +42,7 @@ from training.fsdp import full_tensor, gather_to_cpu, shard
 from training.lora import merge_lora
 from training.loss_module import LossModule
 from training.optim import Spikes, build_optimizer, learning_rate
-from training.teacher_trajectories import Paths, build_paths
+from training.teacher_trajectories import TrajectorySource, build_trajectory_source
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     ema: EMA
     init_fingerprint: str = ""  # of what config.init_from held
-    paths: Paths | None = None  # where the trajectories of a TrajectoryObjective come from
+    paths: TrajectorySource | None = None  # source of trajectories, of a TrajectoryObjective
     latest: Any = None  # ((x1, label, draws), seed of dropout) of the latest shard
     skipped: int = 0  # steps with a non-finite gradient since the start or resume
     spikes: Spikes = field(default_factory=Spikes)
@@ -101,7 +101,7 @@ class Trainer:
         ema = build_ema(config, objective, fm.network, meta)
         paths = None
         if isinstance(objective, TrajectoryObjective):
-            paths = build_paths(config, objective, fm, module.teacher, data)
+            paths = build_trajectory_source(config, objective, fm, module.teacher, data)
             objective.check(data.shape, paths.times, accelerator.device)
         loader = build_loader(config, accelerator, data, paths, size)
         return cls(config, data, loader, accelerator, module, wrapped, optimizer, ema, init_fingerprint, paths)
@@ -151,10 +151,10 @@ class Trainer:
         """Return the loss of this process's micro-step ``micro`` of step ``step``, one shard of the global batch."""
         config, fm, device = self.config, self.module.fm, self.accelerator.device
         shard = self.accelerator.process_index * config.accumulate + micro
-        x1, label = self.loader.shard(step * config.accumulate + micro)
+        x1, label = self.loader.batch(step * config.accumulate + micro)
         x1 = x1.to(device, non_blocking=True)
         label = label.to(device, non_blocking=True) if label is not None and fm.info.num_classes else None
-        if not (self.paths and self.paths.walk is None):  # whose items are trajectories
+        if not (self.paths and self.paths.solver is None):  # whose items are trajectories
             drawing = generator(config.seed, "latents", step, shard, device)
             x1 = as_samples(self.data, x1, lambda shape: torch.randn(shape, generator=drawing, device=device))
         if label is not None and config.data.label_dropout:
@@ -163,9 +163,9 @@ class Trainer:
             )
             label = torch.where(drawn < config.data.label_dropout, fm.info.num_classes, label)
         if config.data.flip:
-            x1 = mirrored(x1, generator(config.seed, "flip", step, shard, device))
+            x1 = random_hflip(x1, generator(config.seed, "flip", step, shard, device))
         if config.data.augment:
-            x1, done = augmented(x1, config.data.augment, generator(config.seed, "augment", step, shard, device))
+            x1, done = edm_augment(x1, config.data.augment, generator(config.seed, "augment", step, shard, device))
             label = soft_label(label, done, fm.info.num_classes)
         batch: Tensor | Trajectory = x1
         if self.paths:
@@ -260,7 +260,7 @@ class Trainer:
         """Return digests of what the run depends on besides its config, by field; a resumed run must find the same."""
         teacher = self.module.teacher if self.config.teacher else None
         teacher_digest = teacher.fingerprint() if teacher else ""
-        walked = self.paths.data.digest() if self.paths and not self.paths.walk else ""
+        walked = self.paths.data.digest() if self.paths and not self.paths.solver else ""
         origin = {"data.root": self.data.digest(), "teacher": teacher_digest, "init_from": self.init_fingerprint}
         grids = "".join(schedule.to_json() for schedule in self.module.objective.schedules.values())
         fitted = hashlib.sha256(grids.encode()).hexdigest() if grids else ""

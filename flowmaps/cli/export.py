@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from flowmaps import FlowMap, UserError
+from flowmaps.errors import blame
 from flowmaps.files import writable_directory
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, exported directory or hub id")
@@ -46,7 +47,8 @@ def main() -> None:
     weights = fm.fingerprint()
     if wrong := [f for f, r in zip(RESULTS.value, records, strict=True) if _others(r, weights)]:
         raise UserError(f"--results={wrong[0]} is of other weights than those to be exported: score them again")
-    writable_directory(out.parent, "--out")
+    with blame("out", out):
+        writable_directory(out.parent)
     save(fm, out, card(fm, NAME.value or HUB.value or OUT.value, LICENSE.value, records, how))
     print(f"{out}: {weights[:12]}, ema {fm.info.ema or 'none'}, {fm.info.images_seen} images seen")
     if HUB.value is not None:

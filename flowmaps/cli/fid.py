@@ -17,11 +17,12 @@ from absl import flags
 from flowmaps import UserError
 from flowmaps.cli.sampling_flags import SamplingFlags
 from flowmaps.cli.scored import Given, Model, Scored
-from flowmaps.data.registry import data_set, open_source
+from flowmaps.data.registry import builtin_name
 from flowmaps.distributed import pick_device, team
+from flowmaps.errors import blame
 from flowmaps.evaluation import evaluate as scoring
 from flowmaps.evaluation import gate
-from flowmaps.evaluation.references import reference_stats
+from flowmaps.evaluation.references import open_for_scoring, reference_stats
 from flowmaps.files import writable_file
 from flowmaps.metrics.extractors import POINTS
 from flowmaps.metrics.scores import KID_SUBSET, distance_of, needs_reference_features
@@ -48,19 +49,22 @@ def main() -> int:
         raise UserError("give either --checkpoint or --samples")
     if REFERENCE.value is None:
         raise UserError("--reference is missing: e.g. --reference=digits:heldout")
-    known = data_set(REFERENCE.value)
+    known = builtin_name(REFERENCE.value)
     if MEMORISATION.value and not known:
         raise UserError("--memorisation needs a data set with a held-out split, e.g. --reference=digits:heldout")
     if SAMPLES.value and REPEATS.value > 1:
         raise UserError("--repeats needs --checkpoint")
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
-    for flag, file in (("--json", JSON.value), ("--junit", JUNIT.value), ("GITHUB_STEP_SUMMARY", summary)):
+    for flag, file in (("json", JSON.value), ("junit", JUNIT.value)):
         if file:
-            writable_file(Path(file), flag)
+            with blame(flag, file):
+                writable_file(Path(file))
+    if summary:
+        writable_file(Path(summary))
     limits = gate.Limits.read(MAX_FID.value, MAX_REGRESSION.value, TOLERANCE.value)
     everyone = team()
     fm = None if SAMPLES.value else SAMPLING.load()
-    images = open_source(SAMPLES.value, ROOT.value, "--samples", team=everyone) if SAMPLES.value else None
+    images = open_for_scoring(SAMPLES.value, ROOT.value, team=everyone) if SAMPLES.value else None
     scored: Scored = Model(SAMPLING, fm, REPEATS.value) if fm else Given(images, SAMPLES.value, SAMPLING.batch.value)
     wanted = REFERENCE.value, EXTRACTOR.value, WEIGHTS.value, ROOT.value
     reference, extractor = reference_stats(*wanted, pick_device(), needs_reference_features(METRICS.value), everyone)

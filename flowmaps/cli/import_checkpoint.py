@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from flowmaps import UserError
+from flowmaps.errors import blame
 from flowmaps.files import writable_directory
 
 FORMAT = flags.DEFINE_string("format", None, "edm, edm2, dit, sit, rectified_flow or diffusers_unet")
@@ -28,7 +29,8 @@ def main() -> None:
             raise UserError(f"--{name} is missing{choices}")
     out = place(OUT.value, "--out")
     fm = import_checkpoint(FORMAT.value, Path(SRC.value))
-    writable_directory(out.parent, "--out")
+    with blame("out", out):
+        writable_directory(out.parent)
     fm.save_pretrained(out)
     millions = sum(p.numel() for p in fm.network.parameters()) / 1e6
     low, high = fm.info.t_range

@@ -15,6 +15,7 @@ from absl import flags
 
 from flowmaps import UserError
 from flowmaps.cli.sampling_flags import SamplingFlags, Setting
+from flowmaps.errors import blame
 from flowmaps.evaluation.samples import write_samples
 from flowmaps.files import writable_directory
 from flowmaps.generate import SAMPLERS
@@ -31,7 +32,8 @@ def main() -> None:
     ways = SAMPLING.settings()
     others = [Setting(BESIDE.value, "uniform", way.steps) for way in ways if BESIDE.value]
     fm = SAMPLING.load(others)
-    out = writable_directory(Path(OUT.value), "--out")
+    with blame("out", OUT.value):
+        out = writable_directory(Path(OUT.value))
     [fm] = SAMPLING.averages(fm)
     shown = [[write_samples(SAMPLING.batches(fm, way), out, way.steps) for way in ways]]
     if others:

@@ -13,6 +13,7 @@ from absl import flags
 
 from flowmaps import FlowMap, UserError
 from flowmaps.distributed import pick_device
+from flowmaps.errors import blame
 from flowmaps.export import store_schedule
 from flowmaps.files import writable_file, write_file
 
@@ -39,9 +40,10 @@ def main() -> None:
         raise UserError("--checkpoint is missing: a run directory, an exported directory or a hub id")
     if not (OUT.value or STORE.value):
         raise UserError("give --out=FILE.json, or --store to write the schedule into the checkpoint")
-    for name, file in (("--out", OUT.value), ("--plot", PLOT.value)):
+    for name, file in (("out", OUT.value), ("plot", PLOT.value)):
         if file:
-            writable_file(Path(file), name)
+            with blame(name, file):
+                writable_file(Path(file))
     try:
         steps = [int(count) for count in STEPS.value]
     except ValueError:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from flowmaps import FlowMap
 from flowmaps.cli.sampling_flags import SamplingFlags
-from flowmaps.data import in_order
-from flowmaps.data.registry import Images
+from flowmaps.data import DataSet, iterate
 from flowmaps.distributed import Team
 from flowmaps.evaluation.evaluate import Row, generated
 
@@ -72,20 +71,20 @@ class Model:
 class Given:
     """``images`` that are there, called ``source``, ``batch`` at a time."""
 
-    images: Images
+    images: DataSet
     source: str
     batch: int = 500
 
     @property
     def num(self) -> int:
-        return len(self.images.data)
+        return len(self.images)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.images.data.shape
+        return self.images.shape
 
     def facts(self) -> dict[str, Any]:
         return {"source": self.source, "num": self.num, "seeds": [], "label": None, "guidance": None, "gamma": None}
 
     def samplings(self, team: Team) -> Iterator[tuple[Row, Samplings]]:
-        yield {}, [(images for images, _ in in_order(self.images.data, team.share(self.num), self.batch))]
+        yield {}, [(images for images, _ in iterate(self.images, team.share(self.num), self.batch))]

@@ -10,9 +10,10 @@ from absl import flags
 
 from flowmaps import UserError
 from flowmaps.data import download
-from flowmaps.data.registry import check_source, data_set, open_source
+from flowmaps.data.registry import builtin_name, check_source
 from flowmaps.distributed import pick_device, team
-from flowmaps.evaluation.references import pick_extractor, remembered
+from flowmaps.errors import blame
+from flowmaps.evaluation.references import open_for_scoring, pick_extractor, remembered
 from flowmaps.files import writable_file
 
 DATA = flags.DEFINE_string("data", None, "Data set NAME[:split], folder or zip of images, or .npz of images")
@@ -30,14 +31,16 @@ def main() -> None:
     for flag in (DATA, OUT):
         if flag.value is None:
             raise UserError(f"--{flag.name} is missing")
-    check_source(DATA.value, "--data")
-    out = writable_file(Path(OUT.value), "--out")
+    with blame("data", DATA.value):
+        check_source(DATA.value)
+    with blame("out", OUT.value):
+        out = writable_file(Path(OUT.value))
     extractor = pick_extractor(EXTRACTOR.value, WEIGHTS.value, DATA.value, pick_device())
     everyone = team()
     if DOWNLOAD.value and not everyone.rank:
-        download((data_set(DATA.value) or (DATA.value,))[0], ROOT.value)
+        download((builtin_name(DATA.value) or (DATA.value,))[0], ROOT.value)
     everyone.told(None)
-    images = open_source(DATA.value, ROOT.value, "--data", SIZE.value, SKIP_CORRUPT.value, everyone)
+    images = open_for_scoring(DATA.value, ROOT.value, SIZE.value, SKIP_CORRUPT.value, everyone)
     stats = remembered(images, extractor, FEATURES.value, everyone)
     if not everyone.rank:
         stats.save(out)

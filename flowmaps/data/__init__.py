@@ -1,38 +1,32 @@
-"""Data sets, for training and for scoring: tensors in memory, images in files, and sets prepared on disk."""
+"""Data sets, for training and for scoring.
 
-from typing import Any
+What belongs here: opening a data set by name or path (``open_dataset``) or from the user's own Python object
+(``as_dataset``), reading its files, writing prepared ones, loading batches in a reproducible order, and augmentation.
+What is made of the items, losses or statistics, belongs to ``training`` and ``flowmaps.evaluation``.
+"""
 
-from flowmaps.data.builtin import DATA, ArrayData, download, load_arrays
+from flowmaps.data.builtin import ArrayData, download
+from flowmaps.data.dataset import DataSet, iterate
 from flowmaps.data.image_folder import ImageFiles, open_images
-from flowmaps.data.loader import DataSet, Loader, Order, in_order
-from flowmaps.data.registry import FILES, as_samples, load_data, open_data, prepared
+from flowmaps.data.loader import Loader, ShuffledOrder
+from flowmaps.data.map_style import as_dataset
+from flowmaps.data.registry import DATASETS, as_samples, open_dataset
 from flowmaps.data.shards import Latents, PreparedImages, TrajectoryFiles
 
-
-def as_dataset(data: Any) -> DataSet:
-    """Return ``data``, a ``DataSet``."""
-    made: DataSet = data
-    return made
-
-
 __all__ = [
-    "DATA",
-    "FILES",
+    "DATASETS",
     "ArrayData",
     "DataSet",
     "ImageFiles",
     "Latents",
     "Loader",
-    "Order",
     "PreparedImages",
+    "ShuffledOrder",
     "TrajectoryFiles",
     "as_dataset",
     "as_samples",
     "download",
-    "in_order",
-    "load_arrays",
-    "load_data",
-    "open_data",
+    "iterate",
+    "open_dataset",
     "open_images",
-    "prepared",
 ]

@@ -6,21 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PARAMETERS = 9  # numbers that tell the network what was done to an image
+PARAMETERS = 9  # numbers per image that describe its augmentation
 
 
-def mirrored(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Every image of [B, C, H, W] mirrored left to right with probability 1/2: the data set with its mirror images."""
+def random_hflip(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image of [B, C, H, W] left to right with probability 1/2."""
     return _flipped(x, torch.rand(len(x), device=x.device, generator=generator) < 0.5, -1)
 
 
-def augmented(x: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """EDM's geometric augmentation of square images [B, C, H, W] in [-1, 1], and its parameters [B, 9].
+def edm_augment(x: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Apply EDM's geometric augmentation to square images [B, C, H, W] in [-1, 1].
 
     Karras et al. 2022 (arXiv 2206.00364), appendix F.2, the set used for CIFAR-10: mirror left to right (half of all
-    images), and each with ``probability``: upside down, scale, rotation, stretch along a random axis, shift. The
-    parameters, zero for an untouched image, are for the network to condition on, so that samples drawn with zeros
-    show no augmentation. Images that only turn over keep their pixels exactly; others are resampled bicubically.
+    images), and each with ``probability``: upside down, scale, rotation, stretch along a random axis, shift.
+
+    Returns the images, and parameters [B, 9], zero for an untouched image. The network is conditioned on them, so that
+    samples drawn with zeros show no augmentation. Flips alone keep the pixels exactly; everything else is resampled
+    bicubically.
     """
     n, device = len(x), x.device
 
@@ -48,8 +50,8 @@ def augmented(x: Tensor, probability: float, generator: torch.Generator) -> tupl
     x = _flipped(_flipped(x, left_right > 0, -1), upside_down > 0, -2)
     growth, strain = 2 ** (0.2 * scale), 2 ** (0.2 * stretch)
     linear = _rotation(axis) @ torch.diag_embed(torch.stack([strain, 1 / strain], dim=1)) @ _rotation(-axis)
-    linear = linear @ _rotation(turn) * growth[:, None, None]  # scaled and turned first, then stretched, then shifted
-    shift = 2 * 0.125 * torch.stack([right, down], dim=1)  # an eighth of the image's width; [-1, 1] is all of it
+    linear = linear @ _rotation(turn) * growth[:, None, None]  # scale and rotate first, then stretch, then shift
+    shift = 2 * 0.125 * torch.stack([right, down], dim=1)  # an eighth of the image's width, which is 2
     return _moved(x, linear, shift, parameters[:, 2:].any(dim=1)), parameters
 
 
@@ -64,7 +66,7 @@ def _rotation(angle: Tensor) -> Tensor:
 
 
 def _moved(x: Tensor, linear: Tensor, shift: Tensor, chosen: Tensor) -> Tensor:
-    """The ``chosen`` images with what was at p now at ``linear`` p + ``shift``, the image being [-1, 1]^2."""
+    """Move each pixel of the ``chosen`` images from p to ``linear`` p + ``shift``; an image spans [-1, 1]^2."""
     back = torch.linalg.inv(linear)  # each new pixel looks up where it came from
     theta = torch.cat([back, -back @ shift[:, :, None]], dim=2)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)

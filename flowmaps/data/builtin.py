@@ -1,4 +1,4 @@
-"""Data sets in memory."""
+"""The built-in data sets, all in memory; the table of their names is ``flowmaps.data.registry.DATASETS``."""
 
 import codecs
 import gzip
@@ -6,7 +6,6 @@ import hashlib
 import pickle
 import struct
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,32 +15,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowmaps.data.dataset import Batch, DataSet
 from flowmaps.errors import UserError
 from flowmaps.rng import generator
 
 
 @dataclass(frozen=True)
-class ArrayData:
+class ArrayData(DataSet):
     """A data set as one tensor: images uint8 [n, C, H, W] or points float32 [n, dim], and labels int64 [n] or None."""
 
     x: Tensor
     label: Tensor | None = None
     num_classes: int = 0
+    name: str = ""
+    split: str = ""
 
     def __len__(self) -> int:
         return len(self.x)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
         return tuple(self.x.shape[1:])
 
     def digest(self) -> str:
-        """SHA-256 over the samples."""
+        """Return a SHA-256 over the samples."""
         return hashlib.sha256(self.x.contiguous().numpy().tobytes()).hexdigest()
 
-    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Samples at ``index`` [b] as they are stored, with their labels."""
+    def fetch(self, index: Tensor) -> Batch:
         return self.x[index], None if self.label is None else self.label[index]
 
 
@@ -55,7 +55,7 @@ def checkerboard(split: str, root: str, size: int = 1_000_000) -> ArrayData:
 
 
 def digits(split: str, root: str) -> ArrayData:
-    """scikit-learn's 1797 scanned digits, 8 x 8 grey; every fourth image is held out ("heldout")."""
+    """scikit-learn's 1797 scanned digits, 8 x 8 grey; every fourth image belongs to the split heldout."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -68,40 +68,40 @@ def digits(split: str, root: str) -> ArrayData:
 
 
 def fashion_mnist(split: str, root: str) -> ArrayData:
-    """Fashion-MNIST, 28 x 28 grey padded to 32 x 32: 60,000 images, and the 10,000 test images as "heldout".
+    """Fashion-MNIST, 28 x 28 grey padded to 32 x 32: 60,000 images; the split heldout has the 10,000 test images.
 
-    Reads torchvision's layout, ``root``/FashionMNIST/raw, its files gzip'd or extracted.
+    Reads torchvision's layout, ``root``/FashionMNIST/raw, with the files compressed or extracted.
     """
     part = "t10k" if split == "heldout" else "train"
     folder = Path(root) / "FashionMNIST" / "raw"
-    images = _idx(folder / f"{part}-images-idx3-ubyte", 3)
-    labels = _idx(folder / f"{part}-labels-idx1-ubyte", 1).long()
+    images = _idx(folder / f"{part}-images-idx3-ubyte", 3, root)
+    labels = _idx(folder / f"{part}-labels-idx1-ubyte", 1, root).long()
     if images.shape != (len(labels), 28, 28) or not len(labels) or labels.max() >= 10:
         raise UserError(
-            f"{folder} has {part} images of shape {tuple(images.shape)} for {len(labels)} labels, not Fashion-MNIST's: "
-            "delete the folder and fetch the data set again"
+            f"{folder} has {part} images of shape {tuple(images.shape)} for {len(labels)} labels, which is not "
+            "Fashion-MNIST: delete the folder and download the data set again"
         )
     return ArrayData(F.pad(images[:, None], (2, 2, 2, 2)), labels, num_classes=10)
 
 
-def _idx(path: Path, dims: int) -> Tensor:
-    """The bytes of a file in the MNIST family's idx format: uint8, of the ``dims`` sizes in its header."""
+def _idx(path: Path, dims: int, root: str) -> Tensor:
+    """Read a file of the MNIST family's idx format: uint8 with ``dims`` dimensions, whose sizes are in its header."""
     try:
         packed = path.with_name(path.name + ".gz")
         content = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
         if content[:4] != bytes([0, 0, 8, dims]):
-            raise ValueError(f"its first bytes are not those of {dims}-dimensional bytes")
+            raise ValueError(f"its header does not announce {dims}-dimensional bytes")
         shape = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
         array = np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
     except FileNotFoundError:
-        raise UserError(_missing(packed)) from None
+        raise _missing(packed, root) from None
     except (OSError, EOFError, struct.error, zlib.error, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and fetch the data set again") from None
+        raise UserError(f"{path} is damaged ({error}): delete it and download the data set again") from None
     return torch.from_numpy(array.copy())
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads CIFAR's pickles and nothing more: arrays, numbers and text."""
+    """Reads CIFAR's pickles and nothing else: arrays, numbers and text."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {"_reconstruct": np._core.multiarray._reconstruct, "ndarray": np.ndarray, "dtype": np.dtype}  # type: ignore[attr-defined]
@@ -113,17 +113,17 @@ class _Arrays(pickle.Unpickler):
 
 
 def cifar10(split: str, root: str) -> ArrayData:
-    """CIFAR-10, 32 x 32 colour: 50,000 images, and the 10,000 test images as "heldout".
+    """CIFAR-10, 32 x 32 colour: 50,000 images; the split heldout has the 10,000 test images.
 
-    Reads torchvision's layout, ``root``/cifar-10-batches-py, without running its pickles.
+    Reads torchvision's layout, ``root``/cifar-10-batches-py, without executing its pickles.
     """
     folder = Path(root) / "cifar-10-batches-py"
     parts = ["test_batch"] if split == "heldout" else [f"data_batch_{i}" for i in range(1, 6)]
-    images, labels = zip(*(_cifar_batch(folder / part) for part in parts), strict=True)
+    images, labels = zip(*(_cifar_batch(folder / part, root) for part in parts), strict=True)
     return ArrayData(torch.cat(images), torch.cat(labels), num_classes=10)
 
 
-def _cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
+def _cifar_batch(path: Path, root: str) -> tuple[Tensor, Tensor]:
     try:
         with path.open("rb") as file:
             loaded = _Arrays(file, encoding="latin1").load()
@@ -131,51 +131,36 @@ def _cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
         images = torch.from_numpy(content["data"]).reshape(-1, 3, 32, 32)
         labels = torch.tensor(content["labels"], dtype=torch.int64)
         if images.dtype != torch.uint8 or labels.shape != (len(images),) or not 0 <= labels.min() <= labels.max() < 10:
-            raise ValueError("its images or labels are not those of CIFAR-10")
+            raise ValueError("the images or labels are not CIFAR-10's")
     except FileNotFoundError:
-        raise UserError(_missing(path)) from None
+        raise _missing(path, root) from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{path} is damaged ({error}): delete it and fetch the data set again") from None
+        raise UserError(f"{path} is damaged ({error}): delete it and download the data set again") from None
     return images, labels
 
 
-def _missing(path: Path) -> str:
-    return (
-        f"{path} is missing: give the data root (--root; in training --config.data.root), or fetch it into there "
-        "(stats.py --download; in training --config.data.download)"
+def _missing(path: Path, root: str) -> UserError:
+    return UserError(
+        f"{path} is missing: set root to the folder of the data set's files, or download them into it "
+        "(data.download in a config, flowmaps.data.download in Python)",
+        field="root",
+        value=root,
     )
 
 
 def download(name: str, root: str) -> None:
-    """Fetch the files of a data set into ``root`` by torchvision; what is there is kept."""
+    """Download the files of the data set ``name`` into ``root`` by torchvision; files that exist are kept."""
     from torchvision import datasets
 
     classes = {"cifar10": datasets.CIFAR10, "fashion_mnist": datasets.FashionMNIST}
     if name not in classes:
-        raise UserError(f"{name} is not for download: only {', '.join(classes)} are")
+        raise UserError(f"{name} cannot be downloaded: only {', '.join(classes)} can")
     try:
         for train in (True, False):
             classes[name](root, train=train, download=True)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"cannot download {name} ({reason}): on a machine with internet let torchvision fetch it, copy its folder "
-            f"into {root} and leave the download flag out"
+            f"cannot download {name} ({reason}): on a machine with internet let torchvision download it, copy its "
+            f"folder into {root} and do not ask for the download"
         ) from None
-
-
-DATA: dict[str, Callable[[str, str], ArrayData]] = {
-    "checkerboard": checkerboard,
-    "cifar10": cifar10,
-    "digits": digits,
-    "fashion_mnist": fashion_mnist,
-}
-
-
-def load_arrays(name: str, split: str = "train", root: str = "data") -> ArrayData:
-    """A data set of the table ``DATA``, split "train" or "heldout"; ``root`` is where its files are."""
-    if name not in DATA:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATA)}")
-    if split not in ("train", "heldout"):
-        raise UserError(f"unknown split {split!r} of {name}: choose train or heldout")
-    return DATA[name](split, root)

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to uint8 pixels, and to the square that a network sees."""
+"""Decode image files to uint8 pixels, and crop them to the square that a network sees."""
 
 import io
 from functools import lru_cache
@@ -12,23 +12,23 @@ Pixels = NDArray[np.uint8]  # [height, width, 1 or 3]
 
 
 class BadImage(ValueError):
-    """Bytes that are no whole image; the message says why."""
+    """The bytes are not an intact image; the message says why."""
 
 
 def decode(content: bytes, upright: bool = True) -> Pixels:
-    """Pixels of an image file as uint8 [H, W, C]: C = 1 for grey, else 3.
+    """Decode an image file to uint8 [H, W, C]; C = 1 for grey, else 3.
 
-    ``upright``: turned as its EXIF orientation says. 16-bit grey scaled to 8, CMYK and palettes as RGB, transparency
-    over white.
+    ``upright`` applies the EXIF orientation. 16-bit grey is scaled to 8 bits, CMYK and palettes become RGB,
+    transparency is put over white.
     """
     if not content:
         raise BadImage("the file is empty")
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            if image.mode == "I" and image.format != "PPM":  # PNG and TIFF of 16 bits have modes of their own
+            if image.mode == "I" and image.format != "PPM":  # 16-bit PNG and TIFF have other modes
                 raise BadImage("pixels of 32 bits")
-            return _to_uint8(ImageOps.exif_transpose(image) if upright else image)
+            return to_pixels(ImageOps.exif_transpose(image) if upright else image)
     except UnidentifiedImageError:
         raise BadImage("not an image") from None
     except (BadImage, MemoryError):
@@ -37,7 +37,8 @@ def decode(content: bytes, upright: bool = True) -> Pixels:
         raise BadImage(str(error) or type(error).__name__) from None
 
 
-def _to_uint8(image: Image.Image) -> Pixels:
+def to_pixels(image: Image.Image) -> Pixels:
+    """Convert an open image of any mode to uint8 [H, W, C]."""
     if image.mode.startswith("I"):  # 16 bits
         deep: NDArray[Any] = np.asarray(image)
         if deep.min() < 0 or deep.max() > 65535:
@@ -54,8 +55,8 @@ def _to_uint8(image: Image.Image) -> Pixels:
     return np.ascontiguousarray(np.atleast_3d(array))
 
 
-def square(pixels: Pixels, size: int) -> Pixels:
-    """The central square of an image, resized to ``size`` x ``size`` by the mean over each new pixel's area."""
+def area_center_crop(pixels: Pixels, size: int) -> Pixels:
+    """Cut the central square and resize it to ``size`` x ``size``; a new pixel is the mean over its area."""
     height, width = pixels.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -69,11 +70,11 @@ def square(pixels: Pixels, size: int) -> Pixels:
     return rounded
 
 
-def adm_square(pixels: Pixels, size: int) -> Pixels:
-    """ADM's centre crop to ``size`` x ``size`` (Dhariwal and Nichol 2021), by which published ImageNet FIDs are made.
+def adm_center_crop(pixels: Pixels, size: int) -> Pixels:
+    """ADM's centre crop to ``size`` x ``size`` (Dhariwal and Nichol 2021), on which published ImageNet FIDs rest.
 
-    Halved by the mean over 2 x 2 pixels while the shorter side has at least 2 ``size`` pixels (an odd last row or
-    column is squeezed in), then resized by Pillow's bicubic filter until the shorter side is ``size``, then cut.
+    Halve by the mean over 2 x 2 pixels while the shorter side has at least 2 ``size`` pixels (Pillow squeezes an odd
+    last row or column in), resize by Pillow's bicubic filter until the shorter side is ``size``, then cut.
     """
     image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
     while min(image.size) >= 2 * size:
@@ -86,7 +87,7 @@ def adm_square(pixels: Pixels, size: int) -> Pixels:
 
 @lru_cache(maxsize=64)
 def area(source: int, size: int) -> NDArray[np.float32]:
-    """[size, source]: row i averages the pixels over [i, i + 1) * source / size, each by its overlap with it."""
+    """Return weights [size, source]; row i averages the pixels in [i, i + 1) * source / size by their overlap."""
     edge = np.arange(size + 1) * (source / size)
     pixel = np.arange(source)
     overlap = np.minimum(edge[1:, None], pixel + 1) - np.maximum(edge[:-1, None], pixel)
@@ -95,5 +96,5 @@ def area(source: int, size: int) -> NDArray[np.float32]:
 
 
 def with_channels(pixels: Pixels, channels: int) -> Pixels:
-    """Grey as three equal channels where the data set has colour."""
+    """Repeat grey pixels in three channels if the data set has ``channels`` = 3."""
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3)) if channels > pixels.shape[-1] else pixels

@@ -1,4 +1,4 @@
-"""The order in which a run visits its data, and worker processes that read ahead in it."""
+"""The order in which a run visits its data, and worker processes that read ahead in that order."""
 
 import os
 import re
@@ -10,50 +10,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from flowmaps.data.dataset import Batch
 from flowmaps.errors import UserError
 from flowmaps.rng import generator
 
-Rows = tuple[Tensor, Tensor | None]
-
 
 class Fetches(Protocol):
-    """What a loader asks of a data set."""
+    """The part of a data set that a loader needs."""
 
-    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Items ``index`` [b] as they are stored, and their label int64 [b] or None."""
-
-
-class DataSet(Fetches, Protocol):
-    """What training asks of a data set.
-
-    ``fetch`` gives images uint8 [b, C, H, W], points float32 [b, dim], or the moments of ``Latents``.
-    """
-
-    def __len__(self) -> int: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one sample: (channels, height, width) or (dim,)."""
-
-    @property
-    def num_classes(self) -> int:
-        """0: no labels."""
-
-    def digest(self) -> str:
-        """What a run keeps to know its data by."""
+    def fetch(self, index: Tensor) -> Batch:
+        """Return the items at ``index`` [b] as they are stored, with their labels int64 [b] or None."""
 
 
-def in_order(data: DataSet, items: range | None = None, batch: int = 500) -> Iterator[Rows]:
-    """All of a data set or the ``items`` of it from first to last, ``batch`` samples at a time."""
-    items = range(len(data)) if items is None else items
-    for start in range(items.start, items.stop, batch):
-        yield data.fetch(torch.arange(start, min(start + batch, items.stop)))
-
-
-class Order:
+class ShuffledOrder:
     """The endless order of visits: position p is item p mod n of a permutation keyed by (seed, p div n).
 
-    A function of position alone, so that it needs no state in a checkpoint and no agreement between processes.
+    A function of the position alone: it needs no state in a checkpoint and no communication between processes.
     """
 
     def __init__(self, n: int, seed: int) -> None:
@@ -67,7 +39,7 @@ class Order:
         return self._epochs[epoch]
 
     def indices(self, start: int, count: int) -> Tensor:
-        """Item indices int64 [count] at positions ``start`` .. ``start + count - 1``."""
+        """Return the item indices int64 [count] at positions ``start`` .. ``start + count - 1``."""
         parts = []
         while count:
             epoch, offset = divmod(start, self.n)
@@ -77,20 +49,25 @@ class Order:
 
 
 class Loader:
-    """Gives the data at numbered shards, the same whether or not ``workers`` processes read ahead.
+    """Fetches numbered batches, the same ones whether or not worker processes read ahead.
 
-    ``indices(k)`` says which items shard k has, none after the last one if there is a last. Asking for shards in order
-    is fast; any other shard starts anew there.
+    Args:
+        data: The data set.
+        indices: Maps the number of a batch to its items int64 [b]; empty after the last batch, if there is a last.
+        workers: Processes that read ahead; 0 reads when asked.
+        pin: Put batches into pinned memory.
+
+    Asking for batches in sequence is fast; any other number restarts the workers there.
     """
 
     def __init__(self, data: Fetches, indices: Callable[[int], Tensor], workers: int, pin: bool = False) -> None:
         self.data, self.indices, self.workers, self.pin = data, indices, workers, pin
         self._next = -1
-        self._ahead: Iterator[Rows | UserError] = iter(())
+        self._ahead: Iterator[Batch | UserError] = iter(())
         self._held = torch.full((workers, 2), -1).share_memory_()  # type: ignore[no-untyped-call]  # process and item that each worker is at
 
-    def shard(self, k: int) -> Rows:
-        """Samples and labels of shard ``k``."""
+    def batch(self, k: int) -> Batch:
+        """Return the items and labels of batch ``k``."""
         if not self.workers:
             return self.data.fetch(self.indices(k))
         if k != self._next:
@@ -104,7 +81,7 @@ class Loader:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """A worker that ends inside the block, be it while its rows are not waited for, is a user's error by name."""
+        """Turn the end of a worker inside the block, even one not waited for, into a ``UserError`` with its file."""
         try:
             yield
         except RuntimeError as error:
@@ -114,30 +91,28 @@ class Loader:
                 raise
             ended = [int(pid) for pid in named[1].split(",")]
             items = [item for pid, item in self._held.tolist() if pid in ended and item >= 0]
-            held = (
-                f" at {', '.join(self.data.file_of(item) for item in items)}" if hasattr(self.data, "file_of") else ""
-            )
+            files = [self.data.file_of(item) for item in items] if hasattr(self.data, "file_of") else []
             raise UserError(
-                f"a data worker ended{held if items else ''} ({reason}): is there memory enough, and the file sound? "
-                f"--config.data.workers={self.workers} may be lowered"
+                f"a data worker ended{' at ' if files else ''}{', '.join(files)} ({reason}): out of memory, or a "
+                f"damaged file? Try fewer workers than workers={self.workers}"
             ) from None
 
-    def _read_from(self, k: int) -> Iterator[Rows | UserError]:
+    def _read_from(self, k: int) -> Iterator[Batch | UserError]:
         return iter(
             DataLoader(
                 _Reader(self.data, self._held),
-                batch_sampler=_Shards(self.indices, k),
+                batch_sampler=_Batches(self.indices, k),
                 num_workers=self.workers,
                 prefetch_factor=4,
                 pin_memory=self.pin,
-                collate_fn=_as_it_is,
-                generator=torch.Generator(),  # its own: starting an iterator draws a number
+                collate_fn=_unchanged,
+                generator=torch.Generator(),  # a separate one: starting an iterator draws a number
             )
         )
 
 
-class _Shards:
-    """Index lists of shards ``start``, ``start + 1``, ... to the first that is empty."""
+class _Batches:
+    """Index lists of batches ``start``, ``start + 1``, ... up to the first empty one."""
 
     def __init__(self, indices: Callable[[int], Tensor], start: int) -> None:
         self.indices, self.start = indices, start
@@ -149,16 +124,16 @@ class _Shards:
             k += 1
 
 
-class _Reader(Dataset[Rows]):
-    """Runs in a worker, and notes each item that it reads from a file in ``held``.
+class _Reader(Dataset[Batch]):
+    """Runs in a worker and records in ``held`` each item that it reads from a file.
 
-    A refused file travels back as a value, so that its message stays one line.
+    A refused file is returned as a value, so that its message stays one line.
     """
 
     def __init__(self, data: Fetches, held: Tensor) -> None:
         self.data, self.held = data, held
 
-    def __getitems__(self, index: list[int]) -> Rows | UserError:
+    def __getitems__(self, index: list[int]) -> Batch | UserError:
         mine = self.held[cast(Any, get_worker_info()).id]
         mine[0] = os.getpid()
         try:
@@ -170,7 +145,7 @@ class _Reader(Dataset[Rows]):
                 rows.append(self.data.fetch(torch.tensor([item])))
             x, labels = [x for x, _ in rows], [label for _, label in rows if label is not None]
             if len({row.shape for row in x}) > 1:
-                return self.data.fetch(torch.tensor(index))  # which says what file has another shape
+                return self.data.fetch(torch.tensor(index))  # raises the error that names the odd file
             return torch.cat(x), torch.cat(labels) if labels else None
         except UserError as error:
             return error
@@ -178,5 +153,5 @@ class _Reader(Dataset[Rows]):
             mine[1] = -1
 
 
-def _as_it_is(rows: Any) -> Any:
+def _unchanged(rows: Any) -> Any:
     return rows

@@ -1,4 +1,4 @@
-"""ImageNet, or any folder of images, on disk as a run reads it: square crops, or the latents of a VAE."""
+"""Write ImageNet, or any folder of images, to disk as a run reads it: square crops, or the latents of a VAE."""
 
 import hashlib
 import json
@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowmaps import UserError
-from flowmaps.data import Loader
-from flowmaps.data.image_folder import READ_ERRORS, Source, find_images, find_labels
-from flowmaps.data.image_io import BadImage, adm_square, decode, with_channels
-from flowmaps.data.shards import begin, complete
+from flowmaps.data.file_source import READ_ERRORS, FileSource
+from flowmaps.data.image_folder import find_images, find_labels
+from flowmaps.data.image_io import BadImage, adm_center_crop, decode, with_channels
+from flowmaps.data.loader import Loader
+from flowmaps.data.shards import start_writing, write_missing
+from flowmaps.errors import UserError, blame
 from flowmaps.images import from_uint8
 from flowmaps.vae import fingerprint, moments, reduction, scaling
 
@@ -26,16 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Crops:
-    """ADM's centre crops of image files, each decoded when it is asked for; turned by no EXIF mark, as theirs."""
+    """ADM's centre crops of image files, decoded on demand; the EXIF orientation is ignored, as ADM does."""
 
-    source: Source
+    source: FileSource
     names: list[str]
     size: int
     skip_corrupt: bool
 
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images uint8 [k, 3, size, size] at ``index`` [b], and which of them they are, [k]: those that are whole."""
-        images, whole = [], []
+        """Return the intact images at ``index`` [b] as uint8 [k, 3, size, size], and their indices [k]."""
+        images, intact = [], []
         for i in index.tolist():
             try:
                 pixels = with_channels(decode(self.source.read(self.names[i]), upright=False), 3)
@@ -43,27 +44,30 @@ class Crops:
                 if self.skip_corrupt:
                     continue
                 raise UserError(
-                    f"{self.source.root}: {self.names[i]} is no whole image ({error}): repair it, or leave such files "
-                    "out (--skip_corrupt)"
+                    f"{self.source.root}: {self.names[i]} is not an intact image ({error}): repair it, or set "
+                    "skip_corrupt to leave such files out"
                 ) from None
-            images.append(torch.from_numpy(np.array(adm_square(pixels, self.size))))
-            whole.append(i)
+            images.append(torch.from_numpy(np.array(adm_center_crop(pixels, self.size))))
+            intact.append(i)
         made = torch.stack(images) if images else torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
-        return made.permute(0, 3, 1, 2).contiguous(), torch.tensor(whole, dtype=torch.int64)
+        return made.permute(0, 3, 1, 2).contiguous(), torch.tensor(intact, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What makes latents of images: a VAE, the name it was opened by, and whether of their mirror images too."""
+    """Encodes images as latents.
+
+    ``source`` is the name that ``vae`` was opened by; ``flip`` encodes the mirror images too.
+    """
 
     vae: "AutoencoderKL"
     source: str
     flip: bool = False
 
     def facts(self, size: int) -> dict[str, Any]:
-        """What the set's card says of them; ``size`` is that of the images."""
+        """Return the facts about the latents of images of ``size`` pixels, for the set's card."""
         if size % reduction(self.vae):
-            raise UserError(f"--size={size} is no multiple of {reduction(self.vae)}, by which --vae reduces images")
+            raise UserError(f"must be a multiple of {reduction(self.vae)}, the VAE's reduction", "size", size)
         side = size // reduction(self.vae)
         shift, scale = scaling(self.vae)
         return {
@@ -77,10 +81,10 @@ class Encoder:
         }
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Moments [B, 2, C, h, w] in float16 of uint8 images [B, 3, H, W]; and of their mirror images, if wanted."""
+        """Return moments [B, 2, C, h, w] float16 of uint8 images [B, 3, H, W]; with ``flip`` also of their mirrors."""
         made = [moments(self.vae, from_uint8(x)).half().cpu() for x in [images] + [images.flip(-1)] * self.flip]
         if not all(bool(torch.isfinite(part).all()) for part in made):
-            raise UserError(f"--vae={self.source} gives latents that are not finite in float16")
+            raise UserError("latents are not finite in float16: choose another VAE", field="vae", value=self.source)
         return made
 
 
@@ -95,12 +99,26 @@ def write_images(
     workers: int = 0,
     skip_corrupt: bool = False,
 ) -> Iterator[tuple[int, int]]:
-    """Write the images under ``root`` (folder or zip) to ``out`` as ``size`` x ``size``, or their latents.
+    """Write images to disk as square crops, or as the latents of a VAE, for training to read.
 
-    Yields (shards made, shards to make) of this process, at first and after each. Labels are those of
-    ``flowmaps.data.open_images``. A shard has ``shard`` images, less those left out, then their mirror images.
+    Args:
+        out: Directory of the set; one that was started with the same arguments is completed.
+        root: Folder or zip file of images, labelled as ``open_images`` labels them.
+        size: Pixels per side of the crops.
+        encoder: Write the latents that it makes instead of the crops.
+        shard: Images per file, less those left out; their mirror images come on top.
+        batch: Images per call of the encoder.
+        workers: Processes that decode images.
+        skip_corrupt: Leave out files that are not intact images instead of refusing them.
+
+    Yields:
+        (shards made, shards to make) by this process, first before any work and then after each shard.
+
+    Raises:
+        UserError: An image is damaged, ``out`` holds another set, or ``size`` does not fit the VAE.
     """
-    source, found, _ = find_images(root, "--src")
+    with blame("src", root):
+        source, found, _ = find_images(root)
     names = list(found)
     label, classes = find_labels(source, names)
     listing = json.dumps([names, None if label is None else label.tolist()])
@@ -114,7 +132,7 @@ def write_images(
         "files": hashlib.sha256(listing.encode()).hexdigest(),
     }
     total = math.ceil(len(names) / shard)
-    missing = begin(out, "images" if encoder is None else "latents", facts, total)
+    missing = start_writing(out, "images" if encoder is None else "latents", facts, total)
     numbers = {number: torch.arange(number * shard, min((number + 1) * shard, len(names))) for number in missing}
     batches = [part for number in missing for part in torch.split(numbers[number], batch)]
     loader = Loader(
@@ -127,14 +145,14 @@ def write_images(
     def make(number: int) -> tuple[dict[str, Tensor], list[str]]:
         nonlocal asked
         parts: list[list[Tensor]] = []
-        there: list[Tensor] = []
+        kept: list[Tensor] = []
         for _ in torch.split(numbers[number], batch):
-            images, whole = loader.shard(asked)
+            images, intact = loader.batch(asked)
             asked += 1
-            assert whole is not None
+            assert intact is not None
             parts.append([images] if encoder is None else encoder(images))
-            there.append(whole)
-        rows = torch.cat(there)
+            kept.append(intact)
+        rows = torch.cat(kept)
         made = torch.cat([part[side] for side in range(len(parts[0])) for part in parts])
         tensors = {"images" if encoder is None else "moments": made}
         if label is not None:
@@ -142,4 +160,4 @@ def write_images(
         left_out = sorted(set(numbers[number].tolist()) - set(rows.tolist()))
         return tensors, [names[i] for i in left_out]
 
-    yield from complete(out, total, missing, make)
+    yield from write_missing(out, total, missing, make)

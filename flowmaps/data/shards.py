@@ -1,7 +1,7 @@
-"""Data sets on disk in shards, written once and resumable, and read at random.
+"""Data sets on disk in shards: written once, in resumable runs, and read in any order.
 
-KIND.json                 what the set is; KIND is trajectories, images or latents
-shard-00000.safetensors   tensors [n, ...]; all of a set have the same ones
+KIND.json                 facts about the set; KIND is trajectories, images or latents
+shard-00000.safetensors   tensors [n, ...], the same names in all shards of a set
 checksums.json            rows, size and SHA-256 of each shard, written last: without it the set is not complete
 """
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from flowmaps.data.dataset import Batch, DataSet
 from flowmaps.distributed import processes
 from flowmaps.errors import UserError
 from flowmaps.files import sha256, write_file
@@ -32,33 +33,33 @@ def shard_name(number: int) -> str:
 
 
 @dataclass(frozen=True)
-class Shards:
-    """A data set in files that are mapped into memory, each row read from disk when it is asked for."""
+class Shards(DataSet):
+    """A data set in files that are mapped into memory; each row is read from disk on demand."""
 
     kind: ClassVar[str]
-    command: ClassVar[str]  # of prepare_data.py
-    tensor: ClassVar[str]  # which of a shard's tensors the samples are; the other one is their label
+    command: ClassVar[str]  # the sub-command of prepare_data.py that writes such a set
+    tensor: ClassVar[str]  # the name of the samples in a shard; the other tensor is their label
 
     root: Path
     facts: dict[str, Any]
-    ends: list[int]  # rows up to and with each shard
+    ends: list[int]  # rows up to the end of each shard
     _open: dict[int, Any] = field(default_factory=dict, compare=False)  # by shard
 
     @classmethod
-    def open(cls, root: str | Path, flag: str) -> Self:
-        """The complete set in the directory ``root``, which ``flag`` names; damage is refused by file name."""
+    def open(cls, root: str | Path) -> Self:
+        """Open the complete set in the directory ``root``; errors name the damaged file."""
         root = Path(root)
         if not root.is_dir():
-            raise UserError(f"{flag}={root}: no such directory; make it by scripts/prepare_data.py {cls.command}")
+            raise UserError(f"{root}: no such directory; create it with scripts/prepare_data.py {cls.command}")
         try:
             facts = json.loads((root / f"{cls.kind}.json").read_text())
             if facts["format"] != FORMAT:
-                raise UserError(f"{flag}={root} has format {facts['format']}, this version reads {FORMAT}")
+                raise UserError(f"{root} has format {facts['format']}, this version reads {FORMAT}")
             shards = json.loads((root / "checksums.json").read_text())
             sizes = {name: int(shard["bytes"]) for name, shard in shards.items()}
             ends = list(accumulate(int(shard["rows"]) for shard in shards.values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{flag}={root} is no complete set of {cls.kind} ({error}): {cls.remedy()}") from None
+            raise UserError(f"{root} is not a complete set of {cls.kind} ({error}): {cls.remedy()}") from None
         for name, size in sizes.items():
             file = root / name
             if not file.is_file() or file.stat().st_size != size:
@@ -67,7 +68,7 @@ class Shards:
 
     @classmethod
     def remedy(cls) -> str:
-        return f"run scripts/prepare_data.py {cls.command} with the same --out again"
+        return f"run scripts/prepare_data.py {cls.command} again with the same output directory"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -76,26 +77,31 @@ class Shards:
         return self.ends[-1]
 
     @property
+    def name(self) -> str:
+        return self.root.name
+
+    @property
+    def crop(self) -> str:
+        return str(self.facts.get("crop", "none"))
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample."""
         return tuple(self.facts["shape"])
 
     @property
     def num_classes(self) -> int:
-        """0: no labels."""
         return int(self.facts["num_classes"])
 
     def digest(self) -> str:
-        """SHA-256 of what is known of the set and its shards."""
+        """Return a SHA-256 over the facts and the checksums of the shards."""
         files = (self.root / name for name in (f"{self.kind}.json", "checksums.json"))
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
     def file_of(self, item: int) -> str:
-        """The file that an item is read from."""
+        """Return the file that an item is read from."""
         return str(self.root / shard_name(bisect(self.ends, item)))
 
-    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows ``index`` [b] as they are stored, and their label int64 [b]."""
+    def fetch(self, index: Tensor) -> Batch:
         rows, labels = [], []
         for i in index.tolist():
             number = bisect(self.ends, i)
@@ -138,46 +144,51 @@ class Latents(Shards):
 
     @property
     def info(self) -> dict[str, Any]:
-        """What ``FlowMapInfo`` has of them."""
+        """The fields of ``FlowMapInfo`` that describe the latents."""
         shift, scale = (tuple(self.facts[name]) for name in ("latent_shift", "latent_scale"))
         return {"vae": self.facts["vae"], "latent_shift": shift, "latent_scale": scale}
 
     def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """A sample z = mean + std noise of each row, scaled as the network expects: scale (z - shift), float32."""
+        """Draw a sample z = mean + std noise per row and scale it for the network: scale (z - shift), float32."""
         mean, std = moments.float().unbind(dim=1)
         shift, scale = (channels(tuple(self.facts[name]), mean) for name in ("latent_shift", "latent_scale"))
         return (mean + std * noise - shift) * scale
 
 
-Make = Callable[[int], tuple[dict[str, Tensor], list[str]]]  # of a shard: tensors [n, ...], and what was left out
+MakeShard = Callable[[int], tuple[dict[str, Tensor], list[str]]]  # number -> tensors [n, ...], files left out
 
 
-def begin(out: Path, kind: str, facts: dict[str, Any], shards: int) -> list[int]:
-    """Begin or go on with the set of ``kind`` that ``facts`` describe; returns which shards this process has to make.
+def start_writing(out: Path, kind: str, facts: dict[str, Any], shards: int) -> list[int]:
+    """Start or resume writing the set of ``kind`` that ``facts`` describe.
 
-    Refused if ``out`` has another set. A shard whose checksum is known and wrong is made again.
+    Returns the numbers of the shards that this process has to make; one with a wrong checksum is made again.
+
+    Raises:
+        UserError: ``out`` holds a different set.
     """
     state = processes()
     card, facts = out / f"{kind}.json", {"format": FORMAT, **facts}
     with state.local_main_process_first():
         out.mkdir(parents=True, exist_ok=True)
         if other := sorted(file.name for file in out.glob("*.json") if file.name not in (card.name, "checksums.json")):
-            raise UserError(f"--out={out} has {other[0]}, another kind of set: use a new --out")
+            raise UserError(f"has {other[0]}, another kind of set: choose a new directory", field="out", value=out)
         try:
             stored = json.loads(card.read_text()) if card.exists() else facts
             changed = [key for key in facts if stored[key] != facts[key]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{card} is damaged ({error}): use a new --out") from None
+            raise UserError(f"{card} is damaged ({error}): choose a new directory", field="out", value=out) from None
         if changed:
+            name = changed[0]
             raise UserError(
-                f"--out={out} has {kind} of another {changed[0]} ({stored[changed[0]]}, now {facts[changed[0]]}): use "
-                "a new --out"
+                f"has {kind} of another {name} ({stored[name]}, now {facts[name]}): choose a new directory",
+                field="out",
+                value=out,
             )
         if state.is_local_main_process:
             write_file(card, json.dumps(facts, indent=1).encode())
             _remove_damaged(out)
     missing = [number for number in range(shards) if not (out / shard_name(number)).is_file()]
-    state.wait_for_everyone()  # before any process makes what another one would find
+    state.wait_for_everyone()  # before any process writes a shard that another would see
     return missing[state.process_index :: state.num_processes]
 
 
@@ -188,11 +199,11 @@ def _remove_damaged(out: Path) -> None:
             if (out / name).is_file() and sha256(out / name) != entry["sha256"]:
                 (out / name).unlink()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # none yet, or damaged itself: shards are written in one step, those that are there are whole
+        pass  # not written yet, or damaged: shards are written atomically, so the existing ones are complete
 
 
-def complete(out: Path, shards: int, missing: list[int], make: Make) -> Iterator[tuple[int, int]]:
-    """Make the ``missing`` shards, and when all of the set are there its checksums; yields (made, to make)."""
+def write_missing(out: Path, shards: int, missing: list[int], make: MakeShard) -> Iterator[tuple[int, int]]:
+    """Make the ``missing`` shards of this process, then the checksums of all; yields (shards made, shards to make)."""
     state = processes()
     yield 0, len(missing)
     for done, number in enumerate(missing, 1):
@@ -202,10 +213,10 @@ def complete(out: Path, shards: int, missing: list[int], make: Make) -> Iterator
     state.wait_for_everyone()
     if state.is_main_process:
         files = [out / shard_name(number) for number in range(shards)]
-        write_file(out / "checksums.json", json.dumps({file.name: _known(file) for file in files}, indent=1).encode())
+        write_file(out / "checksums.json", json.dumps({file.name: _entry(file) for file in files}, indent=1).encode())
 
 
-def _known(file: Path) -> dict[str, Any]:
+def _entry(file: Path) -> dict[str, Any]:
     with safe_open(file, "pt") as shard:
         rows = shard.get_slice(next(iter(shard.keys()))).get_shape()[0]
         left_out = json.loads(shard.metadata()["left_out"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import flowmaps
 from flowmaps import FlowMap, UserError
-from flowmaps.data import load_arrays
+from flowmaps.data import iterate, open_dataset
 from flowmaps.distributed import ALONE, Team, pick_device
 from flowmaps.evaluation.references import source_stats
 from flowmaps.images import to_uint8
@@ -90,7 +90,8 @@ def floor(data: str, extractor: Extractor, root: str) -> float:
 
 def neighbours(images: Tensor, data: str, root: str) -> dict[str, float]:
     """Nearest-neighbour distances between uint8 ``images`` and both splits of a small data set, as a row of results."""
-    pixels = [load_arrays(data, split, root).x.float() / 127.5 for split in ("train", "heldout")]
+    splits = (open_dataset(data, split, root=root) for split in ("train", "heldout"))
+    pixels = [torch.cat([x for x, _ in iterate(split)]).float() / 127.5 for split in splits]
     found = memorisation(images.float().cpu() / 127.5, *pixels)
     return {**vars(found), "memorisation_ratio": found.ratio}
 

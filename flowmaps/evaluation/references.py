@@ -9,10 +9,10 @@ from pathlib import Path
 import PIL
 import torch
 
-from flowmaps.data.loader import in_order
-from flowmaps.data.registry import Images, check_source, data_set, open_source
+from flowmaps.data import DataSet, Latents, iterate, open_dataset
+from flowmaps.data.registry import builtin_name, check_source
 from flowmaps.distributed import ALONE, Team
-from flowmaps.errors import UserError
+from flowmaps.errors import UserError, blame
 from flowmaps.files import cache_directory, npz_shapes
 from flowmaps.metrics import FeatureStats
 from flowmaps.metrics.extractors import EXTRACTORS, INCEPTION_HASH, Extractor, load_extractor
@@ -33,11 +33,12 @@ def reference_stats(
     A statistics file decides the extractor; another one asked for by name is refused. Statistics of images are kept in
     the cache directory.
     """
-    check_source(reference, "--reference")
+    with blame("reference", reference):
+        check_source(reference)
     shapes = npz_shapes(reference, REMEDY) if Path(reference).is_file() and reference.endswith(".npz") else {}
     images_alone = "mu" not in shapes and {"samples", "arr_0"} & shapes.keys()
     if images_alone or not reference.endswith((".npz", ".pkl")):
-        images = open_source(reference, root, "--reference", team=team)
+        images = open_for_scoring(reference, root, team=team)
         chosen = pick_extractor(extractor, weights, reference, device)
         return remembered(images, chosen, keep, team), chosen
     stats = FeatureStats.load(reference)
@@ -57,16 +58,28 @@ def reference_stats(
             file=sys.stderr,
         )
     if keep and "arr_0" in shapes:  # ADM's moments are of the whole data set, its images some of it
-        stats.features = remembered(open_source(reference, root, "--reference"), chosen, keep, team).features
+        stats.features = remembered(open_for_scoring(reference, root), chosen, keep, team).features
     return stats, chosen
 
 
-def remembered(images: Images, extractor: Extractor, keep: bool = False, team: Team = ALONE) -> FeatureStats:
+def open_for_scoring(
+    source: str, root: str, size: int | None = None, skip_corrupt: bool = False, team: Team = ALONE
+) -> DataSet:
+    """Open the data set ``source`` for scoring; an existing path is preferred to a name."""
+    with team.first_alone():  # it checks all images of a folder, and the others find its cache
+        path = Path(source)
+        images = open_dataset(path if path.exists() else source, root=root, size=size, skip_corrupt=skip_corrupt)
+    if isinstance(images, Latents):
+        raise UserError(f"{source} holds no images (latents): give the images that they were made of")
+    return images
+
+
+def remembered(images: DataSet, extractor: Extractor, keep: bool = False, team: Team = ALONE) -> FeatureStats:
     """The statistics of ``images``, taken from the cache if their content and the extractor are those of before.
 
     Only the first process of a ``team`` has them.
     """
-    extractor.check_shape(images.data.shape)
+    extractor.check_shape(images.shape)
     found, file, content = None, Path(), ""
     if not team.rank:
         content = images.content()
@@ -88,7 +101,7 @@ def remembered(images: Images, extractor: Extractor, keep: bool = False, team: T
 
 def source_stats(source: str, extractor: Extractor, root: str, flag: str) -> FeatureStats:
     """The statistics of the images that ``source`` names."""
-    return remembered(open_source(source, root, flag), extractor)
+    return remembered(open_for_scoring(source, root), extractor)
 
 
 def _read(file: Path, keep: bool) -> FeatureStats | None:
@@ -101,12 +114,12 @@ def _read(file: Path, keep: bool) -> FeatureStats | None:
 
 def pick_extractor(name: str | None, weights: str | None, source: str, device: torch.device) -> Extractor:
     """The extractor ``name``, else the one made for the data set ``source``, else Inception."""
-    data = (data_set(source) or ("",))[0]
+    data = (builtin_name(source) or ("",))[0]
     return load_extractor(name or (data if data in EXTRACTORS else "inception"), weights, device)
 
 
-def stats_of(images: Images, extractor: Extractor, keep: bool = False, team: Team = ALONE) -> FeatureStats:
+def stats_of(images: DataSet, extractor: Extractor, keep: bool = False, team: Team = ALONE) -> FeatureStats:
     """Moments of the features of ``images``, each process of the ``team`` working on its share."""
-    share = team.share(len(images.data))
-    batches = (rows for rows, _ in in_order(images.data, share))
+    share = team.share(len(images))
+    batches = (rows for rows, _ in iterate(images, share))
     return team.merged(extractor.stats(batches, images.name, images.split, images.crop, keep))

@@ -99,7 +99,7 @@ def bare_loop(config: Config) -> Work:
     optimizer, device = trainer.optimizer, trainer.accelerator.device
 
     def work(k: int) -> float:
-        x1, label = trainer.loader.shard(k)
+        x1, label = trainer.loader.batch(k)
         x1, label = from_uint8(x1.to(device)), None if label is None else label.to(device)
         draws = objective.draw(fm, x1, generator(0, "draws", k, device=device), k)
         loss = objective.loss(fm, x1, label, draws)

@@ -20,7 +20,7 @@ from samplers import Schedule, euler, heun, rollout, uniform_times
 from samplers.bellman import solve_all
 from training.config import Config, Trajectories
 from training.config_rows import load_row
-from training.teacher_trajectories import Walk, write_trajectories
+from training.teacher_trajectories import TrajectorySolver, write_trajectories
 from training.trainer import Trainer
 
 STEPS = (2, 4, 6, 8)
@@ -206,7 +206,8 @@ def records(
         folder = Path(name)
         drift.save_pretrained(folder / "drift")
         (folder / "schedule.json").write_text(Schedule(grids["Bellman, end"], sampler="euler").to_json())
-        for _ in write_trajectories(folder / "paths", Walk(drift, Trajectories(steps=FINE["euler"])), paths, seed=3):
+        solver = TrajectorySolver(drift, Trajectories(steps=FINE["euler"]))
+        for _ in write_trajectories(folder / "paths", solver, paths, seed=3):
             pass
         fitted_file = str(folder / "schedule.json")
         for row, how in {

@@ -19,7 +19,7 @@ from benchmarks.profiling import profiles
 from benchmarks.scoring import fid_costs
 from benchmarks.speed import ema_times, resume_times, sample_times, step_times
 from flowmaps import FlowMap, UserError
-from flowmaps.data import load_arrays
+from flowmaps.data import open_dataset
 from flowmaps.evaluation.evaluate import floor, neighbours
 from flowmaps.evaluation.references import pick_extractor, source_stats
 from flowmaps.evaluation.report import EVALUATIONS, lines
@@ -54,7 +54,7 @@ def fit(config: Config, cpu_minutes: float | None) -> tuple[FlowMap, dict[str, A
 
 def checkerboard_scores(fm: FlowMap, n: int = 32_768) -> Scores:
     """KL and sliced W2 of ``n`` samples at 1 .. 16 steps: the map's, or Euler's for a drift."""
-    true = load_arrays("checkerboard", "heldout").x[:n]
+    true = open_dataset("checkerboard", "heldout").fetch(torch.arange(n))[0]
     scores = {}
     for count in (1, 2, 4, 8, 16):
         x = samples(fm, count, n, seed=1)

@@ -130,9 +130,9 @@ def test_sample_and_another_vae(checkpoint, vae_folder, tmp_path):
         (lambda folder: (folder / "config.json").write_text('{"_class_name": "UNet2DModel"}'), "has no AutoencoderKL"),
         (
             lambda folder: (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"short"),
-            "no whole AutoencoderKL",
+            "not an intact AutoencoderKL",
         ),
-        (lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(), "no whole AutoencoderKL"),
+        (lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(), "not an intact AutoencoderKL"),
     ],
 )
 def test_a_vae_that_is_damaged_or_none_is_refused(change, reason, checkpoint, tmp_path):
@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_refused(checkpoint, tmp_path):
         FlowMapInfo((3, 8, 8), latent_shift=SHIFT, latent_scale=SCALE)
     fm = FlowMap.from_pretrained(checkpoint)
     fm.decoder, fm.info = None, replace(fm.info, vae="")
-    with pytest.raises(UserError, match="--vae is missing"):
+    with pytest.raises(UserError, match="vae: missing"):
         fm.decode(torch.zeros(1, 4, 8, 8))
     small("DiT").save_pretrained(tmp_path / "pixels")
     done = run_script(
@@ -172,6 +172,6 @@ def test_pickles_are_never_read(tmp_path):
     vae = AutoencoderKL.from_pretrained(folder)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(vae.state_dict(), folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="no whole AutoencoderKL"):
+    with pytest.raises(UserError, match="not an intact AutoencoderKL"):
         open_vae(str(folder))
     assert len(fingerprint(vae)) == 64

@@ -161,7 +161,7 @@ def test_more_processes_are_more_images_at_a_time_and_the_same_batch(drift):
     for accumulate in (1, 2, 4):
         config.accumulate = accumulate
         trainer = Trainer.build(config)
-        seen.append(torch.cat([trainer.loader.shard(3 * accumulate + micro)[0] for micro in range(accumulate)]))
+        seen.append(torch.cat([trainer.loader.batch(3 * accumulate + micro)[0] for micro in range(accumulate)]))
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
 
 

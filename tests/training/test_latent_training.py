@@ -14,7 +14,7 @@ from helpers.small_networks import small
 from safetensors.torch import load_file
 
 from flowmaps import FlowMap, UserError
-from flowmaps.data import load_data
+from flowmaps.data import open_dataset
 from flowmaps.pipeline import FlowMapPipeline
 from flowmaps.vae import decode, open_vae
 from training.config_rows import load_row
@@ -104,7 +104,7 @@ def test_data_order_and_noise_are_those_of_the_run(latents):
         trainer.shard_loss(3, 0)
         seen.append(trainer.latest[0][0])
     assert torch.equal(*seen)
-    mean = load_data("prepared", str(latents)).fetch(trainer.loader.indices(3))[0][:, 0].float()
+    mean = open_dataset("prepared", root=str(latents)).fetch(trainer.loader.indices(3))[0][:, 0].float()
     assert seen[0].shape == (16, 4, 8, 8) and (seen[0] - 0.18215 * mean).std() < 0.18215 * 2
 
 
@@ -174,7 +174,7 @@ def test_a_judge_of_latents_needs_images_to_compare_with(latents):
     from training.config import Best
 
     with pytest.raises(UserError, match=r"--config\.best\.reference is missing"):
-        Judge(Best(metric="FID"), load_data("prepared", str(latents)), 0, torch.device("cpu"))
+        Judge(Best(metric="FID"), open_dataset("prepared", root=str(latents)), 0, torch.device("cpu"))
 
 
 def test_a_model_of_latents_without_a_vae_says_so(tmp_path):

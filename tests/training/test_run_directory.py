@@ -97,12 +97,12 @@ def test_a_dead_worker_is_named_with_the_file_it_held(data_root, tmp_path, monke
     monkeypatch.setattr(type(data), "_image", deadly)
     loader = Loader(data, lambda k: torch.arange(12), workers=2)
     with pytest.raises(UserError, match=r"worker ended at .*/folder/a/4\.png ") as caught, loader.watched():
-        loader.shard(0)
-    assert "\n" not in str(caught.value) and "--config.data.workers=2" in str(caught.value)
+        loader.batch(0)
+    assert "\n" not in str(caught.value) and "workers=2" in str(caught.value)
 
 
 def test_files_of_shards(imagenet_root):
-    data = PreparedImages.open(imagenet_root / "imagenet64", "--data")
+    data = PreparedImages.open(imagenet_root / "imagenet64")
     assert data.file_of(0).endswith("imagenet64/shard-00000.safetensors")
     assert data.file_of(len(data) - 1).endswith(f"shard-{len(data.ends) - 1:05d}.safetensors")
 

@@ -15,10 +15,8 @@ from flowmaps.data import TrajectoryFiles
 from flowmaps.objectives.mid_training import Distance, Target
 from training.config import Grid, Solver, Start, Trajectories
 from training.loop import train
-from training.teacher_trajectories import Walk, grid
+from training.teacher_trajectories import TrajectorySolver, trajectory_times
 from training.trainer import Trainer
-
-FLAG = "--config.trajectories.files"
 
 
 @pytest.mark.parametrize(
@@ -31,7 +29,7 @@ FLAG = "--config.trajectories.files"
     ],
 )
 def test_grids(options, times):
-    torch.testing.assert_close(grid(options), torch.tensor(times, dtype=torch.float64))
+    torch.testing.assert_close(trajectory_times(options), torch.tensor(times, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +47,7 @@ def test_grids(options, times):
 )
 def test_grids_that_make_no_sense_are_refused(options, reason):
     with pytest.raises(UserError, match=reason):
-        grid(options)
+        trajectory_times(options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -59,15 +57,15 @@ def test_a_walk_starts_from_noise_or_from_noised_data(case):
     x0, t = torch.randn(6, 3, dtype=torch.float64), torch.full((6,), 0.3, dtype=torch.float64)
     a, b = fm.interpolant.alpha(t)[:, None], fm.interpolant.beta(t)[:, None]
     for choice, first in ((Start.noise, a * x0), (Start.data, a * x0 + b * x1)):
-        made = Walk(fm, Trajectories(low=0.3, steps=40, start=choice))(x0, x1, label)
+        made = TrajectorySolver(fm, Trajectories(low=0.3, steps=40, start=choice))(x0, x1, label)
         torch.testing.assert_close(made.states[0], first)
         end = first + (1 - t)[:, None] * fm.network(first, t, torch.ones_like(t), label)
         assert (made.states[-1] - end).abs().max() < 2e-3
 
 
 def test_dpm_solver_is_for_the_linear_path():
-    with pytest.raises(UserError, match="linear path"):
-        Walk(gaussian_map("trigonometric"), Trajectories(solver=Solver.dpm_solver))
+    with pytest.raises(UserError, match="linear interpolant"):
+        TrajectorySolver(gaussian_map("trigonometric"), Trajectories(solver=Solver.dpm_solver))
 
 
 def prepared(teacher, out, *more):
@@ -83,32 +81,32 @@ def files(start, tmp_path_factory):
 
 
 def test_files_have_the_walks_and_a_stopped_call_goes_on(start, files, tmp_path):
-    stored, teacher = TrajectoryFiles.open(files, FLAG), FlowMap.from_pretrained(start)
+    stored, teacher = TrajectoryFiles.open(files), FlowMap.from_pretrained(start)
     states, label = stored.fetch(torch.tensor([0, 17, 39]))
     assert len(stored) == 40 and label.tolist() == [0, 7, 9] and stored.shape == (1, 8, 8)
     noise = teacher.noise(40, 0)[[0, 17, 39]]
-    made = Walk(teacher, Trajectories(steps=4))(noise, None, label)
+    made = TrajectorySolver(teacher, Trajectories(steps=4))(noise, None, label)
     torch.testing.assert_close(states.transpose(0, 1), made.states, rtol=1e-4, atol=1e-5)
     shutil.copytree(files, half := tmp_path / "half")
     (half / "shard-00001.safetensors").unlink()
     (half / "checksums.json").unlink()
     before = (half / "shard-00000.safetensors").stat().st_mtime_ns
-    with pytest.raises(UserError, match="no complete set"):
-        TrajectoryFiles.open(half, FLAG)
+    with pytest.raises(UserError, match="not a complete set"):
+        TrajectoryFiles.open(half)
     assert prepared(start, half).returncode == 0
     assert (half / "shard-00000.safetensors").stat().st_mtime_ns == before
     assert_same(load_file(half / "shard-00001.safetensors"), load_file(files / "shard-00001.safetensors"))
-    assert TrajectoryFiles.open(half, FLAG).digest() == stored.digest()
+    assert TrajectoryFiles.open(half).digest() == stored.digest()
     other = prepared(start, half, "--seed=1")
     assert other.returncode == 2 and "another seed" in other.stderr and other.stderr.count("\n") == 1
     (half / "shard-00001.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match=r"shard-00001\.safetensors is missing or damaged"):
-        TrajectoryFiles.open(half, FLAG)
+        TrajectoryFiles.open(half)
 
 
 def test_files_from_data(start, tmp_path):
     assert prepared(start, tmp_path / "w", "--start=data", "--low=0.1", "--data=digits").returncode == 0
-    stored = TrajectoryFiles.open(tmp_path / "w", FLAG)
+    stored = TrajectoryFiles.open(tmp_path / "w")
     states, _ = stored.fetch(torch.arange(40))
     noise = FlowMap.from_pretrained(start).noise(40, 0)
     data = (states[:, 0] - 0.9 * noise) / 0.1
@@ -118,7 +116,7 @@ def test_files_from_data(start, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["trajectories", "--out=x"], "--teacher is missing"),
+        (["trajectories", "--out=x"], "--teacher: missing"),
         (["trajectories", "--teacher=nowhere", "--out=x"], "nowhere"),
         (["trajectories", "--teacher=x", "--out=x", "--solver=rk4"], "euler, heun, dpm_solver"),
         (["trajectories", "--teacher=x", "--out=x", "--start=data"], "--low"),
@@ -172,13 +170,13 @@ LPIPS = {"target": Target.endpoint, "distance": Distance.lpips, "lpips_weights":
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda c, root: setattr(c, "teacher", ""), r"needs a teacher.*--config\.teacher=DIR"),
+        (lambda c, root: setattr(c, "teacher", ""), r"teacher: .*needs a teacher.*teacher=DIR"),
         (lambda c, root: setattr(c, "teacher", "nowhere"), "nowhere"),
         (lambda c, root: setattr(c, "teacher", str(root / "points")), "samples of shape"),
         (lambda c, root: setattr(c, "teacher", str(root / "classes")), "num_classes 3"),
         (lambda c, root: setattr(c.trajectories, "files", "nowhere"), "nowhere: no such directory"),
         (lambda c, root: vars(c.objective).update(LPIPS), "LPIPS: .*vgg16-397923af.pth is missing"),
-        (lambda c, root: setattr(c.trajectories, "low", 2.0), r"--config\.trajectories\.low"),
+        (lambda c, root: setattr(c.trajectories, "low", 2.0), r"trajectories\.low=2\.0"),
     ],
 )
 def test_teachers_that_do_not_fit_are_refused(start, tmp_path, change, reason):
@@ -197,8 +195,8 @@ def test_teachers_that_do_not_fit_are_refused(start, tmp_path, change, reason):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda c: setattr(c.trajectories, "solver", Solver.euler), "made with --solver=heun"),
-        (lambda c: setattr(c.data, "flip", True), "too late"),
+        (lambda c: setattr(c.trajectories, "solver", Solver.euler), "made with solver=heun"),
+        (lambda c: setattr(c.data, "flip", True), "cannot be applied"),
         (lambda c: (setattr(c, "teacher", ""), setattr(c, "base_std", 1.0), setattr(c, "init_from", "")), "base_std"),
     ],
 )

@@ -55,7 +55,7 @@ def test_two_micro_steps_equal_one_big_batch_of_their_rows():
     trainer.module.zero_grad()
     shards = []
     for micro in range(2):
-        x1, label = trainer.loader.shard(3 * 2 + micro)
+        x1, label = trainer.loader.batch(3 * 2 + micro)
         x1 = from_uint8(x1)
         shards.append((x1, label, *objective.draw(fm, x1, generator(config.seed, "draws", 3, micro))[:4]))
     rows, m = [torch.cat(parts) for parts in zip(*shards, strict=True)], objective.diagonal_rows(half)
@@ -106,7 +106,7 @@ def test_label_dropout_hides_its_share_of_labels_and_is_recorded(monkeypatch):
     monkeypatch.setattr(trainer, "wrapped", lambda x1, label, draws: seen.append(label))
     for _ in range(2):
         trainer.shard_loss(0, 0)
-    true = trainer.loader.shard(0)[1]
+    true = trainer.loader.batch(0)[1]
     dropped = seen[0] == 10
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0][~dropped], true[~dropped])
     assert abs(dropped.float().mean() - 0.2) < 0.05

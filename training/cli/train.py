@@ -15,6 +15,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 from flowmaps import UserError
+from flowmaps.errors import blame
 from flowmaps.files import writable_directory
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File and row: configs/digits.py:lagrangian[,smoke]")
@@ -54,6 +55,8 @@ def show(stage: str, facts: dict[str, Any], picture: Image.Image) -> None:
     for name, fact in facts.items():
         print(f"{stage} {name}: {fact}".strip())
     if WORKDIR.value is not None:
-        path = writable_directory(Path(WORKDIR.value), "--workdir") / f"dry-run{'-' * bool(stage)}{stage}.png"
+        with blame("workdir", WORKDIR.value):
+            directory = writable_directory(Path(WORKDIR.value))
+        path = directory / f"dry-run{'-' * bool(stage)}{stage}.png"
         picture.save(path)
         print(f"{stage} grid: {path}".strip())

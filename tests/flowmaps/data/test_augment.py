@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowmaps import UserError
-from flowmaps.data.augment import PARAMETERS, _moved, _rotation, augmented, mirrored
+from flowmaps.data.augment import PARAMETERS, _moved, _rotation, edm_augment, random_hflip
 from flowmaps.networks import UNet
 from flowmaps.networks.conditioning import soft_label
 from training.trainer import Trainer
@@ -24,14 +24,14 @@ def smooth(n=4, size=32):
 
 def test_mirror_half():
     x = smooth(400, 4)
-    y = mirrored(x, stream())
+    y = random_hflip(x, stream())
     turned = (y == x.flip(-1)).flatten(1).all(dim=1)
     assert ((y == x).flatten(1).all(dim=1) ^ turned).all() and 150 < turned.sum() < 250
 
 
 def test_probability_zero_only_mirrors_and_says_so():
     x = smooth(50, 8)
-    y, parameters = augmented(x, 0.0, stream())
+    y, parameters = edm_augment(x, 0.0, stream())
     assert parameters.shape == (50, PARAMETERS) and not parameters[:, 1:].any()
     flipped = parameters[:, 0].bool()
     assert flipped.any() and not flipped.all()
@@ -41,7 +41,7 @@ def test_probability_zero_only_mirrors_and_says_so():
 def test_every_transform_has_its_share_and_untouched_images_are_exact():
     """Of 8000 images with probability p: p / 2 upside down, p each for the other four, independent of each other."""
     x, p = torch.zeros(8000, 1, 2, 2), 0.12
-    _, parameters = augmented(x, p, stream())
+    _, parameters = edm_augment(x, p, stream())
     on = parameters != 0
     shares = [on[:, 1], on[:, 2], on[:, 4], on[:, 5], on[:, 7]]
     for share, expected in zip(shares, [p / 2, p, p, p, p], strict=True):
@@ -50,7 +50,7 @@ def test_every_transform_has_its_share_and_untouched_images_are_exact():
     untouched = ~on[:, 2:].any(dim=1)
     assert untouched.float().mean().item() == pytest.approx((1 - p) ** 4, abs=0.02)
     x = smooth(200, 8)
-    y, parameters = augmented(x, p, stream(1))
+    y, parameters = edm_augment(x, p, stream(1))
     still = ~parameters.any(dim=1)
     assert still.any() and torch.equal(y[still], x[still]) and y.abs().max() <= 1
 
@@ -73,7 +73,7 @@ def test_turned_before_stretched(monkeypatch):
     draws = iter([0.9, 0.9, 0.9, 0.9, 0.75, 0.1, 0.1, 0.9, 0.5, 0.9])
     monkeypatch.setattr(torch, "rand", lambda n, **options: torch.full((n,), next(draws)))
     monkeypatch.setattr(torch, "randn", lambda n, **options: torch.full((n,), 5.0))
-    _, parameters = augmented(torch.zeros(1, 1, 4, 4), 0.5, stream())
+    _, parameters = edm_augment(torch.zeros(1, 1, 4, 4), 0.5, stream())
     stretch = torch.diag_embed(torch.tensor([[2.0, 0.5]]))
     torch.testing.assert_close(seen[0], stretch @ _rotation(torch.tensor([math.pi / 2])))
     torch.testing.assert_close(parameters[0], torch.tensor([0, 0, 0, -1.0, 1.0, 5.0, 0, 0, 0]), atol=1e-6, rtol=0)

@@ -1,31 +1,32 @@
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from helpers.makers import write_cifar10, write_fashion_mnist
+from helpers.makers import encoded, photograph, write_cifar10, write_fashion_mnist, write_folder
 
 from flowmaps import UserError
-from flowmaps.data import DATA, Loader, Order, download, load_arrays, load_data, open_images
+from flowmaps.data import DATASETS, Loader, ShuffledOrder, download, open_dataset, open_images
 from flowmaps.images import from_uint8, grid, points_to_image, to_uint8
 
 
 def test_order_visits_every_item_once_an_epoch_and_depends_on_position_alone():
-    order = Order(10, seed=3)
+    order = ShuffledOrder(10, seed=3)
     whole = order.indices(0, 35)
     for epoch in range(3):
         assert sorted(whole[10 * epoch : 10 * epoch + 10].tolist()) == list(range(10))
     assert whole[:10].tolist() != whole[10:20].tolist()
     for start, count in [(0, 1), (7, 9), (9, 21), (30, 5), (3, 2)]:
-        assert torch.equal(Order(10, seed=3).indices(start, count), whole[start : start + count])
-    assert not torch.equal(Order(10, seed=4).indices(0, 35), whole)
+        assert torch.equal(ShuffledOrder(10, seed=3).indices(start, count), whole[start : start + count])
+    assert not torch.equal(ShuffledOrder(10, seed=4).indices(0, 35), whole)
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", DATASETS)
 def test_splits_are_fixed_and_disjoint(name, data_root):
     files = str(data_root)
-    train, heldout = load_arrays(name, root=files), load_arrays(name, "heldout", files)
-    assert torch.equal(train.x, load_arrays(name, root=files).x)
+    train, heldout = open_dataset(name, root=files), open_dataset(name, "heldout", root=files)
+    assert torch.equal(train.x, open_dataset(name, root=files).x)
     assert train.shape == heldout.shape and train.num_classes == heldout.num_classes
     seen = {x.numpy().tobytes() for x in train.x[:2000]}
     assert not any(x.numpy().tobytes() in seen for x in heldout.x[:2000])
@@ -38,15 +39,15 @@ def test_splits_are_fixed_and_disjoint(name, data_root):
 
 def test_fashion_mnist_packed_or_not_and_padded(data_root, tmp_path):
     write_fashion_mnist(tmp_path, packed=False)
-    packed, plain = load_arrays("fashion_mnist", root=str(data_root)), load_arrays("fashion_mnist", root=str(tmp_path))
+    packed, plain = (open_dataset("fashion_mnist", root=root) for root in (data_root, tmp_path))
     assert torch.equal(packed.x, plain.x) and torch.equal(packed.label, plain.label)
     assert packed.shape == (1, 32, 32) and len(packed) == 600
     assert packed.x[..., :2, :].max() == 0 and packed.x[..., 2:30, 2:30].max() == 255
 
 
 def test_damaged_files_are_named(tmp_path):
-    with pytest.raises(UserError, match="--config\\.data\\.root"):
-        load_arrays("fashion_mnist", root=str(tmp_path))
+    with pytest.raises(UserError, match=r"^root="):
+        open_dataset("fashion_mnist", root=str(tmp_path))
     write_fashion_mnist(tmp_path)
     file = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte.gz"
     content = file.read_bytes()
@@ -55,7 +56,7 @@ def test_damaged_files_are_named(tmp_path):
     for broken in (content[:1000], b"", b"no gzip at all", labels, flipped):
         file.write_bytes(broken)
         with pytest.raises(UserError, match="train-images-idx3-ubyte is damaged"):
-            load_arrays("fashion_mnist", root=str(tmp_path))
+            open_dataset("fashion_mnist", root=str(tmp_path))
 
 
 def test_cifar10_is_read_as_torchvision_reads_it(tmp_path, monkeypatch):
@@ -73,7 +74,7 @@ def test_cifar10_is_read_as_torchvision_reads_it(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "test_list", summed(["test_batch"]))
     monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
     for split in ("train", "heldout"):
-        ours, theirs = load_arrays("cifar10", split, str(tmp_path)), CIFAR10(tmp_path, train=split == "train")
+        ours, theirs = open_dataset("cifar10", split, root=str(tmp_path)), CIFAR10(tmp_path, train=split == "train")
         assert torch.equal(ours.x, torch.from_numpy(theirs.data).permute(0, 3, 1, 2))
         assert ours.label.tolist() == theirs.targets
 
@@ -90,10 +91,10 @@ def test_cifar10_runs_no_pickle_and_names_damage(tmp_path):
     for broken in (content[:5000], b"", b"text", pickle.dumps(Evil()), pickle.dumps({"data": 1}), pickle.dumps([1])):
         file.write_bytes(broken)
         with pytest.raises(UserError, match="data_batch_3 is damaged"):
-            load_arrays("cifar10", root=str(tmp_path))
+            open_dataset("cifar10", root=str(tmp_path))
     file.unlink()
-    with pytest.raises(UserError, match=r"--config\.data\.download"):
-        load_arrays("cifar10", root=str(tmp_path))
+    with pytest.raises(UserError, match=r"^root=.*data\.download"):
+        open_dataset("cifar10", root=str(tmp_path))
 
 
 def test_download_offline_is_one_clear_message(tmp_path, monkeypatch):
@@ -109,18 +110,18 @@ def test_download_offline_is_one_clear_message(tmp_path, monkeypatch):
     for name in ("cifar10", "fashion_mnist"):
         with pytest.raises(UserError, match=f"cannot download {name} .*copy its folder"):
             download(name, str(tmp_path))
-    with pytest.raises(UserError, match="digits is not for download"):
+    with pytest.raises(UserError, match="digits cannot be downloaded"):
         download("digits", str(tmp_path))
 
 
 def test_digits_are_the_real_scans():
-    train, heldout = load_arrays("digits"), load_arrays("digits", "heldout")
+    train, heldout = open_dataset("digits"), open_dataset("digits", "heldout")
     assert len(train) == 1348 and len(heldout) == 449 and train.shape == (1, 8, 8)
     assert train.x.min() == 0 and train.x.max() == 255
 
 
 def test_checkerboard_fills_its_cells_evenly():
-    x, _ = load_arrays("checkerboard").fetch(torch.arange(200_000))
+    x, _ = open_dataset("checkerboard").fetch(torch.arange(200_000))
     cell = ((x + 1) * 2).long().clamp(0, 3)
     assert bool((cell.sum(dim=1) % 2 == 0).all())
     count = torch.bincount(cell[:, 0] * 4 + cell[:, 1], minlength=16)
@@ -133,11 +134,11 @@ def test_checkerboard_fills_its_cells_evenly():
 def test_loader_gives_the_order_with_and_without_workers(data_root, workers):
     """Also after a jump, as a resume makes, and without touching torch's global generator."""
     data = open_images(data_root / "folder", size=8)
-    order = Order(len(data), seed=1)
+    order = ShuffledOrder(len(data), seed=1)
     loader = Loader(data, lambda k: order.indices(5 * k, 5), workers)
     state = torch.get_rng_state()
     for k in (0, 1, 2, 7, 8, 3):
-        x, label = loader.shard(k)
+        x, label = loader.batch(k)
         expected = data.fetch(order.indices(5 * k, 5))
         assert torch.equal(x, expected[0]) and torch.equal(label, expected[1])
     assert torch.equal(torch.get_rng_state(), state)
@@ -149,15 +150,33 @@ def test_a_file_that_goes_bad_is_named_in_one_line_from_a_worker_too(data_root, 
     (tmp_path / "folder" / "a" / "4.png").write_bytes(b"")
     for workers in (0, 1):
         loader = Loader(data, lambda k: torch.arange(12), workers)
-        with pytest.raises(UserError, match=r"a/4\.png was whole and is not now") as caught:
-            loader.shard(0)
+        with pytest.raises(UserError, match=r"a/4\.png is now unreadable") as caught:
+            loader.batch(0)
         assert "\n" not in str(caught.value)
 
 
 def test_unknown_data_set():
-    for load in (load_arrays, load_data):
-        with pytest.raises(UserError, match="checkerboard"):
-            load("nonsense")
+    with pytest.raises(UserError, match=r"name=nonsense: .*checkerboard"):
+        open_dataset("nonsense")
+    with pytest.raises(UserError, match="unknown split 'middle' of digits"):
+        open_dataset("digits:middle")
+    with pytest.raises(UserError, match="split=heldout"):
+        open_dataset(Path(__file__).parent, "heldout")
+
+
+def test_names_with_a_split(tmp_path, monkeypatch):
+    """A name of the table is always the built-in data set; NAME-split gives way to a file, and so does any Path."""
+    heldout = open_dataset("digits", "heldout")
+    for name in ("digits:heldout", "digits-heldout"):
+        data = open_dataset(name)
+        assert (data.name, data.split, data.crop) == ("digits", "heldout", "none")
+        assert torch.equal(data.x, heldout.x) and data.content() == heldout.content()
+    monkeypatch.chdir(tmp_path)
+    image = encoded(photograph(0), "png")
+    for folder in ("digits", "digits-heldout"):
+        write_folder(tmp_path / folder, {"1.png": image, "2.png": image})
+    assert len(open_dataset("digits")) == 1348
+    assert len(open_dataset("digits-heldout")) == len(open_dataset(Path("digits"))) == 2
 
 
 def test_uint8_round_trip_is_exact_and_clips():

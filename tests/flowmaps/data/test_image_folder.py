@@ -10,8 +10,8 @@ from helpers.makers import encoded, photograph, write_folder, write_zip, zoo
 from PIL import Image
 
 from flowmaps import UserError
-from flowmaps.data import load_data, open_images
-from flowmaps.data.image_io import BadImage, area, decode, square
+from flowmaps.data import open_dataset, open_images
+from flowmaps.data.image_io import BadImage, area, area_center_crop, decode
 
 
 def test_every_kind_of_image_is_used_and_everything_else_is_named(tmp_path, capfd):
@@ -23,7 +23,7 @@ def test_every_kind_of_image_is_used_and_everything_else_is_named(tmp_path, capf
     with pytest.raises(UserError) as caught:
         open_images(root, 16)
     message = str(caught.value)
-    assert f"{len(bad)} files" in message and "--config.data.skip_corrupt" in message and "\n" not in message
+    assert f"{len(bad)} files" in message and "skip_corrupt" in message and "\n" not in message
     assert all(name in message for name in bad) and not any(name in message for name in good)
     data = open_images(root, 16, skip_corrupt=True)
     assert sorted(data.names) == sorted(good) and data.shape == (3, 16, 16)
@@ -57,7 +57,7 @@ def test_a_damaged_entry_of_a_zip_is_named(tmp_path):
     with pytest.raises(UserError, match=r"1 files .* 0\.png"):
         open_images(path, 8)
     path.write_bytes(content[:500])
-    with pytest.raises(UserError, match="no readable zip file"):
+    with pytest.raises(UserError, match="not a readable zip file"):
         open_images(path, 8)
 
 
@@ -91,8 +91,8 @@ def test_resize_is_the_mean_over_each_area():
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (12, 12, 3), dtype=np.uint8)
     blocks = image.reshape(4, 3, 4, 3, 3).mean(axis=(1, 3))
-    assert np.abs(square(image, 4) - blocks).max() <= 0.5 + 1e-4
-    assert np.array_equal(square(image, 12), image)
+    assert np.abs(area_center_crop(image, 4) - blocks).max() <= 0.5 + 1e-4
+    assert np.array_equal(area_center_crop(image, 12), image)
     for source, size in ((7, 3), (64, 37), (5, 8), (500, 64)):
         matrix = area(source, size)
         np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-5)
@@ -100,7 +100,7 @@ def test_resize_is_the_mean_over_each_area():
     np.testing.assert_allclose(area(3, 2), [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]], atol=1e-6)
     tall = np.zeros((9, 4, 1), np.uint8)
     tall[2:6] = 7  # rows 2 .. 5 are the centre
-    assert (square(tall, 2) == 7).all()
+    assert (area_center_crop(tall, 2) == 7).all()
 
 
 def test_labels_from_dataset_json(tmp_path):
@@ -139,7 +139,7 @@ def test_grey_folders_have_one_channel(tmp_path):
 def test_images_are_looked_at_once_and_again_when_they_change(tmp_path, monkeypatch):
     root = write_folder(tmp_path, {f"{i}.png": encoded(photograph(i), "png") for i in range(3)})
     looks = []
-    monkeypatch.setattr("flowmaps.data.image_folder.decode", lambda content: looks.append(1) or decode(content))
+    monkeypatch.setattr("flowmaps.data.image_check.decode", lambda content: looks.append(1) or decode(content))
     for expected in (3, 3):
         open_images(root, 8)
         assert len(looks) == expected
@@ -150,15 +150,15 @@ def test_images_are_looked_at_once_and_again_when_they_change(tmp_path, monkeypa
 
 def test_wrong_places_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        load_data("folder", str(tmp_path / "nowhere"), 8)
+        open_dataset("folder", root=str(tmp_path / "nowhere"), size=8)
     with pytest.raises(UserError, match="has no images"):
-        load_data("folder", str(tmp_path), 8)
+        open_dataset("folder", root=str(tmp_path), size=8)
     (tmp_path / "x.zip").write_bytes(b"no zip")
     for name, place in (("folder", "x.zip"), ("zip", ".")):
         with pytest.raises(UserError, match="choose folder or zip"):
-            load_data(name, str(tmp_path / place), 8)
+            open_dataset(name, root=str(tmp_path / place), size=8)
     write_folder(tmp_path / "bad", {"a.png": b""})
-    with pytest.raises(UserError, match="has no whole image"):
+    with pytest.raises(UserError, match="has no intact image"):
         open_images(tmp_path / "bad", 8, skip_corrupt=True)
 
 
@@ -169,7 +169,7 @@ def test_without_a_size_images_must_agree(tmp_path):
     raw = np.asarray(Image.open(io.BytesIO((root / "b.png").read_bytes())))
     assert np.array_equal(data.fetch(torch.tensor([1]))[0][0].permute(1, 2, 0).numpy(), raw)
     write_folder(tmp_path, {"c.png": encoded(photograph(2, 20, 20), "png")})
-    with pytest.raises(UserError, match=r"c\.png has shape .* --size"):
+    with pytest.raises(UserError, match=r"c\.png has shape .* size=64"):
         open_images(root).fetch(torch.arange(3))
 
 
@@ -196,7 +196,7 @@ def test_labels_must_be_whole_numbers_for_what_is_used(tmp_path):
         if fine:  # the skipped file needs no label
             assert open_images(root, 8, skip_corrupt=True).label.tolist() == [0, 1]
         else:
-            with pytest.raises(UserError, match="no whole number"):
+            with pytest.raises(UserError, match="not an integer"):
                 open_images(root, 8, skip_corrupt=True)
 
 

@@ -16,13 +16,11 @@ from helpers.makers import encoded, photograph, write_folder, write_imagenet, wr
 from safetensors.torch import load_file
 
 from flowmaps import UserError
-from flowmaps.data import Latents, Loader, Order, PreparedImages, as_samples, load_data
-from flowmaps.data.image_io import adm_square, decode
-from flowmaps.data.shards import begin, complete
+from flowmaps.data import Latents, Loader, PreparedImages, ShuffledOrder, as_samples, open_dataset
+from flowmaps.data.image_io import adm_center_crop, decode
+from flowmaps.data.shards import start_writing, write_missing
 from flowmaps.images import from_uint8
 from flowmaps.vae import moments, open_vae
-
-FLAG = "--config.data.root"
 
 
 def cubic(x):
@@ -78,7 +76,7 @@ def test_crop_is_that_of_adm_on_odd_sizes(shape, channels):
     rough = np.random.default_rng(0).integers(0, 256, (*shape, channels), dtype=np.uint8)
     smooth = np.asarray(photograph(1, *shape))[..., :channels]
     for pixels in (rough, smooth):
-        made = adm_square(pixels, 64)
+        made = adm_center_crop(pixels, 64)
         assert made.shape == (64, 64, channels) and made.dtype == np.uint8
         assert np.abs(made - defined(pixels, 64)).max() <= 1
 
@@ -90,7 +88,7 @@ def test_crop_of_a_ramp_is_a_ramp(shape, down):
     height, width = shape
     row, column = np.mgrid[:height, :width]
     plane = lambda y, x: 20 + (y if down else x)  # noqa: E731
-    made = adm_square(plane(row, column).astype(np.uint8)[..., None], 32)[..., 0].astype(float)
+    made = adm_center_crop(plane(row, column).astype(np.uint8)[..., None], 32)[..., 0].astype(float)
     h, w, y, x = height, width, 1.0, 1.0  # old pixels a new pixel
     while min(h, w) >= 64:
         y, x, h, w = y * h / (h // 2), x * w / (w // 2), h // 2, w // 2
@@ -133,7 +131,7 @@ def same_files(a, b):
 
 
 def test_labels_are_the_order_of_the_synsets_and_images_are_the_crops(imagenet, whole):
-    data = load_data("prepared", str(whole))
+    data = open_dataset("prepared", root=str(whole))
     assert isinstance(data, PreparedImages) and len(data) == 1000 and data.num_classes == 1000
     assert data.shape == (3, 64, 64) and data.facts["classes"][7] == "n01441443"
     index = torch.tensor([999, 3, 5, 7, 8, 0])  # grey, CMYK, PNG by content, marked as turned
@@ -142,7 +140,7 @@ def test_labels_are_the_order_of_the_synsets_and_images_are_the_crops(imagenet, 
     for image, i in zip(images, index.tolist(), strict=True):
         file = next((imagenet / data.facts["classes"][i]).iterdir())
         pixels = decode(file.read_bytes(), upright=False)
-        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.broadcast_to(adm_square(pixels, 64), (64, 64, 3)))
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.broadcast_to(adm_center_crop(pixels, 64), (64, 64, 3)))
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -160,7 +158,7 @@ def test_killed_and_resumed_is_the_same(imagenet, whole, tmp_path, workers):
     process.wait()
     assert not (tmp_path / "out/checksums.json").exists()
     with pytest.raises(UserError, match="no complete set"):
-        load_data("prepared", str(tmp_path / "out"))
+        open_dataset("prepared", root=str(tmp_path / "out"))
     before = (tmp_path / "out/shard-00000.safetensors").stat().st_mtime_ns
     run_script("scripts/prepare_data.py", "imagenet", *flags, check=True)
     for leftover in (tmp_path / "out").glob(".*.tmp"):  # of the killed process
@@ -176,7 +174,7 @@ def test_a_damaged_shard_is_named_and_made_again(imagenet, whole, tmp_path):
     content = bytearray(file.read_bytes())
     file.write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"shard-00004\.safetensors is missing or damaged: run .* imagenet"):
-        load_data("prepared", str(out))
+        open_dataset("prepared", root=str(out))
     content[-1] ^= 1  # of the right size, but not what was written
     file.write_bytes(content)
     assert prepare("imagenet", imagenet, out, "--shard=100").returncode == 0
@@ -194,7 +192,7 @@ def test_latents_are_the_moments_of_the_crops_and_of_their_mirror_images(tmp_pat
     flags = [f"--vae={vae_folder}", "--size=64", "--shard=4", "--batch=3", "--flip"]
     assert prepare("latents", src, tmp_path / "a", *flags).returncode == 0
     assert prepare("imagenet", src, tmp_path / "b").returncode == 0
-    data, images = load_data("prepared", str(tmp_path / "a")), load_data("prepared", str(tmp_path / "b"))
+    data, images = (open_dataset("prepared", root=tmp_path / name) for name in "ab")
     assert isinstance(data, Latents) and len(data) == 30 and data.shape == (4, 16, 16) and data.num_classes == 5
     x, label = images.fetch(torch.arange(15))
     made, known = data.fetch(torch.tensor([0, 3, 4, 7, 8, 29]))  # shards of 4 images, then their 4 mirror images
@@ -215,7 +213,7 @@ def test_latents_are_the_moments_of_the_crops_and_of_their_mirror_images(tmp_pat
 def test_a_sample_of_the_latents_has_their_mean_and_spread(tmp_path, vae_folder):
     src = write_imagenet(tmp_path, classes=2, each=1)
     prepare("latents", src, tmp_path / "a", f"--vae={vae_folder}", "--size=32")
-    data = load_data("prepared", str(tmp_path / "a"))
+    data = open_dataset("prepared", root=str(tmp_path / "a"))
     stored, _ = data.fetch(torch.zeros(4000, dtype=torch.int64))
     g = generator()
     x = as_samples(data, stored, lambda shape: torch.randn(shape, generator=g))
@@ -236,7 +234,7 @@ def test_files_that_are_no_images(tmp_path):
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert str(broken.relative_to(src)) in done.stderr and "--skip_corrupt" in done.stderr
     assert prepare("imagenet", src, tmp_path / "out0", "--shard=4", "--skip_corrupt").returncode == 0
-    data = load_data("prepared", str(tmp_path / "out0"))
+    data = open_dataset("prepared", root=str(tmp_path / "out0"))
     known = json.loads((tmp_path / "out0/checksums.json").read_text())
     assert len(data) == 11 and known["shard-00001.safetensors"]["left_out"] == [str(broken.relative_to(src))]
     _, label = data.fetch(torch.arange(11))
@@ -246,7 +244,7 @@ def test_files_that_are_no_images(tmp_path):
 def test_a_zip_and_a_set_without_labels(tmp_path):
     files = {f"{i}.png": encoded(photograph(i), "png") for i in range(5)}
     assert prepare("imagenet", write_zip(tmp_path / "a.zip", files), tmp_path / "out", "--size=16").returncode == 0
-    data = load_data("prepared", str(tmp_path / "out"))
+    data = open_dataset("prepared", root=str(tmp_path / "out"))
     images, label = data.fetch(torch.arange(5))
     assert label is None and data.num_classes == 0 and images.shape == (5, 3, 16, 16)
 
@@ -254,12 +252,12 @@ def test_a_zip_and_a_set_without_labels(tmp_path):
 @pytest.mark.parametrize(
     ("command", "flags", "reason"),
     [
-        ("imagenet", ["--out={tmp}/out"], "--src is missing"),
-        ("imagenet", ["--src={tmp}/tree"], "--out is missing"),
-        ("imagenet", ["--src={tmp}/nowhere", "--out={tmp}/out"], "{tmp}/nowhere: no such folder"),
-        ("latents", ["--src={tmp}/tree", "--out={tmp}/out"], "--vae is missing"),
+        ("imagenet", ["--out={tmp}/out"], "--src: missing"),
+        ("imagenet", ["--src={tmp}/tree"], "--out: missing"),
+        ("imagenet", ["--src={tmp}/nowhere", "--out={tmp}/out"], "--src={tmp}/nowhere: no such folder"),
+        ("latents", ["--src={tmp}/tree", "--out={tmp}/out"], "--vae: missing"),
         ("latents", ["--src={tmp}/tree", "--out={tmp}/out", "--vae={tmp}/none"], "--vae={tmp}/none"),
-        ("latents", ["--src={tmp}/tree", "--out={tmp}/out", "--vae={vae}", "--size=30"], "no multiple of 4"),
+        ("latents", ["--src={tmp}/tree", "--out={tmp}/out", "--vae={vae}", "--size=30"], "--size=30: must be a"),
         ("imagenet", ["--src={tmp}/tree", "--out={tmp}/begun", "--size=32"], "images of another shape"),
         ("latents", ["--src={tmp}/tree", "--out={tmp}/begun", "--vae={vae}"], "another kind of set"),
     ],
@@ -274,12 +272,12 @@ def test_mistakes_are_one_line(command, flags, reason, tmp_path, vae_folder):
 
 
 def test_sets_are_not_taken_for_folders(whole, tmp_path):
-    with pytest.raises(UserError, match=r"--config\.data\.name=prepared"):
-        load_data("folder", str(whole))
-    with pytest.raises(UserError, match="no complete set of images"):
-        load_data("prepared", str(tmp_path))
-    with pytest.raises(UserError, match=r"no such directory; make it by scripts/prepare_data\.py imagenet"):
-        load_data("prepared", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"root=.*set name=prepared"):
+        open_dataset("folder", root=str(whole))
+    with pytest.raises(UserError, match="not a complete set of images"):
+        open_dataset("prepared", root=str(tmp_path))
+    with pytest.raises(UserError, match=r"no such directory; create it with scripts/prepare_data\.py imagenet"):
+        open_dataset("prepared", root=str(tmp_path / "nowhere"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
@@ -291,16 +289,16 @@ def test_memory_stays_flat_over_epochs(tmp_path):
     def make(number):
         return {"moments": torch.randn(rows, 2, 4, 32, 32), "label": torch.arange(rows) % 10}, []  # float32: 64 MiB
 
-    list(complete(tmp_path, shards, begin(tmp_path, "latents", facts, shards), make))
-    data = load_data("prepared", str(tmp_path))
-    loader = Loader(data, lambda k: Order(len(data), 0).indices(64 * k, 64), workers=0)
+    list(write_missing(tmp_path, shards, start_writing(tmp_path, "latents", facts, shards), make))
+    data = open_dataset("prepared", root=str(tmp_path))
+    loader = Loader(data, lambda k: ShuffledOrder(len(data), 0).indices(64 * k, 64), workers=0)
 
     def own():
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
         return int(line.split()[1]) / 1024
 
-    loader.shard(0)
+    loader.batch(0)
     before = own()
     for k in range(2 * len(data) // 64):
-        loader.shard(k)
+        loader.batch(k)
     assert own() - before < 16

@@ -9,8 +9,8 @@ from helpers import gaussian_map, run_script
 from PIL import Image
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
-from flowmaps.data import in_order, load_arrays
-from flowmaps.data.registry import open_source
+from flowmaps.data import iterate, open_dataset
+from flowmaps.evaluation.references import open_for_scoring
 from flowmaps.evaluation.samples import samples
 from flowmaps.metrics import FeatureStats, board_kl
 from flowmaps.networks import UNet
@@ -34,7 +34,7 @@ def place(tmp_path_factory):
     torch.nn.init.constant_(broken.head[-1].bias, float("nan"))
     FlowMap(broken, info=info).save_pretrained(base / "nan")
     run_script("scripts/stats.py", "--data=digits:heldout", f"--out={base}/ref.npz", check=True)
-    real = load_arrays("digits").x[:300]
+    real = open_dataset("digits").x[:300]
     np.savez(base / "real.npz", samples=real.permute(0, 2, 3, 1).numpy())
     (base / "folder").mkdir()
     for i, image in enumerate(real):
@@ -175,7 +175,7 @@ def test_cannot_judge_is_exit_code_2_and_one_line(place, arguments, named):
 
 
 def image_batches(folder):
-    return in_order(open_source(str(folder), "", "--samples").data)
+    return iterate(open_for_scoring(str(folder), ""))
 
 
 def test_broken_folders(place, tmp_path):

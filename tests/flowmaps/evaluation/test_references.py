@@ -12,7 +12,8 @@ from helpers.makers import archive, encoded, photograph, small_inception, write_
 from PIL import Image
 
 from flowmaps import UserError
-from flowmaps.data.registry import data_set, open_source
+from flowmaps.data import open_dataset
+from flowmaps.data.registry import builtin_name
 from flowmaps.evaluation.references import reference_stats, remembered, source_stats
 from flowmaps.files import cache_directory
 from flowmaps.metrics import FeatureStats, frechet_distance
@@ -128,9 +129,14 @@ def test_what_does_not_fit_is_refused_in_one_line(place, name):
 
 
 def test_names_of_data_sets():
-    assert data_set("cifar10") == data_set("cifar10-train") == data_set("cifar10:train") == ("cifar10", "train")
-    assert data_set("digits-heldout") == ("digits", "heldout")
-    assert data_set("cifar100") is None and data_set("digits/heldout") is None and data_set(".") is None
+    assert (
+        builtin_name("cifar10")
+        == builtin_name("cifar10-train")
+        == builtin_name("cifar10:train")
+        == ("cifar10", "train")
+    )
+    assert builtin_name("digits-heldout") == ("digits", "heldout")
+    assert builtin_name("cifar100") is None and builtin_name("digits/heldout") is None and builtin_name(".") is None
 
 
 def counting(extractor):
@@ -150,9 +156,9 @@ def test_a_reference_is_computed_once(monkeypatch, tmp_path):
     first = source_stats("digits:heldout", extractor, "", "--data")
     again = source_stats("digits-heldout", extractor, "", "--data")
     assert sum(seen) == 449 and again.sha256() == first.sha256() and again.origin == first.origin
-    kept = remembered(open_source("digits:heldout", "", "--data"), extractor, keep=True)
+    kept = remembered(open_dataset("digits:heldout"), extractor, keep=True)
     assert sum(seen) == 2 * 449 and kept.features.shape == (449, 64)  # were not kept before
-    remembered(open_source("digits:heldout", "", "--data"), extractor, keep=True)
+    remembered(open_dataset("digits:heldout"), extractor, keep=True)
     source_stats("digits:heldout", extractor, "", "--data")
     assert sum(seen) == 2 * 449
     other = Extractor(extractor.embed, 64, Origin(**vars(extractor.origin) | {"weights": "other"}))

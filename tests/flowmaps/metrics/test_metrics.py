@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flowmaps import UserError
-from flowmaps.data import load_arrays
+from flowmaps.data import open_dataset
 from flowmaps.images import from_uint8
 from flowmaps.metrics import FeatureStats, board_kl, frechet_distance, sliced_w2
 from flowmaps.metrics.extractors import CLASSIFIERS, EXTRACTORS, extractor_file, load_extractor
@@ -104,7 +104,7 @@ def test_distance_equals_torch_fidelity_through_the_same_extractor(tmp_path, bat
 
     torch_fidelity.register_feature_extractor("flowmaps-digits", Registered)
     try:
-        a, b = load_arrays("digits").x[:400], load_arrays("digits", "heldout").x
+        a, b = open_dataset("digits").x[:400], open_dataset("digits", "heldout").x
         theirs = torch_fidelity.calculate_metrics(
             input1=Items(a), input2=Items(b), fid=True, feature_extractor="flowmaps-digits", cuda=False,
             batch_size=50, cache=False, verbose=False, save_cpu_ram=True,
@@ -185,7 +185,7 @@ def test_digits_extractor_knows_its_digits():
 
     network = Classifier(**CLASSIFIERS["digits"]).eval()
     network.load_state_dict(load_file(extractor_file("digits")))
-    x, label = load_arrays("digits", "heldout").fetch(torch.arange(449))
+    x, label = open_dataset("digits", "heldout").fetch(torch.arange(449))
     x = from_uint8(x)
     assert (network(x).argmax(dim=1) == label).float().mean() > 0.98
 
@@ -249,7 +249,7 @@ def test_board_kl_by_hand():
 
 
 def test_true_samples_of_the_board_score_the_floor():
-    x = load_arrays("checkerboard", "heldout").x
+    x = open_dataset("checkerboard", "heldout").x
     assert 0 < board_kl(x[:32768]) < 0.05 and board_kl(x[:500_000]) < 0.003
 
 
