@@ -152,7 +152,7 @@ def test_mid_training_lowers_its_loss_and_resumes_exactly(start, files, tmp_path
 
 
 def test_micro_steps_do_not_change_the_trajectories(start):
-    """Micro-batches hold complete trajectories with separate noise: two of 8 rows differ from one of 16 in noise alone."""
+    """Micro-batches hold complete trajectories with separate noise: two of 8 rows differ from one of 16 in noise."""
     config = middle(start)
     config.accumulate = 2
     trainer = Trainer.build(config)
