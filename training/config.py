@@ -38,7 +38,7 @@ class Precision(enum.Enum):
 
 @dataclass
 class Data:
-    name: str = "digits"  # a key of flowmaps.data.DATASETS; folder or zip for images of your own; prepared, by prepare_data
+    name: str = "digits"  # a name in flowmaps.data.DATASETS; folder or zip for your own images; prepared
     root: str = "data"  # folder of the data set's files, where it has any; the folder, zip file or prepared set
     download: bool = False  # fetch the files into root first
     workers: int = 0  # processes that read ahead; 0: read between the steps
