@@ -43,7 +43,7 @@ def open_vae(source: str, dtype: torch.dtype = torch.float32) -> "AutoencoderKL"
         dtype: Type of the weights.
 
     Raises:
-        UserError: There is no VAE, or it is damaged. The field is "vae".
+        UserError: The VAE is missing or damaged. The field is "vae".
     """
     from diffusers import AutoencoderKL
 
@@ -132,7 +132,7 @@ class Decoder:
         """Open the VAE; its latents must have as many channels as the map's.
 
         Raises:
-            UserError: There is no VAE, it is damaged or it does not fit. The field is "vae".
+            UserError: The VAE is missing, damaged or does not fit. The field is "vae".
         """
         if self.vae is None:
             if not self.source:

@@ -50,7 +50,9 @@ class Precision(enum.Enum):
 
 @dataclass
 class Data:
-    name: str = "digits"  # a key of flowmaps.data.DATA; folder or zip for your own images; prepared, by prepare_data
+    name: str = (
+        "digits"  # a name in flowmaps.data.DATASETS; folder or zip for your own images; prepared, by prepare_data
+    )
     root: str = may_change("data")  # directory of the data set's files; the folder, zip file or prepared set
     download: bool = may_change(False)  # fetch the files into root first
     workers: int = may_change(0)  # processes that read ahead; 0: read between the steps

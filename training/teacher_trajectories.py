@@ -54,7 +54,8 @@ def trajectory_times(options: Trajectories) -> Tensor:
             )
         times = torch.cat([log_snr_times(options.steps - 1, low, high), torch.ones(1, dtype=torch.float64)])
     if options.start is Start.data and not times[0] > 0:
-        raise UserError("needs a first time above 0: set low, e.g. to 0.006", field="start", value="data")
+        field = "times" if options.grid is Grid.given else "low"
+        raise UserError("start=data needs a first time above 0, e.g. 0.006", field=field)
     return times
 
 

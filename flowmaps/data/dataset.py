@@ -33,7 +33,7 @@ class DataSet(Protocol):
 
     @property
     def name(self) -> str:
-        """What a record of a score calls the data set."""
+        """Name of the data set in the record of a score."""
         return ""
 
     @property
@@ -43,7 +43,7 @@ class DataSet(Protocol):
 
     @property
     def crop(self) -> str:
-        """How the images got their size, for the record of a score."""
+        """Origin of the images' size, for the record of a score."""
         return "none"
 
     def content(self) -> str:

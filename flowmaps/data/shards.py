@@ -149,7 +149,7 @@ class Latents(Shards):
         return {"vae": self.facts["vae"], "latent_shift": shift, "latent_scale": scale}
 
     def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Draw a sample z = mean + std noise per row and scale it for the network: scale (z - shift), float32."""
+        """Draw one z = mean + std noise per row and scale it for the network: scale (z - shift), float32."""
         mean, std = moments.float().unbind(dim=1)
         shift, scale = (channels(tuple(self.facts[name]), mean) for name in ("latent_shift", "latent_scale"))
         return (mean + std * noise - shift) * scale

@@ -49,12 +49,12 @@ def checkpoint(vae_folder, tmp_path_factory):
         ),
     ],
 )
-def test_scaling_is_what_the_vae_asks_for(options, shift, scale, tmp_path):
+def test_scaling_comes_from_the_vaes_config(options, shift, scale, tmp_path):
     vae = open_vae(str(write_vae(tmp_path / "vae", levels=2, **options)))
     assert scaling(vae) == (shift, scale) and reduction(vae) == 2
 
 
-def test_moments_and_decoding_are_the_vaes_own(vae_folder):
+def test_moments_and_decoding_equal_the_vaes(vae_folder):
     vae = open_vae(str(vae_folder))
     images = 2 * torch.rand(5, 3, 32, 32, generator=generator()) - 1
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_pipeline_gives_the_images_of_the_samplers(checkpoint):
     assert bare(1, output_type="latent").images.shape == (1, 4, 8, 8)
 
 
-def test_sample_and_another_vae(checkpoint, vae_folder, tmp_path):
+def test_sample_py_with_the_stored_and_another_vae(checkpoint, vae_folder, tmp_path):
     flags = [f"--checkpoint={checkpoint}", "--steps=1", "--num=6", "--vae_batch=4"]
     run_script("scripts/sample.py", *flags, f"--out={tmp_path / 'a'}", check=True)
     fm = FlowMap.from_pretrained(checkpoint)
@@ -135,7 +135,7 @@ def test_sample_and_another_vae(checkpoint, vae_folder, tmp_path):
         (lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(), "not an intact AutoencoderKL"),
     ],
 )
-def test_a_vae_that_is_damaged_or_none_is_refused(change, reason, checkpoint, tmp_path):
+def test_a_damaged_or_missing_vae_is_refused(change, reason, checkpoint, tmp_path):
     change(write_vae(tmp_path / "vae"))
     done = run_script(
         "scripts/sample.py", f"--checkpoint={checkpoint}", f"--out={tmp_path}", f"--vae={tmp_path / 'vae'}"
@@ -145,7 +145,7 @@ def test_a_vae_that_is_damaged_or_none_is_refused(change, reason, checkpoint, tm
     assert not list(tmp_path.glob("steps-*"))
 
 
-def test_what_does_not_fit_is_refused(checkpoint, tmp_path):
+def test_a_vae_that_does_not_fit_is_refused(checkpoint, tmp_path):
     narrow = write_vae(tmp_path / "narrow", channels=3)
     with pytest.raises(UserError, match="latents of 3 channels, the model of 4"):
         Decoder(str(narrow), SHIFT, SCALE).open()

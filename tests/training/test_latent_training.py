@@ -70,7 +70,7 @@ def test_samples_are_decoded_and_scored(run, imagenet_root, tmp_path):
     assert found[0]["results"][0]["FID"] == pytest.approx(found[1]["results"][0]["FID"], rel=1e-3)
 
 
-def test_the_export_is_a_whole_pipeline(run, imagenet_root):
+def test_the_export_is_a_complete_pipeline(run, imagenet_root):
     fm, pipe = FlowMap.from_pretrained(run), FlowMapPipeline.from_pretrained(run / "model")
     assert fm.info.latent_scale == 4 * (0.18215,) and fm.info.vae == str(imagenet_root / "vae")
     assert fm.info.guidance == 2.5 and fm.info.label_dropout == 0.1
@@ -83,7 +83,7 @@ def test_the_export_is_a_whole_pipeline(run, imagenet_root):
 
 @pytest.mark.slow
 def test_a_chain_from_a_small_guided_teacher(latents, tmp_path):
-    """A B/4 that is guided teaches a larger network, whose map then is guided too."""
+    """A guided B/4 is the teacher of a larger network, whose map is then guided too."""
     stages = ("pre_training", "mid_training", "post_training")
     flags = [flag for stage in stages for flag in small_flags(latents, f"--config.{stage}")]
     command = ["--config=configs/imagenet256.py:cmt,smoke", f"--workdir={tmp_path}", *flags]
@@ -93,7 +93,7 @@ def test_a_chain_from_a_small_guided_teacher(latents, tmp_path):
     assert all((tmp_path / stage / "model/vae").is_dir() for stage in stages)
 
 
-def test_data_order_and_noise_are_those_of_the_run(latents):
+def test_data_order_and_noise_follow_the_seed_of_the_run(latents):
     """The latent's own noise depends on the step alone, so that it is the same after a resume and for any workers."""
     config = load_row("configs/imagenet256.py", "lagrangian,smoke")
     config.data.root, config.network.image_size, config.network.num_classes = str(latents), 8, 32
@@ -111,13 +111,13 @@ def test_data_order_and_noise_are_those_of_the_run(latents):
 MISTAKES = {
     "flip": ({"flip": True}, r"--config\.data\.flip .* latents \(of mirror images too"),
     "augment": ({"augment": 0.1}, r"--config\.data\.augment .* latents"),
-    "vae": ({"vae": "nowhere/no/vae"}, r"--config\.data\.vae=nowhere/no/vae"),
+    "vae": ({"vae": "nowhere/no/vae"}, r"data\.vae=nowhere/no/vae"),
     "scale": ({"latent_scale": (1.0, 2.0)}, r"--config\.data\.latent_scale must be 4 numbers"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_what_latents_cannot_take(name, latents):
+def test_options_that_latents_cannot_take_are_refused(name, latents):
     config = load_row("configs/imagenet256.py", "lagrangian,smoke")
     config.data.root, config.network.image_size, config.network.num_classes = str(latents), 8, 32
     for field, value in MISTAKES[name][0].items():
@@ -126,7 +126,7 @@ def test_what_latents_cannot_take(name, latents):
         Trainer.build(config)
 
 
-def test_images_take_no_vae(imagenet_root):
+def test_a_vae_for_images_is_refused(imagenet_root):
     config = load_row("configs/imagenet64.py", "lagrangian,smoke")
     config.data.root, config.network.num_classes = str(imagenet_root / "imagenet64"), 32
     config.data.vae = str(imagenet_root / "vae")
@@ -152,7 +152,7 @@ def test_weights_for_latents_of_another_scaling_are_refused(latents, tmp_path):
         Trainer.build(config)
 
 
-def test_another_vae_is_told_of(latents, tmp_path, capsys):
+def test_another_vae_is_warned_of(latents, tmp_path, capsys):
     config = load_row("configs/imagenet256.py", "lagrangian,smoke")
     config.data.root, config.network.image_size, config.network.num_classes = str(latents), 8, 32
     Trainer.build(config)
@@ -177,9 +177,9 @@ def test_a_judge_of_latents_needs_images_to_compare_with(latents):
         Judge(Best(metric="FID"), open_dataset("prepared", root=str(latents)), 0, torch.device("cpu"))
 
 
-def test_a_model_of_latents_without_a_vae_says_so(tmp_path):
+def test_a_model_of_latents_without_a_vae_is_refused(tmp_path):
     fm = small("DiT", channels=4)
     fm.info = replace(fm.info, latent_shift=4 * (0.0,), latent_scale=4 * (1.0,))
     fm.save_pretrained(tmp_path / "model")
     done = run_script("scripts/sample.py", f"--checkpoint={tmp_path / 'model'}", f"--out={tmp_path / 'out'}")
-    assert done.returncode == 2 and "--vae is missing" in done.stderr and not (tmp_path / "out").exists()
+    assert done.returncode == 2 and "--vae: missing" in done.stderr and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Trajectories for mid-training: grids, walks, files, and the runs that learn from them."""
+"""Trajectories for mid-training: times, solving, files, and the runs that train on them."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from training.trainer import Trainer
         (Trajectories(steps=3, grid=Grid.log_snr, low=0.2, high=0.8), [0.2, 0.5, 0.8, 1]),
     ],
 )
-def test_grids(options, times):
+def test_trajectory_times(options, times):
     torch.testing.assert_close(trajectory_times(options), torch.tensor(times, dtype=torch.float64))
 
 
@@ -45,13 +45,13 @@ def test_grids(options, times):
         (Trajectories(start=Start.data), "start=data"),
     ],
 )
-def test_grids_that_make_no_sense_are_refused(options, reason):
+def test_contradictory_times_are_refused(options, reason):
     with pytest.raises(UserError, match=reason):
         trajectory_times(options)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_walk_starts_from_noise_or_from_noised_data(case):
+def test_trajectories_start_from_noise_or_from_noised_data(case):
     fm = gaussian_map(*case)
     x1, label = gaussian_data(fm, 6)
     x0, t = torch.randn(6, 3, dtype=torch.float64), torch.full((6,), 0.3, dtype=torch.float64)
@@ -63,12 +63,12 @@ def test_a_walk_starts_from_noise_or_from_noised_data(case):
         assert (made.states[-1] - end).abs().max() < 2e-3
 
 
-def test_dpm_solver_is_for_the_linear_path():
+def test_dpm_solver_requires_the_linear_interpolant():
     with pytest.raises(UserError, match="linear interpolant"):
         TrajectorySolver(gaussian_map("trigonometric"), Trajectories(solver=Solver.dpm_solver))
 
 
-def prepared(teacher, out, *more):
+def write(teacher, out, *more):
     arguments = [f"--teacher={teacher}", f"--out={out}", "--num=40", "--steps=4", "--shard=16", "--batch=8", *more]
     return run_script("scripts/prepare_data.py", "trajectories", *arguments)
 
@@ -76,11 +76,11 @@ def prepared(teacher, out, *more):
 @pytest.fixture(scope="module")
 def files(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("walks") / "set"
-    assert prepared(start, out).returncode == 0
+    assert write(start, out).returncode == 0
     return out
 
 
-def test_files_have_the_walks_and_a_stopped_call_goes_on(start, files, tmp_path):
+def test_files_hold_the_trajectories_and_a_stopped_command_resumes(start, files, tmp_path):
     stored, teacher = TrajectoryFiles.open(files), FlowMap.from_pretrained(start)
     states, label = stored.fetch(torch.tensor([0, 17, 39]))
     assert len(stored) == 40 and label.tolist() == [0, 7, 9] and stored.shape == (1, 8, 8)
@@ -93,19 +93,19 @@ def test_files_have_the_walks_and_a_stopped_call_goes_on(start, files, tmp_path)
     before = (half / "shard-00000.safetensors").stat().st_mtime_ns
     with pytest.raises(UserError, match="not a complete set"):
         TrajectoryFiles.open(half)
-    assert prepared(start, half).returncode == 0
+    assert write(start, half).returncode == 0
     assert (half / "shard-00000.safetensors").stat().st_mtime_ns == before
     assert_same(load_file(half / "shard-00001.safetensors"), load_file(files / "shard-00001.safetensors"))
     assert TrajectoryFiles.open(half).digest() == stored.digest()
-    other = prepared(start, half, "--seed=1")
+    other = write(start, half, "--seed=1")
     assert other.returncode == 2 and "another seed" in other.stderr and other.stderr.count("\n") == 1
     (half / "shard-00001.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match=r"shard-00001\.safetensors is missing or damaged"):
         TrajectoryFiles.open(half)
 
 
-def test_files_from_data(start, tmp_path):
-    assert prepared(start, tmp_path / "w", "--start=data", "--low=0.1", "--data=digits").returncode == 0
+def test_files_of_trajectories_that_start_from_data(start, tmp_path):
+    assert write(start, tmp_path / "w", "--start=data", "--low=0.1", "--data=digits").returncode == 0
     stored = TrajectoryFiles.open(tmp_path / "w")
     states, _ = stored.fetch(torch.arange(40))
     noise = FlowMap.from_pretrained(start).noise(40, 0)
@@ -151,8 +151,8 @@ def test_mid_training_lowers_its_loss_and_resumes_exactly(start, files, tmp_path
     assert all(loss > 0 for loss in losses)
 
 
-def test_micro_steps_do_not_change_the_walks(start):
-    """Shards are whole trajectories with noise of their own: two of 8 rows differ from one of 16 in noise alone."""
+def test_micro_steps_do_not_change_the_trajectories(start):
+    """Micro-batches hold complete trajectories with separate noise: two of 8 rows differ from one of 16 in noise."""
     config = middle(start)
     config.accumulate = 2
     trainer = Trainer.build(config)

@@ -215,7 +215,7 @@ def test_download_is_by_flag_alone(tmp_path, cifar):
     """Without the flag the missing file is named; the flag itself needs a network, which a test must not have."""
     root = f"--config.data.root={tmp_path}"
     line = refused(run_script("scripts/train.py", cifar[0], root, f"--workdir={tmp_path}/run"))
-    assert "data_batch_1 is missing" in line and "--config.data.download" in line
+    assert "data_batch_1 is missing" in line and "data.root" in line and "data.download" in line
     assert not list(tmp_path.iterdir())
 
 

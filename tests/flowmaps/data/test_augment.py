@@ -29,7 +29,7 @@ def test_mirror_half():
     assert ((y == x).flatten(1).all(dim=1) ^ turned).all() and 150 < turned.sum() < 250
 
 
-def test_probability_zero_only_mirrors_and_says_so():
+def test_probability_zero_only_mirrors_and_reports_it():
     x = smooth(50, 8)
     y, parameters = edm_augment(x, 0.0, stream())
     assert parameters.shape == (50, PARAMETERS) and not parameters[:, 1:].any()
@@ -38,7 +38,7 @@ def test_probability_zero_only_mirrors_and_says_so():
     assert torch.equal(y[flipped], x[flipped].flip(-1)) and torch.equal(y[~flipped], x[~flipped])
 
 
-def test_every_transform_has_its_share_and_untouched_images_are_exact():
+def test_each_transform_has_its_probability_and_untouched_images_are_exact():
     """Of 8000 images with probability p: p / 2 upside down, p each for the other four, independent of each other."""
     x, p = torch.zeros(8000, 1, 2, 2), 0.12
     _, parameters = edm_augment(x, p, stream())
@@ -65,7 +65,7 @@ def test_a_quarter_turn_and_whole_pixel_shifts_are_exact():
     torch.testing.assert_close(moved[..., :-5, 3:], x[..., 5:, :-3], atol=1e-4, rtol=0)
 
 
-def test_turned_before_stretched(monkeypatch):
+def test_rotation_comes_before_stretching(monkeypatch):
     """EDM's order, with every draw given: a quarter turn, then wide and low."""
     seen = []
     monkeypatch.setattr("flowmaps.data.augment._moved", lambda x, linear, *rest: seen.append(linear) or x)
@@ -79,7 +79,7 @@ def test_turned_before_stretched(monkeypatch):
     torch.testing.assert_close(parameters[0], torch.tensor([0, 0, 0, -1.0, 1.0, 5.0, 0, 0, 0]), atol=1e-6, rtol=0)
 
 
-def test_growth_enlarges():
+def test_scale_enlarges():
     x = torch.full((1, 1, 32, 32), -1.0)
     x[..., 12:20, 12:20] = 1.0
     grown = _moved(x, 2 * torch.eye(2)[None], torch.zeros(1, 2), torch.tensor([True]))
@@ -87,7 +87,7 @@ def test_growth_enlarges():
 
 
 @pytest.mark.parametrize("classes", [0, 3])
-def test_network_conditions_on_it_and_zeros_mean_none(classes):
+def test_network_is_conditioned_on_parameters_and_zeros_mean_none(classes):
     torch.manual_seed(0)
     network = UNet(8, 1, 16, (1,), 1, (), num_classes=classes, augment_dim=PARAMETERS)
     for p in network.parameters():
@@ -105,7 +105,7 @@ def test_network_conditions_on_it_and_zeros_mean_none(classes):
         UNet(8, 1, 16, (1,), 1, ())(x, t, t, told)
 
 
-def test_training_uses_it_and_resumes_it_by_step():
+def test_training_augments_and_a_resume_repeats_the_draws_of_each_step():
     from configs.digits import get_config
 
     def trainer(**data):
@@ -126,7 +126,7 @@ def test_training_uses_it_and_resumes_it_by_step():
     assert not torch.equal(trainer().step(0)["loss"], trainer(flip=True).step(0)["loss"])
 
 
-def test_refusals():
+def test_augmentation_that_does_not_fit_is_refused():
     from configs.checkerboard import get_config as points
     from configs.digits import get_config
 

@@ -37,7 +37,7 @@ def test_splits_are_fixed_and_disjoint(name, data_root):
         assert label.dtype == torch.int64 and 0 <= label.min() and label.max() < train.num_classes
 
 
-def test_fashion_mnist_packed_or_not_and_padded(data_root, tmp_path):
+def test_fashion_mnist_is_read_compressed_or_not_and_padded(data_root, tmp_path):
     write_fashion_mnist(tmp_path, packed=False)
     packed, plain = (open_dataset("fashion_mnist", root=root) for root in (data_root, tmp_path))
     assert torch.equal(packed.x, plain.x) and torch.equal(packed.label, plain.label)
@@ -79,7 +79,7 @@ def test_cifar10_is_read_as_torchvision_reads_it(tmp_path, monkeypatch):
         assert ours.label.tolist() == theirs.targets
 
 
-def test_cifar10_runs_no_pickle_and_names_damage(tmp_path):
+def test_cifar10_executes_no_pickle_and_names_damaged_files(tmp_path):
     write_cifar10(tmp_path)
     file = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     content = file.read_bytes()
@@ -144,7 +144,7 @@ def test_loader_gives_the_order_with_and_without_workers(data_root, workers):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_file_that_goes_bad_is_named_in_one_line_from_a_worker_too(data_root, tmp_path):
+def test_a_file_damaged_later_is_named_in_one_line_also_from_a_worker(data_root, tmp_path):
     shutil.copytree(data_root / "folder", tmp_path / "folder")
     data = open_images(tmp_path / "folder", size=8)
     (tmp_path / "folder" / "a" / "4.png").write_bytes(b"")
@@ -155,7 +155,7 @@ def test_a_file_that_goes_bad_is_named_in_one_line_from_a_worker_too(data_root, 
         assert "\n" not in str(caught.value)
 
 
-def test_unknown_data_set():
+def test_unknown_names_and_splits_are_refused():
     with pytest.raises(UserError, match=r"name=nonsense: .*checkerboard"):
         open_dataset("nonsense")
     with pytest.raises(UserError, match="unknown split 'middle' of digits"):

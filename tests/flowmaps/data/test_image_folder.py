@@ -36,7 +36,7 @@ def test_every_kind_of_image_is_used_and_everything_else_is_named(tmp_path, capf
     assert x.float().flatten(1).std(dim=1).min() > 10  # no picture came out blank
 
 
-def test_a_zip_is_the_same_as_the_folder(tmp_path):
+def test_a_zip_equals_the_folder(tmp_path):
     good, bad = zoo()
     folder = open_images(write_folder(tmp_path / "zoo", good), 16)
     for top in ("", "zoo/"):  # zip -r of a folder puts its name in front
@@ -87,7 +87,7 @@ def test_pixels_of_each_mode():
 
 
 def test_resize_is_the_mean_over_each_area():
-    """Whole ratios are block means; any ratio keeps constants and the mean; weights of a pixel are its overlap."""
+    """Integer ratios are block means; any ratio keeps constants and the mean; weights of a pixel are its overlap."""
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (12, 12, 3), dtype=np.uint8)
     blocks = image.reshape(4, 3, 4, 3, 3).mean(axis=(1, 3))
@@ -119,7 +119,7 @@ def test_labels_from_dataset_json(tmp_path):
                 open_images(make(wrong), 8)
 
 
-def test_no_labels_without_folders_for_all(tmp_path):
+def test_there_are_no_labels_if_an_image_lies_outside_the_folders(tmp_path):
     png = encoded(photograph(0), "png")
     for i, names in enumerate([("a.png", "b.png"), ("x/a.png", "b.png"), ("x/a.png", "x/b.png")]):
         root = write_folder(tmp_path / str(i), dict.fromkeys(names, png))
@@ -136,7 +136,7 @@ def test_grey_folders_have_one_channel(tmp_path):
     assert data.shape == (3, 8, 8) and torch.equal(x[0, 0], x[0, 2]) and not torch.equal(x[3, 0], x[3, 2])
 
 
-def test_images_are_looked_at_once_and_again_when_they_change(tmp_path, monkeypatch):
+def test_images_are_checked_once_and_again_after_a_change(tmp_path, monkeypatch):
     root = write_folder(tmp_path, {f"{i}.png": encoded(photograph(i), "png") for i in range(3)})
     looks = []
     monkeypatch.setattr("flowmaps.data.image_check.decode", lambda content: looks.append(1) or decode(content))
@@ -148,7 +148,7 @@ def test_images_are_looked_at_once_and_again_when_they_change(tmp_path, monkeypa
         open_images(root, 8)
 
 
-def test_wrong_places_are_refused(tmp_path):
+def test_wrong_paths_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         open_dataset("folder", root=str(tmp_path / "nowhere"), size=8)
     with pytest.raises(UserError, match="has no images"):
@@ -162,7 +162,7 @@ def test_wrong_places_are_refused(tmp_path):
         open_images(tmp_path / "bad", 8, skip_corrupt=True)
 
 
-def test_without_a_size_images_must_agree(tmp_path):
+def test_without_a_size_images_must_have_one_shape(tmp_path):
     root = write_folder(tmp_path, {"a.png": encoded(photograph(0), "png"), "b.png": encoded(photograph(1), "png")})
     data = open_images(root)
     assert data.shape == (3, 40, 30)
@@ -173,14 +173,14 @@ def test_without_a_size_images_must_agree(tmp_path):
         open_images(root).fetch(torch.arange(3))
 
 
-def test_what_macos_adds_to_a_zip_is_no_image_and_no_class(tmp_path):
+def test_files_that_macos_adds_to_a_zip_are_neither_images_nor_classes(tmp_path):
     files = {f"pets/{kind}/{i}.png": encoded(photograph(i), "png") for i, kind in enumerate(("cat", "dog"))}
     shadows = {f"__MACOSX/pets/{kind}/._{i}.png": b"shadow" for i, kind in enumerate(("cat", "dog"))}
     data = open_images(write_zip(tmp_path / "a.zip", files | shadows | {"pets/cat/._0.png": b"x"}), 8)
     assert data.classes == ("cat", "dog") and data.label.tolist() == [0, 1] and len(data.left_out) == 3
 
 
-def test_dataset_json_in_the_folder_that_zip_puts_in_front(tmp_path):
+def test_dataset_json_in_the_top_folder_of_a_zip(tmp_path):
     files = {f"0000{i}/img.png": encoded(photograph(i), "png") for i in range(2)}
     labels = {"labels": [[name, 1] for name in files]}
     path = write_zip(tmp_path / "a.zip", files | {"dataset.json": json.dumps(labels).encode()}, top="ds/")
@@ -188,7 +188,7 @@ def test_dataset_json_in_the_folder_that_zip_puts_in_front(tmp_path):
     assert data.label.tolist() == [1, 1] and not data.left_out
 
 
-def test_labels_must_be_whole_numbers_for_what_is_used(tmp_path):
+def test_labels_of_used_images_must_be_integers(tmp_path):
     files = {name: encoded(photograph(0), "png") for name in ("a.png", "b.png")} | {"c.png": b""}
     for values, fine in (((0, 1), True), ((0.9, 1), False), ((True, 0), False), ((0, 10**9), False)):
         listed = {"labels": [[name, value] for name, value in zip(files, values, strict=False)]}
@@ -200,7 +200,7 @@ def test_labels_must_be_whole_numbers_for_what_is_used(tmp_path):
                 open_images(root, 8, skip_corrupt=True)
 
 
-def test_a_repaired_zip_is_looked_at_again(tmp_path):
+def test_a_repaired_zip_is_checked_again(tmp_path):
     path = write_zip(tmp_path / "a.zip", {f"{i}.png": encoded(photograph(i), "png") for i in range(2)})
     whole = path.read_bytes()
     for start in (60, 45):  # a wrong checksum, or a stream that zlib refuses: both are named
@@ -217,6 +217,6 @@ def test_many_foreign_files_are_counted_by_suffix(tmp_path):
     assert set(open_images(root, 8).left_out) == {"15 files with .json", "15 files with .txt"}
 
 
-def test_32_bit_pixels_have_no_range():
+def test_32_bit_pixels_are_refused():
     with pytest.raises(BadImage, match="32 bits"):
         decode(encoded(Image.fromarray(np.full((3, 3), 200, np.int32)), "tif"))

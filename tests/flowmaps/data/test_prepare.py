@@ -72,7 +72,7 @@ def defined(pixels, size):
     "shape", [(37, 53), (64, 64), (65, 127), (129, 301), (131, 128), (517, 333), (20, 31), (256, 259)]
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_crop_is_that_of_adm_on_odd_sizes(shape, channels):
+def test_crop_equals_adms_on_odd_sizes(shape, channels):
     rough = np.random.default_rng(0).integers(0, 256, (*shape, channels), dtype=np.uint8)
     smooth = np.asarray(photograph(1, *shape))[..., :channels]
     for pixels in (rough, smooth):
@@ -84,7 +84,7 @@ def test_crop_is_that_of_adm_on_odd_sizes(shape, channels):
 @pytest.mark.parametrize("down", [True, False])
 @pytest.mark.parametrize("shape", [(63, 101), (47, 35), (33, 59), (94, 126), (122, 70)])
 def test_crop_of_a_ramp_is_a_ramp(shape, down):
-    """Whole levels on a ramp stay a ramp under every mean: in closed form, the level at each new pixel's centre."""
+    """Integer levels on a ramp stay a ramp under every mean: in closed form, the level at each new pixel's centre."""
     height, width = shape
     row, column = np.mgrid[:height, :width]
     plane = lambda y, x: 20 + (y if down else x)  # noqa: E731
@@ -144,7 +144,7 @@ def test_labels_are_the_order_of_the_synsets_and_images_are_the_crops(imagenet, 
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_and_resumed_is_the_same(imagenet, whole, tmp_path, workers):
+def test_a_killed_and_resumed_run_writes_the_same_bytes(imagenet, whole, tmp_path, workers):
     flags = [f"--src={imagenet}", f"--out={tmp_path / 'out'}", "--shard=100", f"--workers={workers}"]
     command = [sys.executable, "scripts/prepare_data.py", "imagenet", *flags]
     process = subprocess.Popen(
@@ -157,7 +157,7 @@ def test_killed_and_resumed_is_the_same(imagenet, whole, tmp_path, workers):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out/checksums.json").exists()
-    with pytest.raises(UserError, match="no complete set"):
+    with pytest.raises(UserError, match="not a complete set"):
         open_dataset("prepared", root=str(tmp_path / "out"))
     before = (tmp_path / "out/shard-00000.safetensors").stat().st_mtime_ns
     run_script("scripts/prepare_data.py", "imagenet", *flags, check=True)
@@ -210,7 +210,7 @@ def test_latents_are_the_moments_of_the_crops_and_of_their_mirror_images(tmp_pat
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
 
 
-def test_a_sample_of_the_latents_has_their_mean_and_spread(tmp_path, vae_folder):
+def test_drawn_latents_have_the_stored_mean_and_standard_deviation(tmp_path, vae_folder):
     src = write_imagenet(tmp_path, classes=2, each=1)
     prepare("latents", src, tmp_path / "a", f"--vae={vae_folder}", "--size=32")
     data = open_dataset("prepared", root=str(tmp_path / "a"))
@@ -225,14 +225,14 @@ def test_a_sample_of_the_latents_has_their_mean_and_spread(tmp_path, vae_folder)
     assert torch.equal(moved[1], (mean[1] - 2) * 0.25) and torch.equal(moved[3], (mean[3] - 4) * 2)
 
 
-def test_files_that_are_no_images(tmp_path):
+def test_files_that_are_not_images(tmp_path):
     src = write_imagenet(tmp_path, classes=3, each=4)
     broken = sorted(src.rglob("*.JPEG"))[5]
     broken.write_bytes(broken.read_bytes()[:200])
     for workers in (0, 1):
         done = prepare("imagenet", src, tmp_path / f"out{workers}", "--shard=4", f"--workers={workers}")
         assert done.returncode == 2 and done.stderr.count("\n") == 1
-        assert str(broken.relative_to(src)) in done.stderr and "--skip_corrupt" in done.stderr
+        assert str(broken.relative_to(src)) in done.stderr and "skip_corrupt" in done.stderr
     assert prepare("imagenet", src, tmp_path / "out0", "--shard=4", "--skip_corrupt").returncode == 0
     data = open_dataset("prepared", root=str(tmp_path / "out0"))
     known = json.loads((tmp_path / "out0/checksums.json").read_text())
@@ -282,7 +282,7 @@ def test_sets_are_not_taken_for_folders(whole, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
 def test_memory_stays_flat_over_epochs(tmp_path):
-    """What is read is mapped, and the system's to drop: the process's own memory does not grow by what it has seen."""
+    """Files are mapped, so the system can drop them: the memory of the process does not grow with the data read."""
     shards, rows = 8, 256
     facts = {"shape": [4, 32, 32], "num_classes": 10, "latent_shift": 4 * [0.0], "latent_scale": 4 * [1.0]}
 
