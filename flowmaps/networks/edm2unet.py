@@ -20,7 +20,7 @@ LIMIT = 256.0  # of activations
 
 
 def raw_features(t: Tensor, channels: int) -> Tensor:
-    """Return cos and sin of a time in [0, 1] at ``channels / 2`` frequencies from 1 down to 1e-4, times sqrt 2: [B, channels].
+    """Return sqrt 2 cos and sqrt 2 sin of t [B] at ``channels / 2`` frequencies from 1 down to 1e-4: [B, channels].
 
     Boffi et al. 2025: Fourier features of higher frequency make the derivatives in time unstable.
     """

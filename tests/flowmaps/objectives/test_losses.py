@@ -18,7 +18,7 @@ from flowmaps.objectives import OBJECTIVES, LogVariance, TrajectoryObjective, eu
 from flowmaps.objectives.time_sampling import Times
 from samplers import Trajectory, uniform_times
 
-# Every objective on the smallest graph, relatives of others as slow tests; then the hardest derivatives on other networks.
+# Every objective on the smallest graph, relatives of others as slow tests; the hardest derivatives on others too.
 COMPILED = [
     pytest.param("DiT", name, {}, marks=pytest.mark.slow if name in RELATIVES else ()) for name in OBJECTIVES
 ] + [pytest.param("DiT", "mean_flow", {"guidance_max": 3.0}, marks=pytest.mark.slow)]
