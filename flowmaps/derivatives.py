@@ -7,8 +7,8 @@ The rules, each measured (torch 2.15):
 * So does F.layer_norm, whose forward derivative has no correct backward: use ``networks.layers.layer_norm``.
 * Scaled dot-product attention has a forward derivative only in its MATH kernel, on every device.
 * The derivative is taken in at least float32 with autocast off; float64 stays float64.
-* Activations cannot be recomputed inside it (activation checkpointing), but the whole of it can.
-* Where torch's own tangent is dear, it is taken by hand (``ByHand``).
+* Activations cannot be recomputed inside it (activation checkpointing), but all of it can be recomputed.
+* Where torch's own tangent is expensive, a formula replaces it (``AnalyticTangents``).
 * Only the arguments that move get a tangent: no spatial Jacobian when x stands still.
 """
 
@@ -37,7 +37,7 @@ class TwoTime(Protocol):
 Rule = Callable[..., tuple[Tensor, Tensor]]  # (function, x, its tangent, further arguments) -> value, its tangent
 
 
-def layer_rule(
+def linear_tangent(
     layer: Callable[..., Tensor],
     x: Tensor,
     dx: Tensor,
@@ -46,54 +46,60 @@ def layer_rule(
     *args: Any,
     **kw: Any,
 ) -> tuple[Tensor, Tensor]:
-    """A linear layer: torch adds its value at a weight of zeros, computed, where the weight does not move."""
+    """Linear layer. Torch would also compute the layer at a zero tangent of the weight and add that."""
     return layer(x, weight, bias, *args, **kw), layer(dx, weight, None, *args, **kw)
 
 
-def gated(x: Tensor, dx: Tensor, gate: Tensor, slope: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x g with the gate g = sigmoid(z) and dz = ``slope`` dx (None: 1): torch's second derivatives take more passes."""
+def sigmoid_gate_tangent(x: Tensor, dx: Tensor, gate: Tensor, slope: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x g with the gate g = sigmoid(z) and dz = ``slope`` dx (None: 1). Torch's second derivatives take more passes."""
     y = x * gate
     bend = y - y * gate
     return y, dx * (gate + (bend if slope is None else bend * slope))
 
 
-def silu_rule(silu: Callable[..., Tensor], x: Tensor, dx: Tensor, **kw: Any) -> tuple[Tensor, Tensor]:
+def silu_tangent(silu: Callable[..., Tensor], x: Tensor, dx: Tensor, **kw: Any) -> tuple[Tensor, Tensor]:
     """x sigmoid(x)."""
-    return gated(x, dx, torch.sigmoid(x))
+    return sigmoid_gate_tangent(x, dx, torch.sigmoid(x))
 
 
-def gelu_rule(gelu: Callable[..., Tensor], x: Tensor, dx: Tensor, **kw: Any) -> tuple[Tensor, Tensor]:
+def gelu_tangent(gelu: Callable[..., Tensor], x: Tensor, dx: Tensor, **kw: Any) -> tuple[Tensor, Tensor]:
     """GELU's tanh form is x sigmoid(a x + b x^3): Hendrycks and Gimpel 2016 (arXiv 1606.08415), section 2."""
     a, square = math.sqrt(8 / math.pi), x.square()
     b = 0.044715 * a
-    return gated(x, dx, torch.sigmoid(x * (b * square + a)), 3 * b * square + a)
+    return sigmoid_gate_tangent(x, dx, torch.sigmoid(x * (b * square + a)), 3 * b * square + a)
 
 
-RULES: dict[Any, Rule] = {F.linear: layer_rule, F.conv2d: layer_rule, F.silu: silu_rule, F.gelu: gelu_rule}
+TANGENT_RULES: dict[Any, Rule] = {
+    F.linear: linear_tangent,
+    F.conv2d: linear_tangent,
+    F.silu: silu_tangent,
+    F.gelu: gelu_tangent,
+}
 
 
 def unpack(value: Any) -> tuple[Any, Tensor | None]:
-    """A value and its tangent, None if it does not move."""
+    """Return a value and its tangent, None if it does not move."""
     if not isinstance(value, Tensor):
         return value, None
     return forward_ad.unpack_dual(value)  # type: ignore[no-untyped-call,no-any-return]
 
 
-class ByHand(TorchFunctionMode):
-    """Inside a jvp, a function of RULES of which only the first argument moves goes by its rule: the same numbers.
+class AnalyticTangents(TorchFunctionMode):
+    """Inside a jvp, apply TANGENT_RULES to functions of which only the first argument moves. The results are equal.
 
     Backward and torch.compile go through a rule as through any code.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        covered = func in RULES and args and not kwargs.get("inplace")
+        covered = func in TANGENT_RULES and args and not kwargs.get("inplace")
         if not covered or (func is F.gelu and kwargs.get("approximate") != "tanh"):
             return func(*args, **kwargs)
         x, dx = unpack(args[0])
         if dx is None or any(unpack(value)[1] is not None for value in (*args[1:], *kwargs.values())):
             return func(*args, **kwargs)
-        return forward_ad.make_dual(*RULES[func](func, x, dx, *args[1:], **kwargs))  # type: ignore[no-untyped-call]
+        value, tangent = TANGENT_RULES[func](func, x, dx, *args[1:], **kwargs)
+        return forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
 
 
 def velocity_jvp(
@@ -107,9 +113,26 @@ def velocity_jvp(
     ds: float = 0.0,
     dt: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """v_{s,t}(x) and its derivative along (dx, ds, dt): grad v . dx + ds d_s v + dt d_t v, both [B, ...].
+    """Compute v_{s,t}(x) and its derivative along (dx, ds, dt): grad v . dx + ds d_s v + dt d_t v.
 
-    ``x``, ``dx`` [B, ...]; ``s``, ``t`` [B]; ``ds``, ``dt`` the same rate for every sample.
+    The derivative is exact, and so is backward through it, for networks that keep to the rules above.
+
+    Args:
+        fm: A flow map, or anything with its ``velocity``.
+        x: Points [B, ...].
+        s: Start times [B].
+        t: End times [B].
+        label: Labels as the network takes them, or None.
+        dx: Direction [B, ...] in which x moves, None if x stands still.
+        ds: Rate at which s moves, the same for every sample.
+        dt: Rate at which t moves, the same for every sample.
+
+    Returns:
+        v and its derivative, both [B, ...] in at least float32.
+
+    Example:
+        >>> v, dv = velocity_jvp(fm, x, s, t, dt=1.0)
+        >>> dX_dt = v + (t - s)[:, None, None, None] * dv
     """
     at_least = torch.promote_types(x.dtype, torch.float32)
     # clones, since a compiled jvp cannot view a moving time that is a view itself
@@ -125,7 +148,7 @@ def velocity_jvp(
         return fm.velocity(**(point | dict(zip(tangent, moving, strict=True))), label=label)
 
     def derivative(*primals: Tensor) -> tuple[Tensor, Tensor]:
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False), ByHand():
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False), AnalyticTangents():
             v, dv = torch.func.jvp(velocity, primals, tuple(tangent.values()))[:2]
         return v, dv
 
@@ -136,15 +159,13 @@ def velocity_jvp(
 def velocity_difference(
     fm: TwoTime, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None, step: float = 5e-3
 ) -> tuple[Tensor, Tensor]:
-    """v_{s,t}(x) and d_t v by a difference over [t - step, t + step] within [s, 1], both [B, ...].
+    """Approximate v_{s,t}(x) and d_t v by a difference over [t - step, t + step] within [s, 1], both [B, ...].
 
-    Half precision is refused, since its rounding is multiplied by 1 / step, and dropout must be off. The velocity lies
-    on the straight line between the two evaluations, an error of the same order, step^2.
+    Half precision is refused, since its rounding is multiplied by 1 / step, and dropout must be off. The velocity is
+    interpolated linearly between the two evaluations, with an error of the same order, step^2.
     """
     if x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type):
-        raise UserError(
-            "a finite difference needs float32: --config.precision=fp32, or --config.objective.derivative=exact"
-        )
+        raise UserError("needs float32: set precision=fp32, or derivative=exact", field="derivative", value="finite")
     early, late = torch.maximum(t - step, s), (t + step).clamp(max=1)
     twice = None if label is None else torch.cat([label, label])
     v = fm.velocity(torch.cat([x, x]), torch.cat([s, s]), torch.cat([early, late]), twice)
@@ -154,14 +175,14 @@ def velocity_difference(
 
 
 def d_dt(fm: TwoTime, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """X_{s,t}(x) and d/dt X_{s,t}(x) = v + (t - s) d_t v."""
+    """Return X_{s,t}(x) and d/dt X_{s,t}(x) = v + (t - s) d_t v."""
     v, dv = velocity_jvp(fm, x, s, t, label, dt=1.0)
     gap = expand(t - s, x)
     return x + gap * v, v + gap * dv
 
 
 def d_ds(fm: TwoTime, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """X_{s,t}(x) and d/ds X_{s,t}(x) = -v + (t - s) d_s v."""
+    """Return X_{s,t}(x) and d/ds X_{s,t}(x) = -v + (t - s) d_s v."""
     v, dv = velocity_jvp(fm, x, s, t, label, ds=1.0)
     gap = expand(t - s, x)
     return x + gap * v, gap * dv - v
@@ -170,7 +191,7 @@ def d_ds(fm: TwoTime, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = No
 def transport(
     fm: TwoTime, x: Tensor, s: Tensor, t: Tensor, w: Tensor, label: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """X_{s,t}(x) and its derivative when s moves at rate 1 and x along ``w``: d_s X + grad X . w.
+    """Return X_{s,t}(x) and its derivative when s moves at rate 1 and x along ``w``: d_s X + grad X . w.
 
     In terms of v: w - v + (t - s) (d_s v + grad v . w). With w = b_s(x) it vanishes for the
     exact map (Eulerian identity).

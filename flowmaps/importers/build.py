@@ -1,5 +1,6 @@
-"""From weights under our names to a flow map: everything is checked before a weight is copied."""
+"""Build a flow map from weights under our names. Everything is checked before a weight is copied."""
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,30 +14,31 @@ from flowmaps.flow_map import FlowMap
 from flowmaps.info import FlowMapInfo
 from flowmaps.networks import NETWORKS
 
+Weights = dict[str, Tensor]
 ZERO_AT_FIRST = ("embedding.gap.", "embedding.gains.")  # the second time: no published network has one
 
 
 @dataclass
 class Source:
-    """What a file holds: class and arguments of our network for it, its weights under our names, and facts."""
+    """Content of a file: class and arguments of our network for it, its weights under our names, and facts."""
 
     network: str
     options: dict[str, Any]
-    weights: dict[str, Tensor]
+    weights: Weights
     label_dropout: float = 0.0  # share of training rows without a label
     notes: dict[str, str] | None = None
-    latents: dict[str, Any] = field(default_factory=dict)  # what FlowMapInfo has of them, if the network works on those
+    latents: dict[str, Any] = field(default_factory=dict)  # fields of FlowMapInfo, if the network works on latents
     file: Path | None = None  # of the weights, if it is in a folder
 
 
 def build(source: Source) -> FlowMap:
-    """The flow map of kind "drift" in eval mode; wrong shapes are refused by name."""
+    """Build the flow map of kind "drift", in eval mode. Wrong names and shapes are refused, the first one by name."""
     cls, options = NETWORKS[source.network], source.options
     with torch.device("meta"):
         expected = {name: tuple(w.shape) for name, w in cls(**options).state_dict().items()}
     wanted = {name for name in expected if not name.startswith(ZERO_AT_FIRST)}
     if wrong := sorted(wanted ^ source.weights.keys()):
-        raise UnpicklingError(f"it is built otherwise: {wrong[0]} is {'missing' if wrong[0] in wanted else 'new'}")
+        raise UnpicklingError(f"its structure differs: {wrong[0]} is {'missing' if wrong[0] in wanted else 'new'}")
     for name in sorted(wanted):
         found = tuple(source.weights[name].shape)
         if found != expected[name]:
@@ -58,7 +60,26 @@ def build(source: Source) -> FlowMap:
 
 
 def side(tokens: int, name: str) -> int:
-    """The side of a square of ``tokens``."""
+    """Return the side of a square of ``tokens``."""
     if math.isqrt(tokens) ** 2 != tokens:
-        raise UnpicklingError(f"{name} has {tokens} places, which are no square")
+        raise UnpicklingError(f"{name} has {tokens} places, which is not a square number")
     return math.isqrt(tokens)
+
+
+def layer(place: str, weights: Weights, prefix: str = "") -> Weights:
+    """Return the weight and bias that ``weights`` has under ``prefix``, under our name ``place``."""
+    return {f"{place}.{key}": weights[f"{prefix}{key}"] for key in ("weight", "bias")}
+
+
+def layers(place: str, weights: Weights, names: dict[str, str]) -> Weights:
+    """Return the layers of a block that exist, for ``names`` from our name to theirs."""
+    found = {mine: theirs for mine, theirs in names.items() if f"{theirs}.weight" in weights}
+    pairs = (layer(f"{place}.{mine}", weights, f"{theirs}.").items() for mine, theirs in found.items())
+    return dict(itertools.chain(*pairs))
+
+
+def attention_weights(place: str, qkv: Tensor, qkv_bias: Tensor, out: Tensor, out_bias: Tensor) -> Weights:
+    """Return the matrices of an attention layer as 1 x 1 convolutions."""
+    made = {"qkv.weight": qkv[:, :, None, None], "qkv.bias": qkv_bias}
+    made |= {"out.weight": out[:, :, None, None], "out.bias": out_bias}
+    return {f"{place}.attention.{name}": tensor for name, tensor in made.items()}

@@ -9,10 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flowmaps.importers.build import Source
+from flowmaps.importers.build import Source, Weights
 from flowmaps.importers.pickles import Record, read_objects
-
-Weights = dict[str, Tensor]
 
 
 def _ema(path: Path, name: str) -> tuple[Record, dict[str, Any]]:
@@ -25,7 +23,7 @@ def _ema(path: Path, name: str) -> tuple[Record, dict[str, Any]]:
 
 
 def _layout(enc: list[str], dec: list[str]) -> tuple[dict[str, str], int]:
-    """Our place for each of their blocks, by name, and the number of blocks a level."""
+    """Return our place for each of their blocks, by name, and the number of blocks per level."""
     places = {f"enc.{name}": f"down.{n}" for n, name in enumerate(enc[1:])}
     blocks = [name for name in dec if "_aux_" not in name]
     places |= {f"dec.{name}": f"middle.{n}" for n, name in enumerate(blocks[:2])}
@@ -35,7 +33,7 @@ def _layout(enc: list[str], dec: list[str]) -> tuple[dict[str, str], int]:
 
 
 def _shape(enc: dict[str, Any], width: int, out: str, qkv: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Width of each level in units of ``width``, and the resolutions with attention, from an encoder's blocks."""
+    """Return the width of each level in units of ``width`` and the resolutions with attention, from an encoder."""
     mult = [block["_modules"][out].tensors()["weight"].shape[0] / width for k, block in enc.items() if "_block0" in k]
     attention = {int(k.partition("x")[0]) for k, block in enc.items() if "_block" in k and block["_modules"].get(qkv)}
     if any(m != int(m) for m in mult):
@@ -44,7 +42,7 @@ def _shape(enc: dict[str, Any], width: int, out: str, qkv: str) -> tuple[tuple[i
 
 
 def edm(path: Path) -> Source:
-    """``network-snapshot-*.pkl`` and released ``edm-*-vp.pkl`` files of EDM."""
+    """Read ``network-snapshot-*.pkl`` and released ``edm-*-vp.pkl`` files of EDM."""
     net, _ = _ema(path, "EDMPrecond")
     model = net.children["model"]
     children = model.children
@@ -59,7 +57,7 @@ def edm(path: Path) -> Source:
         heads = block["out_channels"] // 64 if adm else 1
         same = all(w.numel() == 4 for w in filters) and block["num_heads"] in (0, heads)
         if not same or not math.isclose(scale, 1 if adm else math.sqrt(0.5)):
-            raise UnpicklingError("its blocks filter, scale or attend otherwise than DDPM++ and ADM do")
+            raise UnpicklingError("its blocks filter, scale or attend differently from DDPM++ and ADM")
     places, each = _layout(list(enc), list(dec))
     first, *_ = enc
     theirs = model.tensors()
@@ -109,7 +107,7 @@ def edm(path: Path) -> Source:
 
 
 def _edm_block(w: Weights, name: str, adm: bool) -> Weights:
-    """A UNetBlock's weights under our names."""
+    """Return a UNetBlock's weights under our names."""
     names = {"norm1": "norm0", "conv1": "conv0", "conv2": "conv1", "attention.norm": "norm2", "attention.out": "proj"}
     names |= {"skip": "skip", "attention.qkv": "qkv"} | ({} if adm else {"norm2": "norm1", "modulation": "affine"})
     ours = {
@@ -125,7 +123,7 @@ def _edm_block(w: Weights, name: str, adm: bool) -> Weights:
         ours["modulation.weight"] = torch.cat([gain[:, None] * scale, shift + bias[:, None] * scale])
         ours["modulation.bias"] = torch.cat([gain * (scale_bias + 1), shift_bias + bias * (scale_bias + 1)])
     for part in ("weight", "bias"):
-        if f"attention.qkv.{part}" in ours:  # they have q, k and v by turns within a head
+        if f"attention.qkv.{part}" in ours:  # q, k and v alternate within a head
             qkv = ours[f"attention.qkv.{part}"]
             heads = max(1, len(qkv) // 3 // 64) if adm else 1
             ours[f"attention.qkv.{part}"] = rearrange(qkv, "(heads c n) ... -> (n heads c) ...", heads=heads, n=3)
@@ -133,7 +131,7 @@ def _edm_block(w: Weights, name: str, adm: bool) -> Weights:
 
 
 def edm2(path: Path) -> Source:
-    """``edm2-*.pkl`` snapshots of EDM2, one EMA length each."""
+    """Read ``edm2-*.pkl`` snapshots of EDM2, one EMA length each."""
     net, content = _ema(path, "Precond")
     unet = net.children["unet"]
     enc, dec = unet.children["enc"].children, unet.children["dec"].children
@@ -175,7 +173,7 @@ def edm2(path: Path) -> Source:
 
 
 def _latents(encoder: Any) -> dict[str, Any]:
-    """How latents are scaled, if the network works on those: theirs are scale * (what the VAE gives) + bias."""
+    """Return the scaling of latents, if the network works on those: theirs are scale * (the VAE's output) + bias."""
     if not isinstance(encoder, Record) or encoder.name != "StabilityVAEEncoder":
         return {}
     scale, bias = (encoder[name].value.flatten().astype(float) for name in ("scale", "bias"))

@@ -1,8 +1,8 @@
 """Released checkpoints read as data: no code of a pickle runs, and what no checkpoint needs is refused by name.
 
 Two kinds of files. Those of ``torch.save`` go through torch's own ``weights_only`` reader. NVIDIA's (EDM, EDM2) are
-pickles of whole objects that carry the source code of their classes along; ``read_objects`` makes inert records of
-them, in which that source is never looked at, and hands the tensors inside to ``weights_only`` again.
+pickles of objects that carry the source code of their classes; ``read_objects`` turns these into inert records without
+looking at that source, and hands the tensors inside to ``weights_only`` again.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Record(metaclass=_Inert):
         return state[key]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The attribute ``key``, or ``default``."""
+        """Return the attribute ``key``, or ``default``."""
         state = self.__dict__.get("state")
         return state.get(key, default) if isinstance(state, dict) else default
 
@@ -63,9 +63,11 @@ class Record(metaclass=_Inert):
         return {name: child for name, child in found.items() if isinstance(child, Record)}
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Parameters and buffers of a module by their names in a state dict."""
+        """Return parameters and buffers of a module by their names in a state dict."""
         own = {**self["_parameters"], **self["_buffers"]}
-        found = {prefix + name: whole(tensor) for name, tensor in own.items() if isinstance(tensor, Tensor)}
+        found = {
+            prefix + name: check_not_expanded(tensor) for name, tensor in own.items() if isinstance(tensor, Tensor)
+        }
         for name, child in self.children.items():
             found |= child.tensors(f"{prefix}{name}.")
         return found
@@ -94,7 +96,7 @@ class _DType(metaclass=_Inert):
         self.__dict__["code"] = code
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order and the like: those of the machines that wrote these files are all the same."""
+        """Ignore byte order and the like: they are the same for all machines that wrote these files."""
 
     def numpy(self) -> np.dtype[Any]:
         if not re.fullmatch(r"[<|]?[fiu][1248]|b1|\|b1", str(self.code)):
@@ -105,10 +107,10 @@ class _DType(metaclass=_Inert):
 
 
 def _reconstruct(meta: Any) -> Record:
-    """What NVIDIA's persistence would make by running ``meta["module_src"]``: a record instead."""
+    """Make a record of the object that NVIDIA's persistence would build by running ``meta["module_src"]``."""
     name, kind = (meta.get(key) if isinstance(meta, dict) else None for key in ("class_name", "type"))
     if kind != "class" or name not in CLASSES:
-        raise pickle.UnpicklingError(f"it brings its own code for {name}, which is no class of EDM or EDM2")
+        raise pickle.UnpicklingError(f"it brings its own code for {name}, which is not a class of EDM or EDM2")
     record = Record()
     record.__dict__.update(name=name, state=meta.get("state"))
     return record
@@ -121,8 +123,8 @@ def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Te
     return torch.empty(0, dtype=storage.dtype).set_(untyped, offset, size, stride)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """``tensor``, if it is no small storage expanded to a large shape, which would fill the memory when copied."""
+def check_not_expanded(tensor: Tensor) -> Tensor:
+    """Return ``tensor``, refuse a small storage expanded to a large shape, which would fill the memory when copied."""
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise pickle.UnpicklingError(f"a tensor of shape {tuple(tensor.shape)} has too few numbers")
     return tensor
@@ -164,7 +166,7 @@ class _Reader(pickle.Unpickler):
 
 
 def read_objects(path: Path) -> Any:
-    """The content of an NVIDIA pickle: dicts, lists, numbers, tensors, and a ``Record`` for each object."""
+    """Return the content of an NVIDIA pickle: dicts, lists, numbers, tensors, and a ``Record`` for each object."""
     try:
         with path.open("rb") as file:
             for opcode, argument, position in pickletools.genops(file):
@@ -177,7 +179,7 @@ def read_objects(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> Any:
-    """The content of a file of ``torch.save``: dicts, lists, numbers, tensors, and argparse's plain namespaces."""
+    """Return the content of a file of ``torch.save``: dicts, lists, numbers, tensors, plain argparse namespaces."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -185,10 +187,10 @@ def read_tensors(path: Path) -> Any:
                 if packed:
                     largest = max(packed, key=lambda entry: entry.file_size)
                     raise pickle.UnpicklingError(
-                        f"{largest.filename} in it unpacks to {largest.file_size} bytes, and torch packs nothing"
+                        f"{largest.filename} in it unpacks to {largest.file_size} bytes, but torch does not compress"
                     )
                 if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                    raise pickle.UnpicklingError("its parts are larger than the whole")
+                    raise pickle.UnpicklingError("its parts add up to more than the file")
         with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             return _weights_only(file)
     except Exception as error:
@@ -202,11 +204,11 @@ def _weights_only(file: Any) -> Any:
 
 
 def refusal(path: Path, error: Exception) -> UserError:
-    """One line about a file that is not read."""
+    """Describe in one line why a file was not read."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, OSError) and error.strerror:
-        return UserError(f"--src={path}: {error.filename}: {error.strerror}: give what --format is made for")
+        return UserError(f"{error.filename}: {error.strerror}: choose a file of this format", field="src", value=path)
     message = " ".join(str(error).split())
     if named := re.search(r"GLOBAL (\S+)", message):
         message = f"it names {named[1]}, which no such checkpoint needs"
@@ -215,6 +217,8 @@ def refusal(path: Path, error: Exception) -> UserError:
     message = message.partition("WeightsUnpickler error: ")[2] or message
     message = re.split(r" Check the documentation|\. This is an internal", message)[0]
     return UserError(
-        f"--src={path} is no checkpoint of that --format, or damaged, and was not run: {message[:200]}; "
-        "download it again, or name another --format"
+        f"is not a checkpoint of this format, or damaged, and was not run: {message[:200]}; "
+        "download it again, or choose another format",
+        field="src",
+        value=path,
     )

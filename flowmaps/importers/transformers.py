@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flowmaps.importers.build import Source, side
-from flowmaps.importers.pickles import read_tensors, whole
+from flowmaps.importers.pickles import check_not_expanded, read_tensors
 from flowmaps.networks.dit import positions
 
 # Both were trained on latents of Stable Diffusion's VAE, from the sample (no mean or standard deviation taken out).
@@ -16,21 +16,21 @@ SD_LATENTS = {"vae": "stabilityai/sd-vae-ft-ema", "latent_shift": 4 * (0.0,), "l
 
 
 def dit(path: Path) -> Source:
-    """DiT's ``.pt`` files, the released weights or a training checkpoint (its EMA): noise prediction, DDPM's times."""
+    """Read DiT's ``.pt`` files, released weights or a training checkpoint (its EMA): noise prediction, DDPM's times."""
     return _transformer(path, "ddpm")
 
 
 def sit(path: Path) -> Source:
-    """SiT's ``.pt`` files likewise: velocity prediction on the linear path, noise at time 0 as here."""
+    """Read SiT's ``.pt`` files, in the same two forms: velocity prediction on the linear path, noise at time 0."""
     return _transformer(path, "velocity")
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:
-    """The weights in a training checkpoint's "ema", or the whole content if that is weights."""
+    """Return the weights in a training checkpoint's "ema", or all of the content if that is weights."""
     weights = content.get("ema", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise UnpicklingError("it has no weights, and no ema that has")
-    return {name: whole(tensor) for name, tensor in weights.items()}
+        raise UnpicklingError("it has no weights, and neither has its ema")
+    return {name: check_not_expanded(tensor) for name, tensor in weights.items()}
 
 
 def _transformer(path: Path, convention: str) -> Source:
@@ -39,7 +39,7 @@ def _transformer(path: Path, convention: str) -> Source:
     width, channels, patch, _ = stem.shape
     depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
     if width % 64:
-        raise UnpicklingError(f"its width is {width}, which is no number of heads of 64")
+        raise UnpicklingError(f"its width is {width}, which is not a multiple of 64, the size of a head")
     place = w.pop("pos_embed")[0]
     size = side(len(place), "pos_embed")
     if place.shape[1] != width or (place.float() - positions(size, width)).abs().max() > 1e-3:
@@ -47,7 +47,7 @@ def _transformer(path: Path, convention: str) -> Source:
     head, bias = w.pop("final_layer.linear.weight"), w.pop("final_layer.linear.bias")
 
     def pixels(rows: Tensor) -> Tensor:
-        """Rows for (p, q, c), c running over prediction and variance: those for (c, p, q) of the prediction."""
+        """Reorder rows (p, q, c), c over prediction and variance, to (c, p, q) of the prediction alone."""
         both = rearrange(rows, "(p q c) ... -> p q c ...", p=patch, q=patch)
         return rearrange(both[:, :, :channels], "p q c ... -> (c p q) ...")
 
@@ -72,7 +72,7 @@ def _transformer(path: Path, convention: str) -> Source:
         "patch": patch,
         "width": width,
         "depth": depth,
-        "heads": 16 if width == 1152 else width // 64,  # not to be seen in the weights: XL, and S, B, L
+        "heads": 16 if width == 1152 else width // 64,  # cannot be read off the weights: XL, and S, B, L
         "mlp_ratio": len(w["blocks.0.mlp.fc1.bias"]) / width,
         "num_classes": len(table) - 1,
         "data_std": 1.0,

@@ -1,7 +1,7 @@
 """Two-time velocity networks v(x, s, t, label), each a diffusers model with a frozen module path.
 
-The path ``flowmaps.networks.<module>`` and the class name are written into every exported checkpoint. What a network
-must offer, and so a class of your own, is stated by ``Network`` in ``flowmaps.networks.interface``.
+The path ``flowmaps.networks.<module>`` and the class name are written into every exported checkpoint. ``Network`` in
+``flowmaps.networks.interface`` states the requirements on a network, for writing another one.
 """
 
 from flowmaps.networks.dit import DiT

@@ -1,4 +1,4 @@
-"""What a network is told beside x: two times, and a label with what may ride on it (augmentation, guidance weight)."""
+"""Conditioning of a network: two times, and a label that may carry augmentation parameters and a guidance weight."""
 
 from typing import NamedTuple, cast
 
@@ -10,7 +10,7 @@ from flowmaps.networks.layers import zero
 
 
 def time_features(t: Tensor, channels: int, last: float = 32.0) -> Tensor:
-    """cos and sin of t [B] at ``channels / 2`` geometrically spaced frequencies, 1 to ``last``: [B, channels].
+    """Return cos and sin of t [B] at ``channels / 2`` geometrically spaced frequencies, 1 to ``last``: [B, channels].
 
     For times in [0, 1], 32 is modest on purpose. With times scaled to 0 .. 1000, as diffusion models have it, the
     tangent of the embedding is some hundred times its value and drowns the derivative of everything else.
@@ -22,7 +22,7 @@ def time_features(t: Tensor, channels: int, last: float = 32.0) -> Tensor:
 
 
 def soft_label(label: Tensor | None, augmentation: Tensor, num_classes: int) -> Tensor:
-    """Label int64 [B] and augmentation parameters [B, n] as float rows that a network takes for its label.
+    """Combine label int64 [B] and augmentation parameters [B, n] to float rows that a network takes as its label.
 
     One-hot over 0 .. ``num_classes`` (the last means "no label"), if there are classes, then the parameters.
     """
@@ -33,13 +33,13 @@ def soft_label(label: Tensor | None, augmentation: Tensor, num_classes: int) -> 
 
 
 def with_guidance(label: Tensor, weight: Tensor, num_classes: int) -> Tensor:
-    """``label``, int64 [B] or rows of ``soft_label``, and guidance weights [B] as rows that a network takes for it."""
+    """Append guidance weights [B] to ``label``, int64 [B] or rows of ``soft_label``: rows for a network."""
     rows = label if label.is_floating_point() else F.one_hot(label, num_classes + 1).to(weight.dtype)
     return torch.cat([rows, weight[:, None].to(rows.dtype)], dim=1)
 
 
 def without_label(label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """``label`` with every class replaced by "no label", augmentation kept; and which rows had a class, bool [B]."""
+    """Replace every class by "no label", keeping augmentation; also return which rows had a class, bool [B]."""
     if not label.is_floating_point():
         return torch.full_like(label, num_classes), label != num_classes
     classes = torch.zeros_like(label[:, : num_classes + 1])
@@ -48,7 +48,7 @@ def without_label(label: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
 
 
 class Condition(NamedTuple):
-    """What a label says: one-hot classes [B, num_classes + 1], augmentation [B, augment_dim], guidance weight [B]."""
+    """Parts of a label: one-hot classes [B, num_classes + 1], augmentation [B, augment_dim], guidance weight [B]."""
 
     classes: Tensor
     augmentation: Tensor
@@ -58,18 +58,18 @@ class Condition(NamedTuple):
 def condition(
     label: Tensor | None, like: Tensor, num_classes: int, augment_dim: int = 0, guidance: bool = False
 ) -> Condition:
-    """``label`` in its parts, floats of the type of ``like`` [B]; what is not given has its neutral value.
+    """Split ``label`` into its parts, floats of the type of ``like`` [B]; absent parts have their neutral value.
 
-    ``label`` is int64 [B], None, or float rows: those of ``soft_label`` where images were augmented, and of
-    ``with_guidance`` where a guidance weight was drawn. Neutral are: no label, no augmentation (zeros), weight 1.
-    Without classes or augmentation their part has no columns.
+    ``label`` is int64 [B], None, or float rows from ``soft_label`` (augmented images) or ``with_guidance`` (drawn
+    guidance weights). Neutral values are "no label", no augmentation (zeros) and weight 1. Without classes or
+    augmentation the corresponding part has no columns.
     """
     batch, sizes = len(like), [num_classes + 1 if num_classes else 0, augment_dim]
     if label is not None and label.is_floating_point():
         sizes.append(label.shape[1] - sum(sizes))
         if sizes[-1] not in ((0, 1) if guidance else (0,)):
             raise ValueError(
-                f"label rows have {label.shape[1]} columns, which is not what this network takes (num_classes="
+                f"label rows have {label.shape[1]} columns, which does not fit this network (num_classes="
                 f"{num_classes}, augment_dim={augment_dim}, guidance={guidance})"
             )
         classes, augmentation, weight = torch.split(label.to(like.dtype), sizes, dim=1)
@@ -87,10 +87,10 @@ def condition(
 class TimeEmbedding(nn.Module):
     """Embeds (s, t, label) as one vector [B, channels]: MLP(level) + MLP(t - s) + class and guidance vectors.
 
-    The MLPs see ``features`` time features, those of the level (s, or what a published network counts in its place)
-    at frequencies up to ``last``. Augmentation parameters are added to the latter, and class vectors too if
-    ``label_first`` (DDPM++), else to the MLP's output (ADM, DiT). A guidance weight w >= 1 enters as the features of
-    1 / w. For ``label`` see ``condition``.
+    The MLPs see ``features`` time features; the highest frequency for the level (s, or a published network's noise
+    level) is ``last``. Augmentation parameters are added to the level's features. So are class vectors if
+    ``label_first`` (DDPM++); otherwise they are added to the MLP's output (ADM, DiT). A guidance weight w >= 1 enters
+    as the features of 1 / w. For ``label`` see ``condition``.
 
     The last layers of the MLPs for t - s and 1 / w start at zero: a network trained with one time, loaded into this
     one, is the same function at s = t.
@@ -119,7 +119,7 @@ class TimeEmbedding(nn.Module):
 
     @staticmethod
     def second(features: int, channels: int) -> nn.Sequential:
-        """An MLP that starts as nothing, narrow, so that a published network keeps its size."""
+        """Return an MLP whose output starts at zero; it is narrow, so that a published network keeps its size."""
         return nn.Sequential(nn.Linear(features, features), nn.SiLU(), zero(nn.Linear(features, channels)))
 
     def forward(self, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from flowmaps.networks.preconditioning import Preconditioned
 
 
 def positions(size: int, width: int) -> Tensor:
-    """Sines and cosines of row and column of a ``size`` x ``size`` grid of patches: [size^2, width].
+    """Return sines and cosines of row and column of a ``size`` x ``size`` grid of patches: [size^2, width].
 
     Half of the width is for each coordinate, at frequencies 10000^(-k / (width / 4)).
     """
@@ -24,12 +24,12 @@ def positions(size: int, width: int) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """x over its root mean square along the last dimension, times ``weight``."""
+    """Divide x by its root mean square along the last dimension and multiply by ``weight``."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight.to(x.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer normalisation of tokens [B, n, width] without weights, then scale and shift [B, width]."""
+    """Normalise tokens [B, n, width] without weights, then scale and shift by [B, width]."""
     return torch.addcmul(shift[:, None], layer_norm(x), 1 + scale[:, None])
 
 
@@ -52,7 +52,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and MLP, each normalised and modulated by the embedding and gated by it; starts as the identity."""
+    """Attention and MLP, each normalised, modulated and gated by the embedding; starts as the identity."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dropout: float) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
                 nn.init.zeros_(module.bias)
 
     def body(self, x: Tensor, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        """F, or v over ``data_std``: tokens, blocks, pixels."""
+        """Apply the transformer: F of the parametrisation, or v / data_std."""
         p = self.patch
         x = self.stem(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
         x = x + self.positions.to(x.dtype)

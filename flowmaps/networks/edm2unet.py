@@ -20,7 +20,7 @@ LIMIT = 256.0  # of activations
 
 
 def raw_features(t: Tensor, channels: int) -> Tensor:
-    """cos and sin of a time in [0, 1] at ``channels / 2`` frequencies from 1 down to 1e-4, times sqrt 2: [B, channels].
+    """Return sqrt 2 cos and sqrt 2 sin of t [B] at ``channels / 2`` frequencies from 1 down to 1e-4: [B, channels].
 
     Boffi et al. 2025: Fourier features of higher frequency make the derivatives in time unstable.
     """
@@ -32,11 +32,11 @@ def raw_features(t: Tensor, channels: int) -> Tensor:
 class MPEmbedding(nn.Module):
     """Embeds (s, t, label) as one vector [B, channels] of unit variance.
 
-    A layer of the features of s, then with learned gains those of t - s, of the augmentation and of the guidance
-    weight's inverse, then that of the class with share 1/2 ("no label" is a zero vector). The gains start at zero: a
-    network of one time, loaded into this one, is the same function at s = t. A gain of 1 for t - s is the equal
-    mixture of Boffi et al. 2025. ``random`` features are EDM2's, cos(level f + p) sqrt 2 with random f and p, in place
-    of those of s.
+    The layer for s is summed with layers for t - s, for the augmentation and for the inverse of the guidance weight,
+    each with a learned gain, then with the layer for the class at share 1/2 ("no label" is a zero vector). The gains
+    start at zero: a network with one time, loaded into this one, is the same function at s = t. A gain of 1 for t - s
+    is the equal mixture of Boffi et al. 2025. ``random`` replaces the features of s by EDM2's, cos(level f + p) sqrt 2
+    with random f and p.
     """
 
     frequencies: Tensor
@@ -83,7 +83,7 @@ class MPEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block of unit variance: SiLU, conv, SiLU of what the embedding scaled, dropout, conv; attention.
+    """Residual block of unit variance: SiLU, conv, scale by the embedding, SiLU, dropout, conv; attention.
 
     The skip of an encoder block is normalised over channels, pixel by pixel. Attention is cosine attention: queries,
     keys and values are normalised.
@@ -118,7 +118,7 @@ class Block(nn.Module):
         return x.clamp(-LIMIT, LIMIT)
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """Attention over pixels from [B, 3 C, h, w]: the channels of each head hold q, k and v by turns."""
+        """Attend over pixels from [B, 3 C, h, w], where q, k and v alternate along the channels of each head."""
         h, w = qkv.shape[-2:]
         q, k, v = unit(rearrange(qkv, "b (heads c n) h w -> n b heads (h w) c", heads=self.heads, n=3), dim=-1)
         return rearrange(F.scaled_dot_product_attention(q, k, v), "b heads (h w) c -> b (heads c) h w", h=h, w=w)
@@ -129,7 +129,7 @@ class EDM2UNet(Preconditioned, ModelMixin, ConfigMixin):
 
     Karras et al. 2024 (EDM2, arXiv 2312.02696), configuration G, as Boffi et al. 2025 use it: the two times enter as
     (s, t - s) through ``raw_features``, nothing else depends on time. Trained with ``magnitude.normalise_weights``
-    after each step, it bears learning rates of 1e-2 and more. Arguments as in ``UNet``.
+    after each step, it tolerates learning rates of 1e-2 and more. Arguments as in ``UNet``.
     """
 
     _supports_gradient_checkpointing = True
@@ -173,7 +173,7 @@ class EDM2UNet(Preconditioned, ModelMixin, ConfigMixin):
         self.gain = nn.Parameter(torch.zeros(1))
 
     def body(self, x: Tensor, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        """F, or v over ``data_std``: the U-Net."""
+        """Apply the U-Net: F of the parametrisation, or v / data_std."""
         embedding = self.embedding(level, s, t, label)
         ones = x.new_ones(len(x), 1, *x.shape[2:])  # acts as a bias
         x = self.stem(torch.cat([x, ones], dim=1))

@@ -1,7 +1,7 @@
-"""Layers shared by the networks, all safe under torch.func.jvp and torch.compile.
+"""Layers shared by the networks, safe under torch.func.jvp and torch.compile.
 
-Affine ``nn.GroupNorm``/``nn.LayerNorm`` stop torch.compile inside a jvp, and under autocast they hand a float32
-tangent to the next half-precision layer. So: normalise without weights, then scale and shift by hand in x's type.
+Affine ``nn.GroupNorm``/``nn.LayerNorm`` stop torch.compile inside a jvp, and under autocast they pass a float32
+tangent to the next half-precision layer. So normalise without weights, then scale and shift by hand in x's type.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +44,7 @@ class Dropout(nn.Dropout):
 
 @contextmanager
 def shared_dropout(network: nn.Module) -> Iterator[None]:
-    """All passes of ``network`` inside the block, on batches of one shape, drop the same activations."""
+    """Make all passes of ``network`` inside the block, on batches of one shape, drop the same activations."""
     layers = [m for m in network.modules() if isinstance(m, Dropout)]
     for layer in layers:
         layer.shared = True
@@ -56,24 +56,24 @@ def shared_dropout(network: nn.Module) -> Iterator[None]:
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """Set the weights of ``layer`` to zero, so that its branch starts as nothing."""
+    """Set the weights of ``layer`` to zero, so that its branch starts at zero."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 def normalise(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Group normalisation of [B, C, H, W] without weights: up to 32 groups of at least 4 channels, if C divides so."""
+    """Normalise [B, C, H, W] without weights, in up to 32 groups of at least 4 channels that divide C."""
     channels = x.shape[1]
     most = max(1, min(32, channels // 4))
     return F.group_norm(x, next(groups for groups in range(most, 0, -1) if channels % groups == 0), eps=eps)
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """Layer normalisation of [B, n, C] along C without weights.
+    """Normalise [B, n, C] along C without weights.
 
-    As one group of a group normalisation: backward through the forward derivative of F.layer_norm is wrong, silently
-    (pytorch issue 196700; seen in 2.11 and 2.15).
+    This is one group of a group normalisation, since backward through the forward derivative of F.layer_norm is
+    silently wrong (pytorch issue 196700; seen in 2.11 and 2.15).
     """
     return F.group_norm(x.flatten(0, 1), 1, eps=1e-6).view_as(x)
 
@@ -93,14 +93,14 @@ class GroupNorm(nn.Module):
 
 
 def heads_of(channels: int, head_channels: int) -> int:
-    """Attention heads of ``head_channels`` each, or one of fewer."""
+    """Return the number of attention heads of ``head_channels`` each, or 1 if there are fewer channels."""
     if channels % min(channels, head_channels):
         raise ValueError(f"attention needs channels ({channels}) divisible by head_channels ({head_channels})")
     return max(1, channels // head_channels)
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over the pixels of [B, C, H, W], added to its input; starts as nothing added."""
+    """Self-attention over the pixels of [B, C, H, W], added to its input; the added part starts at zero."""
 
     def __init__(self, channels: int, head_channels: int = 64, eps: float = 1e-5) -> None:
         super().__init__()
@@ -118,14 +118,14 @@ class SelfAttention(nn.Module):
 
 
 def resample(x: Tensor, mode: str) -> Tensor:
-    """[B, C, H, W] at half the resolution ("down": 2 x 2 means), at twice ("up": nearest) or as is ("keep")."""
+    """Halve the resolution of [B, C, H, W] ("down": 2 x 2 means), double it ("up": nearest) or keep it ("keep")."""
     if mode == "keep":
         return x
     return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 class Stage(NamedTuple):
-    """A place in a U-Net: its change of resolution, channels, and resolution; ``last`` of its level in the decoder."""
+    """Position in a U-Net: change of resolution, channels, and resolution; ``last`` of its level in the decoder."""
 
     resample: str  # keep, down or up
     inputs: int
@@ -135,9 +135,9 @@ class Stage(NamedTuple):
 
 
 def u_shape(size: int, stem: int, widths: tuple[int, ...], blocks: int) -> tuple[list[Stage], list[Stage]]:
-    """Encoder and decoder of a U-Net whose first layer gives ``stem`` channels: ``blocks`` a level of ``widths``.
+    """Lay out encoder and decoder of a U-Net whose first layer gives ``stem`` channels: ``blocks`` per level.
 
-    Every stage of the encoder, and the first layer, leaves its output to a "keep" stage of the decoder, last first.
+    Every stage of the encoder, and the first layer, passes its output to a "keep" stage of the decoder, last first.
     """
     down, up, skips, current = [], [], [stem], stem
     for level, channels in enumerate(widths):
@@ -159,11 +159,10 @@ def u_shape(size: int, stem: int, widths: tuple[int, ...], blocks: int) -> tuple
 
 
 def run(network: Any, part: Callable[..., Any], *args: Any) -> Any:
-    """``part(*args)`` of ``network``: with its ``gradient_checkpointing``, activations are not kept for the backward
-    pass but computed again there.
+    """Call ``part(*args)`` of ``network``; under its ``gradient_checkpointing``, recompute activations in the backward.
 
-    Again with the dropout of now, since the backward pass may come when a ``no_dropout`` or ``shared_dropout`` block
-    has ended.
+    The recomputation uses the dropout state of the forward pass, since the backward pass may run after the end of a
+    ``no_dropout`` or ``shared_dropout`` block.
     """
     if not (getattr(network, "gradient_checkpointing", False) and torch.is_grad_enabled()):
         return part(*args)
@@ -191,7 +190,7 @@ def run(network: Any, part: Callable[..., Any], *args: Any) -> Any:
 
 
 def run_whole(network: Any, part: Callable[..., Any], *args: Any) -> Any:
-    """As ``run``, for a part whose own parts cannot be computed again: torch cannot do that inside a derivative."""
+    """Call ``part`` as ``run`` does, but recompute it as one piece: torch cannot recompute inside a derivative."""
     if not getattr(network, "gradient_checkpointing", False):
         return part(*args)
 
@@ -206,7 +205,7 @@ def run_whole(network: Any, part: Callable[..., Any], *args: Any) -> Any:
 
 
 def check_unet(config: Mapping[str, Any]) -> None:
-    """Refuse the arguments ``config`` of a network if no U-Net can have them."""
+    """Refuse arguments ``config`` of a network that no U-Net can have."""
     image_size, mult, patch = config["image_size"], config["channel_mult"], config.get("patch", 1)
     if not mult or min(image_size, config["channels"], config["width"], config["blocks"], patch, *mult) < 1:
         raise ValueError("image_size, channels, width, channel_mult, blocks and patch must be at least 1")

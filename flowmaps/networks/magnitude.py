@@ -1,8 +1,8 @@
 """Magnitude-preserving layers: unit variance in, unit variance out, at any training step.
 
 Karras et al. 2024 (EDM2, arXiv 2312.02696), section 2.3 and appendix B; equation numbers are theirs. A weight is used
-as w / |w|, so its size has no meaning, and ``normalise_weights`` sets it back after every optimiser step: then the
-learning rate is the angle by which weights turn.
+as w / |w|, so its size has no meaning, and ``normalise_weights`` resets it after every optimiser step: the learning
+rate is then the angle by which weights turn.
 """
 
 import math
@@ -13,30 +13,30 @@ from torch import Tensor, nn
 
 
 def unit(x: Tensor, dim: int | tuple[int, ...], eps: float = 1e-4) -> Tensor:
-    """x over its root mean square along ``dim``, taken in at least float32: pixel and weight normalisation (66)."""
+    """Divide x by its root mean square along ``dim``, in at least float32: pixel and weight normalisation (66)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    rms = (wide.square().mean(dim=dim, keepdim=True) + 1e-30).sqrt()  # the constant: a derivative at 0
+    rms = (wide.square().mean(dim=dim, keepdim=True) + 1e-30).sqrt()  # the constant gives a derivative at 0
     return (wide / (rms + eps)).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:
-    """SiLU over the root mean square that it gives unit Gaussian input (81)."""
+    """SiLU divided by the root mean square of its output for unit Gaussian input (81)."""
     return F.silu(x) / 0.596
 
 
 def mp_sum(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """(1 - share) a + share b, over the size that this has for independent unit a and b (88)."""
+    """(1 - share) a + share b, divided by its size for independent unit a and b (88)."""
     return torch.lerp(a, b, share) / math.hypot(1 - share, share)
 
 
 def mp_add(a: Tensor, b: Tensor, gain: Tensor) -> Tensor:
-    """a + gain b with a learned ``gain``, over its size likewise: a itself at gain 0, half of each at gain 1."""
+    """a + gain b with a learned ``gain``, divided by its size in the same way: a at gain 0, half of each at gain 1."""
     gain = gain.to(a.dtype)
     return (a + gain * b) / (1 + gain.square()).sqrt()
 
 
 def mp_cat(a: Tensor, b: Tensor) -> Tensor:
-    """Channels of a and b side by side, scaled so that both weigh the same in what follows (103), share 1/2."""
+    """Concatenate the channels of a and b, scaled to contribute equally to the next layer (103), share 1/2."""
     n, m = a.shape[1], b.shape[1]
     scale = math.sqrt((n + m) / 2)
     return torch.cat([a * (scale / math.sqrt(n)), b * (scale / math.sqrt(m))], dim=1)
@@ -54,11 +54,11 @@ class MPLayer(nn.Module):
     @torch.no_grad()
     def normalise(self) -> None:
         """Set the weights of each output to root mean square 1."""
-        weight: Tensor = getattr(self.weight, "to_local", lambda: self.weight)()  # if sharded, whole outputs are here
+        weight: Tensor = getattr(self.weight, "to_local", lambda: self.weight)()  # sharding keeps outputs in one piece
         weight.copy_(unit(weight, tuple(range(1, weight.ndim))))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        """``gain`` times the layer's output, of unit variance at gain 1."""
+        """Return ``gain`` times the layer's output, which has unit variance at gain 1."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         weight = unit(self.weight.to(wide), tuple(range(1, self.weight.ndim)))
         weight = (weight * (gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
@@ -66,7 +66,7 @@ class MPLayer(nn.Module):
 
 
 def normalise_weights(module: nn.Module) -> None:
-    """Forced weight normalisation (section 2.3): what a training loop does after each optimiser step."""
+    """Normalise all weights (forced weight normalisation, section 2.3); call this after each optimiser step."""
     for layer in module.modules():
         if isinstance(layer, MPLayer):
             layer.normalise()

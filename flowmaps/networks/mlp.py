@@ -13,8 +13,8 @@ class MLP(ModelMixin, ConfigMixin):
     """v(x, s, t) for points x [B, dim]: the checkerboard network of Boffi et al. 2025 (arXiv 2505.18825, appendix).
 
     Input (s, t, x / data_std), ``depth`` hidden layers of ``width`` with GELU, output times ``data_std``; no time
-    embedding, no residuals. ``fourier_features`` > 0 adds cos and sin of that many random projections of
-    x / data_std with standard deviation ``fourier_scale``: with few steps raw coordinates are the bottleneck.
+    embedding, no residuals. ``fourier_features`` > 0 adds cos and sin of as many random projections of
+    x / data_std with standard deviation ``fourier_scale``. With few steps raw coordinates are the bottleneck.
     """
 
     @registered

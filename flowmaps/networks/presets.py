@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 
 class Preset(NamedTuple):
-    """A network of a paper: class, arguments, its published size in millions of parameters, and where that is from.
+    """A network of a paper: class, arguments, its published size in millions of parameters, and the source.
 
-    The package's own second time adds up to 0.3 % to a network that was published with one time.
+    The package's second time adds up to 0.3 % to a network that was published with one time.
     """
 
     network: str

@@ -27,23 +27,23 @@ from flowmaps.networks.preconditioning import Preconditioned
 
 
 class Variant(NamedTuple):
-    """Where the U-Nets of this line differ."""
+    """Differences between the U-Nets of this line."""
 
-    resampling: str  # resolution changes inside blocks of their own ("block"), or between blocks ("pool", "conv")
-    scale: bool  # the embedding scales and shifts after the second norm, else it is added before it
-    skip_scale: float  # of every sum of a branch and its skip
+    resampling: str  # resolution changes in separate residual blocks ("block"), or between blocks ("pool", "conv")
+    scale: bool  # scale and shift by the embedding after the second norm; else add it before
+    skip_scale: float  # factor of every sum of a branch and its skip
     head_channels: int | None  # of attention; None: one head
-    up_attention: bool  # in every decoder block of a level, else in its last one
+    up_attention: bool  # in every decoder block of a level, else in the last one
     label_first: bool  # class vectors enter before the time MLP
     eps: float
-    endpoint: bool = False  # with a convention: frequencies of its level reach 1e-4, else stop one short of it
+    endpoint: bool = False  # with a convention: the level's frequencies reach 1e-4, else stop one short
     asymmetric: bool = False  # "conv" pads right and bottom only
 
 
 # ADM: Dhariwal and Nichol 2021 (arXiv 2105.05233); DDPM++: Song et al. 2021 (arXiv 2011.13456); both as EDM has them,
 # Karras et al. 2022 (arXiv 2206.00364), table 1 and appendix F.6. "small" is ADM without resampling blocks and with
-# attention at the listed resolutions only, which is what small images on a CPU want. "ddpm": Ho et al. 2020
-# (arXiv 2006.11239) as in diffusers' UNet2DModel, "diffusers": that class as it is by default.
+# attention at the listed resolutions only, for small images on a CPU. "ddpm": Ho et al. 2020
+# (arXiv 2006.11239) as in diffusers' UNet2DModel, "diffusers": that class with its defaults.
 VARIANTS = {
     "small": Variant("pool", True, 1.0, 64, True, False, 1e-5),
     "adm": Variant("block", True, 1.0, 64, True, False, 1e-5),
@@ -90,7 +90,7 @@ class Block(nn.Module):
 
 
 class Resample(nn.Module):
-    """A change of resolution in the place of a block: without weights, or a convolution with stride 2 or after it."""
+    """Change of resolution in place of a block: without weights, with stride 2, or followed by a convolution."""
 
     def __init__(self, stage: Stage, variant: Variant) -> None:
         super().__init__()
@@ -109,15 +109,31 @@ class Resample(nn.Module):
 class UNet(Preconditioned, ModelMixin, ConfigMixin):
     """v(x, s, t, label) for images x [B, channels, image_size, image_size], from 8x8 up.
 
-    ``variant`` is a key of ``VARIANTS``: the U-Net of a paper, or "small".
-    ``patch`` > 1 folds patch x patch pixels into channels first, which is what a small image on a CPU wants.
-    ``channel_mult`` gives the width of each level in units of ``width``; each level halves the resolution, and levels
-    whose resolution is in ``attention_resolutions`` (counted after folding) get self-attention. Input is divided and
-    output multiplied by ``data_std`` (no skip, no time-dependent scaling), as in Boffi et al. 2025, unless imported
-    weights want another ``convention``, with noise of ``base_std`` (``preconditioning.Preconditioned``).
-    ``augment_dim`` > 0 makes room for the parameters of an augmentation, given in the label
-    (``conditioning.soft_label``), ``guidance`` for the weight of a guidance that is baked in
-    (``conditioning.with_guidance``).
+    Args:
+        image_size: Height and width of x.
+        channels: Channels of x.
+        width: Channels of the first level; the embedding has four times as many.
+        channel_mult: Channels of each level in units of ``width``. Each further level halves the resolution.
+        blocks: Residual blocks per level.
+        attention_resolutions: Resolutions, after folding, of the levels with self-attention.
+        dropout: Probability in the residual blocks.
+        num_classes: Number of classes, 0 for an unconditional network.
+        data_std: Divides the input and multiplies the output (no skip, no time-dependent scaling), as in Boffi et al.
+            2025.
+        patch: Above 1, fold patch x patch pixels into channels first, for small images on a CPU.
+        augment_dim: Number of augmentation parameters in the label (``conditioning.soft_label``).
+        guidance: True to condition on a guidance weight in the label (``conditioning.with_guidance``).
+        variant: A key of ``VARIANTS``: the U-Net of a paper, or "small".
+        convention: Parametrisation of imported weights, empty for this package's
+            (``preconditioning.Preconditioned``).
+        base_std: Standard deviation of the noise, for ``convention``.
+
+    Raises:
+        ValueError: The arguments do not fit together, such as a resolution that cannot be halved.
+
+    Example:
+        >>> network = UNet(image_size=32, channels=1, width=32, channel_mult=(1, 2), blocks=1, num_classes=10)
+        >>> v = network(torch.randn(4, 1, 32, 32), torch.zeros(4), torch.ones(4), torch.tensor([0, 1, 2, 10]))
     """
 
     _supports_gradient_checkpointing = True
@@ -175,7 +191,7 @@ class UNet(Preconditioned, ModelMixin, ConfigMixin):
         )
 
     def body(self, x: Tensor, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        """F, or v over ``data_std``: the U-Net."""
+        """Apply the U-Net: F of the parametrisation, or v / data_std."""
         p = self.patch
         x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
         embedding = F.silu(self.embedding(level, s, t, label))

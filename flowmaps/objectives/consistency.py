@@ -26,8 +26,8 @@ class Consistency(Objective):
     With a teacher it is consistency distillation, Song et al. 2023 (arXiv 2303.01469): the target starts where a Heun
     step of the teacher's drift leads from I_s to u, instead of at I_u.
 
-    Every row is of this kind. X_{s,1} is all that is trained: there is no drift to guide or to learn from an average
-    of the weights, and the kind "consistency" makes samplers that need other times refuse the model.
+    Every row is of this kind. Only X_{s,1} is trained, so there is nothing to guide and an average of the weights has
+    nothing to teach. The kind "consistency" makes samplers that need other times refuse the model.
     """
 
     adaptive: float = 0.5  # power p of the adaptive weight 1 / sg[|r|^2 + 1e-3]^p; 0: none

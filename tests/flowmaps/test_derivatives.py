@@ -7,7 +7,7 @@ from helpers import CASES, gaussian_data, gaussian_map
 from helpers.small_networks import SMALL, inputs, small
 
 from flowmaps import FlowMap, derivatives
-from flowmaps.derivatives import RULES, d_ds, d_dt, transport, velocity_jvp
+from flowmaps.derivatives import TANGENT_RULES, d_ds, d_dt, transport, velocity_jvp
 from flowmaps.networks import MLP
 
 
@@ -81,7 +81,7 @@ def test_half_precision_input_is_differentiated_in_float32():
 
 
 class Mixed(torch.nn.Module):
-    """Every function of RULES, with weights that stand still, and one whose weight moves with the time."""
+    """Every function of TANGENT_RULES, with weights that stand still, and one whose weight moves with the time."""
 
     def __init__(self):
         super().__init__()
@@ -104,10 +104,12 @@ def test_rules_are_torchs_derivatives(monkeypatch):
         v, dv = velocity_jvp(fm, x, s, t, dx=x.sin(), dt=1.0)
         return v, dv, *torch.autograd.grad((v * dv).sum(), list(fm.parameters()))
 
-    rules = {f: lambda *a, f=f, rule=rule, **kw: (used.append(f), rule(*a, **kw))[1] for f, rule in RULES.items()}
-    monkeypatch.setattr(derivatives, "RULES", rules)
+    rules = {
+        f: lambda *a, f=f, rule=rule, **kw: (used.append(f), rule(*a, **kw))[1] for f, rule in TANGENT_RULES.items()
+    }
+    monkeypatch.setattr(derivatives, "TANGENT_RULES", rules)
     ours = found()
-    assert set(used) == set(RULES) and len(used) == 4  # not the moving weight, GELU's other form, or what is in place
-    monkeypatch.setattr(derivatives, "RULES", {})
+    assert set(used) == set(TANGENT_RULES) and len(used) == 4  # not a moving weight, exact GELU, or in place
+    monkeypatch.setattr(derivatives, "TANGENT_RULES", {})
     for a, b in zip(ours, found(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -34,7 +34,7 @@ def test_guidance_moves_the_target_to_the_guided_drift(name, drawn):
     none = torch.ones_like(label)
     b, u = exact.drift(x_s, draws.s, label), exact.drift(x_s, draws.s, none)
     w = torch.where(label == 1, 1.0, w)
-    target, seen = objective.guide(exact, x_s, draws.s, label, b, draws.guidance)
+    target, seen = objective.guided_velocity(exact, x_s, draws.s, label, b, draws.guidance)
     torch.testing.assert_close(target, w[:, None] * b + (1 - w[:, None]) * u)
     assert torch.equal(seen, with_guidance(label, w, 1) if drawn else label)
     with pytest.raises(UserError, match="labels"):

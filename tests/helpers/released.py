@@ -1,5 +1,5 @@
 """Networks built as the published checkpoints have them: their attribute names, nesting and way of pickling, and an
-evaluation of our own writing from the papers' equations. What the importers read, and what their result must equal.
+independent evaluation from the papers' equations. What the importers read, and what their result must equal.
 """
 
 import math

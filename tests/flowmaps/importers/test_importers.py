@@ -138,7 +138,7 @@ class Evil(released.Persistent):
 
 
 def raw_tensor_bytes(content):
-    """What torch's storages look like in a plain pickle, with other contents."""
+    """Write a storage of torch as it is in a plain pickle, with other contents."""
 
     class Inside:
         def __reduce__(self):
@@ -178,7 +178,7 @@ def hostile(kind, path, ran):
         path.write_bytes(pickle.dumps({"ema": Shell(ran)}, protocol=0))
     elif kind == "foreign source":
         released.dump({"ema": Evil()}, path)
-    elif kind == "foreign source beside a good network":
+    elif kind == "foreign source next to a good network":
         net = released.edm("ddpm++", path)
         released.dump({"ema": net, "augment_pipe": Evil()}, path)
     elif kind == "shell in the source's state":
@@ -231,7 +231,7 @@ def hostile_torch_file(kind, path, ran):
 
 
 KINDS = (
-    *("shell in a pickle", "shell in an old pickle", "foreign source", "foreign source beside a good network"),
+    *("shell in a pickle", "shell in an old pickle", "foreign source", "foreign source next to a good network"),
     *("shell in the source's state", "shell in a tensor", "shell in a tensor's file", "changed class", "memo bomb"),
     *("truncated pickle", "expanded tensor", "nothing", "shell in a state dict", "shell in an old state dict"),
     *("zip bomb", "overlapping zip", "truncated state dict", "expanded state dict", "other network"),
@@ -242,13 +242,13 @@ KINDS = (
 def test_hostile_files_are_refused_in_one_line_and_nothing_runs(kind, tmp_path):
     file, ran = tmp_path / "net.pkl", tmp_path / "ran"
     form = hostile(kind, file, ran)
-    with pytest.raises(UserError, match=r"^--src=\S+net\.pkl is no checkpoint") as refused:
+    with pytest.raises(UserError, match=r"^src=\S+net\.pkl: is not a checkpoint") as refused:
         import_checkpoint(form, file)
     assert "\n" not in str(refused.value) and not ran.exists()
     if "shell" in kind and kind != "shell in a tensor":
         assert "system" in str(refused.value)
     if kind == "overlapping zip":
-        assert "larger than the whole" in str(refused.value)
+        assert "more than the file" in str(refused.value)
     if "foreign" in kind:
         assert "Evil" in str(refused.value)
 
@@ -290,7 +290,7 @@ def test_mistakes_name_their_flag(flags, reason):
 
 
 @pytest.mark.parametrize("form", ["edm", "edm2", "dit", "rectified_flow"])
-def test_an_import_has_no_second_time_yet(form, tmp_path):
+def test_an_imported_network_ignores_t_at_first(form, tmp_path):
     """v_{s,t}(x) is the drift at s for every t: the second time starts as nothing, and can be trained."""
     file = tmp_path / "net"
     if form == "dit":

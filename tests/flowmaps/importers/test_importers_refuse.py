@@ -12,7 +12,7 @@ from flowmaps.importers import import_checkpoint
 
 
 class FourierEmbedding(released.PositionalEmbedding):
-    """What an NCSN++ embeds its noise level with."""
+    """The embedding of the noise level in an NCSN++."""
 
 
 def altered_edm(path, change):
@@ -50,14 +50,14 @@ def test_formats_do_not_take_each_other_s_files(tmp_path):
     released.edm("ddpm++", tmp_path / "edm")
     torch.save(released_state_dicts.Transformer().w, tmp_path / "dit")
     released_state_dicts.NCSNpp().save(tmp_path / "rectified_flow")
-    with pytest.raises(UserError, match=r"config\.json: Not a directory: give what --format is made for"):
+    with pytest.raises(UserError, match=r"config\.json: Not a directory: choose a file of this format"):
         import_checkpoint("diffusers_unet", tmp_path / "edm")
     with pytest.raises(UserError, match=r"Is a directory"):
         import_checkpoint("edm", tmp_path)
     for form in ("edm", "edm2", "dit", "sit", "rectified_flow"):
         for file in ("edm", "dit", "rectified_flow"):
             if form != file and (form, file) != ("sit", "dit"):
-                with pytest.raises(UserError, match=r"^--src=.* is no checkpoint of that --format"):
+                with pytest.raises(UserError, match=r"^src=.*: is not a checkpoint of this format"):
                     import_checkpoint(form, tmp_path / file)
 
 
@@ -81,7 +81,7 @@ def wider(w):
     ("change", "reason"),
     [
         (moved, "table of sines"),
-        (oblong, "no square"),
+        (oblong, "not a square number"),
         (headless, "final_layer.linear.bias"),
         (wider, r"blocks\.1\.mlp\.0\.bias is \(3,\), expected"),
     ],
@@ -117,7 +117,7 @@ def test_a_damaged_folder_of_diffusers(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"sample_size": 8}))
     for content in (b"", b"\x10\x00\x00\x00\x00\x00\x00\x00{}"):
         (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(content)
-        with pytest.raises(UserError, match=r"^--src="):
+        with pytest.raises(UserError, match=r"^src="):
             import_checkpoint("diffusers_unet", tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"config\.json"):

@@ -1,4 +1,4 @@
-"""What all objectives share: draws, weights, dropout, the split of the batch, compilation."""
+"""Properties that all objectives share: draws, weights, dropout, the split of the batch, compilation."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from flowmaps.objectives import OBJECTIVES, LogVariance, TrajectoryObjective, eu
 from flowmaps.objectives.time_sampling import Times
 from samplers import Trajectory, uniform_times
 
-# Every objective on the smallest graph, relatives of others as slow tests; likewise the hardest derivatives on others.
+# Every objective on the smallest graph, relatives of others as slow tests; the hardest derivatives on others too.
 COMPILED = [
     pytest.param("DiT", name, {}, marks=pytest.mark.slow if name in RELATIVES else ()) for name in OBJECTIVES
 ] + [pytest.param("DiT", "mean_flow", {"guidance_max": 3.0}, marks=pytest.mark.slow)]
@@ -123,7 +123,7 @@ def test_learned_weight_leaves_the_logged_terms_alone(name):
 
 @pytest.mark.parametrize("name", LIVE)
 def test_adaptive_weight_divides_by_a_constant_power(name):
-    """One row a batch: the loss is r^2 / (3 r^2 + 1e-3)^p and its gradient that of r^2 over the same constant."""
+    """One row per batch: the loss is r^2 / (3 r^2 + 1e-3)^p and its gradient that of r^2 over the same constant."""
     fm, c = gaussian_map(wrong=0.3), 1e-3
     x1, _ = gaussian_data(fm, 1)
     plain, weighted = (OBJECTIVES[name](adaptive=p)(fm, x1, generator=generator()) for p in (0.0, 0.75))
