@@ -96,7 +96,7 @@ def _check_augmentation(config: Config, made: DataSet) -> None:
     """Refuse augmentation that the data or the network cannot take."""
     data = config.data
     if (data.flip or data.augment) and (len(made.shape) != 3 or isinstance(made, Latents)):
-        kind = "latents (prepare_data.py --flip encodes mirror images too)" if len(made.shape) == 3 else "points"
+        kind = "latents (of mirror images too, if prepared with flip)" if len(made.shape) == 3 else "points"
         raise UserError(f"is for images, {data.name} has {kind}", field="data.flip" if data.flip else "data.augment")
     wanted, room = (PARAMETERS if data.augment else 0), getattr(config.network, "augment_dim", 0)
     if wanted != room and (wanted or not config.init_from):  # weights may know augmentation that this run leaves out

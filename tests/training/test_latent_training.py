@@ -109,10 +109,10 @@ def test_data_order_and_noise_follow_the_seed_of_the_run(latents):
 
 
 MISTAKES = {
-    "flip": ({"flip": True}, r"--config\.data\.flip .* latents \(of mirror images too"),
-    "augment": ({"augment": 0.1}, r"--config\.data\.augment .* latents"),
+    "flip": ({"flip": True}, r"^data\.flip: .* latents \(.* mirror images too"),
+    "augment": ({"augment": 0.1}, r"^data\.augment: .* latents"),
     "vae": ({"vae": "nowhere/no/vae"}, r"data\.vae=nowhere/no/vae"),
-    "scale": ({"latent_scale": (1.0, 2.0)}, r"--config\.data\.latent_scale must be 4 numbers"),
+    "scale": ({"latent_scale": (1.0, 2.0)}, r"^data\.latent_scale=\(1\.0, 2\.0\): must be 4 numbers"),
 }
 
 
@@ -130,7 +130,7 @@ def test_a_vae_for_images_is_refused(imagenet_root):
     config = load_row("configs/imagenet64.py", "lagrangian,smoke")
     config.data.root, config.network.num_classes = str(imagenet_root / "imagenet64"), 32
     config.data.vae = str(imagenet_root / "vae")
-    with pytest.raises(UserError, match=r"--config\.data\.vae is for latents"):
+    with pytest.raises(UserError, match=r"^data\.vae: is for latents"):
         Trainer.build(config)
 
 
@@ -142,7 +142,7 @@ def test_weights_for_latents_of_another_scaling_are_refused(latents, tmp_path):
     fm.info = replace(fm.info, latent_scale=4 * (0.13025,))
     fm.save_pretrained(tmp_path / "other")
     config.init_from = str(tmp_path / "other")
-    with pytest.raises(UserError, match=r"init_from.* another scaling: --config\.data\.latent_scale=0\.13025,"):
+    with pytest.raises(UserError, match=r"^init_from=.* another scaling: data\.latent_scale=0\.13025,"):
         Trainer.build(config)
     config.data.latent_scale = 4 * (0.13025,)
     assert Trainer.build(config).averaged(0).info.latent_scale == 4 * (0.13025,)
