@@ -29,7 +29,7 @@ class Interpolant:
         raise NotImplementedError
 
     def time(self, ratio: Tensor) -> Tensor:
-        """The t at which alpha(t) / beta(t) = ratio; 0 gives 1, infinity gives 0."""
+        """Return the t at which alpha(t) / beta(t) = ratio; 0 gives 1, infinity gives 0."""
         raise NotImplementedError
 
     def point(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:

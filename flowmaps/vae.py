@@ -43,7 +43,7 @@ def open_vae(source: str, dtype: torch.dtype = torch.float32, flag: str = "--vae
     from diffusers import AutoencoderKL
 
     wanted = [*FILES, *(f"vae/{name}" for name in FILES)]
-    folder = vae_directory(source if Path(source).is_dir() else from_hub(source, wanted, flag))
+    folder = vae_directory(source if Path(source).is_dir() else from_hub(source, wanted, flag.lstrip("-")))
     if folder is None:
         raise UserError(f"{flag}={source} has no AutoencoderKL (config.json of that class, or vae/ with one)")
     try:

@@ -10,13 +10,14 @@ import enum
 import inspect
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowmaps.errors import UserError
 from flowmaps.interpolants import INTERPOLANTS
 from flowmaps.networks import NETWORKS, PRESETS
 from flowmaps.objectives import OBJECTIVES, Objective, PathObjective
 from flowmaps.posthoc_ema import WIDEST
+from samplers import SAMPLERS
 
 
 class Optimizer(enum.Enum):
@@ -82,10 +83,14 @@ class Best:
     weights: str = ""  # weight file of the extractor
 
 
-class Solver(enum.Enum):
-    euler = "euler"
-    heun = "heun"
-    dpm_solver = "dpm_solver"  # multistep, order 3
+if TYPE_CHECKING:
+
+    class Solver(enum.Enum):  # a type checker needs the members that config files name
+        euler = "euler"
+        heun = "heun"
+        dpm_solver = "dpm_solver"
+else:
+    Solver = enum.Enum("Solver", {k: k for k, row in SAMPLERS.items() if row.of == "drift"}, module=__name__)
 
 
 class Grid(enum.Enum):

@@ -159,7 +159,7 @@ def test_progress_bar_counts_steps_and_can_be_silenced(saved, capsys):
 
 def test_an_interrupted_export_leaves_the_old_one(saved, monkeypatch):
     _, path = saved
-    monkeypatch.setattr(FlowMapPipeline, "save_pretrained", lambda self, d: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(UNet, "save_pretrained", lambda self, d: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         build().save_pretrained(path)
     monkeypatch.undo()
