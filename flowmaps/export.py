@@ -128,7 +128,7 @@ def load(source: str | Path, network_class: type[nn.Module] | None = None) -> Ex
 
     Args:
         source: The directory, the directory of a run, or a hub id.
-        network_class: The class of the network if it is not in ``flowmaps.networks``. Its name must be the recorded one.
+        network_class: The class of a network that is not in ``flowmaps.networks``; its name must be the recorded one.
 
     Returns:
         The content of the directory, with the network in train mode on the CPU.

@@ -96,7 +96,7 @@ class FlowMap(nn.Module):
     def noise(self, n: int, seed: int, start: int = 0, draw: int = 0) -> Tensor:
         """Draw x0 of samples ``start`` .. ``start + n - 1``: [n, *shape], with standard deviation ``base_std``.
 
-        Sample i has the same noise whatever ``n``, the batch size or the number of processes. ``draw`` = 1, 2, ... gives
+        Sample i has the same noise whatever ``n``, the batch size or the number of processes. ``draw`` = 1, 2, ... is
         further noise for the same samples, for samplers that need it.
         """
         if not self.info.shape:
