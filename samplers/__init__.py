@@ -3,7 +3,7 @@
 from samplers.grids import check_times, log_snr_times, uniform_times
 from samplers.map_samplers import rollout, stochastic
 from samplers.schedule import Schedule
-from samplers.solvers import dpm_solver, euler, heun
+from samplers.solvers import dpm_solver, euler, heun, midpoint
 from samplers.table import SAMPLERS, Sampler
 from samplers.trajectories import Trajectory, trajectory
 
@@ -17,6 +17,7 @@ __all__ = [
     "euler",
     "heun",
     "log_snr_times",
+    "midpoint",
     "rollout",
     "stochastic",
     "trajectory",

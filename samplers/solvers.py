@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from samplers.callables import Callback, Drift, expand, intervals, report
@@ -50,6 +51,22 @@ def heun(
         h = expand(t - s, x).to(x.dtype)
         b = drift(x, s, label)
         x = x + h / 2 * (b + drift(x + h * b, t, label))
+    report(callback, len(times) - 1, t, x)
+    return x
+
+
+def midpoint(
+    drift: Drift, x: Tensor, times: Tensor, label: Tensor | None = None, callback: Callback | None = None
+) -> Tensor:
+    """Explicit midpoint method, order 2: two network evaluations per step.
+
+    x <- x + h b_m(x + h/2 b_s(x)) with m = (s + t) / 2. The drift is never evaluated at the end of the grid. Arguments
+    as in ``euler``.
+    """
+    for k, (s, t) in enumerate(intervals(x, times)):
+        report(callback, k, s, x)
+        h = expand(t - s, x).to(x.dtype)
+        x = x + h * drift(x + h / 2 * drift(x, s, label), torch.lerp(s, t, 0.5), label)
     report(callback, len(times) - 1, t, x)
     return x
 

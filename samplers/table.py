@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from samplers.map_samplers import rollout, stochastic
-from samplers.solvers import dpm_solver, euler, heun
+from samplers.solvers import dpm_solver, euler, heun, midpoint
 
 
 @dataclass(frozen=True)
@@ -33,4 +33,5 @@ SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler(euler, "drift", nfe=1, order=1, summary="Euler's method"),
     "heun": Sampler(heun, "drift", nfe=2, order=2, summary="Heun's method"),
     "dpm_solver": Sampler(dpm_solver, "drift", nfe=1, order=3, summary="DPM-Solver++, linear path only", linear=True),
+    "midpoint": Sampler(midpoint, "drift", nfe=2, order=2, summary="explicit midpoint"),
 }
