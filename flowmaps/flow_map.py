@@ -126,11 +126,12 @@ class FlowMap(nn.Module):
         Raises:
             UserError: The network is not a diffusers model.
         """
-        from flowmaps import export, model_card  # export needs diffusers, which `import flowmaps` does not load
+        from flowmaps.export import save  # needs diffusers, which `import flowmaps` does not load
+        from flowmaps.model_card import card
 
-        readme = readme or (model_card.card(self) if self.info.origin else "")
+        readme = readme or (card(self) if self.info.origin else "")
         vae = None if self.decoder is None else self.decoder.vae
-        export.save(Path(directory), self.network, self.interpolant_name, self.base_std, self.info, vae, readme)
+        save(Path(directory), self.network, self.interpolant_name, self.base_std, self.info, vae, readme)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, network_class: type[nn.Module] | None = None) -> "FlowMap":
@@ -152,10 +153,10 @@ class FlowMap(nn.Module):
             >>> fm.info.kind, fm.info.shape
             ('map', (1, 8, 8))
         """
-        from flowmaps import export
+        from flowmaps.export import load
         from flowmaps.vae import Decoder
 
-        found = export.load(source, network_class)
+        found = load(source, network_class)
         try:
             fm = cls(found.network, found.interpolant, found.base_std, found.info).eval()
         except (UserError, TypeError) as error:

@@ -102,7 +102,7 @@ class FlowMapInfo:
         if self.kind == "drift" and row.of != "drift":
             raise UserError(
                 "this model is a drift (trained by flow matching alone) and has no map to jump with: "
-                "sample it with an ODE solver, such as euler",
+                "sample it with an ODE solver (sampler=euler)",
                 field="sampler",
                 value=sampler,
             )
