@@ -155,7 +155,7 @@ def _network_class(file: Path, component: Any, given: type[nn.Module] | None) ->
     """Return the class that ``component``, i.e. [module, class name], names; nothing is imported by its name."""
     known: dict[str, type[nn.Module]] = {given.__name__: given} if given else dict(NETWORKS)
     if not isinstance(component, list) or len(component) != 2 or str(component[1]) not in known:
-        remedy = "" if given else "; for a network of your own, give its class as network_class"
+        remedy = "" if given else "; if the network class is yours, pass it as network_class"
         raise UserError(f"{file}: network is {component}, expected one of {', '.join(known)}{remedy}")
     return known[component[1]]
 

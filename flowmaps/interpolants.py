@@ -33,7 +33,7 @@ class Interpolant:
         raise NotImplementedError
 
     def point(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """I_t = alpha(t) x0 + beta(t) x1; ``x0``, ``x1`` [B, ...], ``t`` [B]."""
+        """Return I_t = alpha(t) x0 + beta(t) x1; ``x0``, ``x1`` [B, ...], ``t`` [B]."""
         return expand(self.alpha(t), x0) * x0 + expand(self.beta(t), x1) * x1
 
     def velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from samplers.callables import Drift
 
 
 class Cost(NamedTuple):
-    """How the error of one step is measured: as norm or squared norm, locally or propagated to t = 1."""
+    """The measure of the error of one step: norm or squared norm, locally or propagated to t = 1."""
 
     sqrt: bool
     propagate: bool

@@ -87,7 +87,7 @@ def test_pipeline_takes_a_step_table_and_gives_images(saved):
         pipeline(2, class_labels=9)
 
 
-def test_callback_sees_every_step_and_may_change_what_goes_on(saved):
+def test_callback_sees_every_step_and_may_replace_the_state(saved):
     fm, path = saved
     pipeline = FlowMapPipeline.from_pretrained(path)
     x, label, seen = fm.noise(2, 0), torch.arange(2), []

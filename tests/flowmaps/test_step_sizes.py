@@ -44,7 +44,7 @@ def test_fitted_grids_beat_equal_steps_on_other_noises(cost):
 
 
 def test_equal_steps_are_kept_where_they_are_better():
-    """Both grids are compared on noises of their own; the written one is the better of the two."""
+    """Both grids are compared on separate noise, and the better one is written."""
     fm = gaussian_map()
     for cost in COSTS:
         schedule = fit(fm, [2, 3, 8], sampler="euler", cost=cost, noises=16, fine=24).schedule

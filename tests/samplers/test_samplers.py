@@ -76,7 +76,7 @@ def test_stochastic_keeps_the_marginal_of_a_grid_that_ends_early():
 
 
 def test_stochastic_is_markov_with_full_renoising():
-    """gamma = 1 forgets the noise it started from but through the first jump: new noise, another sample."""
+    """With gamma = 1 the initial noise matters only through the first jump: new noise gives another sample."""
     fm = gaussian_map()
     x0 = torch.randn(5, 3, dtype=torch.float64)
     a, b = (

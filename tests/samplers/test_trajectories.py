@@ -42,7 +42,7 @@ def test_a_map_sampler_has_no_trajectory_of_a_drift():
     [(1, 0.9, 0.1, 0.9), (2, 1.9, 0.1, 0.9), (1, 0.9, 1 / 81, 0.99), (2, 1.9, 1 / 81, 0.99), (3, 2.9, 1 / 81, 0.99)],
 )
 def test_orders_of_dpm_solver(order, slope, low, high):
-    """The error to the exact map falls with the step's power; that of order 3 from nearly pure noise on."""
+    """The error falls with the power of the step; order 3 is reached on grids from nearly pure noise."""
     fm = gaussian_map()
     x, errors = torch.randn(20, 3, dtype=torch.float64), []
     for steps in (32, 64, 128):
