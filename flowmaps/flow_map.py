@@ -1,4 +1,4 @@
-"""The flow map: a two-time velocity network, the path it was trained on, and what is known about it."""
+"""The flow map: a two-time velocity network, the path it was trained on, and the facts known about it."""
 
 import hashlib
 import json
@@ -21,9 +21,24 @@ if TYPE_CHECKING:
 class FlowMap(nn.Module):
     """X_{s,t}(x) = x + (t - s) v_{s,t}(x): jumps along the probability-flow ODE from time s to time t.
 
-    Boffi, Albergo and Vanden-Eijnden 2025 (arXiv 2505.18825), equation for the parametrisation in section 3; noise
-    is at time 0 and has standard deviation ``base_std``, data at time 1. In all methods ``x`` is [B, ...], times are
-    floats [B] with s <= t, and ``label`` is int64 [B] or None ("no label").
+    Boffi, Albergo and Vanden-Eijnden 2025 (arXiv 2505.18825), parametrisation of section 3. Noise is at time 0, data at
+    time 1. In all methods ``x`` is [B, ...], times are floats [B] with s <= t, and ``label`` is int64 [B] or None ("no
+    label").
+
+    Args:
+        network: v(x, s, t, label), the average velocity between s and t: one of ``flowmaps.networks``, or any module.
+        interpolant: The path from noise to data: "linear" or "trigonometric".
+        base_std: The standard deviation of the noise.
+        info: Facts about the network, which samplers respect.
+
+    Raises:
+        UserError: An argument is out of range, or the network's weights were made for another path or noise.
+
+    Example:
+        >>> network = UNet(image_size=8, channels=1, num_classes=10)
+        >>> fm = FlowMap(network, base_std=0.5, info=FlowMapInfo(shape=(1, 8, 8), num_classes=10))
+        >>> fm(fm.noise(4, seed=0), torch.zeros(4), torch.ones(4), torch.arange(4)).shape
+        torch.Size([4, 1, 8, 8])
     """
 
     def __init__(
@@ -35,13 +50,13 @@ class FlowMap(nn.Module):
     ) -> None:
         super().__init__()
         if interpolant not in INTERPOLANTS:
-            raise UserError(f"unknown interpolant {interpolant!r}: choose one of {', '.join(INTERPOLANTS)}")
+            raise UserError(f"choose one of {', '.join(INTERPOLANTS)}", field="interpolant", value=interpolant)
         if not base_std > 0:
-            raise UserError(f"base_std must be positive, got {base_std}")
+            raise UserError("must be positive", field="base_std", value=base_std)
         config = getattr(network, "config", {})
         if config.get("convention") and (interpolant, base_std) != ("linear", config["base_std"]):
             raise UserError(
-                f"the network's weights want the linear path and base_std {config['base_std']:g}, "
+                f"the network's weights need the linear path and base_std {config['base_std']:g}, "
                 f"got {interpolant} and {base_std:g}"
             )
         self.network = network
@@ -49,28 +64,28 @@ class FlowMap(nn.Module):
         self.interpolant = INTERPOLANTS[interpolant]
         self.base_std = base_std
         self.info = info or FlowMapInfo()
-        self.decoder: Decoder | None = None  # of latents, made when needed; no part of the module's parameters
+        self.decoder: Decoder | None = None  # of latents, made when needed; not a submodule
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """X_{s,t}(x), same shape as ``x``; refused for a network of kind "drift", where it was never trained."""
+        """Return X_{s,t}(x), same shape as ``x``; refused for a drift, where only s = t was trained."""
         self.info.check_sampler("map")
         return x + expand(t - s, x).to(x.dtype) * self.velocity(x, s, t, label)
 
     def velocity(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """v_{s,t}(x), the average velocity between s and t: the network's output, verbatim."""
+        """Return v_{s,t}(x), the average velocity between s and t: the network's output, unchanged."""
         v: Tensor = self.network(x, s, t, label)
         return v
 
     def drift(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """b_t(x) = v_{t,t}(x), the velocity of the probability-flow ODE."""
+        """Return b_t(x) = v_{t,t}(x), the velocity of the probability-flow ODE."""
         return self.velocity(x, t, t, label)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Images of samples x [B, ...]: those that the VAE makes of latents [B, 3, H, W], else x itself."""
+        """Return the images of samples x [B, ...]: latents decoded by the VAE to [B, 3, H, W], else x itself."""
         return self.open_decoder()(x) if self.info.latent_scale else x
 
     def open_decoder(self) -> "Decoder":
-        """The decoder of latents, its VAE open."""
+        """Return the decoder of latents with its VAE loaded."""
         from flowmaps.vae import Decoder  # needs diffusers, which `import flowmaps` does not load
 
         if self.decoder is None:
@@ -79,20 +94,20 @@ class FlowMap(nn.Module):
         return self.decoder
 
     def noise(self, n: int, seed: int, start: int = 0, draw: int = 0) -> Tensor:
-        """x0 of samples ``start`` .. ``start + n - 1``: [n, *shape], normal with standard deviation ``base_std``.
+        """Draw x0 of samples ``start`` .. ``start + n - 1``: [n, *shape], with standard deviation ``base_std``.
 
-        Sample i has the same noise whatever ``n``, the batch size or the number of processes. ``draw`` 1, 2, ... is
-        further noise of the same samples, for samplers that need it.
+        Sample i has the same noise whatever ``n``, the batch size or the number of processes. ``draw`` = 1, 2, ... is
+        further noise for the same samples, for samplers that need it.
         """
         if not self.info.shape:
-            raise UserError("FlowMapInfo.shape is empty: say what one sample looks like before drawing noise")
+            raise UserError("FlowMapInfo.shape is empty: set it to the shape of one sample to draw noise")
         streams = (generator(seed, "noise", i, draw) for i in range(start, start + n))
         rows = [torch.randn(self.info.shape, generator=stream) for stream in streams]
         parameter = next(self.network.parameters(), torch.empty(0))  # a closed form has none
         return self.base_std * torch.stack(rows).to(device=parameter.device, dtype=parameter.dtype)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the network's config and its weights by name: what a record says it was made with."""
+        """Return the SHA-256 over the network's config and its weights by name, which records and schedules quote."""
         config = {k: v for k, v in getattr(self.network, "config", {}).items() if not k.startswith("_")}
         digest = hashlib.sha256(json.dumps([config, self.interpolant_name, self.base_std], sort_keys=True).encode())
         for name, tensor in sorted(self.network.state_dict().items()):
@@ -101,15 +116,51 @@ class FlowMap(nn.Module):
             )
         return digest.hexdigest()
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write a diffusers pipeline directory: safetensors and JSON only, complete or not at all."""
-        from flowmaps.export import save  # needs diffusers, which `import flowmaps` does not load
+    def save_pretrained(self, directory: str | Path, readme: str = "") -> None:
+        """Write a diffusers pipeline directory: safetensors and JSON only, complete or not at all.
 
-        save(self, Path(directory))
+        Args:
+            directory: The directory to write; an existing one is replaced.
+            readme: Its model card. Weights that were imported get one in any case.
+
+        Raises:
+            UserError: The network is not a diffusers model.
+        """
+        from flowmaps.export import save  # needs diffusers, which `import flowmaps` does not load
+        from flowmaps.model_card import card
+
+        readme = readme or (card(self) if self.info.origin else "")
+        vae = None if self.decoder is None else self.decoder.vae
+        save(Path(directory), self.network, self.interpolant_name, self.base_std, self.info, vae, readme)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> "FlowMap":
-        """Read what ``save_pretrained`` wrote, from a directory or a Hugging Face hub id, in eval mode on the CPU."""
-        from flowmaps.export import load
+    def from_pretrained(cls, source: str | Path, network_class: type[nn.Module] | None = None) -> "FlowMap":
+        """Read what ``save_pretrained`` wrote, in eval mode on the CPU.
 
-        return load(source)
+        Args:
+            source: A directory, a run's directory, or a Hugging Face hub id.
+            network_class: The class of the network, if it is not one of ``flowmaps.networks``; the directory must have
+                been written with a class of that name.
+
+        Returns:
+            The flow map, with the facts that were stored with it.
+
+        Raises:
+            UserError: There is no such directory or hub id, or a file is missing, damaged or of a newer version.
+
+        Example:
+            >>> fm = FlowMap.from_pretrained("assets/digits")
+            >>> fm.info.kind, fm.info.shape
+            ('map', (1, 8, 8))
+        """
+        from flowmaps.export import load
+        from flowmaps.vae import Decoder
+
+        found = load(source, network_class)
+        try:
+            fm = cls(found.network, found.interpolant, found.base_std, found.info).eval()
+        except (UserError, TypeError) as error:
+            raise UserError(f"{found.file}: {error}") from None
+        if found.has_vae:
+            fm.decoder = Decoder(str(source), found.info.latent_shift, found.info.latent_scale)
+        return fm

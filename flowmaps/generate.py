@@ -1,6 +1,6 @@
 """From a flow map to samples: noise and label by sample index, batch by batch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -11,40 +11,41 @@ from flowmaps.flow_map import FlowMap
 from flowmaps.guidance import Guided
 from flowmaps.info import FlowMapInfo
 from flowmaps.networks.conditioning import soft_label, with_guidance
-from samplers import euler, heun, rollout, stochastic
-
-Renoise = Callable[[int], Tensor]  # k -> fresh noise for step k
-
-SOLVERS = {"euler": euler, "heun": heun}
-# name -> sampler(fm, x0, times, label, renoise, gamma)
-SAMPLERS: dict[str, Callable[[FlowMap, Tensor, Tensor, Tensor | None, Renoise, float], Tensor]] = {
-    "map": lambda fm, x, times, label, renoise, gamma: rollout(fm, x, times, label),
-    "euler": lambda fm, x, times, label, renoise, gamma: euler(fm.drift, x, times, label),
-    "heun": lambda fm, x, times, label, renoise, gamma: heun(fm.drift, x, times, label),
-    "stochastic": lambda fm, x, times, label, renoise, gamma: stochastic(
-        fm, x, times, label, path=fm.interpolant, noise=renoise, gamma=gamma
-    ),
-}
-EVALUATIONS_PER_STEP = {"map": 1, "euler": 1, "heun": 2, "stochastic": 1}
+from samplers import SAMPLERS
+from samplers.callables import Drift
 
 
 def nfe(info: FlowMapInfo, sampler: str, steps: int, guidance: float | None = None) -> int:
-    """Network evaluations of ``steps`` steps: twice as many under guidance that the network does not take itself."""
+    """Return the network evaluations of ``steps`` steps; classifier-free guidance of a solver doubles them."""
     twice = guidance not in (None, 1) and info.guidance_max is None
-    return steps * EVALUATIONS_PER_STEP[sampler] * (1 + twice)
+    return steps * SAMPLERS[sampler].nfe * (1 + twice)
+
+
+def check_sampling(
+    fm: FlowMap, sampler: str, steps: int = 1, gamma: float = 1.0, guidance: float | None = None
+) -> None:
+    """Refuse a way to sample that ``fm`` was not trained for or that its path does not allow: ``UserError``."""
+    fm.info.check_sampler(sampler, steps, gamma)
+    fm.info.check_guidance(guidance, sampler)
+    if SAMPLERS[sampler].linear and fm.interpolant_name != "linear":
+        raise UserError(
+            f"is for the linear path only, but this model has the {fm.interpolant_name} path: use heun",
+            field="sampler",
+            value=sampler,
+        )
 
 
 def labels_for(
     info: FlowMapInfo, n: int, label: int | Sequence[int] | Tensor | None = None, start: int = 0
 ) -> Tensor | None:
-    """Labels int64 [n] of samples ``start`` .. ``start + n - 1``: those given, else sample index mod classes.
+    """Return labels int64 [n] of samples ``start`` .. ``start + n - 1``: the given ones, else index mod classes.
 
-    None for an unconditional model; label ``num_classes`` asks one trained with label dropout for "no label".
+    None for an unconditional model; label ``num_classes`` asks a model trained with label dropout for "no label".
     """
     classes = info.num_classes
     if not classes:
         if label is not None:
-            raise UserError("a label was given, but this model is unconditional: leave it out")
+            raise UserError("this model is unconditional: leave label out", field="label", value=label)
         return None
     if label is None:
         return torch.arange(start, start + n) % classes
@@ -52,18 +53,25 @@ def labels_for(
     most = classes if info.label_dropout else classes - 1
     if bool(((wanted < 0) | (wanted > most)).any()):
         no_label = f", or {classes} for no label" if info.label_dropout else ""
-        raise UserError(f"label must be 0 .. {classes - 1}{no_label}, got {label}")
+        raise UserError(f"must be 0 .. {classes - 1}{no_label}", field="label", value=label)
     return wanted.expand(n)
 
 
 def guided_label(fm: FlowMap, label: Tensor | None, weight: float | None) -> Tensor | None:
-    """``label`` [n] with the guidance ``weight``, as the network takes it; the label itself without a weight."""
-    if label is None or weight is None:
+    """Return ``label`` [n] with the guidance ``weight`` attached, if ``fm`` takes one; else the label itself."""
+    if label is None or weight is None or fm.info.guidance_max is None:
         return label
     augment_dim = getattr(getattr(fm.network, "config", None), "augment_dim", 0)
     unchanged = torch.zeros(len(label), augment_dim, device=label.device)
     rows = soft_label(label, unchanged, fm.info.num_classes)
     return with_guidance(rows, torch.full((len(label),), weight, device=label.device), fm.info.num_classes)
+
+
+def guided_drift(fm: FlowMap, weight: float | None) -> Drift:
+    """Return the drift under guidance: classifier-free, unless the network takes the weight with the label."""
+    if weight is None or fm.info.guidance_max is not None:
+        return fm.drift
+    return Guided(fm.drift, weight, fm.info.num_classes)
 
 
 @torch.no_grad()
@@ -80,24 +88,47 @@ def generate(
     batch: int = 500,
     first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield (samples [b, *shape], label [b] or None): ``first`` .. ``first + n - 1``, with the grid ``times``.
+    """Yield samples ``first`` .. ``first + n - 1`` and their labels, batch by batch.
 
-    Sample i depends on (``seed``, i) alone, whatever ``batch`` (to rounding). ``gamma``: for "stochastic" only.
-    ``guidance``: weight for a model that takes one (``FlowMapInfo.guidance_max``), None for 1; a solver guides any
-    model that was also trained without labels, classifier-free.
+    Sample i depends on (``seed``, i) alone, whatever ``batch`` is (up to rounding).
+
+    Args:
+        fm: The model, on the device to sample on.
+        times: Increasing times from 0 to 1, one more than there are steps.
+        n: The number of samples.
+        seed: The seed of their noise.
+        sampler: A key of ``samplers.SAMPLERS``.
+        label: The class of all samples; None gives sample i the class i mod ``num_classes``.
+        gamma: The share of noise that ``sampler="stochastic"`` renews per step.
+        guidance: The weight for a model that takes one (``FlowMapInfo.guidance_max``), None for 1. ODE solvers guide
+            any model that was also trained without labels (classifier-free guidance).
+        batch: Samples at a time.
+        first: The index of the first sample.
+
+    Yields:
+        (samples [b, *shape], labels int64 [b], or None for an unconditional model).
+
+    Raises:
+        UserError: The model was not trained for the sampler, the label or the guidance.
+
+    Example:
+        >>> fm = FlowMap.from_pretrained("assets/digits")
+        >>> for images, labels in generate(fm, uniform_times(2), n=1000, seed=0):
+        ...     print(images.shape, labels.shape)
+        torch.Size([500, 1, 8, 8]) torch.Size([500])
+        torch.Size([500, 1, 8, 8]) torch.Size([500])
     """
-    fm.info.check_sampler(sampler, len(times) - 1, gamma)
-    fm.info.check_guidance(guidance, sampler)
-    device = next(fm.parameters()).device
+    check_sampling(fm, sampler, len(times) - 1, gamma, guidance)
+    row, device = SAMPLERS[sampler], next(fm.parameters()).device
+    model = fm if row.of == "map" else guided_drift(fm, guidance)
     for start in range(first, first + n, batch):
         size = min(batch, first + n - start)
         y = labels_for(fm.info, size, label, start)
         y = None if y is None else y.to(device)
-        x0, renoise = fm.noise(size, seed, start), partial(_renoise, fm, size, seed, start)
-        if guidance is not None and fm.info.guidance_max is None:
-            yield SOLVERS[sampler](Guided(fm.drift, guidance, fm.info.num_classes), x0, times, y), y
-        else:
-            yield SAMPLERS[sampler](fm, x0, times, guided_label(fm, y, guidance), renoise, gamma), y
+        x0, options = fm.noise(size, seed, start), {}
+        if row.renoises:
+            options = {"path": fm.interpolant, "noise": partial(_renoise, fm, size, seed, start), "gamma": gamma}
+        yield row.run(model, x0, times, guided_label(fm, y, guidance), **options), y
 
 
 def _renoise(fm: FlowMap, n: int, seed: int, start: int, step: int) -> Tensor:

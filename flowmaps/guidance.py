@@ -1,4 +1,4 @@
-"""Guidance: drifts that combine two predictions, as callables drift(x, t, label)."""
+"""Guidance: drifts that combine two predictions, as callables b(x, t, label)."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ from samplers.callables import Drift
 class Guided:
     """Classifier-free guidance: b(x; no label) + weight (b(x; label) - b(x; no label)), two evaluations.
 
-    Ho and Salimans 2022 (arXiv 2207.12598). Guidance of a denoiser, of a noise prediction and of the drift are the same
-    thing, since each is affine in the others with coefficients that depend on t alone.
+    Ho and Salimans 2022 (arXiv 2207.12598). Guiding a denoiser, a noise prediction or the drift is equivalent:
+    each is affine in the others, with coefficients that depend on t alone.
     """
 
     drift: Drift
@@ -22,7 +22,7 @@ class Guided:
     num_classes: int
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """The guided drift for x [B, ...], t [B]; rows without a label are not guided."""
+        """Return the guided drift for x [B, ...], t [B]; rows without a label are not guided."""
         if label is None or self.weight == 1:
             return self.drift(x, t, label)
         nothing, _ = without_label(label, self.num_classes)
@@ -41,5 +41,5 @@ class Autoguided:
     weight: float
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """The guided drift for x [B, ...], t [B]."""
+        """Return the guided drift for x [B, ...], t [B]."""
         return torch.lerp(self.weak(x, t, label), self.drift(x, t, label), self.weight)

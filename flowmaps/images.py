@@ -1,4 +1,4 @@
-"""The one place where images become numbers and numbers become images."""
+"""Conversion between images and numbers, and grids of images; all other code uses these functions."""
 
 from collections.abc import Sequence
 
@@ -7,22 +7,23 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.functional import to_pil_image
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] to 0 .. 255 by rounding, out-of-range values clipped: the rounding of EDM, so that FIDs compare."""
+    """Convert [-1, 1] to 0 .. 255, rounded and clipped as in EDM, so that FIDs are comparable."""
     return (x.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
 def from_uint8(x: Tensor) -> Tensor:
-    """0 .. 255 to [-1, 1] in float32; ``to_uint8`` is its exact inverse."""
+    """Convert 0 .. 255 to [-1, 1] in float32; ``to_uint8`` is the exact inverse."""
     return x.float() / 127.5 - 1
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """A uint8 image [C, H, W], C = 1 or 3, as a PIL image."""
-    array = rearrange(image.cpu(), "c h w -> h w c").numpy()
-    return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
+    """Convert a uint8 image [C, H, W], C = 1 or 3, to a PIL image."""
+    picture: Image.Image = to_pil_image(image)
+    return picture
 
 
 def points_to_image(x: Tensor, size: int = 96, extent: float = 1.25) -> Tensor:
@@ -35,9 +36,10 @@ def points_to_image(x: Tensor, size: int = 96, extent: float = 1.25) -> Tensor:
 
 
 def grid(rows: Sequence[Tensor], scale: int = 1, gap: int = 2) -> Tensor:
-    """Arrange uint8 images, one row of the grid per entry [n, C, H, W]: uint8 [C, height, width].
+    """Arrange uint8 images in a grid, one row per entry [n, C, H, W]: uint8 [C, height, width].
 
-    Each pixel becomes ``scale`` x ``scale``, so that an 8x8 image can be seen.
+    Each pixel becomes ``scale`` x ``scale``, so that an 8x8 image is visible. Unlike in torchvision's ``make_grid``,
+    rows may differ in length and grey images stay grey.
     """
     lines = []
     for row in rows:
@@ -47,16 +49,16 @@ def grid(rows: Sequence[Tensor], scale: int = 1, gap: int = 2) -> Tensor:
     return torch.cat([F.pad(line, (0, width - line.shape[-1]), value=64) for line in lines], dim=1)
 
 
-def beside(pictures: Sequence[Tensor], gap: int = 12) -> Tensor:
-    """uint8 pictures [C, height, width] of one height from left to right, a white gap between them."""
+def hstack(pictures: Sequence[Tensor], gap: int = 12) -> Tensor:
+    """Place uint8 pictures [C, height, width] of equal height from left to right, with a white gap between them."""
     return torch.cat([pictures[0], *[F.pad(picture, (gap, 0), value=255) for picture in pictures[1:]]], dim=-1)
 
 
-COLUMNS = 16  # of images; points need all
+COLUMNS = 16  # images per row; a density of points uses all of them
 
 
 def sample_grid(rows: Sequence[Tensor], columns: int = COLUMNS) -> Tensor:
-    """One row a sampler setting: samples [n, C, H, W] in [-1, 1], or points [n, 2] drawn as their density."""
+    """Draw one row per entry: samples [n, C, H, W] in [-1, 1], or points [n, 2] as their density."""
     if rows[0].ndim == 2:
         return grid([points_to_image(row)[None] for row in rows])
     return grid([to_uint8(row[:columns]) for row in rows], scale=max(1, 48 // rows[0].shape[-1]))

@@ -1,103 +1,153 @@
 """Facts that travel with the weights of a flow map."""
 
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from torch import Tensor
 
 from flowmaps.errors import UserError
-from samplers.schedule import Schedule
+from samplers import SAMPLERS, Schedule
 
 
 @dataclass(frozen=True)
 class FlowMapInfo:
-    """Facts that travel with the weights; a sampler refuses what they forbid."""
+    """Facts that travel with the weights; a sampler refuses what they forbid.
+
+    Compatibility between versions: a fact that changes what the network computes or how it may be sampled is a plain
+    field, and a version that does not know it refuses the checkpoint by the fact's name. A fact that only describes
+    (a date, a note) may be added in a minor version as ``field(default=..., metadata={"optional": True})``: its name is
+    then written under the key ``"optional"``, and a version that does not know it ignores it with a warning.
+
+    Args:
+        shape, num_classes, ...: The fields below; all have defaults.
+
+    Raises:
+        UserError: ``kind`` is unknown, or the latent scaling does not have one number per channel.
+
+    Example:
+        >>> info = FlowMapInfo(shape=(1, 8, 8), num_classes=10, kind="drift")
+        >>> info.check_sampler("map")
+        Traceback (most recent call last):
+        flowmaps.errors.UserError: sampler=map: this model is a drift (trained by flow matching alone) ...
+    """
 
     shape: tuple[int, ...] = ()  # of one sample: (channels, height, width) for images, (dim,) for points
     num_classes: int = 0  # 0: unconditional; else labels 0 .. num_classes - 1, and num_classes means "no label"
-    kind: str = "map"  # "map": v_{s,t} is trained for s <= t; "drift": v_{t,t} alone; "consistency": v_{s,1} alone
+    kind: str = "map"  # "map": v_{s,t} is trained for s <= t; "drift": only v_{t,t}; "consistency": only v_{s,1}
     data: str = ""  # the name of the training set
     ema: float | None = None  # decay of the weights' moving average, or its relative width (< 0.29); None: raw weights
     images_seen: int = 0
-    guidance: float | None = None  # the guidance weight that is baked in, if any
-    guidance_max: float | None = None  # the network takes a guidance weight from [1, this]
+    guidance: float | None = None  # guidance weight baked in by training, if any
+    guidance_max: float | None = None  # the network takes a guidance weight in [1, guidance_max]
     schedules: dict[str, Schedule] = field(default_factory=dict)  # sampler -> its fitted step sizes
-    t_range: tuple[float, float] = (0.0, 1.0)  # times on which the velocity is defined
+    t_range: tuple[float, float] = (0.0, 1.0)  # times for which the velocity was trained
     label_dropout: float = 0.0  # share of training rows without a label; 0: "no label" was never trained
-    vae: str = ""  # of latents: the directory or hub id of the VAE that made them
-    latent_shift: tuple[float, ...] = ()  # of latents: a sample is scale (z - shift), a number a channel, see
+    vae: str = ""  # of latents: directory or hub id of their VAE
+    latent_shift: tuple[float, ...] = ()  # of latents: a sample is scale (z - shift), one number per channel, see
     latent_scale: tuple[float, ...] = ()  # flowmaps.vae; empty: samples are images or points
     origin: dict[str, str] = field(default_factory=dict)  # of imported weights: format, sha256, license and the like
 
     def __post_init__(self) -> None:
         if self.kind not in ("map", "drift", "consistency"):
-            raise UserError(f"FlowMapInfo.kind must be 'map', 'drift' or 'consistency', got {self.kind!r}")
+            raise UserError("must be 'map', 'drift' or 'consistency'", field="kind", value=repr(self.kind))
         channels = self.shape[0] if self.latent_scale and self.shape else 0
         if (len(self.latent_scale), len(self.latent_shift)) != (channels, channels) or 0 in self.latent_scale:
             raise UserError(
-                f"FlowMapInfo.latent_shift and latent_scale are a number for each of {channels} channels, the latter "
-                f"not 0, got {self.latent_shift} and {self.latent_scale}"
+                f"latent_shift and latent_scale need one number for each of {channels} channels, and no scale may be "
+                f"0, got {self.latent_shift} and {self.latent_scale}"
             )
 
     @property
     def sampler(self) -> str:
-        """The sampler of ``flowmaps.generate`` that takes any number of steps and what the network was trained for."""
+        """The default sampler: one that takes any number of steps and asks only for what the network was trained on."""
         return {"map": "map", "drift": "euler", "consistency": "stochastic"}[self.kind]
 
     def check_guidance(self, weight: float | None, sampler: str = "map") -> None:
-        """Refuse a guidance weight that neither the network takes nor a solver can bring about."""
+        """Refuse a guidance weight that neither the network nor the sampler can apply.
+
+        Raises:
+            UserError: Guidance is baked in, was not trained, or the weight is out of range.
+        """
         if weight is None:
             return
         if self.guidance is not None:
-            raise UserError(f"guidance {self.guidance:g} is baked into this model: leave --guidance out")
+            self._refuse_guidance(weight, f"guidance {self.guidance:g} is baked into this model: leave guidance out")
         if self.guidance_max is None:
-            if self.label_dropout and sampler in ("euler", "heun"):
+            if self.label_dropout and SAMPLERS[sampler].of == "drift":
                 return  # classifier-free, from the drifts with and without a label
-            raise UserError(
-                "this model was not trained to take a guidance weight: leave --guidance out"
-                if self.label_dropout
-                else "this model was trained neither to take a guidance weight nor without labels: leave --guidance out"
-            )
-        if not 1 <= weight <= self.guidance_max:
-            raise UserError(f"--guidance={weight:g}: this model takes weights from 1 to {self.guidance_max:g}")
+            reason = "to take a guidance weight" if self.label_dropout else "with a guidance weight or without labels"
+            remedy = "use an ODE solver or leave guidance out" if self.label_dropout else "leave guidance out"
+            self._refuse_guidance(weight, f"this model was not trained {reason}: {remedy}")
+        elif not 1 <= weight <= self.guidance_max:
+            self._refuse_guidance(weight, f"this model takes weights from 1 to {self.guidance_max:g}")
+
+    def _refuse_guidance(self, weight: float, reason: str) -> None:
+        raise UserError(reason, field="guidance", value=f"{weight:g}")
 
     def check_sampler(self, sampler: str, steps: int = 1, gamma: float = 1.0) -> None:
-        """Refuse a sampler of ``flowmaps.generate`` that asks the network for what it was never trained on."""
-        solver = sampler in ("euler", "heun")
-        if self.kind == "drift" and not solver:
+        """Refuse a sampler that asks the network for what it was never trained on.
+
+        Args:
+            sampler: A key of ``samplers.SAMPLERS``.
+            steps: The number of steps that will be taken.
+            gamma: The share of noise that ``sampler="stochastic"`` renews per step.
+
+        Raises:
+            UserError: The sampler is unknown, or not for a model of this kind.
+        """
+        if sampler not in SAMPLERS:
+            raise UserError(f"choose from {', '.join(SAMPLERS)}", field="sampler", value=sampler)
+        row = SAMPLERS[sampler]
+        if self.kind == "drift" and row.of != "drift":
             raise UserError(
                 "this model is a drift (trained by flow matching alone) and has no map to jump with: "
-                "sample it with an ODE solver (--sampler=euler)"
+                "sample it with an ODE solver (sampler=euler)",
+                field="sampler",
+                value=sampler,
             )
-        if self.kind == "consistency" and (solver or (steps > 1 and not (sampler == "stochastic" and gamma == 1))):
+        if self.kind == "consistency" and (row.of == "drift" or (steps > 1 and not (row.renoises and gamma == 1))):
             raise UserError(
                 "this model is a consistency model, which only jumps to data: sample it in one step, or in several "
-                "with fresh noise between them (--sampler=stochastic --gamma=1)"
+                "steps with fresh noise between them (sampler=stochastic, gamma=1)",
+                field="sampler",
+                value=sampler,
             )
 
     def times(self, sampler: str, steps: int, guidance: float | None = None) -> Tensor | None:
-        """The stored grid of ``steps`` steps for ``sampler``, which was fitted under ``guidance``; None without one."""
+        """Return the stored grid of ``steps`` steps for ``sampler`` under ``guidance``; None if there is none."""
         schedule = self.schedules.get(sampler)
         if schedule is None or steps not in schedule or (schedule.guidance or 1) != (guidance or 1):
             return None
         return schedule[steps]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
+        """Return plain values, ready for JSON, with the names of optional facts, if any, under ``"optional"``."""
+        optional = [f.name for f in fields(self) if f.metadata.get("optional")]
+        return asdict(self) | ({"optional": optional} if optional else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Rebuild from ``to_dict`` (lists become tuples again); an unknown field is refused by name."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        """Rebuild from ``to_dict``, also of a newer version (lists become tuples again).
+
+        Facts unknown to this version that ``values["optional"]`` lists are ignored and named in a warning.
+
+        Raises:
+            UserError: Another fact is unknown, or one has the wrong type.
+        """
+        optional = values.get("optional", ())
+        unknown = sorted(set(values) - {f.name for f in fields(cls)} - {"optional"})
+        if required := [name for name in unknown if name not in optional]:
+            raise UserError(f"unknown flow map facts {required}: the checkpoint is from a newer version of flowmaps")
         if unknown:
-            raise UserError(f"unknown flow map facts {unknown}: the checkpoint is from a newer version of flowmaps")
-        frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            warnings.warn(f"ignored facts of a newer version of flowmaps: {', '.join(unknown)}", stacklevel=2)
+        known = {k: v for k, v in values.items() if k != "optional" and k not in unknown}
+        frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
         try:
             frozen["schedules"] = {k: Schedule.from_dict(v) for k, v in values.get("schedules", {}).items()}
             info = cls(**frozen)
-            whole = (*info.shape, info.num_classes, info.images_seen)
-            if not all(isinstance(v, int) and v >= 0 for v in whole) or len(info.t_range) != 2:
+            counts = (*info.shape, info.num_classes, info.images_seen)
+            if not all(isinstance(v, int) and v >= 0 for v in counts) or len(info.t_range) != 2:
                 raise TypeError("shape, num_classes, images_seen or t_range")
             if not all(v is None or isinstance(v, (int, float)) for v in (info.guidance, info.guidance_max)):
                 raise TypeError("guidance or guidance_max")

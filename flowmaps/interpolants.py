@@ -29,11 +29,11 @@ class Interpolant:
         raise NotImplementedError
 
     def time(self, ratio: Tensor) -> Tensor:
-        """The t at which alpha(t) / beta(t) = ratio; 0 gives 1, infinity gives 0."""
+        """Return the t at which alpha(t) / beta(t) = ratio; 0 gives 1, infinity gives 0."""
         raise NotImplementedError
 
     def point(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """I_t = alpha(t) x0 + beta(t) x1; ``x0``, ``x1`` [B, ...], ``t`` [B]."""
+        """Return I_t = alpha(t) x0 + beta(t) x1; ``x0``, ``x1`` [B, ...], ``t`` [B]."""
         return expand(self.alpha(t), x0) * x0 + expand(self.beta(t), x1) * x1
 
     def conditional_velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""The model card: what a checkpoint is, how to use it, what was measured and where it comes from."""
+"""The model card: description, usage, measured results and origin of a checkpoint."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from flowmaps.flow_map import FlowMap
+if TYPE_CHECKING:
+    from flowmaps.flow_map import FlowMap
 
 TASK = "unconditional-image-generation"
 Record = dict[str, Any]  # of fid.py --json
@@ -21,10 +22,12 @@ samples = pipeline(16, num_inference_steps={steps}, output_type="pt").images
 """
 
 
-def card(fm: FlowMap, name: str = "", license: str = "", records: Sequence[Record] = (), how: str = "") -> str:
-    """Markdown with YAML front matter; ``records`` are of fid.py, ``how`` says how the model was made.
+def card(
+    fm: "FlowMap", name: str = "", license: str = "", records: Sequence[Record] = (), training_details: str = ""
+) -> str:
+    """Return Markdown with YAML front matter; ``records`` are those of fid.py, ``training_details`` is Markdown.
 
-    Of weights from elsewhere the licence is that of their source.
+    Imported weights keep the licence of their source.
     """
     info, (low, high) = fm.info, fm.info.t_range
     size = sum(p.numel() for p in fm.network.parameters())
@@ -57,7 +60,7 @@ def card(fm: FlowMap, name: str = "", license: str = "", records: Sequence[Recor
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {data.model_name}",
         {
-            "map": "A flow map: it jumps from noise to data in as many network evaluations as you like, from one on.",
+            "map": "A flow map: it jumps from noise to data in any number of network evaluations, from one on.",
             "drift": "A drift, to be integrated by an ODE solver.",
             "consistency": "A consistency model: it jumps to data.",
         }[info.kind]
@@ -67,8 +70,8 @@ def card(fm: FlowMap, name: str = "", license: str = "", records: Sequence[Recor
     ]
     if records:
         parts.append("## Results\n\n" + "\n\n".join(_tables(records)))
-    if how:
-        parts.append("## How it was made\n\n" + how.strip())
+    if training_details:
+        parts.append("## How it was made\n\n" + training_details.strip())
     if info.origin:
         parts.append(
             "Weights imported by flowmaps, or trained from imported ones. The license of the source applies to them."
@@ -97,7 +100,7 @@ def _evaluations(record: Record) -> list[EvalResult]:
 
 
 def _tables(records: Sequence[Record]) -> Iterator[str]:
-    """For records that can stand together: a row for each sampler and grid, a column for each step count."""
+    """Yield one table per set of comparable records: a row per sampler and grid, a column per step count."""
     together: dict[tuple[str, int, str], list[Record]] = {}
     for record in records:
         together.setdefault((record["metric"], record["num"], record["reference"]["sha256"]), []).append(record)
@@ -109,6 +112,8 @@ def _tables(records: Sequence[Record]) -> Iterator[str]:
             cells = [f"{found[sampler, grid, k]:.3g}" if (sampler, grid, k) in found else "" for k in counts]
             lines.append(f"| {sampler}, {grid} steps | " + " | ".join(cells) + " |")
         reference = mine[0]["reference"]
-        told = f"{metric} of {num} samples to {reference['data']} ({reference['split']}, {reference['n']} samples), by"
+        caption = (
+            f"{metric} of {num} samples to {reference['data']} ({reference['split']}, {reference['n']} samples), by"
+        )
         commands = "".join(f"\n    python {record['command']}" for record in mine)
-        yield f"{told}\n{commands}\n\n" + "\n".join(lines)
+        yield f"{caption}\n{commands}\n\n" + "\n".join(lines)

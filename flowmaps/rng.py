@@ -1,6 +1,6 @@
-"""Random streams keyed by what they are for, so that a draw never depends on what was drawn before it.
+"""Random streams keyed by purpose, so that no draw depends on the draws before it.
 
-A run that is stopped and resumed, or split over processes, then sees the same noise (docs/maths.md, "Randomness").
+A run that is resumed, or split over processes, then sees the same noise (docs/maths.md, "Randomness").
 """
 
 import hashlib
@@ -11,10 +11,10 @@ import torch
 def generator(
     seed: int, purpose: str, index: int, shard: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A generator whose state is a function of (seed, purpose, index, shard) alone.
+    """Return a generator whose state depends on (seed, purpose, index, shard) alone.
 
-    Torch's CPU engine keeps only 32 bits of its seed, so a plain hash of all four would collide among some 10^5
-    indices. Adding ``index`` to a hash of the other three keeps the indices of one stream distinct.
+    Torch's CPU engine keeps only 32 bits of its seed, so a plain hash of all four would collide within about 10^5
+    indices. Adding ``index`` to a hash of the other three keeps the indices of a stream distinct.
     """
     base = hashlib.blake2b(f"{seed}/{purpose}/{shard}".encode(), digest_size=4).digest()
     return torch.Generator(device).manual_seed((int.from_bytes(base) + index) % 2**32)

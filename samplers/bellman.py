@@ -1,8 +1,8 @@
-"""Step sizes for a given number of steps: the grid of least summed local error, by dynamic programming.
+"""Optimal step sizes for a given number of steps: the grid of least summed error, by dynamic programming.
 
 Bellman optimal step sizes, Nguyen et al. 2024 (arXiv 2312.16414). A fine trajectory x_0 .. x_N at times t_0 .. t_N is
-walked once; c[j, k] is the error of jumping from x_j to t_k in one step, against x_k. A coarse grid is a path through
-the fine one, and its cost the sum of its jumps'.
+integrated once; c[j, k] is the error of one step from x_j to t_k, relative to x_k. A coarse grid is a path through the
+fine grid, and its cost is the sum over its steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,22 +14,22 @@ from samplers.callables import Drift, Map
 from samplers.grids import check_times
 from samplers.trajectories import Trajectory, trajectory
 
-Jumps = Callable[[int], Tensor]  # j -> where single steps from state j to all later times land: [N - j, B, ...]
+Endpoints = Callable[[int], Tensor]  # j -> endpoints of single steps from state j to all later times: [N - j, B, ...]
 
 
 def solve(cost: Tensor, steps: int) -> tuple[list[int], float]:
-    """The path 0 = i_0 < ... < i_steps = N of least sum c[i_0, i_1] + c[i_1, i_2] + ...: (indices, value).
+    """Return the path 0 = i_0 < ... < i_steps = N of least sum c[i_0, i_1] + c[i_1, i_2] + ... as (indices, value).
 
-    ``cost`` [N + 1, N + 1], of which the entries above the diagonal count. Of several best paths it is the one whose
-    first differing index is smaller.
+    Only the entries of ``cost`` [N + 1, N + 1] above the diagonal are used. Of several best paths, the one that comes
+    first in lexicographic order is returned.
     """
     return solve_all(cost, steps)[steps]
 
 
 def solve_all(cost: Tensor, most: int) -> dict[int, tuple[list[int], float]]:
-    """``solve`` for 1 .. ``most`` steps in one pass: O(most N^2).
+    """Return ``solve`` for 1 .. ``most`` steps, found in one pass: O(most N^2).
 
-    V_1(j) = c[j, N] and V_n(j) = min over m of c[j, m] + V_{n-1}(m); the minimising m are kept, and followed from 0.
+    V_1(j) = c[j, N] and V_n(j) = min over m of c[j, m] + V_{n-1}(m); the minimising m are kept and followed from 0.
     """
     nodes = len(cost)
     if cost.ndim != 2 or cost.shape[1] != nodes or nodes < 2:
@@ -59,35 +59,35 @@ def euler_cost(
     times: Tensor,
     label: Tensor | None = None,
     *,
-    root: bool = False,
+    sqrt: bool = False,
     batch: int = 64,
-    covectors: int = 0,
+    num_probes: int = 0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """c[j, k] = E |x_j + (t_k - t_j) b_{t_j}(x_j) - x_k|^2 along Euler's path: float64 [N + 1, N + 1].
 
-    From ``x`` [B, ...] at ``times[0]``, ``batch`` at a time; |.|^2 is a mean over dimensions, and ``root`` takes its
-    square root before the mean E over noises. N evaluations of the drift a noise for all entries; c[j, j + 1] = 0.
+    From ``x`` [B, ...] at ``times[0]``, ``batch`` at a time; |.|^2 is a mean over dimensions, and ``sqrt`` takes its
+    square root before the mean E over noise. N evaluations of the drift per path for all entries; c[j, j + 1] = 0.
 
-    With ``covectors`` > 0 an error e at t_k counts as what is left of it at the end, |J e|^2 with J the derivative of
-    the path from x_k to x_N: the mean of (w J e)^2 over so many normal w from ``generator``, which N vector-Jacobian
-    products each pull back to all the times. With ``root`` the sum of costs then bounds the error at the end, to first
-    order, by the triangle inequality.
+    With ``num_probes`` > 0 an error e at t_k is propagated to the end: it counts as |J e|^2, where J is the derivative
+    of the path from x_k to x_N. This is estimated by the mean of (w J e)^2 over ``num_probes`` normal vectors w from
+    ``generator``, at N vector-Jacobian products per probe. With ``sqrt`` the sum of costs then bounds the error at the
+    end, to first order, by the triangle inequality.
     """
     cost = torch.zeros(len(times), len(times), dtype=torch.float64)
     for i in range(0, len(x), batch):
         part, lab = x[i : i + batch], None if label is None else label[i : i + batch]
         walked = trajectory(drift, part, times, lab, "euler")
         weight = None
-        if covectors:
-            w = torch.randn((covectors, *part.shape), generator=generator, device=x.device, dtype=x.dtype)
-            weight = pulled_back(drift, walked, w)
-        cost += len(part) / len(x) * errors(walked, _extrapolated(walked), [(root, weight)])[0]
+        if num_probes:
+            w = torch.randn((num_probes, *part.shape), generator=generator, device=x.device, dtype=x.dtype)
+            weight = vjp_to_end(drift, walked, w)
+        cost += len(part) / len(x) * errors(walked, _extrapolated(walked), [(sqrt, weight)])[0]
     return cost
 
 
-def _extrapolated(walked: Trajectory) -> Jumps:
-    """Euler's jumps from state j of Euler's own path to all later times, whose slope is that of the first step."""
+def _extrapolated(walked: Trajectory) -> Endpoints:
+    """Return endpoints of Euler steps from states of an Euler path, which has evaluated their slopes already."""
     states, grid = walked.states, _like(walked.times, walked.states)
     shape = [-1] + [1] * (states.ndim - 1)
 
@@ -98,8 +98,8 @@ def _extrapolated(walked: Trajectory) -> Jumps:
     return ends
 
 
-def euler_jumps(drift: Drift, walked: Trajectory) -> Jumps:
-    """Euler's steps from each state of any path, such as a solver's of higher order, to all later times."""
+def euler_endpoints(drift: Drift, walked: Trajectory) -> Endpoints:
+    """Return endpoints of Euler steps from the states of any path, e.g. one by a solver of higher order."""
     states, label, grid = walked.states, walked.label, _like(walked.times, walked.states)
     shape = [-1] + [1] * (states.ndim - 1)
 
@@ -110,10 +110,10 @@ def euler_jumps(drift: Drift, walked: Trajectory) -> Jumps:
     return ends
 
 
-def pulled_back(drift: Drift, walked: Trajectory, w: Tensor) -> Tensor:
-    """w J for covectors ``w`` [C, B, ...] at the end and J the derivative of Euler's steps from each state to the last.
+def vjp_to_end(drift: Drift, walked: Trajectory, w: Tensor) -> Tensor:
+    """Return w J, where J is the derivative of Euler steps from each state to the last: [N + 1, C, B, ...].
 
-    Returns [N + 1, C, B, ...]; the last entry is ``w`` itself.
+    ``w`` [C, B, ...] are vectors at the end; the last entry of the result is ``w`` itself.
     """
     grid, count = _like(walked.times, w), walked.states.shape[1]
     found = [w]
@@ -128,8 +128,8 @@ def pulled_back(drift: Drift, walked: Trajectory, w: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def heun_jumps(drift: Drift, walked: Trajectory) -> Jumps:
-    """Steps of Heun's method: each first slope once, and one second slope for each jump."""
+def heun_endpoints(drift: Drift, walked: Trajectory) -> Endpoints:
+    """Return endpoints of Heun steps: one first slope per state, one second slope per step."""
     states, label, grid = walked.states, walked.label, _like(walked.times, walked.states)
     count = states.shape[1]
 
@@ -141,8 +141,8 @@ def heun_jumps(drift: Drift, walked: Trajectory) -> Jumps:
     return ends
 
 
-def map_jumps(fm: Map, walked: Trajectory) -> Jumps:
-    """X_{t_j,t_k}(x_j) of a learned map."""
+def map_endpoints(fm: Map, walked: Trajectory) -> Endpoints:
+    """Return endpoints X_{t_j,t_k}(x_j) of a learned map."""
     states, label, grid = walked.states, walked.label, _like(walked.times, walked.states)
     count = states.shape[1]
 
@@ -153,41 +153,41 @@ def map_jumps(fm: Map, walked: Trajectory) -> Jumps:
     return ends
 
 
-def heun_cost(drift: Drift, walked: Trajectory, *, root: bool = False, weight: Tensor | None = None) -> Tensor:
-    """c[j, k] with one step of Heun's method from x_j to t_k, for the states of ``walked``: float64 [N + 1, N + 1].
+def heun_cost(drift: Drift, walked: Trajectory, *, sqrt: bool = False, weight: Tensor | None = None) -> Tensor:
+    """Return c[j, k] of one Heun step from x_j to t_k, for the states of ``walked``: float64 [N + 1, N + 1].
 
-    N + N (N + 1) / 2 evaluations a path. ``root`` and ``weight`` as in ``errors``.
+    N + N (N + 1) / 2 evaluations per path. ``sqrt`` and ``weight`` as in ``errors``.
     """
-    return errors(walked, heun_jumps(drift, walked), [(root, weight)])[0]
+    return errors(walked, heun_endpoints(drift, walked), [(sqrt, weight)])[0]
 
 
-def map_cost(fm: Map, walked: Trajectory, *, root: bool = False, weight: Tensor | None = None) -> Tensor:
-    """c[j, k] = mean over paths of |X_{t_j,t_k}(x_j) - x_k|^2 for a learned map: float64 [N + 1, N + 1].
+def map_cost(fm: Map, walked: Trajectory, *, sqrt: bool = False, weight: Tensor | None = None) -> Tensor:
+    """Return c[j, k] = mean over paths of |X_{t_j,t_k}(x_j) - x_k|^2 for a learned map: float64 [N + 1, N + 1].
 
-    N (N + 1) / 2 evaluations a path. ``root`` and ``weight`` as in ``errors``.
+    N (N + 1) / 2 evaluations per path. ``sqrt`` and ``weight`` as in ``errors``.
     """
-    return errors(walked, map_jumps(fm, walked), [(root, weight)])[0]
+    return errors(walked, map_endpoints(fm, walked), [(sqrt, weight)])[0]
 
 
 @torch.no_grad()
-def errors(walked: Trajectory, ends: Jumps, counts: Sequence[tuple[bool, Tensor | None]]) -> list[Tensor]:
-    """c [N + 1, N + 1] for each (root, weight) of ``counts``: how far ``ends`` lands from states j + 1 .. N.
+def errors(walked: Trajectory, ends: Endpoints, counts: Sequence[tuple[bool, Tensor | None]]) -> list[Tensor]:
+    """Return c [N + 1, N + 1] for each (sqrt, weight) of ``counts``: the distance of ``ends`` from states j + 1 .. N.
 
-    The mean over paths of the squared distance, itself a mean over dimensions; with ``root`` of its square root. With
-    ``weight`` [N + 1, C, B, ...], what ``pulled_back`` returns, the mean over C of the squared product of error and
-    weight takes the squared distance's place: the error as it arrives at the end.
+    The mean over paths of the squared distance, which is a mean over dimensions; ``sqrt`` takes its square root first.
+    With ``weight`` [N + 1, C, B, ...] from ``vjp_to_end``, the squared distance is replaced by the mean over C of the
+    squared product of error and weight, i.e. the error propagated to the end.
     """
     nodes = len(walked.times)
     found = [torch.zeros(nodes, nodes, dtype=torch.float64) for _ in counts]
     for j in range(nodes - 1):
         error = (ends(j) - walked.states[j + 1 :]).flatten(2)  # [N - j, B, dim]
-        for cost, (root, weight) in zip(found, counts, strict=True):
+        for cost, (sqrt, weight) in zip(found, counts, strict=True):
             if weight is None:
                 squared = error.square().mean(dim=2).double()  # [N - j, B]
             else:
                 product = torch.einsum("kbd,kcbd->kcb", error, weight[j + 1 :].flatten(3))
                 squared = (product.square().mean(dim=1) / error.shape[2]).double()
-            cost[j, j + 1 :] = (squared.sqrt() if root else squared).mean(dim=1).cpu()
+            cost[j, j + 1 :] = (squared.sqrt() if sqrt else squared).mean(dim=1).cpu()
     return found
 
 
@@ -195,5 +195,5 @@ def _like(times: Tensor, x: Tensor) -> Tensor:
     return check_times(times).to(x.device, torch.promote_types(x.dtype, torch.float32))
 
 
-__all__ = ["errors", "euler_cost", "euler_jumps", "heun_cost", "heun_jumps", "map_cost", "map_jumps"]
-__all__ += ["pulled_back", "solve", "solve_all"]
+__all__ = ["errors", "euler_cost", "euler_endpoints", "heun_cost", "heun_endpoints", "map_cost", "map_endpoints"]
+__all__ += ["solve", "solve_all", "vjp_to_end"]

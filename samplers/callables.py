@@ -1,4 +1,4 @@
-"""The types samplers work on, and the one loop they share.
+"""Types of the callables that samplers work on, and the loop they share.
 
 A drift is ``b(x, t, label) -> dx/dt``; a map is ``X(x, s, t, label) -> x_t``. ``x`` has shape [B, ...], times have
 shape [B] and ``label`` is an int64 tensor [B] or None.
@@ -18,9 +18,9 @@ Callback = Callable[[int, Tensor, Tensor], None]  # called as callback(k, t_k, x
 
 
 def intervals(x: Tensor, times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (s, t) of each interval of the grid, each of shape [B], on the device of ``x``.
+    """Yield (s, t) for each interval of the grid, both of shape [B], on the device of ``x``.
 
-    Times are kept in at least float32: rounding them to a bfloat16 sample's type would move the grid.
+    Times keep at least float32 precision: rounded to the type of a bfloat16 sample, the grid would move.
     """
     grid = check_times(times).to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     for s, t in pairwise(grid):
@@ -28,7 +28,7 @@ def intervals(x: Tensor, times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def report(callback: Callback | None, k: int, t: Tensor, x: Tensor) -> None:
-    """Call ``callback(k, t, x)`` with t a scalar tensor, if there is one."""
+    """Call ``callback(k, t, x)`` with t a scalar tensor, if a callback is given."""
     if callback is not None:
         callback(k, t[0], x)
 

@@ -5,16 +5,16 @@ from torch import Tensor
 
 
 def uniform_times(steps: int) -> Tensor:
-    """``steps`` equal intervals from 0 (noise) to 1 (data): float64 tensor [steps + 1]."""
+    """Return ``steps`` equal intervals from 0 (noise) to 1 (data): float64 tensor [steps + 1]."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     return torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
 
 
 def log_snr_times(steps: int, low: float, high: float) -> Tensor:
-    """``steps`` equal intervals of ln(t / (1 - t)) from ``low`` to ``high``: float64 tensor [steps + 1].
+    """Return ``steps`` equal intervals of ln(t / (1 - t)) from ``low`` to ``high``: float64 tensor [steps + 1].
 
-    On the linear path that is the logarithm of signal over noise, up to a constant; 0 < low < high < 1.
+    On the linear path ln(t / (1 - t)) is the log signal-to-noise ratio up to a constant; 0 < low < high < 1.
     """
     if steps < 1 or not 0 < low < high < 1:
         raise ValueError(f"log_snr_times needs steps >= 1 and 0 < low < high < 1, got {steps}, {low} and {high}")
@@ -25,7 +25,7 @@ def log_snr_times(steps: int, low: float, high: float) -> Tensor:
 
 
 def check_times(times: Tensor) -> Tensor:
-    """Return ``times`` if it is a usable grid: 1-D, at least two finite entries in [0, 1], strictly increasing."""
+    """Return ``times`` if it is a valid grid: 1-D, at least two finite entries in [0, 1], strictly increasing."""
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"times must be a 1-D tensor of at least 2 entries, got shape {tuple(times.shape)}")
     if not bool(((times >= 0) & (times <= 1)).all()):  # NaN fails this too

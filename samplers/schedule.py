@@ -1,4 +1,4 @@
-"""Step sizes that were fitted to a model: grids by their number of steps, and how they were found."""
+"""Step sizes fitted to a model: time grids by number of steps, and how they were found."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,21 +15,33 @@ BY_STEPS = {"grids", "errors", "uniform_errors"}  # fields that are mappings fro
 
 @dataclass(frozen=True, eq=False)
 class Schedule(Mapping[int, Tensor]):
-    """{steps: times}: ``schedule[4]`` is a float64 tensor of 5 times that increase from 0 (noise) to 1 (data).
+    """Time grids by number of steps: ``schedule[4]`` is a float64 tensor of 5 times from 0 (noise) to 1 (data).
 
-    The other fields say what the grids are for and how they were found; an empty one says nothing.
+    The other fields record what the grids are for and how they were found; an empty field means unknown.
+
+    Args:
+        grids: {steps: times}, each with ``steps + 1`` increasing times from 0 to 1.
+
+    Raises:
+        ValueError: A grid has the wrong length or ends, or does not increase.
+
+    Example:
+        >>> schedule = Schedule({2: (0, 0.7, 1)}, sampler="euler")
+        >>> euler(fm.drift, fm.noise(16, seed=0), schedule[2])
+        >>> Schedule.from_json(schedule.to_json()) == schedule
+        True
     """
 
     grids: Mapping[int, Sequence[float] | Tensor]
-    sampler: str = ""  # whose error was made small: map, euler or heun
-    cost: str = ""  # what was minimised
+    sampler: str = ""  # the sampler whose error was minimised: map, euler or heun
+    cost: str = ""  # the error that was minimised, a key of ``flowmaps.step_sizes.COSTS``
     checkpoint: str = ""  # FlowMap.fingerprint of the model
-    noises: int = 0  # how many paths were walked
-    seed: int = 0  # of their noise
-    fine: int = 0  # steps of the fine grid that the times are taken from
-    guidance: float | None = None  # weight under which the paths were walked
-    errors: Mapping[int, float] = field(default_factory=dict)  # by steps: of the grid, on other noises
-    uniform_errors: Mapping[int, float] = field(default_factory=dict)  # likewise, of equal steps
+    noises: int = 0  # number of fine paths that the grids were fitted to
+    seed: int = 0  # seed of their noise
+    fine: int = 0  # steps of the fine grid, from which all times are taken
+    guidance: float | None = None  # guidance weight of the paths
+    errors: Mapping[int, float] = field(default_factory=dict)  # by steps: error of the grid on other noise
+    uniform_errors: Mapping[int, float] = field(default_factory=dict)  # by steps: error of equal steps on that noise
 
     def __post_init__(self) -> None:
         grids = {}
@@ -56,33 +68,33 @@ class Schedule(Mapping[int, Tensor]):
         return hash(self.to_json())
 
     def only(self, *steps: int) -> Self:
-        """The same schedule with the grids of these numbers of steps alone."""
+        """Return the same schedule with only the grids for these numbers of steps."""
         kept = {name: {n: v for n, v in getattr(self, name).items() if n in steps} for name in BY_STEPS}
         return replace(self, **kept)  # type: ignore[arg-type]
 
     def sigmas(self, steps: int) -> list[float]:
-        """What ``set_timesteps(sigmas=...)`` of diffusers' flow-matching schedulers takes: 1 is noise, 0 is implied."""
+        """Return the ``sigmas`` that diffusers' ``set_timesteps`` takes: decreasing from 1 (noise), 0 implied."""
         return (1 - self[steps][:-1]).tolist()
 
     @classmethod
     def uniform(cls, *steps: int) -> Self:
-        """Equal steps, for each number of them."""
+        """Return equal steps for each of these numbers of steps."""
         return cls({count: uniform_times(count) for count in steps})
 
     def to_json(self) -> str:
-        """Text that ``from_json`` reads."""
+        """Return text for ``from_json``."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Rebuild from ``to_json``; ValueError for anything else."""
+        """Rebuild from ``to_json``; ValueError if it is not a schedule."""
         return cls.from_dict(json.loads(text))
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Rebuild from plain values, whose keys JSON has turned to text; ValueError for an unknown field."""
+        """Rebuild from plain values, whose keys may be text as in JSON; ValueError for an unknown field."""
         if not isinstance(values, dict) or "grids" not in values:
-            raise ValueError("not a schedule: there are no grids")
+            raise ValueError("not a schedule: it has no grids")
         kinds = {f.name: f.type for f in fields(cls)}
         if unknown := sorted(set(values) - set(kinds)):
             raise ValueError(f"a schedule has no field {', '.join(map(str, unknown))}")

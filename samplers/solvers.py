@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from samplers.callables import Callback, Drift, expand, intervals, report
@@ -10,9 +11,25 @@ from samplers.callables import Callback, Drift, expand, intervals, report
 def euler(
     drift: Drift, x: Tensor, times: Tensor, label: Tensor | None = None, callback: Callback | None = None
 ) -> Tensor:
-    """Euler's method, order 1: x <- x + (t - s) b_s(x), one network evaluation a step.
+    """Euler's method, order 1: x <- x + (t - s) b_s(x), one network evaluation per step.
 
-    ``x`` [B, ...] at time ``times[0]``; returns the state at ``times[-1]``, same shape.
+    Args:
+        drift: A drift b(x, t, label), such as ``fm.drift``.
+        x: States [B, ...] at time ``times[0]``; noise if that is 0.
+        times: Increasing times in [0, 1], one more than there are steps.
+        label: Class labels int64 [B], or None.
+        callback: Called as ``callback(k, t_k, x_k)`` for k = 0 .. N with the state at each grid time.
+
+    Returns:
+        The states at ``times[-1]``, same shape as ``x``.
+
+    Raises:
+        ValueError: ``times`` is not an increasing grid in [0, 1].
+
+    Example:
+        >>> fm = FlowMap.from_pretrained("assets/digits")
+        >>> euler(fm.drift, fm.noise(16, seed=0), uniform_times(64), torch.arange(16) % 10).shape
+        torch.Size([16, 1, 8, 8])
     """
     for k, (s, t) in enumerate(intervals(x, times)):
         report(callback, k, s, x)
@@ -24,16 +41,32 @@ def euler(
 def heun(
     drift: Drift, x: Tensor, times: Tensor, label: Tensor | None = None, callback: Callback | None = None
 ) -> Tensor:
-    """Heun's method (explicit trapezoid), order 2: two network evaluations a step.
+    """Heun's method (explicit trapezoid), order 2: two network evaluations per step.
 
-    x' = x + h b_s(x), then x <- x + h (b_s(x) + b_t(x')) / 2. The usual last step of diffusion samplers, a plain Euler
-    step to avoid the singular end, is not needed here: b_1 is finite. Shapes as in ``euler``.
+    x' = x + h b_s(x), then x <- x + h (b_s(x) + b_t(x')) / 2. Diffusion samplers end with a plain Euler step to
+    avoid a singularity; that is not needed here, since b_1 is finite. Arguments as in ``euler``.
     """
     for k, (s, t) in enumerate(intervals(x, times)):
         report(callback, k, s, x)
         h = expand(t - s, x).to(x.dtype)
         b = drift(x, s, label)
         x = x + h / 2 * (b + drift(x + h * b, t, label))
+    report(callback, len(times) - 1, t, x)
+    return x
+
+
+def midpoint(
+    drift: Drift, x: Tensor, times: Tensor, label: Tensor | None = None, callback: Callback | None = None
+) -> Tensor:
+    """Explicit midpoint method, order 2: two network evaluations per step.
+
+    x <- x + h b_m(x + h/2 b_s(x)) with m = (s + t) / 2. The drift is never evaluated at the end of the grid. Arguments
+    as in ``euler``.
+    """
+    for k, (s, t) in enumerate(intervals(x, times)):
+        report(callback, k, s, x)
+        h = expand(t - s, x).to(x.dtype)
+        x = x + h * drift(x + h / 2 * drift(x, s, label), torch.lerp(s, t, 0.5), label)
     report(callback, len(times) - 1, t, x)
     return x
 
@@ -47,13 +80,13 @@ def dpm_solver(
     *,
     order: int = 3,
 ) -> Tensor:
-    """DPM-Solver++, multistep, of order 1, 2 or 3 on the linear path: one network evaluation a step.
+    """DPM-Solver++, multistep, of order 1, 2 or 3 on the linear path: one network evaluation per step.
 
-    Lu et al. 2022 (arXiv 2211.01095), data prediction D = x + (1 - s) b_s(x), with t for their alpha and 1 - t for
-    sigma: what is integrated is D as a polynomial in l = ln(t / (1 - t)), fitted to this step's D and those before.
-    The order starts at 1 and rises, and is 1 wherever l is infinite, at times 0 and 1. So order 3 is reached on
-    grids that start in noise, where D hardly changes, as ``log_snr_times(n, 0.006, ...)``; from t = 0.1 on it is 2 all
-    in all. Shapes as in ``euler``.
+    Lu et al. 2022 (arXiv 2211.01095) with t for their alpha and 1 - t for their sigma. The data prediction
+    D = x + (1 - s) b_s(x) is integrated as a polynomial in l = ln(t / (1 - t)) through its latest ``order`` values.
+    The order starts at 1 and rises; it is 1 wherever l is infinite, i.e. at times 0 and 1. Order 3 is therefore reached
+    on grids that start close to noise, where D hardly changes, such as ``log_snr_times(n, 0.006, ...)``; on grids from
+    t = 0.1 the overall order is 2. Arguments as in ``euler``.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, got {order}")
@@ -73,7 +106,7 @@ def _log_snr(t: float) -> float:
 
 
 def _integral(known: list[tuple[float, Tensor]], end: float) -> Tensor:
-    """The integral of exp(l - end) D(l) over l from the newest of ``known`` to ``end``, D a polynomial through them."""
+    """Integrate exp(l - end) D(l) over l from the newest entry of ``known`` to ``end``, D a polynomial through all."""
     (start, d0), *before = known
     h = end - start
     one = -math.expm1(-h)

@@ -1,6 +1,5 @@
-"""Whole paths of a solver: what mid-training regresses on, and what step sizes are chosen from."""
+"""States along a solver's path: regression targets of mid-training, and the data that step sizes are fitted to."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +7,7 @@ from torch import Tensor
 
 from samplers.callables import Drift
 from samplers.grids import check_times
-from samplers.solvers import dpm_solver, euler, heun
-
-SOLVERS: dict[str, Callable[..., Tensor]] = {"euler": euler, "heun": heun, "dpm_solver": dpm_solver}
+from samplers.table import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -33,17 +30,20 @@ class Trajectory:
 def trajectory(
     drift: Drift, x: Tensor, times: Tensor, label: Tensor | None = None, solver: str = "heun", every: int = 1
 ) -> Trajectory:
-    """The states of ``solver``, a key of ``SOLVERS``, from ``x`` [B, ...] at ``times[0]`` along the grid.
+    """Return the states of ``solver``, a sampler of drifts, from ``x`` [B, ...] at ``times[0]`` along the grid.
 
-    With ``every`` > 1 only each so-manieth state is kept; the grid's last one must be among them.
+    Only every ``every``-th state is kept; it must divide the number of steps, so that the last state is among them.
     """
+    if solver not in SAMPLERS or SAMPLERS[solver].of != "drift":
+        drifts = ", ".join(name for name, row in SAMPLERS.items() if row.of == "drift")
+        raise ValueError(f"solver must be one of {drifts}, got {solver!r}")
     if (len(times) - 1) % every:
-        raise ValueError(f"{len(times) - 1} steps are no multiple of every = {every}")
+        raise ValueError(f"{len(times) - 1} steps are not a multiple of every = {every}")
     states: list[Tensor] = []
 
     def keep(k: int, t: Tensor, state: Tensor) -> None:
         if k % every == 0:
             states.append(state)
 
-    SOLVERS[solver](drift, x, times, label, keep)
+    SAMPLERS[solver].run(drift, x, times, label, keep)
     return Trajectory(times[::every], torch.stack(states), label)

@@ -21,6 +21,7 @@ from flowmaps.interpolants import INTERPOLANTS
 from flowmaps.networks import NETWORKS, PRESETS
 from flowmaps.objectives import OBJECTIVES, Objective, TrajectoryObjective
 from flowmaps.posthoc_ema import WIDEST
+from samplers import SAMPLERS
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -96,10 +97,14 @@ class Best:
     weights: str = may_change("")  # weight file of the extractor
 
 
-class Solver(enum.Enum):
-    euler = "euler"
-    heun = "heun"
-    dpm_solver = "dpm_solver"  # multistep, order 3
+if TYPE_CHECKING:
+
+    class Solver(enum.Enum):  # a type checker needs the members that config files name
+        euler = "euler"
+        heun = "heun"
+        dpm_solver = "dpm_solver"
+else:
+    Solver = enum.Enum("Solver", {k: k for k, row in SAMPLERS.items() if row.of == "drift"}, module=__name__)
 
 
 class Grid(enum.Enum):

@@ -30,14 +30,14 @@ HUB = flags.DEFINE_string("push_to_hub", None, "Hugging Face hub id to upload to
 
 def main() -> None:
     from flowmaps.evaluation.gate import read_record
-    from flowmaps.export import place, save
+    from flowmaps.export import check_output
     from flowmaps.model_card import card
     from flowmaps.run_weights import take_weights
 
     for name, value in (("checkpoint", CHECKPOINT.value), ("out", OUT.value)):
         if value is None:
             raise UserError(f"--{name} is missing: e.g. --checkpoint=runs/digits --out=exported/digits")
-    out, records = place(OUT.value, "--out"), [read_record(file, f"--results={file}") for file in RESULTS.value]
+    out, records = check_output(OUT.value), [read_record(file, f"--results={file}") for file in RESULTS.value]
     if HOW.value is not None and not Path(HOW.value).is_file():
         raise UserError(f"--how={HOW.value}: no such file")
     how = Path(HOW.value).read_text() if HOW.value is not None else ""
@@ -49,7 +49,7 @@ def main() -> None:
         raise UserError(f"--results={wrong[0]} is of other weights than those to be exported: score them again")
     with blame("out", out):
         writable_directory(out.parent)
-    save(fm, out, card(fm, NAME.value or HUB.value or OUT.value, LICENSE.value, records, how))
+    fm.save_pretrained(out, card(fm, NAME.value or HUB.value or OUT.value, LICENSE.value, records, how))
     print(f"{out}: {weights[:12]}, ema {fm.info.ema or 'none'}, {fm.info.images_seen} images seen")
     if HUB.value is not None:
         from flowmaps.hub import to_hub

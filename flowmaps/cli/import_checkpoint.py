@@ -20,14 +20,14 @@ OUT = flags.DEFINE_string("out", None, "Directory to write, replaced if it is an
 
 
 def main() -> None:
-    from flowmaps.export import place
+    from flowmaps.export import check_output
     from flowmaps.importers import FORMATS, import_checkpoint
 
     for name, value in (("format", FORMAT.value), ("src", SRC.value), ("out", OUT.value)):
         if value is None:
             choices = f": choose one of {', '.join(FORMATS)}" if name == "format" else ""
             raise UserError(f"--{name} is missing{choices}")
-    out = place(OUT.value, "--out")
+    out = check_output(OUT.value)
     fm = import_checkpoint(FORMAT.value, Path(SRC.value))
     with blame("out", out):
         writable_directory(out.parent)

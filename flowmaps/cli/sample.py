@@ -18,8 +18,8 @@ from flowmaps.cli.sampling_flags import SamplingFlags, Setting
 from flowmaps.errors import blame
 from flowmaps.evaluation.samples import write_samples
 from flowmaps.files import writable_directory
-from flowmaps.generate import SAMPLERS
-from flowmaps.images import COLUMNS, beside, sample_grid, to_pil
+from flowmaps.images import COLUMNS, hstack, sample_grid, to_pil
+from samplers import SAMPLERS
 
 SAMPLING = SamplingFlags(num=64)
 OUT = flags.DEFINE_string("out", None, "Directory to write to")
@@ -39,4 +39,4 @@ def main() -> None:
     if others:
         items = range(len(shown[0][0]))[: COLUMNS if len(fm.info.shape) == 3 else None]
         shown.append([torch.cat([x.cpu() for x, _ in SAMPLING.batches(fm, way, items=items)]) for way in others])
-    to_pil(beside([sample_grid(rows) for rows in shown])).save(out / "grid.png")
+    to_pil(hstack([sample_grid(rows) for rows in shown])).save(out / "grid.png")

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from flowmaps import FlowMap, UserError
 from flowmaps.distributed import pick_device
-from flowmaps.generate import SAMPLERS, generate, labels_for, nfe
+from flowmaps.generate import check_sampling, generate, labels_for, nfe
 from flowmaps.run_weights import run_weights, take_weights
 from flowmaps.step_sizes import read_schedule
 from flowmaps.vae import DTYPES, Decoder
-from samplers import Schedule, uniform_times
+from samplers import SAMPLERS, Schedule, uniform_times
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Setting:
 
 @cache
 def _schedule(file: str) -> Schedule:
-    return read_schedule(file, "--schedule")
+    return read_schedule(file)
 
 
 class SamplingFlags:
@@ -43,7 +43,7 @@ class SamplingFlags:
         self.num = flags.DEFINE_integer("num", num, "Samples for each step count", lower_bound=1)
         self.seed = flags.DEFINE_integer("seed", 0, "Sample i depends on (seed, i) alone")
         self.sampler = flags.DEFINE_list(
-            "sampler", ["map"], f"map or stochastic: jump; euler or heun: integrate the drift{more}"
+            "sampler", ["map"], "; ".join(f"{name}: {row.summary}" for name, row in SAMPLERS.items()) + more
         )
         self.ema = flags.DEFINE_list(
             "ema", [], f"Weights of a run: the decay of an average, raw, or a width [what it exports]{more}"
@@ -99,8 +99,7 @@ class SamplingFlags:
         fm = FlowMap.from_pretrained(self.checkpoint.value)
         labels_for(fm.info, 1, self.label.value)  # refuse a wrong label before any work
         for setting in settings:
-            fm.info.check_guidance(self.guidance.value, setting.sampler)
-            fm.info.check_sampler(setting.sampler, setting.steps, self.gamma.value)
+            check_sampling(fm, setting.sampler, setting.steps, self.gamma.value, self.guidance.value)
             self.grid(fm, setting)
         for file in {setting.schedule for setting in settings} - {"stored", "uniform"}:
             if _schedule(file).checkpoint not in ("", fm.fingerprint()):

@@ -17,7 +17,7 @@ from flowmaps.files import write_file
 from flowmaps.images import sample_grid, to_pil, to_uint8
 from flowmaps.metrics import FeatureStats, frechet_distance
 from flowmaps.metrics.extractors import Extractor
-from flowmaps.step_sizes import Fitted
+from flowmaps.step_sizes import FittedSchedule
 from samplers import uniform_times
 
 Result = dict[str, Any]
@@ -120,7 +120,7 @@ def lines(
     return picture(figure)
 
 
-def step_sizes(fitted: Fitted) -> Image.Image:
+def step_sizes(fitted: FittedSchedule) -> Image.Image:
     """The times of each grid beside those of equal steps, and the matrix of costs with the grids' jumps in it."""
     schedule, cost = fitted
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 4.5), dpi=110)

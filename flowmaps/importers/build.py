@@ -51,7 +51,7 @@ def build(source: Source) -> FlowMap:
         shape=(options["channels"], options["image_size"], options["image_size"]),
         num_classes=classes,
         kind="drift",
-        t_range=network.convention.t_range(base_std),
+        t_range=network.parametrisation.t_range(base_std),
         label_dropout=source.label_dropout if classes else 0.0,
         origin=source.notes or {},
         **source.latents,

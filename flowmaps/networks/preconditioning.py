@@ -1,36 +1,36 @@
-"""What a network's scales and times are: this package's own, or those of the convention its weights were trained in."""
+"""Input and output scaling of a network: this package's own, or that of the parametrisation its weights come from."""
 
 from torch import Tensor
 
-from flowmaps.parametrisations import CONVENTIONS
+from flowmaps.parametrisations import PARAMETRISATIONS
 from samplers.callables import expand
 
 
 class Preconditioned:
     """v_{s,t}(x) from ``body(x, level, s, t, label)``, the network proper.
 
-    Without a convention, input is divided and output multiplied by ``data_std`` and the level is s. With one of
-    ``flowmaps.parametrisations`` the body is what that calls F, at s = t, and s its only time before training; the
-    noise has standard deviation ``base_std``.
+    By default the input is divided and the output multiplied by ``data_std``, and level is s. With a name from
+    ``flowmaps.parametrisations`` the body is F of that parametrisation at s = t, with level = c_noise; before training,
+    s is its only time. The noise has standard deviation ``base_std``.
     """
 
     def precondition(self, convention: str, base_std: float, data_std: float) -> None:
-        """Choose, in a network's constructor."""
-        if convention and convention not in CONVENTIONS:
-            raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, or empty, got {convention}")
+        """Set the scaling, in a network's constructor; an empty ``convention`` is the default."""
+        if convention and convention not in PARAMETRISATIONS:
+            raise ValueError(f"convention must be one of {', '.join(PARAMETRISATIONS)}, or empty, got {convention}")
         if not (base_std > 0 and data_std > 0):
             raise ValueError(f"base_std and data_std must be positive, got {base_std} and {data_std}")
         self.base_std, self.data_std = base_std, data_std
-        self.convention = CONVENTIONS[convention] if convention else None
+        self.parametrisation = PARAMETRISATIONS[convention] if convention else None
 
     def body(self, x: Tensor, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        """The network proper."""
+        """Compute F, the network proper."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """v_{s,t}(x), same shape as ``x``."""
-        if self.convention is None:
+        """Return v_{s,t}(x), same shape as ``x``."""
+        if self.parametrisation is None:
             return self.data_std * self.body(x / self.data_std, s, s, t, label)
-        reading = self.convention(s, self.base_std, self.data_std)
-        entry, skip, out = (expand(value, x).to(x.dtype) for value in (reading.entry, reading.skip, reading.out))
-        return skip * x + out * self.body(entry * x, reading.level, s, t, label)
+        c_in, c_noise, c_skip, c_out = self.parametrisation(s, self.base_std, self.data_std)
+        c_in, c_skip, c_out = (expand(c, x).to(x.dtype) for c in (c_in, c_skip, c_out))
+        return c_skip * x + c_out * self.body(c_in * x, c_noise, s, t, label)

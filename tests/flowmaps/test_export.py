@@ -1,9 +1,12 @@
 """Export: native and pipeline round trips are bit-equal; damage is refused by file name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
@@ -84,7 +87,7 @@ def test_pipeline_takes_a_step_table_and_gives_images(saved):
         pipeline(2, class_labels=9)
 
 
-def test_callback_sees_every_step_and_may_change_what_goes_on(saved):
+def test_callback_sees_every_step_and_may_replace_the_state(saved):
     fm, path = saved
     pipeline = FlowMapPipeline.from_pretrained(path)
     x, label, seen = fm.noise(2, 0), torch.arange(2), []
@@ -159,7 +162,7 @@ def test_progress_bar_counts_steps_and_can_be_silenced(saved, capsys):
 
 def test_an_interrupted_export_leaves_the_old_one(saved, monkeypatch):
     _, path = saved
-    monkeypatch.setattr(FlowMapPipeline, "save_pretrained", lambda self, d: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(UNet, "save_pretrained", lambda self, d: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         build().save_pretrained(path)
     monkeypatch.undo()
@@ -249,3 +252,41 @@ def test_damage_is_refused_in_one_line_that_names_the_file(saved, damage):
 def test_missing_directory_and_bad_hub_id():
     with pytest.raises(UserError, match="no directory"):
         FlowMap.from_pretrained("runs/nowhere/at/all")
+
+
+class OwnNetwork(ModelMixin, ConfigMixin):
+    """A network that is in no table of the package."""
+
+    @register_to_config
+    def __init__(self, width: int = 3):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.rand(width))
+
+    def forward(self, x, s, t, label=None):
+        return self.scale * x
+
+
+def test_a_network_class_of_the_users_own(tmp_path):
+    fm = FlowMap(OwnNetwork(2), info=FlowMapInfo(shape=(2,)))
+    fm.save_pretrained(tmp_path / "model")
+    again = FlowMap.from_pretrained(tmp_path / "model", network_class=OwnNetwork)
+    assert torch.equal(again.network.scale, fm.network.scale)
+    for given, remedy in ((None, "network_class"), (MLP, "expected one of MLP")):
+        with pytest.raises(UserError, match=remedy):
+            FlowMap.from_pretrained(tmp_path / "model", network_class=given)
+    with pytest.raises(UserError, match="Linear cannot be saved"):
+        FlowMap(torch.nn.Linear(1, 1)).save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("origin", [{}, {"format": "edm", "license": "NC"}])
+def test_export_writes_what_the_pipeline_writes(tmp_path, origin):
+    fm = build()
+    fm.info = replace(fm.info, origin=origin)
+    fm.save_pretrained(tmp_path / "ours")
+    FlowMapPipeline.from_flow_map(fm).save_pretrained(tmp_path / "theirs")
+    names = [path.relative_to(tmp_path / "theirs") for path in (tmp_path / "theirs").rglob("*") if path.is_file()]
+    assert len(names) == 4
+    for name in names:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+    assert (tmp_path / "ours" / "README.md").exists() == bool(origin)

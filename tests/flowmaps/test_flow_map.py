@@ -1,10 +1,13 @@
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from helpers import CASES, gaussian_data, gaussian_map
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.generate import check_sampling
 from flowmaps.rng import generator
-from samplers import Schedule, euler, rollout, uniform_times
+from samplers import SAMPLERS, Schedule, euler, rollout, uniform_times
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -70,3 +73,40 @@ def test_info_round_trip_and_unknown_field():
     assert FlowMapInfo.from_dict(info.to_dict()) == info
     with pytest.raises(UserError, match="newer"):
         FlowMapInfo.from_dict({"colour": "red"})
+
+
+def test_optional_facts_of_a_newer_version_are_ignored_by_name_and_others_refused():
+    @dataclass(frozen=True)
+    class Newer(FlowMapInfo):
+        note: str = field(default="", metadata={"optional": True})
+        warp: float = 0.0  # changes the function
+
+    with pytest.raises(UserError, match="warp"):
+        FlowMapInfo.from_dict(Newer(note="hello", warp=2.0).to_dict())
+    values = Newer(shape=(2,), note="hello").to_dict()
+    assert values["optional"] == ["note"] and Newer.from_dict(values).note == "hello"
+    del values["warp"]
+    with pytest.warns(UserWarning, match="note"):
+        assert FlowMapInfo.from_dict(values) == FlowMapInfo(shape=(2,))
+    assert "optional" not in FlowMapInfo().to_dict()
+
+
+@pytest.mark.parametrize("kind", ["map", "drift", "consistency"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sampler_is_refused_by_the_facts_in_the_table(kind, sampler):
+    info = FlowMapInfo(shape=(3,), kind=kind)
+    drift = SAMPLERS[sampler].of == "drift"
+    allowed = {"map": True, "drift": drift, "consistency": SAMPLERS[sampler].renoises}[kind]
+    if allowed:
+        info.check_sampler(sampler, steps=2)
+    else:
+        with pytest.raises(UserError, match=f"sampler={sampler}: this model is a {kind}"):
+            info.check_sampler(sampler, steps=2)
+
+
+def test_unknown_samplers_and_those_of_the_linear_path_are_refused():
+    with pytest.raises(UserError, match="sampler=rk4: choose from map"):
+        FlowMapInfo().check_sampler("rk4")
+    check_sampling(gaussian_map("linear"), "dpm_solver")
+    with pytest.raises(UserError, match="sampler=dpm_solver: is for the linear path only"):
+        check_sampling(gaussian_map("trigonometric"), "dpm_solver")

@@ -9,12 +9,12 @@ from helpers.objectives import LIVE
 from helpers.small_networks import small
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
-from flowmaps.generate import SOLVERS, generate, nfe
+from flowmaps.generate import generate, nfe
 from flowmaps.networks import UNet
 from flowmaps.networks.conditioning import soft_label, with_guidance, without_label
 from flowmaps.objectives import OBJECTIVES
 from flowmaps.pipeline import FlowMapPipeline
-from samplers import uniform_times
+from samplers import SAMPLERS, uniform_times
 
 
 @pytest.mark.parametrize("drawn", [False, True])
@@ -124,7 +124,7 @@ def test_generate_and_pipeline_pass_the_weight_on(augment_dim):
         pipeline(guidance_scale=5.0)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("sampler", [name for name, row in SAMPLERS.items() if row.of == "drift"])
 def test_a_solver_guides_any_model_that_knows_no_label(sampler):
     """Classifier-free guidance equals the solver on w b(label) + (1 - w) b(no label), at twice the evaluations."""
     fm = small("UNet", guidance=False)
@@ -136,8 +136,23 @@ def test_a_solver_guides_any_model_that_knows_no_label(sampler):
 
     found, label = next(generate(fm, times, 4, 0, sampler=sampler, guidance=2.5))
     with torch.no_grad():
-        torch.testing.assert_close(found, SOLVERS[sampler](drift, fm.noise(4, 0), times, label))
+        torch.testing.assert_close(found, SAMPLERS[sampler].run(drift, fm.noise(4, 0), times, label))
     assert nfe(fm.info, sampler, 3, 2.5) == 2 * nfe(fm.info, sampler, 3)
     fm.info = replace(fm.info, label_dropout=0.0)
-    with pytest.raises(UserError, match="nor without labels"):
+    with pytest.raises(UserError, match="or without labels"):
         next(generate(fm, times, 4, 0, sampler=sampler, guidance=2.5))
+
+
+def test_the_pipeline_guides_a_drift_as_generate_does():
+    fm = small("UNet", guidance=False)
+    fm.info = replace(fm.eval().info, kind="drift", label_dropout=0.1)
+    pipeline = FlowMapPipeline.from_flow_map(fm)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "latents": fm.noise(4, 0), "output_type": "pt"}
+    for weight in (None, 1.0, 2.5):
+        native, _ = next(generate(fm, uniform_times(3), 4, 0, sampler="euler", guidance=weight))
+        torch.testing.assert_close(pipeline(**options, guidance_scale=weight).images, native, rtol=0, atol=1e-6)
+    assert not torch.allclose(native, pipeline(**options).images, atol=1e-3)
+    fm.info = replace(fm.info, label_dropout=0.0)
+    with pytest.raises(UserError, match="guidance=2: this model was not trained"):
+        FlowMapPipeline.from_flow_map(fm)(**options, guidance_scale=2.0)

@@ -63,6 +63,6 @@ def test_upload_is_by_flag_alone(run, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for hub_id in ("me/model", "not an id"):
-        with pytest.raises(UserError, match=f"--push_to_hub={hub_id}") as error:
+        with pytest.raises(UserError, match=f"push_to_hub={hub_id}") as error:
             to_hub(tmp_path, hub_id)
         assert "\n" not in str(error.value)

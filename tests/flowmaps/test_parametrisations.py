@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from flowmaps.guidance import Autoguided, Guided
-from flowmaps.parametrisations import CONVENTIONS, Convention, ConvertedDrift, denoiser_drift, edm, noise_drift
+from flowmaps.parametrisations import (
+    PARAMETRISATIONS,
+    ConvertedDrift,
+    Parametrisation,
+    denoiser_drift,
+    edm,
+    noise_drift,
+)
 
 MEAN, STD = 0.3, 0.7  # of the data
 
@@ -62,7 +69,7 @@ def test_analytic_models_become_the_closed_form_drift(form, base_std):
     """Within 1e-6 in float64 from the least time on; up to 1 for EDM, to the least noise level for DDPM."""
     drift = {
         "denoiser": denoiser_drift(denoise, base_std, (1e-8, 80.0)),
-        "edm": ConvertedDrift(raw_edm, Convention(edm, (1e-8, 80.0)), base_std, 0.5),
+        "edm": ConvertedDrift(raw_edm, Parametrisation(edm, (1e-8, 80.0)), base_std, 0.5),
         "noise": noise_drift(predict_noise, base_std),
     }[form]
     low, high = drift.t_range
@@ -78,12 +85,12 @@ def test_analytic_models_become_the_closed_form_drift(form, base_std):
 
 
 def test_edm_without_cancellation_keeps_its_digits_in_float32():
-    drift = ConvertedDrift(raw_edm, CONVENTIONS["edm"], 0.5, 0.5)
+    drift = ConvertedDrift(raw_edm, PARAMETRISATIONS["edm"], 0.5, 0.5)
     low, high = drift.t_range
     assert (low, high) == (0.5 / 80.5, 0.5 / 0.502)
     t = times(low, high).float()
-    reading = CONVENTIONS["edm"](t, 0.5, 0.5)
-    wide = CONVENTIONS["edm"](t.double(), 0.5, 0.5)
+    reading = PARAMETRISATIONS["edm"](t, 0.5, 0.5)
+    wide = PARAMETRISATIONS["edm"](t.double(), 0.5, 0.5)
     for mine, theirs in zip(reading, wide, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-6)
 
@@ -92,9 +99,9 @@ def test_learned_variance_is_left_out_and_rectified_flow_counts_999ths():
     drift = noise_drift(lambda z, k, y: torch.cat([predict_noise(z, k), torch.full_like(z, 9)], dim=1))
     t, x = torch.tensor([0.3, 0.8], dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     assert torch.equal(drift(x, t), noise_drift(predict_noise)(x, t))
-    reading = CONVENTIONS["rectified_flow"](torch.tensor([0.0, 0.5, 1.0]), 1.0)
-    torch.testing.assert_close(reading.level, torch.tensor([0.999, 499.9995, 999.0]))
-    assert CONVENTIONS["velocity"].t_range(1.0) == (0.0, 1.0)
+    reading = PARAMETRISATIONS["rectified_flow"](torch.tensor([0.0, 0.5, 1.0]), 1.0)
+    torch.testing.assert_close(reading.c_noise, torch.tensor([0.999, 499.9995, 999.0]))
+    assert PARAMETRISATIONS["velocity"].t_range(1.0) == (0.0, 1.0)
 
 
 def test_guidance_is_that_of_the_denoiser_and_leaves_rows_without_label_alone():

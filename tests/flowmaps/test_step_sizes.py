@@ -44,7 +44,7 @@ def test_fitted_grids_beat_equal_steps_on_other_noises(cost):
 
 
 def test_equal_steps_are_kept_where_they_are_better():
-    """Both grids are compared on noises of their own; the written one is the better of the two."""
+    """Both grids are compared on separate noise, and the better one is written."""
     fm = gaussian_map()
     for cost in COSTS:
         schedule = fit(fm, [2, 3, 8], sampler="euler", cost=cost, noises=16, fine=24).schedule
@@ -57,7 +57,7 @@ def test_equal_steps_are_kept_where_they_are_better():
 def test_batches_do_not_change_the_costs(sampler):
     fm = gaussian_map()
     fm.network.bent.data += 0.1  # a map that is not exact: its costs are not all zero
-    plain = tuple(name for name in COSTS if not COSTS[name].at_end)
+    plain = tuple(name for name in COSTS if not COSTS[name].propagate)
     a, b = (costs(fm, sampler, plain, noises=20, fine=8, batch=batch) for batch in (7, 20))
     for name in plain:
         torch.testing.assert_close(a[name], b[name])
@@ -66,7 +66,7 @@ def test_batches_do_not_change_the_costs(sampler):
 
 def test_the_exact_map_costs_nothing():
     fm = gaussian_map()
-    squared = [name for name in COSTS if not COSTS[name].root]
+    squared = [name for name in COSTS if not COSTS[name].sqrt]
     coarse, fine = (costs(fm, "map", squared, noises=8, fine=steps) for steps in (16, 32))
     for name in squared:  # but the error of Heun's solution: of order 2, here squared
         assert coarse[name].max() < 1e-2 and fine[name].max() < coarse[name].max() / 12
@@ -74,11 +74,11 @@ def test_the_exact_map_costs_nothing():
 
 
 def test_what_cannot_be_fitted_is_refused():
-    with pytest.raises(UserError, match="from 1 to the fine grid's 8, got 2, 9"):
+    with pytest.raises(UserError, match="steps=2,9: must be from 1 to the 8 steps of the fine grid"):
         fit(gaussian_map(), [2, 9], sampler="euler", fine=8)
-    with pytest.raises(UserError, match="unknown cost"):
+    with pytest.raises(UserError, match="cost=least: choose one of"):
         fit(gaussian_map(), [2], cost="least")
-    with pytest.raises(UserError, match="not for stochastic"):
+    with pytest.raises(UserError, match="sampler=stochastic: step sizes are for"):
         fit(gaussian_map(), [2], sampler="stochastic")
     broken = gaussian_map()
     broken.network.wrong.data.fill_(float("nan"))
@@ -192,7 +192,10 @@ def test_script_writes_stores_and_draws_and_samples_follow(start, tmp_path):
     [
         (["--out=x.json"], "--checkpoint is missing"),
         (["--checkpoint=CHECKPOINT"], "--out=FILE.json, or --store"),
-        (["--checkpoint=CHECKPOINT", "--out=x.json", "--steps=2,97"], "from 1 to the fine grid's 96, got 2, 97"),
+        (
+            ["--checkpoint=CHECKPOINT", "--out=x.json", "--steps=2,97"],
+            "--steps=2,97: must be from 1 to the 96 steps of the fine grid",
+        ),
         (["--checkpoint=CHECKPOINT", "--out=x.json", "--steps=two"], "--steps=two"),
         (["--checkpoint=CHECKPOINT", "--out=x.json", "--sampler=map"], "no map to jump with"),
         (["--checkpoint=CHECKPOINT", "--out=x.json", "--cost=least"], "least"),

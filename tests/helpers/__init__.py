@@ -67,7 +67,7 @@ CASES = [
 def gaussian_map(
     interpolant: str = "linear", base_std: float = 1.0, classes: bool = False, wrong: float = 0.0
 ) -> FlowMap:
-    """A FlowMap that is exact for anisotropic Gaussian data in 3 dimensions, with class-dependent means if asked."""
+    """A FlowMap that is exact for anisotropic Gaussian data in 3 dimensions, optionally with one mean per class."""
     mean = torch.tensor([[0.3, -0.5, 1.0], [-1.0, 0.2, 0.4]]) if classes else torch.tensor([0.3, -0.5, 1.0])
     network = GaussianNetwork(mean, torch.tensor([0.4, 1.0, 2.0]), interpolant, base_std, wrong)
     info = FlowMapInfo(shape=(3,), num_classes=2 if classes else 0)
@@ -99,7 +99,7 @@ def exact_paths(fm, paths=12, steps=5):
 
 @dataclass
 class Done:
-    """What a script left behind."""
+    """Exit code and output of a script."""
 
     returncode: int
     stdout: str
@@ -123,7 +123,7 @@ def _script(arguments: list[str], out: str) -> None:
 
 
 def run_script(*arguments: str | Path, check: bool = False, timeout: float = 300) -> Done:
-    """Run a script of this repository, in a process of its own, as ``python scripts/x.py --flag=value`` would."""
+    """Run a script of this repository, in a separate process, as ``python scripts/x.py --flag=value`` would."""
     with tempfile.TemporaryDirectory() as out:
         process = _FORKS.Process(target=_script, args=([str(a) for a in arguments], out))
         process.start()

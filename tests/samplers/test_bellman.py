@@ -7,7 +7,7 @@ import torch
 from helpers import gaussian_map, generator
 
 from samplers import Trajectory, trajectory, uniform_times
-from samplers.bellman import errors, euler_cost, euler_jumps, heun_cost, map_cost, pulled_back, solve, solve_all
+from samplers.bellman import errors, euler_cost, euler_endpoints, heun_cost, map_cost, solve, solve_all, vjp_to_end
 
 
 def brute(cost, steps):
@@ -39,9 +39,9 @@ def test_never_above_the_uniform_grid():
         assert solve(cost, steps)[1] <= sum(float(cost[a, b]) for a, b in itertools.pairwise(path)) + 1e-15
 
 
-@pytest.mark.parametrize("root", [False, True])
+@pytest.mark.parametrize("sqrt", [False, True])
 @pytest.mark.parametrize("case", [("linear", 1.0, False), ("trigonometric", 0.7, True)])
-def test_costs_equal_their_definition(case, root):
+def test_costs_equal_their_definition(case, sqrt):
     fm, times = gaussian_map(*case), uniform_times(6)
     x = torch.randn(10, 3, generator=generator(), dtype=torch.float64)
     label = torch.arange(10) % 2 if case[2] else None
@@ -56,17 +56,17 @@ def test_costs_equal_their_definition(case, root):
         return end if name == "euler" else a + (t - s)[:, None] / 2 * (b + fm.drift(end, t, label))
 
     found = {
-        "euler": euler_cost(fm.drift, x, times, label, root=root, batch=3),
-        "heun": heun_cost(fm.drift, walked, root=root),
-        "map": map_cost(fm, walked, root=root),
+        "euler": euler_cost(fm.drift, x, times, label, sqrt=sqrt, batch=3),
+        "heun": heun_cost(fm.drift, walked, sqrt=sqrt),
+        "map": map_cost(fm, walked, sqrt=sqrt),
     }
     for name, cost in found.items():
         expected = torch.zeros(7, 7, dtype=torch.float64)
         for j, k in itertools.combinations(range(7), 2):
             squared = (jump(name, j, k) - walked.states[k]).square().mean(dim=1).detach()
-            expected[j, k] = (squared.sqrt() if root else squared).mean()
+            expected[j, k] = (squared.sqrt() if sqrt else squared).mean()
         torch.testing.assert_close(cost, expected, rtol=1e-9, atol=1e-13)
-    assert found["euler"].diagonal(1).abs().max() < (1e-14 if root else 1e-28)
+    assert found["euler"].diagonal(1).abs().max() < (1e-14 if sqrt else 1e-28)
 
 
 def test_errors_carried_to_the_end_by_the_linearised_flow():
@@ -80,17 +80,17 @@ def test_errors_carried_to_the_end_by_the_linearised_flow():
     left = torch.ones(6, 3, dtype=torch.float64)
     for k in range(4, -1, -1):
         left[k] = left[k + 1] * (1 + slope[k] / 5)
-    torch.testing.assert_close(pulled_back(fm.drift, walked, w), w * left[:, None, None])
-    many = euler_cost(fm.drift, x, times, covectors=4000, generator=generator(2))
+    torch.testing.assert_close(vjp_to_end(fm.drift, walked, w), w * left[:, None, None])
+    many = euler_cost(fm.drift, x, times, num_probes=4000, generator=generator(2))
     for j, k in ((0, 5), (0, 3), (2, 4)):
         end = walked.states[j] + (times[k] - times[j]) * fm.drift(walked.states[j], times[j].expand(7))
         expected = ((end - walked.states[k]) * left[k]).square().mean().item()
         assert many[j, k].item() == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("at_end", [False, True])
-@pytest.mark.parametrize("root", [False, True])
-def test_solved_grids_match_a_continuous_optimiser(root, at_end):
+@pytest.mark.parametrize("propagate", [False, True])
+@pytest.mark.parametrize("sqrt", [False, True])
+def test_solved_grids_match_a_continuous_optimiser(sqrt, propagate):
     """Exact states of the Gaussian drift on 400 steps, against L-BFGS on the same objective in closed form.
 
     Errors are linear in noise, axis by axis: the two noises +1 and -1 have the moments of all noise.
@@ -107,16 +107,16 @@ def test_solved_grids_match_a_continuous_optimiser(root, at_end):
     left = (std**2 / variance(fine[:, None])).sqrt()  # [401, 3]: what is left of an error at the end
     covectors = (3**0.5 * torch.diag_embed(left))[:, :, None].expand(-1, -1, 2, -1)  # [401, 3, 2, 3]
     walked = Trajectory(fine, states)
-    (cost,) = errors(walked, euler_jumps(fm.drift, walked), [(root, covectors if at_end else None)])
+    (cost,) = errors(walked, euler_endpoints(fm.drift, walked), [(sqrt, covectors if propagate else None)])
 
     def objective(times):
         s, e = times[:-1, None], times[1:, None]
         slope = (-(1 - s) + s * std**2) / variance(s)
         error = (1 + (e - s) * slope) * variance(s).sqrt() - variance(e).sqrt()
-        if at_end:
+        if propagate:
             error = error * std / variance(e).sqrt()
         squared = error.square().mean(dim=1)
-        return (squared.sqrt() if root else squared).sum()
+        return (squared.sqrt() if sqrt else squared).sum()
 
     for steps in range(2, 9):
         logits = torch.zeros(steps, dtype=torch.float64, requires_grad=True)

@@ -1,14 +1,40 @@
-"""Solvers' whole paths: orders of convergence, and what a trajectory is."""
+"""Orders of convergence of the solvers, and their trajectories."""
 
 import math
 from itertools import pairwise
 
 import pytest
 import torch
-from helpers import gaussian_map
+from helpers import gaussian_map, generator
 
-from samplers import Trajectory, dpm_solver, log_snr_times, rollout, trajectory, uniform_times
-from samplers.trajectories import SOLVERS
+from samplers import SAMPLERS, Trajectory, dpm_solver, heun, log_snr_times, rollout, trajectory, uniform_times
+
+SOLVERS = [name for name, row in SAMPLERS.items() if row.of == "drift"]
+
+
+def mixture_drift(x, t, label=None):
+    """The drift of an equal mixture of N(-1, 1/4) and N(1/2, 1/4): nonlinear, unlike that of a Gaussian."""
+    t, y, means = t[:, None, None], x[..., None], torch.tensor([-1.0, 0.5], dtype=torch.float64)
+    var = (1 - t) ** 2 + t**2 / 4
+    share = torch.softmax(-((y - t * means) ** 2) / (2 * var), dim=-1)
+    data = (share * (means + t / (4 * var) * (y - t * means))).sum(dim=-1)
+    return (data - x) / (1 - t[..., 0])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_error_falls_with_the_order_in_the_table(solver):
+    """On a log-SNR grid that starts close to noise, where the multistep solver reaches its order too."""
+    x, low, high = torch.randn(50, 1, generator=generator(), dtype=torch.float64), 1e-3, 0.7
+    exact = heun(mixture_drift, x, log_snr_times(8192, low, high))
+    run, order = SAMPLERS[solver].run, SAMPLERS[solver].order
+    errors = [(run(mixture_drift, x, log_snr_times(n, low, high)) - exact).norm() for n in (32, 64, 128, 256)]
+    rates = [math.log2(a / b) for a, b in pairwise(errors)]
+    assert order - 0.1 < min(rates) and max(rates) < order + 0.3
+
+
+def test_a_map_sampler_has_no_trajectory_of_a_drift():
+    with pytest.raises(ValueError, match="solver must be one of euler, heun, dpm_solver"):
+        trajectory(gaussian_map().drift, torch.zeros(2, 3).double(), uniform_times(2), None, "stochastic")
 
 
 @pytest.mark.parametrize(
@@ -16,7 +42,7 @@ from samplers.trajectories import SOLVERS
     [(1, 0.9, 0.1, 0.9), (2, 1.9, 0.1, 0.9), (1, 0.9, 1 / 81, 0.99), (2, 1.9, 1 / 81, 0.99), (3, 2.9, 1 / 81, 0.99)],
 )
 def test_orders_of_dpm_solver(order, slope, low, high):
-    """The error to the exact map falls with the step's power; that of order 3 from nearly pure noise on."""
+    """The error falls with the power of the step; order 3 is reached on grids from nearly pure noise."""
     fm = gaussian_map()
     x, errors = torch.randn(20, 3, dtype=torch.float64), []
     for steps in (32, 64, 128):
@@ -56,7 +82,7 @@ def test_a_trajectory_has_every_state_and_does_not_depend_on_its_batch(solver):
     whole = trajectory(fm.drift, x, grid, label, solver)
     assert whole.states.shape == (6, 6, 3) and not whole.states.requires_grad
     assert torch.equal(whole.states[0], x) and torch.equal(whole.label, label)
-    torch.testing.assert_close(whole.states[-1], SOLVERS[solver](fm.drift, x, grid, label).detach())
+    torch.testing.assert_close(whole.states[-1], SAMPLERS[solver].run(fm.drift, x, grid, label).detach())
     parts = [trajectory(fm.drift, x[rows], grid, label[rows], solver).states for rows in (slice(0, 2), slice(2, 6))]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole.states)
 
