@@ -111,7 +111,7 @@ def open_source(
         images = PreparedImages.open(path, flag)
         return Images(images, path.name, crop=images.facts["crop"])
     if path.is_dir() or path.suffix == ".zip":
-        with team.first_alone():  # it checks all images, and the others find what it noted
+        with team.main_process_first():  # it checks all images, and the others find what it noted
             files = open_images(path, size, skip_corrupt)
         return Images(files, path.name, crop="centre square, mean over areas" if size else "none")
     return Images(ArrayData(_archive(path, flag)), path.name)
