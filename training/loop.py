@@ -10,11 +10,11 @@ from typing import Any
 
 from flowmaps import FlowMap, UserError
 from flowmaps.distributed import team
-from flowmaps.errors import Stopped
+from flowmaps.errors import Stopped, within
 from flowmaps.evaluation.samples import grid_image
 from flowmaps.files import writable_directory, write_file
 from flowmaps.run_weights import list_checkpoints
-from training.best import Judge
+from training.best import BestModel
 from training.checkpoint import load_checkpoint
 from training.config import Config, Decay
 from training.log import Log
@@ -42,7 +42,8 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
     main = trainer.accelerator.is_main_process
     judge = None
     if config.best.metric:
-        judge = Judge(config.best, trainer.data, config.seed, trainer.accelerator.device, team())
+        with within("config"):
+            judge = BestModel(config.best, trainer.data, config.seed, trainer.accelerator.device, team())
     with ExitStack() as stack:
         if main:
             stack.enter_context(disk_errors(workdir))
@@ -52,7 +53,7 @@ def train(config: Config, workdir: str | Path) -> FlowMap:
     return trainer.averaged(done)
 
 
-def _train(config: Config, workdir: Path, trainer: Trainer, judge: Judge | None, main: bool) -> int:
+def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | None, main: bool) -> int:
     """The loop of ``train``; returns how many steps are done."""
     done, state = 0, {}
     if checkpoints := list_checkpoints(workdir):
@@ -108,12 +109,12 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: Judge | None,
     return done
 
 
-def _keep_best(trainer: Trainer, judge: Judge, workdir: Path, done: int, log: Log) -> None:
+def _keep_best(trainer: Trainer, judge: BestModel, workdir: Path, done: int, log: Log) -> None:
     """Score the averaged model; keep it in checkpoints/best if none of the run scored lower."""
     model = trainer.averaged(done)
-    score = judge(model)
+    score = judge.score(model)
     log.score(done, judge.name, score)
-    if judge.team.told(score < judge.lowest(workdir)):  # what the first process finds there
+    if judge.team.broadcast(score < judge.best_score(workdir)):  # what the first process finds there
         trainer.checkpoint(workdir / "checkpoints" / "best", done, model, score=score, judge=judge.facts)
 
 

@@ -18,6 +18,7 @@ from flowmaps import FlowMap, UserError
 from flowmaps.data import DataSet, Latents, Loader, Order, as_samples, download, load_data
 from flowmaps.data.augment import PARAMETERS, augmented, mirrored
 from flowmaps.distributed import ON_CPU, AnyProcess
+from flowmaps.errors import within
 from flowmaps.networks.conditioning import soft_label
 from flowmaps.networks.magnitude import normalise_weights
 from flowmaps.objectives import LogVariance, Loss, PathObjective
@@ -76,7 +77,8 @@ class Trainer:
             data = scaled(config, load_data(config.data.name, config.data.root, pixels, config.data.skip_corrupt))
         _check_augmentation(config, data)
         if config.best.metric:
-            check_best(config.best, data.shape)
+            with within("config"):
+                check_best(config.best, data.shape)
         size = micro_batch_size(config, accelerator.num_processes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

@@ -11,23 +11,22 @@ from pathlib import Path
 from absl import flags
 
 from flowmaps import UserError
+from flowmaps.cli.run import required
 from flowmaps.files import writable_directory
 
 FORMAT = flags.DEFINE_string("format", None, "edm, edm2, dit, sit, rectified_flow or diffusers_unet")
 SRC = flags.DEFINE_string("src", None, "The file, or for diffusers_unet the folder, as published")
-OUT = flags.DEFINE_string("out", None, "Directory to write, replaced if it is an exported directory")
+OUT = flags.DEFINE_string("out", None, "Directory to write; an exported one is replaced")
 
 
 def main() -> None:
     from flowmaps.export import place
     from flowmaps.importers import FORMATS, import_checkpoint
 
-    for name, value in (("format", FORMAT.value), ("src", SRC.value), ("out", OUT.value)):
-        if value is None:
-            choices = f": choose one of {', '.join(FORMATS)}" if name == "format" else ""
-            raise UserError(f"--{name} is missing{choices}")
-    out = place(OUT.value, "--out")
-    fm = import_checkpoint(FORMAT.value, Path(SRC.value))
+    if FORMAT.value is None:
+        raise UserError(f"--format is missing: choose one of {', '.join(FORMATS)}")
+    src, out = Path(required(SRC, "edm-cifar10-32x32-cond-vp.pkl")), place(required(OUT, "teachers/edm"), "--out")
+    fm = import_checkpoint(FORMAT.value, src)
     writable_directory(out.parent, "--out")
     fm.save_pretrained(out)
     millions = sum(p.numel() for p in fm.network.parameters()) / 1e6

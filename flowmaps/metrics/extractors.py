@@ -115,7 +115,9 @@ def extractor_file(name: str) -> Path:
         file = folder / "assets" / "extractors" / f"{name}.safetensors"
         if file.is_file():
             return file
-    raise UserError(f"the weights of {name!r} are not installed: pass their file as weights", field="extractor", value=name)
+    raise UserError(
+        f"the weights of {name!r} are not installed: pass their file as weights", field="extractor", value=name
+    )
 
 
 def _classifier(name: str, weights: Path | None, device: torch.device) -> Extractor:

@@ -57,7 +57,9 @@ def _file(folder: str, name: str) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(FILES[name], str(file), progress=os.isatty(2))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{file} is missing and cannot be downloaded ({error}): {remedy}", field="lpips_weights") from None
+        raise UserError(
+            f"{file} is missing and cannot be downloaded ({error}): {remedy}", field="lpips_weights"
+        ) from None
     return file
 
 

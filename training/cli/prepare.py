@@ -20,6 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from flowmaps import FlowMap, UserError
+from flowmaps.cli.run import required
 from flowmaps.distributed import processes
 from flowmaps.files import writable_directory
 
@@ -47,12 +48,6 @@ BATCH = flags.DEFINE_integer("batch", 64, "Images encoded, or trajectories walke
 SHARD = flags.DEFINE_integer("shard", 1024, "Images or trajectories of a file", lower_bound=1)
 
 
-def given(flag: flags.FlagHolder[str | None], example: str) -> str:
-    if flag.value is None:
-        raise UserError(f"--{flag.name} is missing: e.g. --{flag.name}={example}")
-    return flag.value
-
-
 def show(progress: Iterator[tuple[int, int]]) -> None:
     with tqdm(unit="shard", disable=None if processes().is_main_process else True) as bar:
         for bar.n, bar.total in progress:
@@ -63,21 +58,21 @@ def images(size: int, vae: str | None = None) -> None:
     from flowmaps.data.prepare import Encoder, write_images
     from flowmaps.vae import open_vae
 
-    src, out = Path(given(SRC, "ILSVRC/train")), writable_directory(Path(given(OUT, "data/imagenet")), "--out")
+    src, out = Path(required(SRC, "ILSVRC/train")), writable_directory(Path(required(OUT, "data/imagenet")), "--out")
     encoder = Encoder(open_vae(vae).to(processes().device), vae, FLIP.value) if vae else None
     many = {"shard": SHARD.value, "batch": BATCH.value, "workers": WORKERS.value}
     show(write_images(out, src, SIZE.value or size, encoder, skip_corrupt=SKIP_CORRUPT.value, **many))
 
 
 def latents() -> None:
-    images(256, given(VAE, "stabilityai/sd-vae-ft-ema"))
+    images(256, required(VAE, "stabilityai/sd-vae-ft-ema"))
 
 
 def trajectories() -> None:
     from flowmaps.data import open_data
     from training.teacher_trajectories import Walk, parse, write_trajectories
 
-    name, path = given(TEACHER, "runs/digits-flow"), given(OUT, "data/walks")
+    name, path = required(TEACHER, "runs/digits-flow"), required(OUT, "data/walks")
     options = parse(
         SOLVER.value, STEPS.value, GRID.value, LOW.value, HIGH.value, TIMES.value, START.value, SUBSTEPS.value
     )

@@ -134,7 +134,7 @@ def test_gate(place):
     assert fid(place, *scored, "--max_fid=50").returncode == 0
     above = fid(place, *scored, "--max_fid=0.0001")
     assert above.returncode == 1
-    assert above.stderr.strip().splitlines()[-1].startswith("gate failed: FD-digits") and "--max_fid" in above.stderr
+    assert above.stderr.strip().splitlines()[-1].startswith("gate failed: FD-digits") and "max_fid=" in above.stderr
 
 
 MISTAKES = {

@@ -132,7 +132,9 @@ def test_lpips_weights_that_are_missing_or_wrong_are_refused_by_name(weights, tm
         torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no network"))
     )
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(UserError, match=r"lpips_weights: .*vgg16-397923af.pth is missing and cannot be downloaded.*fetch https"):
+    with pytest.raises(
+        UserError, match=r"lpips_weights: .*vgg16-397923af.pth is missing and cannot be downloaded.*fetch https"
+    ):
         lpips()
     with pytest.raises(UserError, match=r"vgg16-397923af.pth is missing: fetch https"):
         lpips(str(tmp_path))
