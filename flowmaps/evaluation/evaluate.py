@@ -56,7 +56,7 @@ def evaluate(
     fm_or_images: FlowMap | Tensor | str | Path | DataSet,
     reference: str | Path | FeatureStats | Reference,
     *,
-    steps: Sequence[int] = (1,),
+    steps: int | Sequence[int] = (1,),
     num: int = 50_000,
     metrics: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
@@ -84,7 +84,8 @@ def evaluate(
             set or the name of one.
         reference: A data set ``NAME[:split]``, a folder or zip, a statistics file, statistics, or a ``Reference`` of
             ``open_reference``, which serves many calls.
-        steps: Step counts; each gives a row of the record. This and the next arguments up to ``gamma`` are for models.
+        steps: One or several step counts; each gives a row of the record. Only a model needs ``steps`` to ``gamma``
+            (except ``metrics``).
         num: Samples to score.
         metrics: ``"fid"``, and on Inception features ``"kid"``, ``"is"`` and ``"prc"``; ``"kl"`` for points. By default
             the distance alone.
@@ -123,7 +124,7 @@ def evaluate(
         >>> fm = FlowMap.from_pretrained("assets/digits")
         >>> record = evaluate(fm, "digits:heldout", steps=(1, 2), num=500)
         >>> [(row["steps"], round(row["FD-digits"], 1)) for row in record["results"]]
-        [(1, 0.9), (2, 0.7)]
+        [(1, 0.9), (2, 0.8)]
     """
     # Everything that can be refused is refused before anything is sampled: keep this order.
     fm = fm_or_images if isinstance(fm_or_images, FlowMap) else None
@@ -132,7 +133,11 @@ def evaluate(
     settings = []
     if fm is not None:
         samplers = [fm.info.sampler] if sampler is None else _several(sampler)
-        settings = sampling_settings(fm, steps, samplers, _several(schedule), **guided)
+        settings = sampling_settings(fm, _several(steps), samplers, _several(schedule), **guided)
+        if not seeds:
+            raise UserError("give at least one", field="seeds", value="()")
+    if isinstance(reference, Reference) and (extractor or weights):
+        raise UserError("is that of the Reference: leave it out", field="extractor" if extractor else "weights")
     if not isinstance(reference, Reference):
         keep = needs_reference_features(metrics)
         reference = open_reference(reference, extractor, weights, root, keep=keep, team=team)
@@ -172,7 +177,7 @@ Samplings = Iterator[tuple[Row, list[Iterable[Tensor]]]]  # facts of a row, and 
 
 
 def _several(choice: Any) -> list[Any]:
-    return [choice] if isinstance(choice, str | Schedule) else list(choice)
+    return [choice] if isinstance(choice, int | str | Schedule) else list(choice)
 
 
 def _check(

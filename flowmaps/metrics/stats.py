@@ -200,8 +200,8 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), of features from the same extractor.
 
     Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500). The last trace is the sum of the singular values of
-    C_a^1/2 C_b^1/2: real where a matrix square root of C_a C_b turns complex, and more accurate than the square roots of
-    the product's eigenvalues. Tiny negative eigenvalues are rounding errors and count as 0.
+    C_a^1/2 C_b^1/2: real where a matrix square root of C_a C_b turns complex, and more accurate than the square
+    roots of the product's eigenvalues. Tiny negative eigenvalues are rounding errors and count as 0.
 
     Args:
         a: Statistics of one set; the order of the two does not matter.

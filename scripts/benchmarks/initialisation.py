@@ -22,14 +22,14 @@ RATES = {"lagrangian": 0.3, "mean_flow": 0.3, "consistency": 0.1}  # learning ra
 GAP = 64.0  # consistency's q after mid-training, from its first step on: no stages
 
 
-class Setting(NamedTuple):
+class Budget(NamedTuple):
     """Training steps of a data set's map; with mid-training, ``middle`` of them are for that."""
 
     steps: int
     middle: int
 
 
-SETTINGS = {"digits": Setting(1000, 500), "checkerboard": Setting(2000, 1000)}
+SETTINGS = {"digits": Budget(1000, 500), "checkerboard": Budget(2000, 1000)}
 
 
 class Curve:
@@ -53,7 +53,7 @@ class Curve:
         return trainer.averaged(config.steps)
 
 
-def middle(data: str, seed: int, target: Target, teacher: str, setting: Setting) -> Config:
+def middle(data: str, seed: int, target: Target, teacher: str, setting: Budget) -> Config:
     """Return the config of mid-training from the weights and on the trajectories of ``teacher``."""
     config = load_row(f"configs/{data}.py", "mid_training")
     config.objective = objective("mid_training", target=target, to_end=0.5 if target is Target.pairs else 0.0)
@@ -65,7 +65,7 @@ def middle(data: str, seed: int, target: Target, teacher: str, setting: Setting)
 def records(
     data: str,
     seed: int,
-    setting: Setting,
+    setting: Budget,
     methods: Sequence[str] = tuple(RATES),
     train_steps: int | None = None,
     done: Collection[tuple[str, int]] = (),

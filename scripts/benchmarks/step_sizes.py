@@ -28,7 +28,7 @@ RANK = 4
 Grids = dict[int, Tensor]
 
 
-class Setting(NamedTuple):
+class Sizes(NamedTuple):
     """Sizes of a data set's experiment."""
 
     num: int  # samples to score
@@ -42,9 +42,9 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "checkerboard": Setting(32_768, 512, 4096, batch=640, straighten=400),
-    "digits": Setting(2000, 128, 1024),
-    "fashion_mnist": Setting(1000, 32, 128, variant=",cpu", steps=1000, each=False),
+    "checkerboard": Sizes(32_768, 512, 4096, batch=640, straighten=400),
+    "digits": Sizes(2000, 128, 1024),
+    "fashion_mnist": Sizes(1000, 32, 128, variant=",cpu", steps=1000, each=False),
 }
 
 
