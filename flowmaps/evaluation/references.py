@@ -1,4 +1,4 @@
-"""What samples are compared with: statistics from a file, or of images, computed once and cached.
+"""References for scoring: statistics from a file, or of images, computed once and cached.
 
 Every call into ``flowmaps.data`` by name or path from the scoring code is in this module.
 """
@@ -53,7 +53,7 @@ def open_reference(
             ``FeatureStats.save``, EDM, EDM2 or ADM), or statistics. Those of images are kept in the cache directory.
         extractor: Name of the feature extractor. By default that of the statistics, else the data set's own, else
             ``"inception"``.
-        weights: Weight file of the extractor, instead of its own.
+        weights: Weight file of the extractor, instead of the default one.
         root: Folder of the data set's files.
         device: Where the extractor runs; by default the accelerator if there is one.
         keep: Keep the features of single images too, for KID, precision and recall.

@@ -19,7 +19,7 @@ REMEDY = "make reference statistics with stats.py"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where features came from; a fact is empty where it is not known.
+    """Provenance of features; a fact is empty where it is not known.
 
     Two sets are comparable only if extractor, weights, resize and size agree, as far as both are known.
     """
