@@ -1,4 +1,4 @@
-"""This process among those that torchrun or accelerate started, and how they share work."""
+"""The processes that torchrun or accelerate started, and how they share work."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from flowmaps.metrics import FeatureStats
 
-ON_CPU = not torch.accelerator.is_available()  # accelerate joins processes without an accelerator only if told so
+ON_CPU = not torch.accelerator.is_available()  # without an accelerator, accelerate joins processes only on request
 T = TypeVar("T")
 
 
 def processes() -> PartialState:
-    """How many processes there are, which one this is, and barriers between them."""
+    """The state of all processes: how many there are, the rank of this one, barriers."""
     return PartialState(cpu=ON_CPU)
 
 
@@ -28,35 +28,43 @@ def pick_device() -> torch.device:
 
 @dataclass(frozen=True)
 class Team:
-    """Processes that share numbered items, each taking a run of them; all methods but ``share`` are collective."""
+    """Processes that work together on numbered items; every method except ``split`` is collective.
+
+    A team of one (``ALONE``) never communicates, so that a single process of many can use it.
+    """
 
     rank: int = 0
     size: int = 1
 
-    def share(self, n: int) -> range:
-        """The items of 0 .. n - 1 that are this process's, one after another; the first process has some if n > 0."""
+    def split(self, n: int) -> range:
+        """The contiguous part of the items 0 .. n - 1 for this process; the first process has some if n > 0."""
         each, more = divmod(n, self.size)
         start = self.rank * each + min(self.rank, more)
         return range(start, start + each + (self.rank < more))
 
-    def told(self, value: T) -> T:
-        """What the first process says."""
+    def broadcast(self, value: T) -> T:
+        """Return the first process's ``value`` in every process."""
         values = [value]
         if self.size > 1:
             broadcast_object_list(values)
         return values[0]
 
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            processes().wait_for_everyone()
+
     @contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """The first process goes through the block before the others do."""
+    def main_process_first(self) -> Iterator[None]:
+        """Run the block in the first process before it runs in the others."""
         if self.rank:
-            self.told(None)
+            self.barrier()
         yield
         if not self.rank:
-            self.told(None)
+            self.barrier()
 
-    def joined(self, x: Tensor) -> Tensor:
-        """The rows of all processes, in order."""
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Return the rows of all processes, in order."""
         if self.size == 1:
             return x
         device = processes().device
@@ -65,8 +73,8 @@ class Team:
         each = torch.split(parts, max(rows))
         return torch.cat([part[:n] for part, n in zip(each, rows, strict=True)]).to(x.device)
 
-    def merged(self, stats: FeatureStats) -> FeatureStats:
-        """The statistics of all processes' features: moments by sums over them, what is kept in order."""
+    def all_reduce_stats(self, stats: FeatureStats) -> FeatureStats:
+        """Return the statistics of all processes' features: moments from their sums, kept features in order."""
         if self.size == 1:
             return stats
         device, n = processes().device, stats.n or 0
@@ -77,41 +85,42 @@ class Team:
 
         count = total(torch.tensor([n]))
         mean = total(n * stats.mean) / count
-        away = stats.mean - mean
-        scatter = total(stats.scatter + n * torch.outer(away, away))
-        whole = FeatureStats(stats.dim, stats.origin)
-        whole.n, whole.mean, whole.scatter = int(count), mean, scatter
+        shift = stats.mean - mean
+        scatter = total(stats.scatter + n * torch.outer(shift, shift))
+        merged = FeatureStats(stats.dim, stats.origin)
+        merged.n, merged.mean, merged.scatter = int(count), mean, scatter
         if (features := stats.features) is not None:
-            whole.features = self.joined(features)
-        return whole
+            merged.features = self.all_gather(features)
+        return merged
 
 
 class AnyProcess:
-    """Whether a flag is set in any process, so that all leave the loop at the same step.
+    """Tell whether a flag is set in any process, so that all leave a loop at the same step.
 
-    All ask once a step. In a run of several the answer is that to the question of the step before, so that none waits.
+    Call it once per step in every process. With several processes the answer is about the previous step, so that none
+    of them waits.
     """
 
     def __init__(self) -> None:
         self._asked: tuple[Any, Tensor] | None = None
 
     def __call__(self, flag: bool) -> bool:
-        state, told = processes(), False
+        state, answer = processes(), False
         if state.num_processes == 1:
             return flag
         if self._asked is not None:
             work, flags = self._asked
             work.wait()
-            told = bool(flags.any())
+            answer = bool(flags.any())
         flags = torch.tensor([int(flag)], device=state.device)
         self._asked = torch.distributed.all_reduce(flags, async_op=True), flags
-        return told
+        return answer
 
 
 ALONE = Team()
 
 
 def team() -> Team:
-    """All processes."""
+    """Return the team of all processes."""
     state = processes()
     return Team(state.process_index, state.num_processes)

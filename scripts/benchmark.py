@@ -19,6 +19,7 @@ Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n a
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from absl import flags
@@ -31,8 +32,8 @@ from flowmaps.files import writable_file, write_file
 SUITE = flags.DEFINE_string(
     "suite",
     None,
-    "bellman (step sizes), checkerboard, digits, learning (curves), mid_training (what it is worth to post-training), "
-    "networks (time and memory of each objective), or what else takes time: ema, fid, profile, resume, sample, step",
+    "bellman (step sizes), checkerboard, digits, learning (curves), mid_training (its gain for post-training), "
+    "networks (time and memory of each objective), or timings: ema, fid, profile, resume, sample, step",
 )
 ROWS = flags.DEFINE_list("rows", None, "Rows of the suite's config; of networks: small ones, or names of presets")
 RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning")
@@ -49,7 +50,7 @@ PLOT = flags.DEFINE_string("plot", None, "PNG file for the scores against the nu
 
 def main() -> None:
     from benchmarks.speed import machine
-    from benchmarks.suites import PLOTTED, SUITES, Request, markdown, plot, stored_records
+    from benchmarks.suites import PLOTTED, SUITES, Arguments, markdown, plot, stored_records
 
     if SUITE.value not in SUITES:
         raise UserError(f"--suite={SUITE.value or ''}: choose one of {', '.join(SUITES)}")
@@ -60,9 +61,9 @@ def main() -> None:
     records_of, rows = SUITES[SUITE.value]
     rows = rows if ROWS.value is None else ROWS.value
     if not seeds or not rows:
-        raise UserError(f"--seeds={','.join(SEEDS.value)} --rows={','.join(rows)}: give whole numbers and rows")
+        raise UserError(f"--seeds={','.join(SEEDS.value)} --rows={','.join(rows)}: give integers and rows")
     if (SUITE.value == "learning") != bool(rates) or not all(rate > 0 for rate in rates):
-        raise UserError(f"--rates={','.join(RATES.value)}: positive numbers, for --suite=learning and no other")
+        raise UserError(f"--rates={','.join(RATES.value)}: positive numbers, only for --suite=learning")
     if PLOT.value and (SUITE.value not in PLOTTED or not PLOT.value.endswith(".png")):
         raise UserError(f"--plot={PLOT.value}: a .png file, for --suite={', '.join(PLOTTED)}")
     for name, file in (("json", JSON.value), ("plot", PLOT.value)):
@@ -71,11 +72,11 @@ def main() -> None:
                 writable_file(Path(file))
     if THREADS.value:
         torch.set_num_threads(THREADS.value)
-    budget = {"train_steps": TRAIN_STEPS.value, "cpu_minutes": CPU_MINUTES.value, "num": NUM.value}
+    budget: dict[str, Any] = {"train_steps": TRAIN_STEPS.value, "cpu_minutes": CPU_MINUTES.value, "num": NUM.value}
     records = stored_records(JSON.value, SUITE.value, budget) if JSON.value else []
     done = {(record["row"], record["seed"]) for record in records}
     where = machine()
-    for record in records_of(Request(list(rows), seeds, **budget, rates=rates, done=done)):
+    for record in records_of(Arguments(list(rows), seeds, **budget, rates=rates, done=done)):
         records.append({**record, "machine": where})
         print(json.dumps(records[-1]), flush=True)
         if JSON.value:

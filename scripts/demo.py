@@ -2,7 +2,7 @@
 
 python scripts/demo.py --workdir=runs/demo
 
-Writes grid.png (the same noise at 1, 2, 4, 8 steps, map beside Euler), distance.png and report.html to --workdir.
+Writes grid.png (the same noise at 1, 2, 4, 8 steps, map next to Euler), distance.png and report.html to --workdir.
 """
 
 import json
@@ -14,9 +14,9 @@ from absl import flags
 from flowmaps import UserError
 from flowmaps.cli.run import run
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory to write to; finished runs in it are used again")
+WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory to write to; finished runs in it are reused")
 STEPS = flags.DEFINE_integer("steps", 500, "Training steps of each model", lower_bound=1)
-NUM = flags.DEFINE_integer("num", 1000, "Samples that a distance is taken of", lower_bound=2)
+NUM = flags.DEFINE_integer("num", 1000, "Samples per distance", lower_bound=2)
 
 CONFIG = "configs/digits.py"
 COUNTS = (1, 2, 4, 8)
@@ -30,11 +30,9 @@ python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/lon
 
 
 def main() -> None:
-    from flowmaps.distributed import pick_device
-    from flowmaps.evaluation import evaluate as scoring
-    from flowmaps.evaluation import report
+    from flowmaps.evaluation import open_reference, report
     from flowmaps.evaluation.evaluate import table
-    from flowmaps.evaluation.references import pick_extractor, source_stats
+    from flowmaps.evaluation.references import train_set_score
     from training.config_rows import load_row
     from training.loop import train
 
@@ -47,21 +45,20 @@ def main() -> None:
             models[name] = train(config, workdir / row)
         except UserError as error:
             raise UserError(f"{workdir}: {error} (for the demo: --steps, or delete {workdir})") from None
-    extractor = pick_extractor(None, None, "digits", pick_device())
-    heldout = source_stats("digits:heldout", extractor, "", "--data")
-    floor = scoring.floor("digits", extractor, "")
+    heldout = open_reference("digits:heldout")
+    metric, floor = heldout.extractor.metric, train_set_score("digits", heldout.extractor)
     counts = {"flow map": COUNTS, "Euler": (*COUNTS, 32)}
-    results = report.compare(models, counts, heldout, extractor, n=NUM.value, seed=1)
+    results = report.compare(models, counts, heldout, num=NUM.value, seed=1)
     pictures = {
         "grid": report.grid_of(models, COUNTS, columns=12, seed=0),
-        "distance": report.plot(results, extractor.metric, floor),
+        "distance": report.plot(results, metric, floor),
     }
     images = config.steps * config.batch
     summary = (
         f"Two networks of the same size saw the same {images:,} scanned digits (8 x 8, with repeats). Above: the flow "
-        f"map, which jumps; below: flow matching, which Euler's method integrates. {extractor.metric} is the Fréchet "
-        f"distance of {NUM.value} samples to {heldout.n} held-out digits, on features of a small classifier (it is "
-        f"not FID). Training images themselves score {floor:.2f}: the floor."
+        f"map, which jumps; below: flow matching, which Euler's method integrates. {metric} is the Fréchet "
+        f"distance of {NUM.value} samples to {heldout.stats.n} held-out digits, on features of a small classifier "
+        f"(it is not FID). Training images themselves score {floor:.2f}: the floor."
     )
     numbers = table(results)
     report.write_report(

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from absl import flags
 from safetensors.torch import save
 
-from flowmaps import UserError
-from flowmaps.cli.run import run
-from flowmaps.data import DataSet, ShuffledOrder, iterate, open_dataset
-from flowmaps.errors import blame
+from flowmaps.cli.run import required, run
+from flowmaps.data import ShuffledOrder, iterate, open_dataset
+from flowmaps.data.dataset import DataSet
 from flowmaps.files import writable_file, write_file
 from flowmaps.images import from_uint8
 from flowmaps.metrics.extractors import CLASSIFIERS, Classifier
@@ -38,24 +37,21 @@ def accuracy(network: Classifier, data: DataSet) -> float:
 
 
 def main() -> None:
-    for flag in (DATA, OUT):
-        if flag.value is None:
-            raise UserError(f"--{flag.name} is missing")
-    with blame("out", OUT.value):
-        out = writable_file(Path(OUT.value))
-    train, heldout = (open_dataset(DATA.value, split, root=ROOT.value) for split in ("train", "heldout"))
+    data, out = required(DATA, "digits"), writable_file(Path(required(OUT, "digits.safetensors")))
+    train, heldout = (open_dataset(data, split, root=ROOT.value) for split in ("train", "heldout"))
     torch.manual_seed(SEED.value)
-    network, order = Classifier(**CLASSIFIERS[DATA.value]), ShuffledOrder(len(train), SEED.value)
+    network, order = Classifier(**CLASSIFIERS[data]), ShuffledOrder(len(train), SEED.value)
     steps = EPOCHS.value * (len(train) // BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):
         network.train()
         x, label = train.fetch(order.indices(step * BATCH, BATCH))
-        shift = torch.randint(-1, 2, (2,)).tolist()  # the features should not mind one pixel
+        assert label is not None
+        shift = torch.randint(-1, 2, (2,)).tolist()  # features should not depend on a shift by one pixel
         loss = F.cross_entropy(network(from_uint8(x).roll(shift, dims=(2, 3))), label, label_smoothing=0.05)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if (step + 1) % max(1, steps // 10) == 0:

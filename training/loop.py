@@ -15,7 +15,7 @@ from flowmaps.errors import Stopped, blame, within
 from flowmaps.evaluation.samples import grid_image
 from flowmaps.files import writable_directory, write_file
 from flowmaps.run_weights import list_checkpoints
-from training.best import Judge
+from training.best import BestModel
 from training.checkpoint import load_checkpoint
 from training.config import Config, Decay, plain
 from training.log import Log
@@ -58,7 +58,7 @@ def train_section(config: Config, workdir: Path, data: Any, section: str) -> Flo
         trainer = Trainer.build(config, data)
         judge = None
         if config.best.metric:
-            judge = Judge(config.best, trainer.data, config.seed, trainer.accelerator.device, team())
+            judge = BestModel(config.best, trainer.data, config.seed, trainer.accelerator.device, team())
     main = trainer.accelerator.is_main_process
     with ExitStack() as stack:
         if main:
@@ -72,7 +72,7 @@ def train_section(config: Config, workdir: Path, data: Any, section: str) -> Flo
     return trainer.averaged(done)
 
 
-def _train(config: Config, workdir: Path, trainer: Trainer, judge: Judge | None, main: bool) -> int:
+def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | None, main: bool) -> int:
     """Run the loop of ``train`` and return the number of steps done."""
     done, state = 0, {}
     if checkpoints := list_checkpoints(workdir):
@@ -129,12 +129,12 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: Judge | None,
     return done
 
 
-def _keep_best(trainer: Trainer, judge: Judge, workdir: Path, done: int, log: Log) -> None:
+def _keep_best(trainer: Trainer, judge: BestModel, workdir: Path, done: int, log: Log) -> None:
     """Score the averaged model, and write it to checkpoints/best if it is the best of the run so far."""
     model = trainer.averaged(done)
-    score = judge(model)
+    score = judge.score(model)
     log.score(done, judge.name, score)
-    if judge.team.told(score < judge.lowest(workdir)):  # as the first process reads it
+    if judge.team.broadcast(score < judge.best_score(workdir)):  # as the first process reads it
         trainer.checkpoint(workdir / "checkpoints" / "best", done, model, score=score, judge=judge.facts)
 
 

@@ -11,24 +11,23 @@ from pathlib import Path
 from absl import flags
 
 from flowmaps import UserError
+from flowmaps.cli.run import required
 from flowmaps.errors import blame
 from flowmaps.files import writable_directory
 
 FORMAT = flags.DEFINE_string("format", None, "edm, edm2, dit, sit, rectified_flow or diffusers_unet")
 SRC = flags.DEFINE_string("src", None, "The file, or for diffusers_unet the folder, as published")
-OUT = flags.DEFINE_string("out", None, "Directory to write, replaced if it is an exported directory")
+OUT = flags.DEFINE_string("out", None, "Directory to write; an exported one is replaced")
 
 
 def main() -> None:
     from flowmaps.export import check_output
     from flowmaps.importers import FORMATS, import_checkpoint
 
-    for name, value in (("format", FORMAT.value), ("src", SRC.value), ("out", OUT.value)):
-        if value is None:
-            choices = f": choose one of {', '.join(FORMATS)}" if name == "format" else ""
-            raise UserError(f"--{name} is missing{choices}")
-    out = check_output(OUT.value)
-    fm = import_checkpoint(FORMAT.value, Path(SRC.value))
+    if FORMAT.value is None:
+        raise UserError(f"--format is missing: choose one of {', '.join(FORMATS)}")
+    src, out = Path(required(SRC, "edm-cifar10-32x32-cond-vp.pkl")), check_output(required(OUT, "teachers/edm"))
+    fm = import_checkpoint(FORMAT.value, src)
     with blame("out", out):
         writable_directory(out.parent)
     fm.save_pretrained(out)

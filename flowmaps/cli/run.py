@@ -1,4 +1,4 @@
-"""How every command starts: flags in, one line and exit code 2 for a user's mistake, no traceback."""
+"""Run a command: parse its flags, turn a user's mistake into one line and exit code 2, without a traceback."""
 
 import re
 import sys
@@ -48,8 +48,19 @@ def run(command: ModuleType) -> NoReturn:
         sys.exit(3)
 
 
+def required(flag: flags.FlagHolder[str | None], example: str) -> str:
+    """Return the value of a flag without which the command cannot run.
+
+    Raises:
+        UserError: The flag was not given; the message shows ``example``.
+    """
+    if flag.value is None:
+        raise UserError(f"--{flag.name} is missing: e.g. --{flag.name}={example}")
+    return flag.value
+
+
 def usage(doc: str) -> str:
-    """The command's docstring and its flags, absl's own left out."""
+    """Return the command's docstring and its flags, absl's own left out."""
     ours = {m: f for m, f in flags.FLAGS.flags_by_module_dict().items() if not m.startswith(("absl", "ml_collections"))}
     lines = [
         f"  --{flag.name}  {flag.help}" + (f" [{flag.default_as_str}]" if flag.default is not None else "")

@@ -5,20 +5,25 @@ python scripts/sample.py --checkpoint=runs/digits --steps=64 --num=64 --out=samp
 python scripts/sample.py --checkpoint=assets/fashion_mnist --steps=1,2,4,8 --num=10 --out=samples --beside=euler
 
 Writes steps-N/000000.png ..., samples-N.npz (uint8 [n, h, w, c] and labels; points: float32 [n, dim]) and grid.png, one
-row per step count; with --beside the same noise by another sampler stands on its right side.
+row per step count; --beside adds the same noise carried by another sampler, on the right.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from absl import flags
+from torch import Tensor
 
-from flowmaps import UserError
-from flowmaps.cli.sampling_flags import SamplingFlags, Setting
+from flowmaps.cli.run import required
+from flowmaps.cli.sampling_flags import SamplingFlags
 from flowmaps.errors import blame
-from flowmaps.evaluation.samples import write_samples
+from flowmaps.evaluation.samples import sample_batches, write_samples
+from flowmaps.evaluation.settings import Setting, sampling_settings
 from flowmaps.files import writable_directory
 from flowmaps.images import COLUMNS, hstack, sample_grid, to_pil
+from flowmaps.run_weights import take_weights
 from samplers import SAMPLERS
 
 SAMPLING = SamplingFlags(num=64)
@@ -27,16 +32,23 @@ BESIDE = flags.DEFINE_enum("beside", None, list(SAMPLERS), "Sampler to compare w
 
 
 def main() -> None:
-    if OUT.value is None:
-        raise UserError("--out is missing: the directory to write to")
-    ways = SAMPLING.settings()
-    others = [Setting(BESIDE.value, "uniform", way.steps) for way in ways if BESIDE.value]
-    fm = SAMPLING.load(others)
-    with blame("out", OUT.value):
-        out = writable_directory(Path(OUT.value))
-    [fm] = SAMPLING.averages(fm)
-    shown = [[write_samples(SAMPLING.batches(fm, way), out, way.steps) for way in ways]]
+    directory, fm = Path(required(OUT, "samples")), SAMPLING.load()
+    settings = SAMPLING.settings(fm)
+    guided: dict[str, Any] = {name: getattr(SAMPLING, name).value for name in ("label", "guidance", "gamma")}
+    others = []
+    if BESIDE.value:
+        others = sampling_settings(fm, SAMPLING.counts(), [BESIDE.value], ["uniform"], **guided)
+    with blame("out", directory):
+        out = writable_directory(directory)
+    for ema in SAMPLING.ema.value:  # at most one
+        take_weights(fm, SAMPLING.checkpoint.value or "", ema)
+
+    def batches(setting: Setting, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        options = {"sampler": setting.sampler, "batch": SAMPLING.batch.value, **guided}
+        return sample_batches(fm, setting.times, range(count), SAMPLING.seed.value, progress=True, **options)
+
+    shown = [[write_samples(batches(setting, SAMPLING.num.value), out, setting.steps) for setting in settings]]
     if others:
-        items = range(len(shown[0][0]))[: COLUMNS if len(fm.info.shape) == 3 else None]
-        shown.append([torch.cat([x.cpu() for x, _ in SAMPLING.batches(fm, way, items=items)]) for way in others])
+        count = len(shown[0][0][: COLUMNS if len(fm.info.shape) == 3 else None])
+        shown.append([torch.cat([x.cpu() for x, _ in batches(setting, count)]) for setting in others])
     to_pil(hstack([sample_grid(rows) for rows in shown])).save(out / "grid.png")

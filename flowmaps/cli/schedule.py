@@ -1,10 +1,10 @@
-"""Fit step sizes to a checkpoint: where a few steps are best spent, by dynamic programming.
+"""Fit step sizes to a checkpoint: the best grid of a few steps, by dynamic programming.
 
 python scripts/schedule.py --checkpoint=runs/digits-flow --steps=2,4,8 --out=schedule.json --plot=schedule.png
 python scripts/schedule.py --checkpoint=runs/digits --steps=2,4 --sampler=map --store
 
-Prints the error at data of the grids and of equal steps, on noises other than those of the fit; where equal steps are
-better, they are what is written. sample.py, fid.py and the pipeline use what is stored in a checkpoint.
+Prints the error at data of the fitted grids and of equal steps, on other noise than the fit used; where equal steps are
+better, they are written instead. sample.py, fid.py and the pipeline use the step sizes stored in a checkpoint.
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from flowmaps import FlowMap, UserError
+from flowmaps.cli.run import required
 from flowmaps.distributed import pick_device
 from flowmaps.errors import blame
 from flowmaps.export import store_schedule
@@ -23,9 +24,9 @@ OUT = flags.DEFINE_string("out", None, "JSON file for the schedule")
 STORE = flags.DEFINE_bool("store", False, "Store the schedule in the checkpoint")
 PLOT = flags.DEFINE_string("plot", None, "PNG file for the grids and the costs")
 SAMPLER = flags.DEFINE_string("sampler", None, "euler, heun or map; by default map for a map and euler for a drift")
-COST = flags.DEFINE_string("cost", "end", "end, end_root, local or local_root: how the error of a jump counts")
-NOISES = flags.DEFINE_integer("noises", 256, "Paths that are walked", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 1, "Seed of their noise: another than that of samples to be scored")
+COST = flags.DEFINE_string("cost", "end", "How the error of a jump counts: end, end_root, local or local_root")
+NOISES = flags.DEFINE_integer("noises", 256, "Number of paths to fit on", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 1, "Seed of their noise; use another seed for the samples that you score")
 FINE = flags.DEFINE_integer("fine", None, "Steps of the fine grid that the times are taken from", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance weight that will be sampled with", 1.0)
 BATCH = flags.DEFINE_integer("batch", 128, "Paths at a time", lower_bound=1)
@@ -36,8 +37,7 @@ def main() -> None:
     from flowmaps.evaluation.report import step_sizes
     from flowmaps.step_sizes import fit
 
-    if CHECKPOINT.value is None:
-        raise UserError("--checkpoint is missing: a run directory, an exported directory or a hub id")
+    checkpoint = required(CHECKPOINT, "runs/digits")
     if not (OUT.value or STORE.value):
         raise UserError("give --out=FILE.json, or --store to write the schedule into the checkpoint")
     for name, file in (("out", OUT.value), ("plot", PLOT.value)):
@@ -48,7 +48,7 @@ def main() -> None:
         steps = [int(count) for count in STEPS.value]
     except ValueError:
         raise UserError(f"--steps={','.join(STEPS.value)}: give whole numbers, such as 2,4,8") from None
-    fm = FlowMap.from_pretrained(CHECKPOINT.value).to(pick_device())
+    fm = FlowMap.from_pretrained(checkpoint).to(pick_device())
     fitted = fit(
         fm,
         steps,
@@ -70,6 +70,6 @@ def main() -> None:
     if OUT.value:
         write_file(Path(OUT.value), schedule.to_json().encode())
     if STORE.value:
-        store_schedule(CHECKPOINT.value, schedule)
+        store_schedule(checkpoint, schedule)
     if PLOT.value:
         step_sizes(fitted).save(PLOT.value)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from absl import flags
 
-from flowmaps import UserError
+from flowmaps.cli.run import required
 from flowmaps.data import download
-from flowmaps.data.registry import builtin_name, check_source
+from flowmaps.data.registry import check_source
 from flowmaps.distributed import pick_device, team
 from flowmaps.errors import blame
-from flowmaps.evaluation.references import open_for_scoring, pick_extractor, remembered
+from flowmaps.evaluation.references import built_in, cached_stats, open_for_scoring, pick_extractor
 from flowmaps.files import writable_file
 
 DATA = flags.DEFINE_string("data", None, "Data set NAME[:split], folder or zip of images, or .npz of images")
@@ -23,25 +23,25 @@ WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor")
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
 DOWNLOAD = flags.DEFINE_bool("download", False, "Fetch the data set's files into --root first")
 SIZE = flags.DEFINE_integer("size", None, "Crop and resize the images of a folder or zip to this", lower_bound=1)
-FEATURES = flags.DEFINE_bool("features", False, "Keep single features too, for KID, precision and recall (large)")
-SKIP_CORRUPT = flags.DEFINE_bool("skip_corrupt", False, "Leave out files that are no whole images")
+FEATURES = flags.DEFINE_bool("features", False, "Also keep the features, for KID, precision and recall (large)")
+SKIP_CORRUPT = flags.DEFINE_bool("skip_corrupt", False, "Leave out files that are not complete images")
 
 
 def main() -> None:
-    for flag in (DATA, OUT):
-        if flag.value is None:
-            raise UserError(f"--{flag.name} is missing")
-    with blame("data", DATA.value):
-        check_source(DATA.value)
-    with blame("out", OUT.value):
-        out = writable_file(Path(OUT.value))
-    extractor = pick_extractor(EXTRACTOR.value, WEIGHTS.value, DATA.value, pick_device())
+    data = required(DATA, "digits:heldout")
+    out = Path(required(OUT, "heldout.npz"))
+    with blame("data", data):
+        check_source(data)
+    with blame("out", out):
+        writable_file(out)
+    extractor = pick_extractor(EXTRACTOR.value, WEIGHTS.value, data, pick_device())
     everyone = team()
     if DOWNLOAD.value and not everyone.rank:
-        download((builtin_name(DATA.value) or (DATA.value,))[0], ROOT.value)
-    everyone.told(None)
-    images = open_for_scoring(DATA.value, ROOT.value, SIZE.value, SKIP_CORRUPT.value, everyone)
-    stats = remembered(images, extractor, FEATURES.value, everyone)
+        download(built_in(data) or data, ROOT.value)
+    everyone.barrier()
+    with blame("data", data):
+        images = open_for_scoring(data, ROOT.value, SIZE.value, SKIP_CORRUPT.value, everyone)
+    stats = cached_stats(images, extractor, FEATURES.value, everyone)
     if not everyone.rank:
         stats.save(out)
-        print(f"{out}: {stats.n} samples of {DATA.value}, extractor {extractor.origin.extractor}, {stats.dim} features")
+        print(f"{out}: {stats.n} samples of {data}, extractor {extractor.origin.extractor}, {stats.dim} features")

@@ -1,1 +1,10 @@
-"""Scoring: a model or images against a reference, from Python, in CI and while training."""
+"""Scoring: references, ``evaluate`` for models and images, the gate for CI, and what people look at (grids, reports).
+
+Usable from Python, from the command line and while training; everything that turns samples into a number or a picture
+belongs here, and nothing about flags or training.
+"""
+
+from flowmaps.evaluation.evaluate import evaluate
+from flowmaps.evaluation.references import Reference, open_reference
+
+__all__ = ["Reference", "evaluate", "open_reference"]

@@ -1,11 +1,12 @@
-"""Scoring generated images, with a record of all that moves the number."""
+"""Score a model or images against a reference, with a record of every fact that moves the number."""
 
 import platform
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,91 +14,271 @@ from torch import Tensor
 
 import flowmaps
 from flowmaps import FlowMap, UserError
-from flowmaps.data import iterate, open_dataset
+from flowmaps.data import DataSet, iterate
 from flowmaps.distributed import ALONE, Team, pick_device
-from flowmaps.evaluation.references import source_stats
+from flowmaps.evaluation.references import (
+    Reference,
+    nearest_neighbours,
+    open_images,
+    open_reference,
+    train_set_score,
+)
+from flowmaps.evaluation.samples import sample_batches
+from flowmaps.evaluation.settings import Setting, sampling_settings
+from flowmaps.generate import nfe
 from flowmaps.images import to_uint8
-from flowmaps.metrics import FeatureStats, frechet_distance
-from flowmaps.metrics.extractors import Extractor
-from flowmaps.metrics.memorisation import memorisation
-from flowmaps.metrics.scores import check_metrics, check_reference, needs_features, scores
+from flowmaps.markdown import markdown_table
+from flowmaps.metrics import FeatureStats
+from flowmaps.metrics.extractors import POINTS
+from flowmaps.metrics.scores import (
+    KID_SUBSET,
+    check_metrics,
+    check_reference,
+    distance_of,
+    needs_features,
+    needs_reference_features,
+    scores,
+)
 from flowmaps.metrics.stats import check_comparable, pixels
 from flowmaps.vae import fingerprint
+from samplers import Schedule
 
 Row = dict[str, Any]
+Record = dict[str, Any]
+Weights = Callable[[], Mapping[str, Tensor]]
 
 
 class NotFinite(UserError):
     """A model's samples hold NaN or infinity."""
 
 
-def generated(batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
-    """Generated points, or uint8 images, rounded once and never written; a model that gives NaN is refused."""
+def evaluate(
+    fm_or_images: FlowMap | Tensor | str | Path | DataSet,
+    reference: str | Path | FeatureStats | Reference,
+    *,
+    steps: int | Sequence[int] = (1,),
+    num: int = 50_000,
+    metrics: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    sampler: str | Sequence[str] | None = None,
+    schedule: str | Schedule | Sequence[str | Schedule] = "stored",
+    label: int | None = None,
+    guidance: float | None = None,
+    gamma: float = 1.0,
+    batch: int = 500,
+    extractor: str | None = None,
+    weights: str | Path | None = None,
+    root: str | Path = "data",
+    kid_subset: int = KID_SUBSET,
+    memorisation: bool = False,
+    averages: Mapping[float | None, Weights] | None = None,
+    source: str = "",
+    progress: bool = False,
+    team: Team = ALONE,
+    before_sampling: Callable[[Record], None] | None = None,
+) -> Record:
+    """Score a flow map's samples, or images, against a reference.
+
+    Args:
+        fm_or_images: A model, or images: uint8 [n, C, H, W] (points: float [n, dim]), a folder, zip or .npz, a data
+            set or the name of one.
+        reference: A data set ``NAME[:split]``, a folder or zip, a statistics file, statistics, or a ``Reference`` of
+            ``open_reference``, which serves many calls.
+        steps: One or several step counts; each gives a row of the record. Only a model needs ``steps`` to ``gamma``
+            (except ``metrics``).
+        num: Samples to score.
+        metrics: ``"fid"``, and on Inception features ``"kid"``, ``"is"`` and ``"prc"``; ``"kl"`` for points. By default
+            the distance alone.
+        seeds: One sampling for each; sample i depends on (seed, i) alone. With several a row has the mean, half the
+            range (``spread``) and each sampling's values (``repeats``).
+        sampler: One or several of ``flowmaps.generate.SAMPLERS``; by default the one that the model was trained for.
+        schedule: One or several time grids: ``"stored"`` in the checkpoint (else uniform), ``"uniform"``, a schedule
+            file or a ``Schedule``.
+        label: Class of all samples; by default sample i has class i mod the number of classes.
+        guidance: Guidance weight.
+        gamma: Share of the noise that the sampler ``"stochastic"`` renews per step.
+        batch: Samples at a time.
+        extractor: Name of the feature extractor, by default the reference's own; see ``open_reference``.
+        weights: Weight file of the extractor.
+        root: Folder of the data set's files.
+        kid_subset: Images in each of KID's subsets.
+        memorisation: Add the score of the training images (``floor``) and nearest-neighbour distances to each row; the
+            reference must be a built-in data set of images.
+        averages: Weights to score in turn, by the decay of their average (None: raw weights). The model is left with
+            the last ones.
+        source: The model's or images' name in the record.
+        progress: Show a progress bar on a terminal.
+        team: The processes that share the work. All of them make the call; the first one returns the record, the
+            others an empty one.
+        before_sampling: Called with the record, whose rows have no scores yet, before anything is sampled; may raise.
+
+    Returns:
+        The record that ``fid.py --json`` writes: ``metric`` names the distance, ``results`` has a row per sampler,
+        schedule and step count, and the rest is what the numbers depend on.
+
+    Raises:
+        UserError: An argument is wrong, the model or the images do not fit the reference, or a metric needs more.
+        NotFinite: The model's samples hold NaN or infinity.
+
+    Example:
+        >>> fm = FlowMap.from_pretrained("assets/digits")
+        >>> record = evaluate(fm, "digits:heldout", steps=(1, 2), num=500)
+        >>> [(row["steps"], round(row["FD-digits"], 1)) for row in record["results"]]
+        [(1, 0.9), (2, 0.8)]
+    """
+    # Everything that can be refused is refused before anything is sampled: keep this order.
+    fm = fm_or_images if isinstance(fm_or_images, FlowMap) else None
+    data = None if isinstance(fm_or_images, FlowMap) else open_images(fm_or_images, root, team)
+    guided: dict[str, Any] = {"label": label, "guidance": guidance, "gamma": gamma}
+    settings = []
+    if fm is not None:
+        samplers = [fm.info.sampler] if sampler is None else _several(sampler)
+        settings = sampling_settings(fm, _several(steps), samplers, _several(schedule), **guided)
+        if not seeds:
+            raise UserError("give at least one", field="seeds", value="()")
+    if isinstance(reference, Reference) and (extractor or weights):
+        raise UserError("is that of the Reference: leave it out", field="extractor" if extractor else "weights")
+    if not isinstance(reference, Reference):
+        keep = needs_reference_features(metrics)
+        reference = open_reference(reference, extractor, weights, root, keep=keep, team=team)
+    metrics = metrics or [distance_of(reference.extractor)]
+    num = num if data is None else len(data)
+    shape = data.shape if data is not None else fm.info.shape if fm and not fm.info.latent_scale else ()
+    _check(reference, metrics, num, shape, kid_subset, memorisation, team)
+    record: Record = {}
+    if not team.rank:  # the other processes have no reference
+        facts = {"source": source or str(fm_or_images) * isinstance(fm_or_images, str | Path), "num": num}
+        facts |= {"seeds": list(seeds), **guided} if fm else {"seeds": [], **dict.fromkeys(guided)}
+        record = _record(reference, fm, facts)
+        if before_sampling:
+            before_sampling(record | {"results": _planned(fm, settings, averages)})
+    floor = train_set_score(reference.data, reference.extractor, root) if memorisation and not team.rank else None
+    if fm is None:
+        assert data is not None
+        samplings: Samplings = iter([({}, [(x for x, _ in iterate(data, team.split(num), batch))])])
+    else:
+        options = {**guided, "batch": batch, "progress": progress}
+        samplings = _samplings(fm, settings, averages, seeds, team.split(num), options)
+    rows = []
+    for row, shares in samplings:
+        if memorisation:
+            shares[0] = kept = list(shares[0])
+        row |= _score(shares, num, reference, metrics, kid_subset, team)
+        if memorisation:
+            images = team.all_gather(torch.cat(kept))
+            if not team.rank:
+                found = nearest_neighbours(images, reference.data, root)
+                row |= {"floor": floor, **vars(found), "memorisation_ratio": found.ratio}
+        rows.append(row)
+    return {} if team.rank else record | {"results": rows}
+
+
+Samplings = Iterator[tuple[Row, list[Iterable[Tensor]]]]  # facts of a row, and for each seed this process's batches
+
+
+def _several(choice: Any) -> list[Any]:
+    return [choice] if isinstance(choice, int | str | Schedule) else list(choice)
+
+
+def _check(
+    reference: Reference,
+    metrics: Sequence[str],
+    num: int,
+    shape: tuple[int, ...],
+    kid_subset: int,
+    memorisation: bool,
+    team: Team,
+) -> None:
+    """Refuse ``num`` samples of ``shape`` (empty if not known yet) that could not be scored."""
+    stats, extractor, data = reference
+    if shape:
+        extractor.check_shape(shape)
+    check_metrics(metrics, extractor, num, kid_subset)
+    if not team.rank:
+        origin = replace(extractor.origin, size=pixels(*shape[1:]) if len(shape) == 3 else "")
+        check_comparable(FeatureStats(extractor.dim, origin), stats)
+        check_reference(metrics, stats, kid_subset)
+    if memorisation and extractor.origin.extractor == POINTS:
+        raise UserError("is for images, not points", field="memorisation")
+    if memorisation and not data:
+        raise UserError("needs a data set with a held-out split as reference", field="memorisation")
+
+
+def _planned(
+    fm: FlowMap | None, settings: Sequence[Setting], averages: Mapping[float | None, Weights] | None
+) -> list[Row]:
+    """Return the rows to come, without weights and scores."""
+    if fm is None:
+        return [{}]
+    emas = averages or [fm.info.ema]
+    return [{"ema": ema, "sampler": s.sampler, "grid": s.grid, "steps": s.steps} for ema in emas for s in settings]
+
+
+def _samplings(
+    fm: FlowMap,
+    settings: Sequence[Setting],
+    averages: Mapping[float | None, Weights] | None,
+    seeds: Sequence[int],
+    share: range,
+    options: dict[str, Any],
+) -> Samplings:
+    """Yield the rows of a model; the batches of one are to be used before the next one is asked for."""
+    for ema in averages or [fm.info.ema]:
+        if averages:
+            fm.network.load_state_dict(averages[ema]())
+            fm.info = replace(fm.info, ema=ema)
+        weights = fm.fingerprint()
+        for way in settings:
+            row: Row = {"ema": fm.info.ema, "sampler": way.sampler, "grid": way.grid, "steps": way.steps}
+            evaluations = nfe(fm.info, way.sampler, way.steps, options["guidance"])
+            row |= {"nfe": evaluations, "weights": weights, "times": way.times.tolist()}
+            samples = (sample_batches(fm, way.times, share, seed, sampler=way.sampler, **options) for seed in seeds)
+            yield row, [_finite(batches) for batches in samples]
+
+
+def _finite(batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
+    """Yield points, or images rounded to uint8, up to the first batch with NaN or infinity.
+
+    Stopping instead of raising lets ``_score`` find too few samples in every process, and none waits for another.
+    """
     for x, _ in batches:
         if not bool(torch.isfinite(x).all()):
-            raise NotFinite("the model's samples hold NaN or infinity: nothing to score")
+            return
         yield to_uint8(x) if x.ndim == 4 else x
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """Scores images against one reference; the processes of a team make shares of them, and the first one scores."""
+def _score(
+    samplings: Sequence[Iterable[Tensor]],
+    num: int,
+    reference: Reference,
+    metrics: Sequence[str],
+    kid_subset: int,
+    team: Team,
+) -> Row:
+    """Return the mean of each score over samplings, and their spread and values if there are several.
 
-    extractor: Extractor
-    reference: FeatureStats
-    metrics: Sequence[str]
-    kid_subset: int
-    team: Team = ALONE
-
-    def check(self, num: int, shape: tuple[int, ...]) -> None:
-        """Refuse, before any slow work, ``num`` images of ``shape`` (if known) that could not be scored."""
-        if shape:
-            self.extractor.check_shape(shape)
-        check_metrics(self.metrics, self.extractor, num, self.kid_subset)
-        if not self.team.rank:
-            origin = replace(self.extractor.origin, size=pixels(*shape[1:]) if len(shape) == 3 else "")
-            check_comparable(FeatureStats(self.extractor.dim, origin), self.reference)
-            check_reference(self.metrics, self.reference, self.kid_subset)
-
-    def __call__(self, samplings: Iterable[Iterable[Tensor]]) -> Row:
-        """Mean of each score over repeated samplings, with half the range and the scores of each if there are several.
-
-        A sampling is this process's share of uint8 image batches. Processes but the first get an empty row.
-        """
-        every = []
-        for share in samplings:
-            mine = self.extractor.stats(share, keep=needs_features(self.metrics))
-            stats = self.team.merged(mine)
-            if not self.team.rank:
-                every.append(
-                    scores(stats, self.reference, self.extractor, self.metrics, self.kid_subset, pick_device())
-                )
-        if not every:
-            return {}
-        over = {name: [found[name] for found in every] for name in every[0]}
-        row: Row = {name: statistics.mean(values) for name, values in over.items()}
-        if len(every) > 1:
-            row["spread"] = {name: (max(values) - min(values)) / 2 for name, values in over.items()}
-            row["repeats"] = every
-        return row
+    A sampling is this process's share of uint8 image batches. Only the first process gets scores.
+    """
+    found = []
+    for share in samplings:
+        mine = reference.extractor.stats(share, keep=needs_features(metrics))
+        stats = team.all_reduce_stats(mine)
+        if stats.n != num:
+            raise NotFinite("the model's samples hold NaN or infinity: nothing to score")
+        if not team.rank:
+            found.append(scores(stats, reference.stats, reference.extractor, metrics, kid_subset, pick_device()))
+    if not found:
+        return {}
+    values = {name: [scored[name] for scored in found] for name in found[0]}
+    row: Row = {name: statistics.mean(several) for name, several in values.items()}
+    if len(found) > 1:
+        row["spread"] = {name: (max(several) - min(several)) / 2 for name, several in values.items()}
+        row["repeats"] = found
+    return row
 
 
-def floor(data: str, extractor: Extractor, root: str) -> float:
-    """The distance between a data set's training and held-out images: what a perfect model would score."""
-    train, heldout = (source_stats(f"{data}:{split}", extractor, root, "--reference") for split in ("train", "heldout"))
-    return frechet_distance(train, heldout)
-
-
-def neighbours(images: Tensor, data: str, root: str) -> dict[str, float]:
-    """Nearest-neighbour distances between uint8 ``images`` and both splits of a small data set, as a row of results."""
-    splits = (open_dataset(data, split, root=root) for split in ("train", "heldout"))
-    pixels = [torch.cat([x for x, _ in iterate(split)]).float() / 127.5 for split in splits]
-    found = memorisation(images.float().cpu() / 127.5, *pixels)
-    return {**vars(found), "memorisation_ratio": found.ratio}
-
-
-def record(reference: FeatureStats, extractor: Extractor, fm: FlowMap | None, facts: dict[str, Any]) -> dict[str, Any]:
-    """Every fact that moves the number, for the JSON record; ``results`` are to be added."""
+def _record(reference: Reference, fm: FlowMap | None, facts: dict[str, Any]) -> Record:
+    """Return every fact that moves the number; ``results`` are to be added."""
     model = {} if fm is None else {k: getattr(fm.info, k) for k in ("data", "kind", "ema", "images_seen", "guidance")}
     if fm is not None:
         model |= {"interpolant": fm.interpolant_name, "base_std": fm.base_std}
@@ -105,12 +286,12 @@ def record(reference: FeatureStats, extractor: Extractor, fm: FlowMap | None, fa
         decoder = fm.open_decoder()
         model["vae"] = {"source": decoder.source, "sha256": fingerprint(decoder.open()), "dtype": str(decoder.dtype)}
     packages = {name: version(name) for name in ("torch", "torchvision", "torch-fidelity", "numpy")}
-    origin = reference.origin
+    stats, extractor, _ = reference
     return {
         "metric": extractor.metric,
         "extractor": {k: getattr(extractor.origin, k) for k in ("extractor", "weights", "resize")},
-        "reference": {k: getattr(origin, k) for k in ("data", "split", "size", "crop", "content", "weights")}
-        | {"n": reference.n, "sha256": reference.sha256()},
+        "reference": {k: getattr(stats.origin, k) for k in ("data", "split", "size", "crop", "content", "weights")}
+        | {"n": stats.n, "sha256": stats.sha256()},
         "model": model,
         **facts,
         "command": " ".join(sys.argv),
@@ -123,12 +304,9 @@ HIDDEN = {"weights", "times", "spread", "repeats"}  # facts of a row that a tabl
 
 
 def table(results: list[Row]) -> str:
-    """A Markdown table of results, columns as the first row has them; mean ± half the range of repeated scores."""
+    """Return rows as Markdown, with the columns of the first one; mean ± half the range of repeated scores."""
     columns = [name for name in results[0] if name not in HIDDEN]
-    cells = [columns, *[[_cell(row, name) for name in columns] for row in results]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines = ["| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]])
+    return markdown_table(columns, [[_cell(row, name) for name in columns] for row in results], aligned=True)
 
 
 def _cell(row: Row, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Scores as a gate in CI: limits, a comparison with an earlier record, and reports that CI systems read."""
+"""The gate for CI: limits, a comparison with an earlier record, and reports that CI systems read."""
 
 import json
 import sys
@@ -8,41 +8,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowmaps.errors import UserError
-from flowmaps.evaluation.evaluate import Row, table
+from flowmaps.errors import UserError, blame
+from flowmaps.evaluation.evaluate import Record, Row, table
 from flowmaps.files import write_file
 
-Record = dict[str, Any]
-# What two records must agree in before their distances can be compared; what a row is known by.
+# What two records must agree in before their distances can be compared, and what identifies a row.
 PROTOCOL = ("metric", "extractor", "num", "seeds", "label", "guidance", "gamma")
-WAY = ("ema", "sampler", "grid", "steps")
+ROW_KEY = ("ema", "sampler", "grid", "steps")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one row: what it is, its distance, and why it fails the gate, if it does."""
+    """The name of a row, its distance, and the reasons why it fails the gate, if it does."""
 
     name: str
     value: float
     reasons: tuple[str, ...] = ()
 
 
-def read_record(file: str, flag: str) -> Record:
-    """A record with distances that ``fid.py --json`` wrote; refused in the words of ``flag``."""
+def read_record(file: str | Path) -> Record:
+    """Read a record with distances that ``fid.py --json`` wrote.
+
+    Raises:
+        UserError: The file is missing or is something else.
+    """
     try:
         found: Record = json.loads(Path(file).read_bytes())
         _ = {fact: found[fact] for fact in PROTOCOL}, [row[found["metric"]] + 0.0 for row in found["results"]]
         _ = [found["reference"][known] for known in ("content", "sha256")]
     except OSError as error:
-        raise UserError(f"{flag}: {error.strerror}: give a file that fid.py --json wrote") from None
+        reason = f"{error.strerror}: give a file that fid.py --json wrote"
+        raise UserError(reason, field="record", value=file) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{flag} is no record of fid.py --json ({error!r}): write it again") from None
+        reason = f"is not a record of fid.py --json ({error!r}): write it again"
+        raise UserError(reason, field="record", value=file) from None
     return found
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What fails a row: a distance above ``max_fid``, or (1 + ``tolerance``) times that in the record ``file``."""
+    """The limits of a distance: ``max_fid``, and (1 + ``tolerance``) times the distance in the record ``file``."""
 
     max_fid: float | None = None
     file: str = ""
@@ -51,71 +56,77 @@ class Limits:
 
     @classmethod
     def read(cls, max_fid: float | None, file: str | None, tolerance: float) -> "Limits":
-        """With the record ``file`` of ``fid.py --json``, if there is to be a comparison."""
+        """Make limits from an upper bound and the record ``file`` of ``fid.py --json``, both optional."""
         if not file:
             return cls(max_fid)
-        return cls(max_fid, file, tolerance, read_record(file, f"--max_regression={file}"))
+        with blame("max_regression", file):
+            return cls(max_fid, file, tolerance, read_record(file))
 
-    def check(self, report: Record, rows: Iterable[Row]) -> None:
-        """Refuse a baseline that means something else than ``report``, or lacks one of ``rows``."""
+    def check(self, report: Record) -> None:
+        """Refuse a baseline that is not comparable with ``report``, whose rows need no scores yet, or lacks a row."""
         if self.baseline is None:
             return
         for fact in PROTOCOL:
             if report[fact] != self.baseline[fact]:
-                raise UserError(
-                    f"--max_regression={self.file} was made with another {fact} ({self.baseline[fact]}, now "
-                    f"{report[fact]}): make it again, or score as it was made"
+                raise self._refusal(
+                    f"was made with another {fact} ({self.baseline[fact]}, now {report[fact]}): make it again, or "
+                    "score as it was made"
                 )
         ours, theirs = report["reference"], self.baseline["reference"]
         known = "content" if ours["content"] and theirs["content"] else "sha256"
         if ours[known] != theirs[known]:
-            raise UserError(f"--max_regression={self.file} was made with another --reference: make it again")
-        for row in rows:
-            self.before(row, report["metric"])
+            raise self._refusal("was made with another reference: make it again")
+        for row in report["results"]:
+            self.baseline_value(row, report["metric"])
 
-    def before(self, row: Row, metric: str) -> float:
-        """The distance that the baseline has where ``row`` is."""
+    def _refusal(self, reason: str) -> UserError:
+        return UserError(reason, field="max_regression", value=self.file)
+
+    def baseline_value(self, row: Row, metric: str) -> float:
+        """Return the distance of the baseline's row with the same key as ``row``."""
         assert self.baseline is not None
         for old in self.baseline["results"]:
-            if _way(old) == _way(row):
+            if _key(old) == _key(row):
                 return float(old[metric])
-        raise UserError(f"--max_regression={self.file} has no row for {name(row)}: make it again")
+        raise self._refusal(f"has no row for {name(row)}: make it again")
 
     def judge(self, report: Record) -> list[Verdict]:
-        """A verdict on each row of ``report``."""
+        """Return a verdict on each row of ``report``."""
         metric, verdicts = report["metric"], []
         for row in report["results"]:
             value, reasons = row[metric], []
             if self.max_fid is not None and not value <= self.max_fid:
-                reasons.append(f"{metric} {value:.4g} is above --max_fid={self.max_fid:g}")
-            if self.baseline is not None and not value <= (1 + self.tolerance) * (before := self.before(row, metric)):
-                reasons.append(
-                    f"{metric} {value:.4g} is more than --tolerance={self.tolerance:g} above the {before:.4g} of "
-                    f"--max_regression={self.file}"
-                )
+                reasons.append(f"{metric} {value:.4g} is above max_fid={self.max_fid:g}")
+            if self.baseline is not None:
+                before = self.baseline_value(row, metric)
+                if not value <= (1 + self.tolerance) * before:  # NaN fails too
+                    reasons.append(
+                        f"{metric} {value:.4g} is more than tolerance={self.tolerance:g} above the {before:.4g} of "
+                        f"max_regression={self.file}"
+                    )
             verdicts.append(Verdict(name(row), value, tuple(reasons)))
         return verdicts
 
 
 def failures(verdicts: Iterable[Verdict]) -> list[str]:
-    """What failed, a line a reason."""
+    """Return one line per reason to fail."""
     return [f"{reason} ({verdict.name})" for verdict in verdicts for reason in verdict.reasons]
 
 
-def _way(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(key) for key in WAY)
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ROW_KEY)
 
 
 def name(row: Row) -> str:
-    """What a row of results is, in words."""
+    """Describe a row of results in words."""
     if "steps" not in row:
         return "the samples"
     average = "" if row["ema"] is None else f", ema {row['ema']:g}"
     return f"{row['sampler']}, {row['steps']} step{'s' * (row['steps'] > 1)}, {row['grid']}{average}"
 
 
-def conclude(report: Record, limits: Limits, json_file: str | None, junit_file: str | None, page: str | None) -> int:
-    """Print and write what was found; the exit code. ``page``: a Markdown file to add to."""
+def finish(report: Record, limits: Limits, json_file: str | None, junit_file: str | None, page: str | None) -> int:
+    """Print the results, write the files and return the exit code; the Markdown file ``page`` is appended to."""
     print(table(report["results"]))
     verdicts = limits.judge(report)
     if json_file:
@@ -132,7 +143,7 @@ def conclude(report: Record, limits: Limits, json_file: str | None, junit_file: 
 
 
 def junit(report: Record, verdicts: list[Verdict]) -> bytes:
-    """The verdicts as JUnit XML, a test case a row; facts of the record as properties."""
+    """Return the verdicts as JUnit XML: one test case per row, facts of the record as properties."""
     failed = sum(bool(verdict.reasons) for verdict in verdicts)
     counts = {"tests": str(len(verdicts)), "failures": str(failed), "errors": "0"}
     root = ET.Element("testsuites", counts)
@@ -151,7 +162,7 @@ def junit(report: Record, verdicts: list[Verdict]) -> bytes:
 
 
 def summary(report: Record, verdicts: list[Verdict]) -> str:
-    """The verdicts as Markdown, for a CI system's page."""
+    """Return the verdicts as Markdown, for a CI system's page."""
     failed = failures(verdicts)
     facts = "\n".join(f"- {key}: {value}" for key, value in _facts(report).items())
     lines = "".join(f"- **{line}**\n" for line in failed)
@@ -163,7 +174,7 @@ def _facts(report: Record) -> dict[str, Any]:
     reference, extractor = report["reference"], report["extractor"]
     return {
         "reference": f"{reference['data']} {reference['split']}".strip(),
-        "reference images": reference["n"] if reference["n"] is not None else "not told",
+        "reference images": reference["n"] if reference["n"] is not None else "unknown",
         "extractor": f"{extractor['extractor']} {extractor['weights'][:12]}",
         "images": report["num"],
         "seeds": report["seeds"],

@@ -1,81 +1,127 @@
-"""The statistics that samples are compared with: from a file, or of images, computed once and remembered."""
+"""References for scoring: statistics from a file, or of images, computed once and cached.
+
+Every call into ``flowmaps.data`` by name or path from the scoring code is in this module.
+"""
 
 import hashlib
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import PIL
 import torch
+from torch import Tensor
 
-from flowmaps.data import DataSet, Latents, iterate, open_dataset
+from flowmaps.data import ArrayData, DataSet, Latents, iterate, open_dataset
 from flowmaps.data.registry import builtin_name, check_source
-from flowmaps.distributed import ALONE, Team
+from flowmaps.distributed import ALONE, Team, pick_device
 from flowmaps.errors import UserError, blame
 from flowmaps.files import cache_directory, npz_shapes
 from flowmaps.metrics import FeatureStats
 from flowmaps.metrics.extractors import EXTRACTORS, INCEPTION_HASH, Extractor, load_extractor
-from flowmaps.metrics.stats import REMEDY
+from flowmaps.metrics.memorisation import Memorisation, memorisation
+from flowmaps.metrics.stats import REMEDY, frechet_distance
 
 
-def reference_stats(
-    reference: str,
-    extractor: str | None,
-    weights: str | None,
-    root: str,
-    device: torch.device,
+class Reference(NamedTuple):
+    """Feature statistics to compare samples with, and the extractor that gives such features.
+
+    Open it once with ``open_reference`` and pass it to any number of evaluations: nothing is computed twice.
+    """
+
+    stats: FeatureStats
+    extractor: Extractor
+    data: str = ""  # the built-in data set that the images are from, if any: it has a held-out split
+
+
+def open_reference(
+    source: str | Path | FeatureStats,
+    extractor: str | None = None,
+    weights: str | Path | None = None,
+    root: str | Path = "data",
+    *,
+    device: torch.device | None = None,
     keep: bool = False,
     team: Team = ALONE,
-) -> tuple[FeatureStats, Extractor]:
-    """Statistics of the reference, with single features if ``keep`` and there are any, and the extractor that fits.
+) -> Reference:
+    """Open what samples are compared with.
 
-    A statistics file decides the extractor; another one asked for by name is refused. Statistics of images are kept in
-    the cache directory.
+    Args:
+        source: A data set ``NAME[:split]``, a folder or zip of images, an .npz of images, a statistics file (of
+            ``FeatureStats.save``, EDM, EDM2 or ADM), or statistics. Those of images are kept in the cache directory.
+        extractor: Name of the feature extractor. By default that of the statistics, else the data set's own, else
+            ``"inception"``.
+        weights: Weight file of the extractor, instead of the default one.
+        root: Folder of the data set's files.
+        device: Where the extractor runs; by default the accelerator if there is one.
+        keep: Keep the features of single images too, for KID, precision and recall.
+        team: The processes that share the work; only the first one then has the statistics.
+
+    Returns:
+        The statistics and the extractor.
+
+    Raises:
+        UserError: The source is missing or damaged, or its statistics are from another extractor.
+
+    Example:
+        >>> stats, extractor, _ = open_reference("digits:heldout")
+        >>> stats.n, extractor.metric
+        (449, 'FD-digits')
     """
-    with blame("reference", reference):
-        check_source(reference)
-    shapes = npz_shapes(reference, REMEDY) if Path(reference).is_file() and reference.endswith(".npz") else {}
-    images_alone = "mu" not in shapes and {"samples", "arr_0"} & shapes.keys()
-    if images_alone or not reference.endswith((".npz", ".pkl")):
-        images = open_for_scoring(reference, root, team=team)
-        chosen = pick_extractor(extractor, weights, reference, device)
-        return remembered(images, chosen, keep, team), chosen
-    stats = FeatureStats.load(reference)
-    wanted = stats.origin.extractor
-    if extractor not in (None, wanted):
-        raise UserError(f"--extractor={extractor}, but --reference={reference} was made with {wanted!r}")
-    chosen = load_extractor(wanted, weights, device)
-    if (
-        wanted == "inception"
-        and not stats.origin.weights
-        and not chosen.origin.weights.startswith(INCEPTION_HASH)
-        and not team.rank
-    ):
+    device = device or pick_device()
+    if isinstance(source, FeatureStats):
+        return Reference(source, _extractor_of(source, "statistics", extractor, weights, device))
+    source = str(source)
+    with blame("reference", source):
+        check_source(source)
+    shapes = npz_shapes(source, REMEDY) if Path(source).is_file() and source.endswith(".npz") else {}
+    only_images = "mu" not in shapes and {"samples", "arr_0"} & shapes.keys()
+    if only_images or not source.endswith((".npz", ".pkl")):
+        chosen = pick_extractor(extractor, weights, source, device)
+        with blame("reference", source):
+            images = open_for_scoring(source, root, team=team)
+        return Reference(cached_stats(images, chosen, keep, team), chosen, built_in(source))
+    stats = FeatureStats.load(source)
+    chosen = _extractor_of(stats, source, extractor, weights, device)
+    published = chosen.origin.extractor == "inception" and not stats.origin.weights
+    if published and not chosen.origin.weights.startswith(INCEPTION_HASH) and not team.rank:
         print(
-            f"warning: --reference={reference} is a published file, made with the Inception of 2015; the weights in "
-            "use are not torch-fidelity's port of it",
+            f"warning: reference={source} is a published file, made with the Inception of 2015; the weights in use are "
+            "not torch-fidelity's port of it",
             file=sys.stderr,
         )
-    if keep and "arr_0" in shapes:  # ADM's moments are of the whole data set, its images some of it
-        stats.features = remembered(open_for_scoring(reference, root), chosen, keep, team).features
-    return stats, chosen
+    if keep and "arr_0" in shapes:  # ADM's moments are of the complete data set, its images a part of it
+        images = open_for_scoring(source, root)
+        stats.features = cached_stats(images, chosen, keep, team).features
+    return Reference(stats, chosen)
 
 
-def open_for_scoring(
-    source: str, root: str, size: int | None = None, skip_corrupt: bool = False, team: Team = ALONE
-) -> DataSet:
-    """Open the data set ``source`` for scoring; an existing path is preferred to a name."""
-    with team.first_alone():  # it checks all images of a folder, and the others find its cache
-        path = Path(source)
-        images = open_dataset(path if path.exists() else source, root=root, size=size, skip_corrupt=skip_corrupt)
-    if isinstance(images, Latents):
-        raise UserError(f"{source} holds no images (latents): give the images that they were made of")
-    return images
+def _extractor_of(
+    stats: FeatureStats, source: str, name: str | None, weights: str | Path | None, device: torch.device
+) -> Extractor:
+    """Load the extractor that made ``stats``; refuse another one."""
+    made_with = stats.origin.extractor
+    if name not in (None, made_with):
+        raise UserError(f"{source} was made with the extractor {made_with!r}", field="extractor", value=name)
+    return load_extractor(made_with, weights, device)
 
 
-def remembered(images: DataSet, extractor: Extractor, keep: bool = False, team: Team = ALONE) -> FeatureStats:
-    """The statistics of ``images``, taken from the cache if their content and the extractor are those of before.
+def built_in(source: str) -> str:
+    """Return the name of the built-in data set that ``source`` (NAME or NAME:split) names, else an empty string."""
+    known = builtin_name(source)
+    return known[0] if known else ""
+
+
+def pick_extractor(name: str | None, weights: str | Path | None, source: str, device: torch.device) -> Extractor:
+    """Load the extractor ``name``, by default the one made for the data set ``source``, else Inception."""
+    data = built_in(source)
+    return load_extractor(name or (data if data in EXTRACTORS else "inception"), weights, device)
+
+
+def cached_stats(images: DataSet, extractor: Extractor, keep: bool = False, team: Team = ALONE) -> FeatureStats:
+    """Return the statistics of ``images``, from the cache if their content and the extractor are the same as before.
 
     Only the first process of a ``team`` has them.
     """
@@ -86,22 +132,18 @@ def remembered(images: DataSet, extractor: Extractor, keep: bool = False, team: 
         key = [1, PIL.__version__, content, images.name, images.split, images.crop, vars(extractor.origin)]
         file = cache_directory() / "stats" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.npz"
         found = _read(file, keep)
-    if team.told(found is not None):
+    if team.broadcast(found is not None):
         return found or FeatureStats(extractor.dim)
-    stats = stats_of(images, extractor, keep, team)
+    batches = (rows for rows, _ in iterate(images, team.split(len(images))))
+    stats = team.all_reduce_stats(extractor.stats(batches, images.name, images.split, images.crop, keep))
     stats.origin = replace(stats.origin, content=content)
     if not team.rank:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             stats.save(file)
-        except OSError:  # only a memory: without it the next call computes again
+        except OSError:  # the cache is optional: without it the next call computes again
             pass
     return stats
-
-
-def source_stats(source: str, extractor: Extractor, root: str, flag: str) -> FeatureStats:
-    """The statistics of the images that ``source`` names."""
-    return remembered(open_for_scoring(source, root), extractor)
 
 
 def _read(file: Path, keep: bool) -> FeatureStats | None:
@@ -112,14 +154,47 @@ def _read(file: Path, keep: bool) -> FeatureStats | None:
     return stats if stats.features is not None or not keep else None
 
 
-def pick_extractor(name: str | None, weights: str | None, source: str, device: torch.device) -> Extractor:
-    """The extractor ``name``, else the one made for the data set ``source``, else Inception."""
-    data = (builtin_name(source) or ("",))[0]
-    return load_extractor(name or (data if data in EXTRACTORS else "inception"), weights, device)
+def source_stats(source: str, extractor: Extractor, root: str | Path = "data") -> FeatureStats:
+    """Return the statistics of the images that ``source`` names."""
+    return cached_stats(open_for_scoring(source, root), extractor)
 
 
-def stats_of(images: DataSet, extractor: Extractor, keep: bool = False, team: Team = ALONE) -> FeatureStats:
-    """Moments of the features of ``images``, each process of the ``team`` working on its share."""
-    share = team.share(len(images))
-    batches = (rows for rows, _ in iterate(images, share))
-    return team.merged(extractor.stats(batches, images.name, images.split, images.crop, keep))
+def open_images(images: Tensor | str | Path | DataSet, root: str | Path = "data", team: Team = ALONE) -> DataSet:
+    """Open images to be scored: uint8 [n, C, H, W] (points: float [n, dim]), a path, or a data set (by name too)."""
+    if isinstance(images, Tensor):
+        if images.ndim != 2 and (images.ndim != 4 or images.dtype != torch.uint8):
+            found = f"{images.dtype} {list(images.shape)}"
+            raise UserError(f"images to score must be uint8 [n, C, H, W] (see flowmaps.images.to_uint8), got {found}")
+        return ArrayData(images)
+    if isinstance(images, str | Path):
+        with blame("samples", images):
+            return open_for_scoring(images, root, team=team)
+    return images
+
+
+def open_for_scoring(
+    source: str | Path, root: str | Path, size: int | None = None, skip_corrupt: bool = False, team: Team = ALONE
+) -> DataSet:
+    """Open the data set ``source`` for scoring; an existing path is preferred to a name."""
+    with team.main_process_first():  # it checks all images of a folder, and the others find its cache
+        path = Path(source)
+        images = open_dataset(path if path.exists() else source, root=root, size=size, skip_corrupt=skip_corrupt)
+    if isinstance(images, Latents):
+        raise UserError(f"{source} holds latents, not images: pass the images that they were made from")
+    return images
+
+
+def train_set_score(data: str, extractor: Extractor, root: str | Path = "data") -> float:
+    """Return the distance between a data set's training and held-out images: the score of a perfect model."""
+    train, heldout = (source_stats(f"{data}:{split}", extractor, root) for split in ("train", "heldout"))
+    return frechet_distance(train, heldout)
+
+
+def nearest_neighbours(images: Tensor, data: str, root: str | Path = "data") -> Memorisation:
+    """Return nearest-neighbour distances between uint8 ``images`` and both splits of a small data set."""
+    train, heldout = (_pixels(open_dataset(data, split, root=root)) for split in ("train", "heldout"))
+    return memorisation(images.float().cpu() / 127.5, train, heldout)
+
+
+def _pixels(images: DataSet) -> Tensor:
+    return torch.cat([x for x, _ in iterate(images)]).float() / 127.5

@@ -1,9 +1,9 @@
-"""A one-page HTML report of a comparison: the same noise at several step counts, and distance against steps."""
+"""Plots, and a one-page HTML report that compares models: the same noise and the distance at several step counts."""
 
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +12,29 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from flowmaps import FlowMap, UserError
+from flowmaps.evaluation.evaluate import Row, evaluate
+from flowmaps.evaluation.references import Reference
 from flowmaps.evaluation.samples import samples
 from flowmaps.files import write_file
-from flowmaps.images import sample_grid, to_pil, to_uint8
-from flowmaps.metrics import FeatureStats, frechet_distance
-from flowmaps.metrics.extractors import Extractor
+from flowmaps.images import sample_grid, to_pil
 from flowmaps.step_sizes import FittedSchedule
 from samplers import uniform_times
 
-Result = dict[str, Any]
-
 
 def compare(
-    models: dict[str, FlowMap],
-    counts: dict[str, Sequence[int]],
-    reference: FeatureStats,
-    extractor: Extractor,
-    n: int,
-    seed: int,
-) -> list[Result]:
-    """Distance of ``n`` samples of each model at each of its step counts, all from the same noise."""
+    models: Mapping[str, FlowMap], counts: Mapping[str, Sequence[int]], reference: Reference, num: int, seed: int
+) -> list[Row]:
+    """Score ``num`` samples of each model at each of its step counts, all from the same noise, in uniform steps."""
     results = []
     for name, fm in models.items():
-        for count in counts[name]:
-            images = to_uint8(samples(fm, count, n, seed))
-            distance = frechet_distance(extractor.stats(torch.split(images, 500)), reference)
-            results.append({"model": name, "steps": count, extractor.metric: distance})
+        record = evaluate(fm, reference, steps=counts[name], num=num, seeds=(seed,), schedule="uniform")
+        metric = record["metric"]
+        results += [{"model": name, "steps": row["steps"], metric: row[metric]} for row in record["results"]]
     return results
 
 
 def grid_of(models: dict[str, FlowMap], counts: Sequence[int], columns: int, seed: int) -> Image.Image:
-    """Rows of the same noise: each model at each step count, its name and steps beside the row."""
+    """Draw rows of the same noise: each model at each step count, labelled with its name and steps."""
     rows: list[Tensor] = []
     names = []
     for name, fm in models.items():
@@ -59,16 +51,16 @@ def grid_of(models: dict[str, FlowMap], counts: Sequence[int], columns: int, see
     return picture
 
 
-EVALUATIONS = "network evaluations a sample"
+EVALUATIONS = "network evaluations per sample"
 
 
-def plot(results: Sequence[Result], metric: str, floor: float) -> Image.Image:
-    """Distance against number of steps, both logarithmic, with the floor as a dashed line."""
+def plot(results: Sequence[Row], metric: str, floor: float) -> Image.Image:
+    """Plot distance against number of steps, both logarithmic, with the floor as a dashed line."""
     return lines([(row["model"], metric, row["steps"], row[metric]) for row in results], floor)
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, without a display."""
+    """Import matplotlib's pyplot, without a display."""
     try:
         import matplotlib
     except ImportError:
@@ -80,7 +72,7 @@ def pyplot() -> Any:
 
 
 def picture(figure: Any) -> Image.Image:
-    """A matplotlib figure, which is closed."""
+    """Render a matplotlib figure and close it."""
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -91,7 +83,7 @@ def picture(figure: Any) -> Image.Image:
 def lines(
     points: Sequence[tuple[str, str, int, float]], floor: float | None = None, xlabel: str = EVALUATIONS
 ) -> Image.Image:
-    """A panel a metric and a line a name over (name, metric, x, value): means, with the range as bars."""
+    """Plot (name, metric, x, value): one panel per metric, one line per name; means, with the range as bars."""
     plt = pyplot()
     metrics = list(dict.fromkeys(metric for _, metric, _, _ in points))
     names = list(dict.fromkeys(point[0] for point in points))
@@ -121,7 +113,7 @@ def lines(
 
 
 def step_sizes(fitted: FittedSchedule) -> Image.Image:
-    """The times of each grid beside those of equal steps, and the matrix of costs with the grids' jumps in it."""
+    """Plot the times of each grid next to equal steps, and the matrix of costs with the grids' jumps in it."""
     schedule, cost = fitted
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 4.5), dpi=110)
     for row, (steps, times) in enumerate(schedule.items()):

@@ -1,7 +1,7 @@
-"""Samples to look at: grids of pictures, and samples on disk."""
+"""Draw samples, show them as grids, write them to disk."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from flowmaps.errors import UserError
 from flowmaps.files import new_directory, write_file
@@ -17,13 +18,13 @@ from flowmaps.generate import generate
 from flowmaps.images import sample_grid, to_pil, to_uint8
 from samplers.grids import uniform_times
 
-GRID = 8192  # samples that a grid may look at: a point cloud needs many
+GRID = 8192  # samples that a grid may need: a point cloud takes many
 
 
 def write_samples(batches: Iterable[tuple[Tensor, Tensor | None]], out: Path, count: int) -> Tensor:
-    """Write the samples of one step count as they are made, steps-N/*.png and samples-N.npz; returns some for the grid.
+    """Write the samples of one step count as they are made, to steps-N/*.png and samples-N.npz.
 
-    A folder of an earlier call is replaced, so that it never holds a mix.
+    A folder of an earlier call is replaced, so that it never holds a mix. Returns the first samples, for a grid.
     """
     samples: list[Tensor] = []
     labels: list[Tensor] = []
@@ -45,7 +46,7 @@ def write_samples(batches: Iterable[tuple[Tensor, Tensor | None]], out: Path, co
             labels += [] if label is None else [label.cpu()]
     made = torch.cat(samples)
     if made.ndim != 4:
-        (out / f"steps-{count}").rmdir()  # points have no pictures of their own
+        (out / f"steps-{count}").rmdir()  # points have no pictures
     arrays: dict[str, Any] = {"samples": made.movedim(1, -1).numpy() if made.ndim == 4 else made.numpy()}
     if labels:
         arrays["label"] = torch.cat(labels).numpy()
@@ -55,14 +56,36 @@ def write_samples(batches: Iterable[tuple[Tensor, Tensor | None]], out: Path, co
     return torch.cat(shown)
 
 
-def samples(fm: FlowMap, steps: int, n: int, seed: int, sampler: str | None = None) -> Tensor:
-    """``n`` samples (images, of latents too) with ``steps`` uniform steps: by the map, if ``fm`` is of that kind."""
-    made = generate(fm, uniform_times(steps), n, seed, sampler=sampler or fm.info.sampler)
-    return torch.cat([fm.decode(x) for x, _ in made])
+def sample_batches(
+    fm: FlowMap,
+    times: Tensor,
+    items: range,
+    seed: int,
+    *,
+    progress: bool = False,
+    sampler: str | None = None,
+    **options: Any,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield the samples ``items`` of ``seed``, latents decoded, and their labels, batch by batch.
+
+    ``options`` are those of ``flowmaps.generate.generate``; ``progress`` shows a bar on a terminal.
+    """
+    sampler = sampler or fm.info.sampler
+    made = generate(fm, times, len(items), seed, sampler=sampler, first=items.start, **options)
+    title, hidden = f"{sampler}, {len(times) - 1} steps", None if progress else True
+    with tqdm(total=len(items), desc=title, unit="sample", disable=hidden, leave=False) as bar:
+        for x, label in made:
+            bar.update(len(x))
+            yield fm.decode(x), label
+
+
+def samples(fm: FlowMap, steps: int, n: int, seed: int) -> Tensor:
+    """Return ``n`` samples (images, of latents too) in ``steps`` uniform steps of the model's own sampler."""
+    return torch.cat([x for x, _ in sample_batches(fm, uniform_times(steps), range(n), seed)])
 
 
 def grid_image(fm: FlowMap, steps: Sequence[int], seed: int, columns: int = 16) -> Image.Image:
-    """A picture of the same noise carried to data in different step counts, one row each."""
+    """Draw the same noise carried to data in different step counts, one row per count."""
     n = columns if len(fm.info.shape) == 3 else 8192  # points are drawn as a density
     n = min(n, 8) if fm.info.latent_scale else n  # large images
     return to_pil(sample_grid([samples(fm, count, n, seed) for count in steps]))

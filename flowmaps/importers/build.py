@@ -45,7 +45,7 @@ def build(source: Source) -> FlowMap:
             raise UnpicklingError(f"{name} is {found}, expected {expected[name]}")
     network = cls(**options)
     network.load_state_dict({**network.state_dict(), **{k: w.float() for k, w in source.weights.items()}})
-    assert network.convention is not None  # every format has one
+    assert network.parametrisation is not None  # every format has one
     classes, base_std = options["num_classes"], options["base_std"]
     info = FlowMapInfo(
         shape=(options["channels"], options["image_size"], options["image_size"]),

@@ -1,6 +1,6 @@
 """Feature extractors by name: uint8 images in, features out. Only ``inception``'s Fréchet distance is called FID.
 
-The points of the checkerboard are their own features, scored by the KL from its known density.
+Points of the checkerboard are their own features and are scored by the KL divergence from its known density.
 """
 
 import os
@@ -75,22 +75,24 @@ class Extractor:
 
     @property
     def metric(self) -> str:
-        """What the Fréchet distance on these features is called; KL for points, which have a better score."""
+        """The name of the Fréchet distance on these features; KL for points, which have a better score."""
         return METRIC_OF.get(self.origin.extractor, f"FD-{self.origin.extractor}")
 
     def check_shape(self, shape: Sequence[int]) -> None:
-        """Refuse samples of ``shape`` if they are points, but for the extractor that takes those alone."""
+        """Refuse points, except for the one extractor that takes only points."""
         if (len(shape) == 3) == (self.origin.extractor == POINTS):
             kind = "images, not points" if len(shape) == 3 else "points, not images"
             raise UserError(
-                f"samples of shape {tuple(shape)} are {kind}: --extractor={self.origin.extractor} does not take them"
+                f"does not take samples of shape {tuple(shape)}: they are {kind}",
+                field="extractor",
+                value=self.origin.extractor,
             )
 
     @torch.no_grad()
     def stats(
         self, batches: Iterable[Tensor], data: str = "", split: str = "", crop: str = "", keep: bool = False
     ) -> FeatureStats:
-        """Moments of the features of uint8 image batches, streamed; with ``keep`` the features themselves too."""
+        """Return the moments of the features of uint8 image batches, streamed; ``keep`` also keeps the features."""
         stats = FeatureStats(self.dim, replace(self.origin, data=data, split=split, crop=crop), keep)
         for images in batches:
             self.check_shape(images.shape[1:])
@@ -107,13 +109,15 @@ METRIC_OF = {"inception": "FID", POINTS: "KL"}
 
 
 def extractor_file(name: str) -> Path:
-    """The weight file that ships with this package: beside the code in a wheel, in assets/ in a checkout."""
+    """Return the weight file that ships with this package: next to the code in a wheel, in assets/ in a checkout."""
     package = Path(flowmaps.__file__).parent
     for folder in (package, package.parent):
         file = folder / "assets" / "extractors" / f"{name}.safetensors"
         if file.is_file():
             return file
-    raise UserError(f"the weights of the extractor {name!r} are not installed: give them by --weights=FILE")
+    raise UserError(
+        f"the weights of {name!r} are not installed: pass their file as weights", field="extractor", value=name
+    )
 
 
 def _classifier(name: str, weights: Path | None, device: torch.device) -> Extractor:
@@ -122,9 +126,8 @@ def _classifier(name: str, weights: Path | None, device: torch.device) -> Extrac
     try:
         network.load_state_dict(load_file(file))
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(
-            f"--weights={file} is no weight file of {name!r}: {' '.join(str(error).split())[:200]}"
-        ) from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"not a weight file of {name!r}: {reason}", field="weights", value=file) from None
     network.to(device).eval().requires_grad_(False)
     shape = (options["channels"], options["size"], options["size"])
 
@@ -151,19 +154,21 @@ def _inception(name: str, weights: Path | None, device: torch.device) -> Extract
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
             raise UserError(
                 f"the Inception weights are not in {file} and cannot be downloaded ({error}): "
-                f"fetch {URL_INCEPTION_V3} where there is a network and give it by --weights=FILE"
+                f"fetch {URL_INCEPTION_V3} where there is a network and pass its file as weights"
             ) from None
-    try:  # the library would unpickle anything; this refuses all but tensors first
+    try:  # torch-fidelity would unpickle anything, so refuse everything but tensors first
         torch.load(file, weights_only=True, map_location="cpu")
         network: Any = create_feature_extractor(
             "inception-v3-compat", ["2048"], cuda=False, feature_extractor_weights_path=str(file), verbose=False
         )
     except Exception as error:  # torch.load and load_state_dict raise a dozen types on a wrong file
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--weights={file} is no Inception weight file of torch-fidelity: {reason}") from None
+        raise UserError(
+            f"not an Inception weight file of torch-fidelity: {reason}", field="weights", value=file
+        ) from None
     network.to(device)
     if device.type == "cpu":
-        network.to(memory_format=torch.channels_last)  # its convolutions are half as fast again
+        network.to(memory_format=torch.channels_last)  # 1.5 times as fast
 
     def embed(images: Tensor) -> Tensor:
         parts = torch.split(images, INCEPTION_BATCH.get(device.type, 128))  # grey counts as three equal channels
@@ -178,7 +183,7 @@ def _inception(name: str, weights: Path | None, device: torch.device) -> Extract
 
 def _points(name: str, weights: Path | None, device: torch.device) -> Extractor:
     if weights:
-        raise UserError(f"--weights={weights}: points are their own features, leave it out")
+        raise UserError("points are their own features: leave it out", field="weights", value=weights)
     return Extractor(lambda points: points.float(), 2, Origin(extractor=name, resize="none"))
 
 
@@ -190,9 +195,13 @@ EXTRACTORS: dict[str, Callable[[str, Path | None, torch.device], Extractor]] = {
 
 
 def load_extractor(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
-    """An extractor from the table, with its own weights or those in the file ``weights``."""
+    """Return an extractor of ``EXTRACTORS``, with its own weights or those in the file ``weights``.
+
+    Raises:
+        UserError: The extractor is unknown, or the weight file is missing or not one of this extractor.
+    """
     if name not in EXTRACTORS:
-        raise UserError(f"--extractor={name}: choose one of {', '.join(EXTRACTORS)}")
+        raise UserError(f"choose one of {', '.join(EXTRACTORS)}", field="extractor", value=name)
     if weights is not None and not Path(weights).is_file():
-        raise UserError(f"--weights={weights}: no such file")
+        raise UserError("no such file", field="weights", value=weights)
     return EXTRACTORS[name](name, None if weights is None else Path(weights), torch.device(device))

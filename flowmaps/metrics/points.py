@@ -29,7 +29,7 @@ def board_kl(samples: Tensor, bins: int = 48, pseudo_count: float = 0.5) -> floa
     The data density is exact: 1/2 on the even squares, integrated over each cell of a ``bins`` x ``bins`` grid (a
     multiple of 4, so that no cell straddles an edge of the board). The model's is the histogram of the samples with
     ``pseudo_count`` added to each cell and to one more for what lies outside. Even true samples score above 0: state
-    that floor beside the number.
+    that floor next to the number.
     """
     if bins % 4:
         raise ValueError(f"bins must be a multiple of 4 so that cells do not straddle board edges, got {bins}")

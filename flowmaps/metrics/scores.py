@@ -1,7 +1,7 @@
-"""Scores of a set of samples from one pass over them: all are functions of the same features.
+"""Metrics of a set of samples from one pass over them: all are functions of the same features.
 
-Those that compare single images need the features kept (``FeatureStats(keep=True)``), and Inception's, on which alone
-they have their names. They are torch-fidelity's own functions, at its settings.
+Metrics that compare single images need the features themselves (``FeatureStats(keep=True)``). KID, the Inception Score,
+precision and recall are defined on Inception features only; torch-fidelity's functions compute them, at its settings.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ METRICS = {
     "is": "Inception Score, mean and deviation over 10 splits (Salimans et al. 2016, arXiv 1606.03498)",
     "prc": "precision and recall by 3 nearest neighbours (Kynkäänniemi et al. 2019, arXiv 1904.06991)",
 }
-KL = "kl"  # of points alone, which have no other: KL(data || model) on a grid (flowmaps.metrics.board_kl)
+KL = "kl"  # the only metric of points: KL(data || model) on a grid (flowmaps.metrics.board_kl)
 KID_SUBSETS, KID_SUBSET = 100, 1000
 SEED = 2020  # of KID's subsets and of the Inception Score's splits
 NEIGHBOURS = 3
@@ -27,37 +27,39 @@ SPLITS = 10
 
 
 def distance_of(extractor: Extractor) -> str:
-    """The score that ``extractor.metric`` names, and that a gate judges."""
+    """Return the metric that ``extractor.metric`` names, which a gate judges."""
     return KL if extractor.origin.extractor == POINTS else "fid"
 
 
 def needs_features(metrics: Sequence[str]) -> bool:
-    """Whether the moments are not enough."""
+    """Tell whether ``metrics`` need the samples' features besides their moments."""
     return bool({"kid", "is", "prc", KL} & set(metrics))
 
 
 def needs_reference_features(metrics: Sequence[str]) -> bool:
-    """Whether the reference's moments are not enough."""
+    """Tell whether ``metrics`` need the reference's features besides its moments."""
     return bool({"kid", "prc"} & set(metrics))
 
 
 def check_metrics(metrics: Sequence[str], extractor: Extractor, num: int, kid_subset: int = KID_SUBSET) -> None:
-    """Refuse, before any sampling, scores that cannot be had of ``num`` images and this extractor."""
+    """Refuse metrics that ``num`` images and this extractor cannot give."""
+    given = ",".join(metrics)
     if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= {*METRICS, KL}:
-        raise UserError(f"--metrics={','.join(metrics)}: give different ones of {', '.join([*METRICS, KL])}")
+        raise UserError(f"give different ones of {', '.join([*METRICS, KL])}", field="metrics", value=given)
     only, name = distance_of(extractor), extractor.origin.extractor
     if extractor.logits is None and set(metrics) != {only}:
         raise UserError(
-            f"--metrics={','.join(metrics)}: only {only} is defined on the features of {name}, the others are for "
-            "--extractor=inception"
+            f"only {only} is defined on the features of {name}, the others need extractor=inception",
+            field="metrics",
+            value=given,
         )
     if extractor.logits is not None and KL in metrics:
-        raise UserError(f"--metrics={','.join(metrics)}: kl is for points, --extractor={name} for images")
+        raise UserError(f"kl is for points, the extractor {name} for images", field="metrics", value=given)
     least = {"fid": 2, "kid": kid_subset, "is": SPLITS, "prc": NEIGHBOURS + 1, KL: 2}
     for name in metrics:
         if num < least[name]:
-            remedy = "give more, or a smaller --kid_subset" if name == "kid" else "give more"
-            raise UserError(f"--metrics={name} needs {least[name]} images, there are {num}: {remedy}")
+            remedy = "give more, or a smaller kid_subset" if name == "kid" else "give more"
+            raise UserError(f"needs {least[name]} images, there are {num}: {remedy}", field="metrics", value=name)
 
 
 def check_reference(metrics: Sequence[str], reference: FeatureStats, kid_subset: int = KID_SUBSET) -> None:
@@ -66,12 +68,14 @@ def check_reference(metrics: Sequence[str], reference: FeatureStats, kid_subset:
         return
     if reference.features is None:
         raise UserError(
-            f"--metrics={','.join(metrics)} compare single images, but --reference has moments alone: give images, or "
-            "statistics with features (stats.py --features)"
+            "these compare single images, but the reference has only moments: give images, or statistics with features "
+            "(stats.py --features)",
+            field="metrics",
+            value=",".join(metrics),
         )
     if "kid" in metrics and len(reference.features) < kid_subset:
         count = len(reference.features)
-        raise UserError(f"--metrics=kid: the reference has {count} images: give --kid_subset={count} or less")
+        raise UserError(f"the reference has only {count} images: at most {count}", field="kid_subset", value=kid_subset)
 
 
 def scores(
@@ -82,9 +86,21 @@ def scores(
     kid_subset: int = KID_SUBSET,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """The ``metrics`` of images with features ``ours``, by the names under which they are reported.
+    """Compute the ``metrics`` of samples from their features.
 
-    ``device``: for the nearest neighbours. Raises ``UserError`` where a set lacks what a metric needs.
+    Args:
+        ours: Statistics of the samples' features; kept features where ``needs_features``.
+        reference: Statistics of the reference's features, from the same extractor.
+        extractor: The extractor of both.
+        metrics: Keys of ``METRICS``, or ``"kl"`` for points.
+        kid_subset: Images in each of KID's subsets.
+        device: Where the nearest neighbours of precision and recall are found.
+
+    Returns:
+        Values by the names under which they are reported: ``FID``, ``KID``, ``KID std``, ...
+
+    Raises:
+        UserError: A set lacks what a metric needs, or the two are not comparable.
     """
     check_metrics(metrics, extractor, ours.n or 0, kid_subset)
     check_reference(metrics, reference, kid_subset)
@@ -94,7 +110,7 @@ def scores(
         found[extractor.metric] = frechet_distance(ours, reference)
     features, real = (torch.empty(0) if stats.features is None else stats.features for stats in (ours, reference))
     if needs_features(metrics) and not len(features):
-        raise ValueError("these metrics need features that were kept: FeatureStats(keep=True)")
+        raise ValueError("these metrics need the features: use FeatureStats(keep=True)")
     if KL in metrics:
         found[extractor.metric] = board_kl(features)
     if "kid" in metrics:

@@ -1,4 +1,4 @@
-"""Moments of features, and the Fréchet distance between two sets of them."""
+"""Moments of features, and the Fréchet distance between two sets of features."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ REMEDY = "make reference statistics with stats.py"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where features came from; a fact is empty where it is not known.
+    """Provenance of features; a fact is empty where it is not known.
 
     Two sets are comparable only if extractor, weights, resize and size agree, as far as both are known.
     """
@@ -31,11 +31,11 @@ class Origin:
     crop: str = ""  # how the images got that size
     data: str = ""
     split: str = ""
-    content: str = ""  # SHA-256 of the images: the same set has the same on every machine, its moments only nearly
+    content: str = ""  # SHA-256 of the images: the same on every machine, where moments differ by rounding
 
 
 def pixels(height: int, width: int) -> str:
-    """A size of images as ``Origin.size`` says it."""
+    """Format an image size as ``Origin.size`` has it."""
     return f"{height}x{width}"
 
 
@@ -47,12 +47,17 @@ class FeatureStats:
 
     Holds n, the mean and the scatter matrix sum (f - mean)(f - mean)^T; batches are combined by the pairwise update of
     Chan et al. 1979, so the result does not depend on how the features were split (to rounding). With ``keep`` the
-    features themselves are kept too, in ``features`` [n, dim] float32: the scores that compare samples need them.
+    features themselves are also kept, in ``features`` [n, dim] float32: metrics that compare samples need them.
+
+    Example:
+        >>> stats = FeatureStats(64).update(torch.randn(100, 64)).update(torch.randn(100, 64))
+        >>> stats.n, stats.mean.shape, stats.cov.shape
+        (200, torch.Size([64]), torch.Size([64, 64]))
     """
 
     def __init__(self, dim: int, origin: Origin | None = None, keep: bool = False) -> None:
         self.dim, self.origin = dim, origin or Origin()
-        self.n: int | None = 0  # None: moments of a published file, which does not tell
+        self.n: int | None = 0  # None: moments of a published file, which does not say
         self.mean = torch.zeros(dim, dtype=torch.float64)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
         self._kept: list[Tensor] | None = [] if keep else None
@@ -68,7 +73,7 @@ class FeatureStats:
 
     @property
     def features(self) -> Tensor | None:
-        """The features [n, dim] that were kept, in the order in which they came."""
+        """The features [n, dim] in order of arrival; None without ``keep``."""
         if self._kept is not None and len(self._kept) != 1:
             self._kept = [torch.cat([torch.empty(0, self.dim), *self._kept])]
         return None if self._kept is None else self._kept[0]
@@ -78,7 +83,7 @@ class FeatureStats:
         self._kept = None if value is None else [value]
 
     def update(self, features: Tensor) -> Self:
-        """Take in a batch of features [n, dim]."""
+        """Add a batch of features [n, dim]."""
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features must have shape [n, {self.dim}], got {tuple(features.shape)}")
         f = features.detach()
@@ -93,7 +98,7 @@ class FeatureStats:
         return self
 
     def merge(self, other: "FeatureStats") -> Self:
-        """Take in what another process gathered."""
+        """Add the features that ``other`` has seen."""
         if other.dim != self.dim:
             raise ValueError(f"cannot merge features of dimension {other.dim} into {self.dim}")
         if other.n != 0:
@@ -104,7 +109,7 @@ class FeatureStats:
 
     def _combine(self, n: int | None, mean: Tensor, scatter: Tensor) -> None:
         if n is None or self.n is None:
-            raise ValueError("the moments of a published file cannot be added to: they do not tell n")
+            raise ValueError("the moments of a published file cannot be added to: their n is unknown")
         total = self.n + n
         delta = mean - self.mean
         self.scatter.add_(scatter).addr_(delta, delta, alpha=self.n * n / total)
@@ -112,10 +117,7 @@ class FeatureStats:
         self.n = total
 
     def save(self, path: str | Path) -> None:
-        """Write ``.npz``: mu [dim], sigma [dim, dim] (as EDM's reference files have them), n and the origin.
-
-        And the features, if they were kept.
-        """
+        """Write an ``.npz``: mu [dim], sigma [dim, dim] (as in EDM's reference files), n, the origin, kept features."""
         arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.cov.numpy(), "n": self.n, **vars(self.origin)}
         if self.features is not None:
             arrays["features"] = self.features.numpy()
@@ -125,10 +127,13 @@ class FeatureStats:
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStats":
-        """Read a file of ``save``, or one that EDM, EDM2 or ADM published; damage and doubt are refused by name.
+        """Read a file of ``save``, or one that EDM, EDM2 or ADM published.
 
-        Those have mu and sigma of Inception's 2048 features, and tell neither n nor the weights; ADM's has images too
-        (arr_0), whose size is taken over. EDM2's own are pickles (.pkl), of which nothing is run.
+        Published files have mu and sigma of Inception's 2048 features, without n and the weights. ADM's also have
+        images (arr_0), whose size is noted. EDM2's are pickles (.pkl), from which no code is run.
+
+        Raises:
+            UserError: The file is missing, damaged or ambiguous.
         """
         pickled = _moments_in_pickle(Path(path)) if str(path).endswith(".pkl") else None
         shapes = npz_shapes(path, REMEDY) if pickled is None else {key: value.shape for key, value in pickled.items()}
@@ -152,7 +157,7 @@ class FeatureStats:
         if not bool(torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
             raise UserError(f"{path} holds NaN or infinity: make it again with stats.py")
         if (n is not None and n < 2) or not torch.allclose(sigma, sigma.T) or bool((sigma.diagonal() < 0).any()):
-            raise UserError(f"{path}: sigma is no covariance of n = {n} samples: make it again with stats.py")
+            raise UserError(f"{path}: sigma is not a covariance of n = {n} samples: make it again with stats.py")
         stats = cls(len(mu), Origin(**{key: str(values[key]) for key in FACTS}) if own else _published(path, shapes))
         stats.n, stats.mean = n, mu
         stats.scatter = sigma if n is None else sigma * (n - 1)
@@ -164,7 +169,7 @@ class FeatureStats:
         return stats
 
     def sha256(self) -> str:
-        """Hash of the moments: the same reference has the same hash whatever its file is called."""
+        """Return the hash of the moments, which does not depend on the file's name."""
         return hashlib.sha256(self.mean.numpy().tobytes() + self.cov.numpy().tobytes()).hexdigest()
 
 
@@ -175,7 +180,7 @@ def _moments_in_pickle(path: Path) -> dict[str, Any]:
         moments = read_objects(path)["fid"]
         return {key: moments[key].value for key in ("mu", "sigma")}
     except (UserError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is missing, damaged or no file of EDM2's reference statistics: {REMEDY}") from None
+        raise UserError(f"{path} is missing, damaged or not a file of EDM2's reference statistics: {REMEDY}") from None
 
 
 def _published(path: str | Path, shapes: dict[str, tuple[int, ...]]) -> Origin:
@@ -185,7 +190,7 @@ def _published(path: str | Path, shapes: dict[str, tuple[int, ...]]) -> Origin:
 
 
 def _root(cov: Tensor) -> Tensor:
-    """The symmetric square root [dim, dim] of a covariance."""
+    """Return the symmetric square root [dim, dim] of a covariance."""
     values, vectors = torch.linalg.eigh(cov)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return root
@@ -195,8 +200,18 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), of features from the same extractor.
 
     Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500). The last trace is the sum of the singular values of
-    C_a^1/2 C_b^1/2: real where a matrix square root of C_a C_b turns complex, and without the digits that the roots of
-    eigenvalues of a product lose. Tiny negative eigenvalues are rounding and count as 0.
+    C_a^1/2 C_b^1/2: real where a matrix square root of C_a C_b turns complex, and more accurate than the square
+    roots of the product's eigenvalues. Tiny negative eigenvalues are rounding errors and count as 0.
+
+    Args:
+        a: Statistics of one set; the order of the two does not matter.
+        b: Statistics of the other set.
+
+    Returns:
+        The squared distance, called FID on Inception features.
+
+    Raises:
+        UserError: The features are not comparable (extractor, weights, image size), or there are fewer than 2 samples.
     """
     check_comparable(a, b)
     cross = torch.linalg.svdvals(_root(a.cov) @ _root(b.cov)).sum()
@@ -205,7 +220,7 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
 
 
 def check_comparable(a: FeatureStats, b: FeatureStats) -> None:
-    """Refuse two sets of features that a distance would not mean anything for."""
+    """Refuse two sets of features whose distance would be meaningless."""
     for fact in ("extractor", "weights", "resize", "size"):
         ours, theirs = getattr(a.origin, fact), getattr(b.origin, fact)
         if ours != theirs and (fact == "extractor" or (ours and theirs)):

@@ -1,4 +1,4 @@
-"""What mid-training is worth: post-training from random weights, from a drift's and from mid-training's."""
+"""Bench of initialisation: post-training from random weights, from a drift and from mid-training."""
 
 import tempfile
 import time
@@ -9,40 +9,36 @@ from typing import Any, NamedTuple
 import torch
 
 from flowmaps import FlowMap, UserError
-from flowmaps.evaluation.references import pick_extractor, source_stats
-from flowmaps.evaluation.samples import samples
-from flowmaps.images import to_uint8
-from flowmaps.metrics import board_kl, frechet_distance
-from flowmaps.objectives import MidTraining
-from flowmaps.objectives.mid_training import Target
+from flowmaps.evaluation import evaluate, open_reference
+from flowmaps.objectives import Consistency
+from flowmaps.objectives.mid_training import MidTraining, Target
 from training.config import Config
 from training.config_rows import load_row
 from training.trainer import Trainer
 
 MARKS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the map's training steps
 COUNTS = (1, 2)  # sampling steps
+NUM = {"digits": 2000, "checkerboard": 32_768}  # samples to score
 RATES = {"lagrangian": 0.3, "mean_flow": 0.3, "consistency": 0.1}  # learning rates after mid-training, as multiples
 GAP = 64.0  # consistency's q after mid-training, from its first step on: no stages
 
 
-class Setting(NamedTuple):
-    """A data set's part: ``steps`` train the map, and if it is mid-trained ``middle`` of them do that."""
+class Budget(NamedTuple):
+    """Training steps of a data set's map; with mid-training, ``middle`` of them are for that."""
 
     steps: int
     middle: int
 
 
-SETTINGS = {"digits": Setting(1000, 500), "checkerboard": Setting(2000, 1000)}
+SETTINGS = {"digits": Budget(1000, 500), "checkerboard": Budget(2000, 1000)}
 
 
 class Curve:
-    """Scores of a map at ``MARKS`` of its training, whatever runs it is made of."""
+    """Scores of a map at ``MARKS`` of its training, which may consist of several runs."""
 
     def __init__(self, data: str, total: int) -> None:
         self.data, self.total, self.scores = data, total, dict[str, float]()
-        if data == "digits":
-            self.extractor = pick_extractor(None, None, "digits", torch.device("cpu"))
-            self.heldout = source_stats("digits:heldout", self.extractor, "", "--data")
+        self.reference = open_reference(f"{data}:heldout", device=torch.device("cpu"))
 
     def run(self, config: Config, before: int = 0) -> FlowMap:
         """Train ``config``; its first step is step ``before`` of the map's training."""
@@ -51,23 +47,15 @@ class Curve:
             trainer.step(step)
             if (done := before + step + 1) in marks:
                 fm = trainer.averaged(step + 1)
-                for count in COUNTS:
-                    self.scores[f"{self.name}, steps={count}@{done * config.batch}"] = self.score(fm, count)
+                rows = evaluate(fm, self.reference, steps=COUNTS, num=NUM[self.data], seeds=(1,), schedule="uniform")
+                name = rows["metric"]
+                for row in rows["results"]:
+                    self.scores[f"{name}, steps={row['steps']}@{done * config.batch}"] = row[name]
         return trainer.averaged(config.steps)
 
-    @property
-    def name(self) -> str:
-        return "FD-digits" if self.data == "digits" else "KL"
 
-    def score(self, fm: FlowMap, count: int) -> float:
-        if self.data == "checkerboard":
-            return board_kl(samples(fm, count, 32_768, seed=1))
-        images = to_uint8(samples(fm, count, 2000, seed=1))
-        return frechet_distance(self.extractor.stats(torch.split(images, 500)), self.heldout)
-
-
-def middle(data: str, seed: int, target: Target, teacher: str, setting: Setting) -> Config:
-    """The config of mid-training from the weights and on the trajectories of ``teacher``."""
+def middle(data: str, seed: int, target: Target, teacher: str, setting: Budget) -> Config:
+    """Return the config of mid-training from the weights and on the trajectories of ``teacher``."""
     config = load_row(f"configs/{data}.py", "mid_training")
     config.objective = MidTraining(target=target, to_end=0.5 if target is Target.pairs else 0.0)
     config.init_from = config.teacher = teacher
@@ -78,12 +66,12 @@ def middle(data: str, seed: int, target: Target, teacher: str, setting: Setting)
 def records(
     data: str,
     seed: int,
-    setting: Setting,
+    setting: Budget,
     methods: Sequence[str] = tuple(RATES),
     train_steps: int | None = None,
     done: Collection[tuple[str, int]] = (),
 ) -> Iterator[dict[str, Any]]:
-    """One record for each method and start that is not ``done``: scores against images, and what the teacher cost."""
+    """Yield a record for each method and start that is not ``done``: scores against images, cost of the teacher."""
     names = [f"{data}, {method} from {start}" for method in methods for start in ("random", "drift", "mid-training")]
     if all((name, seed) in done for name in names):
         return
@@ -114,7 +102,7 @@ def records(
                     curve.scores |= mid[target].scores
                     before, config.init_from = setting.middle, str(where)
                     config.steps, config.optim.lr = setting.steps - before, RATES[method] * config.optim.lr
-                    if method == "consistency":
+                    if isinstance(config.objective, Consistency):
                         config.objective.q, config.objective.stage_steps = GAP, 0
                 curve.run(config, before)
                 facts = dict.fromkeys(cost, 0) if start == "random" else cost
@@ -123,7 +111,7 @@ def records(
 
 
 def curves(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, int, float]]:
-    """(start, panel, images, score) of one-step samples; where there is a teacher, with its images counted as well."""
+    """Return (start, panel, images, score) of one-step samples; with a teacher also with its images counted."""
     points = []
     for record in records:
         method, _, start = record["row"].partition(", ")[2].partition(" from ")
@@ -137,7 +125,7 @@ def curves(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, int, float
 
 
 def chosen(rows: Sequence[str]) -> list[str]:
-    """The data sets named in --rows."""
+    """Return the data sets named by --rows."""
     if unknown := [row for row in rows if row not in SETTINGS]:
         raise UserError(f"--rows={','.join(unknown)}: of --suite=mid_training they are {', '.join(SETTINGS)}")
     return list(rows)

@@ -1,4 +1,4 @@
-"""What loss and gradient cost, in time and memory, by objective and network."""
+"""Bench of objectives: time and memory of loss and gradient, by objective and network."""
 
 import functools
 import itertools
@@ -73,7 +73,7 @@ COSTS: dict[str, Objective] = {
 }
 _IMAGES = {"image_size": 32, "channels": 1, "num_classes": 10}
 _NARROW = {**_IMAGES, "width": 32, "channel_mult": (1, 2, 2), "blocks": 1, "attention_resolutions": (8,)}
-COST_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # beside PRESETS, which want a GPU
+COST_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # besides PRESETS, which need a GPU
     "UNet": ("UNet", _NARROW),
     "EDM2UNet": ("EDM2UNet", _NARROW),
     "DiT": ("DiT", {**_IMAGES, "patch": 4, "width": 192, "depth": 6, "heads": 3}),
@@ -118,7 +118,7 @@ Step = Callable[[Objective, Callable[..., Loss], int], None]  # (objective, its 
 
 
 def loss_and_gradient(name: str, batch: int = 32) -> tuple[torch.device, Step]:
-    """What a step of the network ``name``, a row of COST_NETWORKS or PRESETS, costs without an optimiser.
+    """Return a step of the network ``name``, a row of COST_NETWORKS or PRESETS, without an optimiser, and its device.
 
     On ``batch`` images of its shape; on a GPU with bf16 autocast.
     """

@@ -1,4 +1,4 @@
-"""Where the time of loss and gradient goes, by kind of operator."""
+"""Bench of operators: the time of loss and gradient by kind of operator."""
 
 import re
 from collections import Counter

@@ -1,8 +1,8 @@
-"""What scoring costs: images/s, memory and disk of the package's one pass, of torch-fidelity, and of PNG files first.
+"""Bench of scoring: images/s, memory and disk use of the package's single pass, torch-fidelity, and PNG files first.
 
-Each route samples the same small model in one step, takes Inception features of its images and the Fréchet distance to
-the same statistics; in a process of its own, timed from the first sample to the number. Inception has random weights
-here: its time does not depend on them, and no distance is reported.
+Each route samples the same small model in one step, then takes Inception features of its images and the Fréchet
+distance to the same statistics. It runs in a separate process, timed from the first sample to the number. Inception has
+random weights here: its time does not depend on them, and no distance is reported.
 """
 
 import multiprocessing
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from flowmaps import FlowMap, FlowMapInfo
-from flowmaps.evaluation.evaluate import generated
+from flowmaps.evaluation import evaluate, open_reference
 from flowmaps.evaluation.samples import write_samples
 from flowmaps.generate import generate
 from flowmaps.images import to_uint8
-from flowmaps.metrics import FeatureStats, frechet_distance
+from flowmaps.metrics import FeatureStats
 from flowmaps.metrics.extractors import load_extractor
 from flowmaps.networks import UNet
 from samplers import uniform_times
@@ -33,7 +33,7 @@ SHAPE = (3, 32, 32)
 
 
 def model() -> FlowMap:
-    """An untrained UNet of CIFAR's shape, whose sampling is a small part of the whole."""
+    """An untrained UNet of CIFAR's shape, whose sampling is a small part of the time."""
     torch.manual_seed(SEED)
     network = UNet(image_size=32, channels=3, width=32, channel_mult=(1, 2), blocks=1, attention_resolutions=())
     return FlowMap(network.eval(), info=FlowMapInfo(shape=SHAPE))
@@ -50,9 +50,8 @@ def write_weights(file: Path) -> None:
 
 
 def _one_pass(folder: Path, num: int) -> Callable[[], float]:
-    extractor, reference = load_extractor("inception", folder / "weights.pth"), FeatureStats.load(folder / "stats.npz")
-    fm = model()
-    return lambda: frechet_distance(extractor.stats(generated(generate(fm, uniform_times(1), num, SEED))), reference)
+    fm, reference = model(), open_reference(folder / "stats.npz", "inception", folder / "weights.pth")
+    return lambda: float(evaluate(fm, reference, num=num, seeds=(SEED,))["results"][0]["FID"])
 
 
 def _torch_fidelity(folder: Path, num: int) -> Callable[[], float]:

@@ -1,4 +1,4 @@
-"""What the package's own code costs beside the network: in a step, a sample, an average, a checkpoint.
+"""Bench of overhead: the package's own code next to the network, per step, sample, average and checkpoint.
 
 All timings are medians over interleaved rounds in one process, after a warm-up: process time on a CPU, which other
 programs disturb less, and wall time on a GPU, for which the host waits.
@@ -46,7 +46,7 @@ DIT = network(DiT, image_size=8, channels=1, patch=1, width=128, depth=4, heads=
 
 
 def machine() -> dict[str, Any]:
-    """Where a record was made."""
+    """Return facts of the machine on which a record is made."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
     device = pick_device()
@@ -122,7 +122,7 @@ def _flow_map(name: str) -> FlowMap:
 
 
 def sample_times(name: str, rounds: int = 7, batch: int = 32) -> Scores:
-    """Images a second of the map's sampler; ratios to as many bare forward passes of the network."""
+    """Images per second of the map's sampler; ratios to as many bare forward passes of the network."""
     fm = _flow_map(name)
     x = fm.noise(batch, seed=0)
     zero, label = torch.zeros(batch, device=x.device), torch.arange(batch, device=x.device) % 10

@@ -1,4 +1,4 @@
-"""What fitted step sizes and straightening are worth: drifts in closed form, and drifts and maps that are trained."""
+"""Bench of step sizes: fitted grids and straightening, on drifts in closed form and on trained drifts and maps."""
 
 import math
 import tempfile
@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
-from flowmaps.evaluation.references import pick_extractor, source_stats
-from flowmaps.images import to_uint8
-from flowmaps.metrics import board_kl, frechet_distance, sliced_w2
-from flowmaps.objectives import Straightening
-from flowmaps.objectives.straightening import TrainPoint
+from flowmaps.evaluation import evaluate, open_reference
+from flowmaps.metrics import sliced_w2
+from flowmaps.objectives.straightening import Straightening, TrainPoint
 from flowmaps.step_sizes import FINE, Solution, costs, end_errors, fine_solutions
-from samplers import Schedule, euler, heun, rollout, uniform_times
+from samplers import Schedule, euler, heun, uniform_times
 from samplers.bellman import solve_all
 from training.config import Config, Trajectories
 from training.config_rows import load_row
@@ -30,23 +28,23 @@ RANK = 4
 Grids = dict[int, Tensor]
 
 
-class Setting(NamedTuple):
-    """A data set's part."""
+class Sizes(NamedTuple):
+    """Sizes of a data set's experiment."""
 
     num: int  # samples to score
     noises: int  # paths that grids are fitted on
     paths: int  # paths to straighten on
-    batch: int = 80  # rows of a step of straightening, at least
+    batch: int = 80  # rows per step of straightening, at least
     variant: str = ""  # of the rows in configs/
     steps: int = 0  # to train drift and map; 0: those of the row
     straighten: int = 200  # steps of straightening
-    each: bool = True  # straighten for each number of steps apart, beside once for all of them
+    each: bool = True  # also straighten for each number of steps separately
 
 
 SETTINGS = {
-    "checkerboard": Setting(32_768, 512, 4096, batch=640, straighten=400),
-    "digits": Setting(2000, 128, 1024),
-    "fashion_mnist": Setting(1000, 32, 128, variant=",cpu", steps=1000, each=False),
+    "checkerboard": Sizes(32_768, 512, 4096, batch=640, straighten=400),
+    "digits": Sizes(2000, 128, 1024),
+    "fashion_mnist": Sizes(1000, 32, 128, variant=",cpu", steps=1000, each=False),
 }
 
 
@@ -83,14 +81,14 @@ ROWS = [*EXACT, *SETTINGS]
 
 
 def chosen(rows: Sequence[str]) -> list[str]:
-    """The data sets named in --rows."""
+    """Return the data sets named by --rows."""
     if unknown := [row for row in rows if row not in ROWS]:
         raise UserError(f"--rows={','.join(unknown)}: of --suite=bellman they are {', '.join(ROWS)}")
     return list(rows)
 
 
 def fitted(fm: FlowMap, sampler: str, noises: int) -> dict[str, Grids]:
-    """Equal steps and the solved grids of each cost, whether or not they are better."""
+    """Return equal steps and the solved grids of each cost, whichever is better."""
     grids, walk = {"equal steps": {steps: uniform_times(steps) for steps in STEPS}}, uniform_times(FINE[sampler])
     for name, cost in costs(fm, sampler, noises=noises).items():
         solved = solve_all(cost, max(STEPS))
@@ -99,7 +97,7 @@ def fitted(fm: FlowMap, sampler: str, noises: int) -> dict[str, Grids]:
 
 
 def exact_records(name: str) -> Iterator[dict[str, Any]]:
-    """End-point distances of Euler's method with an exact drift, to a fine solution, from 4,096 other noises."""
+    """Yield distances at data from Euler's method with an exact drift to a fine solution, on 4,096 other noises."""
     network = EXACT[name]()
     fm = FlowMap(network, info=FlowMapInfo(shape=(network.means.shape[1],), kind="drift"))
     x = fm.noise(4096, SEED)
@@ -114,46 +112,38 @@ def exact_records(name: str) -> Iterator[dict[str, Any]]:
             yield {"row": f"{name}, {row}", "seed": 0, "scores": scores}
 
 
-class Scorer:
-    """Distance to data, and to a drift's own fine solution, of few steps from noises that no fit has seen."""
+class Bench:
+    """Scores few steps from noise that no fit has seen: distance to data, and to the drift's own fine solution."""
 
     def __init__(self, data: str, drift: FlowMap, num: int) -> None:
-        self.data, self.num = data, num
-        if data != "checkerboard":
-            self.extractor = pick_extractor(None, None, data, torch.device("cpu"))
-            self.heldout = source_stats(f"{data}:heldout", self.extractor, "data", "--data")
-        self.x0, classes = drift.noise(num, SEED), drift.info.num_classes
-        self.label = torch.arange(num) % classes if classes else None
-
-    def batches(self, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for start in range(0, count, 256):
-            part = slice(start, min(start + 256, count))
-            yield self.x0[part], None if self.label is None else self.label[part]
+        self.num, self.reference = num, open_reference(f"{data}:heldout", device=torch.device("cpu"))
+        self.x0, classes = drift.noise(min(256, num), SEED), drift.info.num_classes
+        self.label = torch.arange(len(self.x0)) % classes if classes else None
 
     def solutions(self, fm: FlowMap) -> list[Solution]:
-        """Where the first 256 noises end on the drift of ``fm``."""
-        return list(fine_solutions(fm.drift, self.batches(min(256, self.num))))
+        """Return where the first 256 noises end on the drift of ``fm``."""
+        return list(fine_solutions(fm.drift, [(self.x0, self.label)]))
 
-    @torch.no_grad()
-    def __call__(self, fm: FlowMap, sampler: str, grids: Grids, solutions: list[Solution]) -> dict[str, float]:
-        scores = {}
-        for steps, times in grids.items():
-            if sampler == "map":
-                x = torch.cat([rollout(fm, x0, times, label) for x0, label in self.batches(self.num)])
-            else:
-                x = torch.cat([euler(fm.drift, x0, times, label) for x0, label in self.batches(self.num)])
-            if self.data == "checkerboard":
-                scores[f"KL@{steps}"] = board_kl(x)
-            else:
-                features = self.extractor.stats(torch.split(to_uint8(x), 500))
-                scores[f"{self.extractor.metric}@{steps}"] = frechet_distance(features, self.heldout)
-        for steps, error in end_errors(fm, fm.drift, sampler, solutions, [grids])[0].items():
-            scores[f"error@{steps}"] = error
-        return scores
+    def scores(self, fm: FlowMap, sampler: str, grids: Grids, solutions: list[Solution]) -> dict[str, float]:
+        """Return the distance and the error of the grids."""
+        record = evaluate(
+            fm,
+            self.reference,
+            steps=tuple(grids),
+            num=self.num,
+            seeds=(SEED,),
+            sampler=sampler,
+            schedule=Schedule(grids),
+            batch=256,
+        )
+        metric = record["metric"]
+        found = {f"{metric}@{row['steps']}": row[metric] for row in record["results"]}
+        errors = end_errors(fm, fm.drift, sampler, solutions, [grids])[0]
+        return found | {f"error@{steps}": error for steps, error in errors.items()}
 
 
 def trained(data: str, method: str, seed: int, train_steps: int | None) -> FlowMap:
-    """A row of the data set's config, trained."""
+    """Train a row of the data set's config."""
     config = load_row(f"configs/{data}.py", method + SETTINGS[data].variant)
     config.seed, config.steps = seed, train_steps or SETTINGS[data].steps or config.steps
     return run(config)
@@ -174,7 +164,7 @@ def straightened(
     how: tuple[TrainPoint, str, int],
     train_steps: int | None,
 ) -> FlowMap:
-    """The drift in ``folder``, fine-tuned on the paths there for ``steps``; ``how``: state, schedule, rank of LoRA."""
+    """Fine-tune the drift in ``folder`` on the paths there for ``steps``; ``how``: state, schedule, rank of LoRA."""
     state, schedule, lora = how
     config = load_row(f"configs/{data}.py", "straightening" + SETTINGS[data].variant)
     config.objective = Straightening(steps=steps, schedule=schedule, state=state)
@@ -190,7 +180,7 @@ def straightened(
 def records(
     data: str, seed: int, train_steps: int | None = None, num: int | None = None, done: Collection[tuple[str, int]] = ()
 ) -> Iterator[dict[str, Any]]:
-    """A record for each way to spend 2, 4, 6 and 8 steps: distance to data, and error against the fine solution."""
+    """Yield a record for each way to spend 2, 4, 6 and 8 steps: distance to data, error against the fine solution."""
     if data in EXACT:
         yield from () if (f"{data}, equal steps", 0) in done else exact_records(data)
         return
@@ -199,9 +189,9 @@ def records(
     setting = SETTINGS[data]
     noises, paths = num or setting.noises, num or setting.paths
     drift = trained(data, "flow_matching", seed, train_steps)
-    score = Scorer(data, drift, num or setting.num)
-    grids, ends = fitted(drift, "euler", noises), score.solutions(drift)
-    found = {row: score(drift, "euler", tried, ends) for row, tried in grids.items()}
+    bench = Bench(data, drift, num or setting.num)
+    grids, ends = fitted(drift, "euler", noises), bench.solutions(drift)
+    found = {row: bench.scores(drift, "euler", tried, ends) for row, tried in grids.items()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         drift.save_pretrained(folder / "drift")
@@ -219,18 +209,18 @@ def records(
             tried = grids["Bellman, end" if how[1] else "equal steps"]
             for steps in STEPS if setting.each else ():
                 fm = straightened(data, seed, folder, (steps,), how, train_steps)
-                found[row] = found.get(row, {}) | score(fm, "euler", {steps: tried[steps]}, ends)
+                found[row] = found.get(row, {}) | bench.scores(fm, "euler", {steps: tried[steps]}, ends)
             fm = straightened(data, seed, folder, STEPS, how, train_steps)
-            found[f"{row}, all at once"] = score(fm, "euler", tried, ends)
+            found[f"{row}, all at once"] = bench.scores(fm, "euler", tried, ends)
     fm = trained(data, "lagrangian", seed, train_steps)
-    ends = score.solutions(fm)  # a map is compared with the path of its own drift
+    ends = bench.solutions(fm)  # a map is compared with the path of its own drift
     for row, tried in fitted(fm, "map", noises).items():
-        found[f"map, {row}"] = score(fm, "map", tried, ends)
+        found[f"map, {row}"] = bench.scores(fm, "map", tried, ends)
     yield from ({"row": f"{data}, {row}", "seed": seed, "scores": scores} for row, scores in found.items())
 
 
 def curves(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, int, float]]:
-    """(row, panel, steps, score) of what is fitted for each number of steps apart, maps in panels of their own."""
+    """Return (row, panel, steps, score) of what is fitted for one number of steps, with separate panels for maps."""
     found = []
     for record in records:
         data, _, row = record["row"].partition(", ")

@@ -1,4 +1,4 @@
-"""Experiments that the documents quote: train rows of a config with several seeds, score them, make a table."""
+"""The suites of benchmark.py: train rows of a config with several seeds, score them, make a table."""
 
 import itertools
 import json
@@ -6,37 +6,37 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from benchmarks import initialisation as handover
-from benchmarks import step_sizes as bellman_suite
+from benchmarks import initialisation, step_sizes
 from benchmarks.objectives import COST_NETWORKS, network_costs
 from benchmarks.profiling import profiles
 from benchmarks.scoring import fid_costs
 from benchmarks.speed import ema_times, resume_times, sample_times, step_times
 from flowmaps import FlowMap, UserError
 from flowmaps.data import open_dataset
-from flowmaps.evaluation.evaluate import floor, neighbours
-from flowmaps.evaluation.references import pick_extractor, source_stats
+from flowmaps.evaluation import evaluate, open_reference
 from flowmaps.evaluation.report import EVALUATIONS, lines
 from flowmaps.evaluation.samples import samples
-from flowmaps.images import to_uint8
-from flowmaps.metrics import board_kl, frechet_distance, sliced_w2
+from flowmaps.markdown import markdown_table
+from flowmaps.metrics import board_kl, sliced_w2
 from training.config import Config
 from training.config_rows import load_row
 from training.trainer import Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
 PLOTTED = ("bellman", "checkerboard", "digits", "learning", "mid_training")
+MEMORISATION = ("floor", "samples_to_train", "samples_to_heldout", "heldout_to_train", "memorisation_ratio")
 CALIBRATION = 30  # steps timed to turn CPU minutes into a number of steps
 
 
 def fit(config: Config, cpu_minutes: float | None) -> tuple[FlowMap, dict[str, Any]]:
-    """Train in this process without writing anything; ``cpu_minutes`` of process time decide the steps, if given."""
+    """Train in this process without writing anything, for ``cpu_minutes`` of process time if given."""
     if cpu_minutes:
         trial = Trainer.build(config)
         trial.step(0)
@@ -53,7 +53,7 @@ def fit(config: Config, cpu_minutes: float | None) -> tuple[FlowMap, dict[str, A
 
 
 def checkerboard_scores(fm: FlowMap, n: int = 32_768) -> Scores:
-    """KL and sliced W2 of ``n`` samples at 1 .. 16 steps: the map's, or Euler's for a drift."""
+    """Return KL and sliced W2 of ``n`` samples at 1 .. 16 steps: of the map, or of Euler's method for a drift."""
     true = open_dataset("checkerboard", "heldout").fetch(torch.arange(n))[0]
     scores = {}
     for count in (1, 2, 4, 8, 16):
@@ -63,38 +63,44 @@ def checkerboard_scores(fm: FlowMap, n: int = 32_768) -> Scores:
 
 
 def digits_scores(fm: FlowMap, n: int = 2000) -> Scores:
-    """FD-digits of ``n`` samples to the held-out digits, by the map and by the same network's own drift."""
-    extractor = pick_extractor(None, None, "digits", torch.device("cpu"))
-    heldout = source_stats("digits:heldout", extractor, "", "--data")
-    scores, images = {}, torch.empty(0)
+    """Return FD-digits of ``n`` samples to the held-out digits, by the map and by the same network's own drift."""
+    heldout = open_reference("digits:heldout", device=torch.device("cpu"))
     few, solver = (fm.info.sampler, (1, 2, 4, 8)), ("euler", (1, 4, 64))
-    for sampler, counts in {"map": (solver, few), "drift": (solver,), "consistency": (few,)}[fm.info.kind]:
-        for count in counts:
-            images = to_uint8(samples(fm, count, n, 1, sampler))
-            scores[f"{sampler}@{count}"] = frechet_distance(extractor.stats(torch.split(images, 500)), heldout)
-    return scores | {"floor": floor("digits", extractor, "")} | neighbours(images, "digits", "")
+    scores: Scores = {}
+    row: dict[str, Any] = {}
+    for sampler, steps in {"map": (solver, few), "drift": (solver,), "consistency": (few,)}[fm.info.kind]:
+        record = evaluate(
+            fm,
+            heldout,
+            steps=steps,
+            num=n,
+            seeds=(1,),
+            sampler=sampler,
+            schedule="uniform",
+            memorisation=True,
+        )
+        for row in record["results"]:
+            scores[f"{sampler}@{row['steps']}"] = row[record["metric"]]
+    return scores | {key: row[key] for key in MEMORISATION}  # of the last sampler and step count
 
 
 def learning_scores(config: Config, num: int = 2000) -> Scores:
-    """FD-digits of ``num`` samples at 1 and 4 steps, after 1/8, 1/4, 1/2 and all of the training."""
-    extractor = pick_extractor(None, None, "digits", torch.device("cpu"))
-    heldout = source_stats("digits:heldout", extractor, "", "--data")
+    """Return FD-digits of ``num`` samples at 1 and 4 steps, after 1/8, 1/4, 1/2 and all of the training."""
+    heldout = open_reference("digits:heldout", device=torch.device("cpu"))
     trainer, scores = Trainer.build(config), {}
     marks = [config.steps // part for part in (8, 4, 2, 1)]
     for step in range(config.steps):
         trainer.step(step)
         if step + 1 in marks:
             fm = trainer.averaged(step + 1)
-            for count in (1, 4):
-                images = to_uint8(samples(fm, count, num, seed=1))
-                value = frechet_distance(extractor.stats(torch.split(images, 500)), heldout)
-                scores[f"FD-digits, steps={count}@{(step + 1) * config.batch}"] = value
+            for row in evaluate(fm, heldout, steps=(1, 4), num=num, seeds=(1,), schedule="uniform")["results"]:
+                scores[f"FD-digits, steps={row['steps']}@{(step + 1) * config.batch}"] = row["FD-digits"]
     return scores
 
 
 @dataclass(frozen=True)
-class Request:
-    """What benchmark.py was asked for; a record is known by its (row, seed), and those ``done`` are not made again."""
+class Arguments:
+    """The flags of benchmark.py; a record is identified by (row, seed), and those in ``done`` are not made again."""
 
     rows: list[str]
     seeds: list[int]
@@ -108,76 +114,78 @@ class Request:
 Records = Iterator[dict[str, Any]]
 
 
-def _timed(score: Callable[[str], Scores]) -> Callable[[Request], Records]:
-    """A suite with one record a row, which ``score`` makes."""
-
-    def records(asked: Request) -> Records:
-        for row in (row for row in asked.rows if (row, 0) not in asked.done):
-            yield {"row": row, "seed": 0, "scores": score(row)}
-
-    return records
+def timed(score: Callable[[str], Scores], args: Arguments) -> Records:
+    """Yield one record per row, which ``score`` makes."""
+    for row in (row for row in args.rows if (row, 0) not in args.done):
+        yield {"row": row, "seed": 0, "scores": score(row)}
 
 
-def _trained(file: str, score: Callable[..., Scores]) -> Callable[[Request], Records]:
-    """A suite that trains each row of ``file`` with each seed and gives it a ``score``."""
-
-    def records(asked: Request) -> Records:
-        for row, seed in itertools.product(asked.rows, asked.seeds):
-            if (row, seed) in asked.done:
-                continue
-            config = load_row(file, row)
-            config.seed, config.steps = seed, asked.train_steps or config.steps
-            fm, facts = fit(config, asked.cpu_minutes)
-            yield {"row": row, "seed": seed, **facts, "scores": score(fm, asked.num) if asked.num else score(fm)}
-
-    return records
+def trained(file: str, score: Callable[..., Scores], args: Arguments) -> Records:
+    """Train each row of ``file`` with each seed and yield its scores."""
+    for row, seed in itertools.product(args.rows, args.seeds):
+        if (row, seed) in args.done:
+            continue
+        config = load_row(file, row)
+        config.seed, config.steps = seed, args.train_steps or config.steps
+        fm, facts = fit(config, args.cpu_minutes)
+        yield {"row": row, "seed": seed, **facts, "scores": score(fm, args.num) if args.num else score(fm)}
 
 
-def _learning(asked: Request) -> Records:
-    for row, rate, seed in itertools.product(asked.rows, asked.rates, asked.seeds):
+def learning(args: Arguments) -> Records:
+    """Yield the learning curve of each row, rate and seed."""
+    for row, rate, seed in itertools.product(args.rows, args.rates, args.seeds):
         name = f"{row}, lr {rate:g}"
-        if (name, seed) not in asked.done:
+        if (name, seed) not in args.done:
             config = load_row("configs/digits.py", row)
-            config.seed, config.steps, config.optim.lr = seed, asked.train_steps or config.steps, rate
+            config.seed, config.steps, config.optim.lr = seed, args.train_steps or config.steps, rate
             yield {"row": name, "seed": seed, "train_steps": config.steps, "scores": learning_scores(config)}
 
 
-def _mid_training(asked: Request) -> Records:
-    for data, seed in itertools.product(handover.chosen(asked.rows), asked.seeds):
-        yield from handover.records(data, seed, handover.SETTINGS[data], train_steps=asked.train_steps, done=asked.done)
+def mid_training(args: Arguments) -> Records:
+    """Yield the records of ``benchmarks.initialisation``."""
+    for data, seed in itertools.product(initialisation.chosen(args.rows), args.seeds):
+        setting = initialisation.SETTINGS[data]
+        yield from initialisation.records(data, seed, setting, train_steps=args.train_steps, done=args.done)
 
 
-def _bellman(asked: Request) -> Records:
-    for data in bellman_suite.chosen(asked.rows):
-        for seed in [0] if data in bellman_suite.EXACT else asked.seeds:
-            yield from bellman_suite.records(data, seed, asked.train_steps, asked.num, asked.done)
+def bellman(args: Arguments) -> Records:
+    """Yield the records of ``benchmarks.step_sizes``."""
+    for data in step_sizes.chosen(args.rows):
+        for seed in [0] if data in step_sizes.EXACT else args.seeds:
+            yield from step_sizes.records(data, seed, args.train_steps, args.num, args.done)
 
 
-def _networks(asked: Request) -> Records:
-    for name in (name for name in asked.rows if (f"{name}, flow_matching", 0) not in asked.done):
+def networks(args: Arguments) -> Records:
+    """Yield the cost of every objective on each network."""
+    for name in (name for name in args.rows if (f"{name}, flow_matching", 0) not in args.done):
         yield from ({"row": row, "seed": 0, "scores": scores} for row, scores in network_costs(name))
 
 
+def fid(args: Arguments) -> Records:
+    """Yield the cost of each way to score."""
+    return fid_costs(args.num or 512, done=args.done)
+
+
 _MAPS = ["flow_matching", "lagrangian"]
-# suite -> its records, and the rows that it has if none are given
-SUITES: dict[str, tuple[Callable[[Request], Records], list[str]]] = {
-    "bellman": (_bellman, bellman_suite.ROWS),
-    "checkerboard": (_trained("configs/checkerboard.py", checkerboard_scores), _MAPS),
-    "digits": (_trained("configs/digits.py", digits_scores), _MAPS),
-    "ema": (_timed(ema_times), ["lagrangian"]),
-    "fid": (lambda asked: fid_costs(asked.num or 512, done=asked.done), ["all"]),
-    "learning": (_learning, _MAPS),
-    "mid_training": (_mid_training, list(handover.SETTINGS)),
-    "networks": (_networks, list(COST_NETWORKS)),
-    "profile": (_timed(profiles), list(COST_NETWORKS)),
-    "resume": (_timed(resume_times), ["lagrangian"]),
-    "sample": (_timed(sample_times), list(COST_NETWORKS)),
-    "step": (_timed(step_times), [*_MAPS, *(f"{row}+DiT" for row in _MAPS)]),
+# suite -> its records, and its default rows
+SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
+    "bellman": (bellman, step_sizes.ROWS),
+    "checkerboard": (partial(trained, "configs/checkerboard.py", checkerboard_scores), _MAPS),
+    "digits": (partial(trained, "configs/digits.py", digits_scores), _MAPS),
+    "ema": (partial(timed, ema_times), ["lagrangian"]),
+    "fid": (fid, ["all"]),
+    "learning": (learning, _MAPS),
+    "mid_training": (mid_training, list(initialisation.SETTINGS)),
+    "networks": (networks, list(COST_NETWORKS)),
+    "profile": (partial(timed, profiles), list(COST_NETWORKS)),
+    "resume": (partial(timed, resume_times), ["lagrangian"]),
+    "sample": (partial(timed, sample_times), list(COST_NETWORKS)),
+    "step": (partial(timed, step_times), [*_MAPS, *(f"{row}+DiT" for row in _MAPS)]),
 }
 
 
 def stored_records(file: str, suite: str, budget: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of an earlier call with the same suite and budget, none if there is no file yet."""
+    """Return the records of an earlier call with the same suite and budget; none if there is no file yet."""
     if not Path(file).exists():
         return []
     try:
@@ -185,9 +193,9 @@ def stored_records(file: str, suite: str, budget: dict[str, Any]) -> list[dict[s
         records: list[dict[str, Any]] = stored["records"]
         same = (stored["suite"], stored["budget"]) == (suite, budget)
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--json={file} is no file of this script: name another") from None
+        raise UserError(f"--json={file} is not a file of this script: choose another") from None
     if not same:
-        raise UserError(f"--json={file} has records of another suite or budget: name another file")
+        raise UserError(f"--json={file} has records of another suite or budget: choose another file")
     return records
 
 
@@ -207,12 +215,12 @@ PAPER: dict[str, dict[str, dict[str, float]]] = {
 
 
 def markdown(records: list[dict[str, Any]], suite: str = "") -> str:
-    """A Markdown table: mean over seeds and half the range of every score, a row each, and the paper's numbers."""
+    """Return a Markdown table: mean over seeds and half the range of every score, and the paper's numbers."""
     found = list(dict.fromkeys(name for record in records for name in record["scores"]))
     metrics = list(dict.fromkeys(name.partition("@")[0] for name in found))
     names = sorted(found, key=lambda name: metrics.index(name.partition("@")[0]))
     facts = [key for key in records[0] if isinstance(records[0][key], (int, float)) and key != "seed"]
-    table = ["| | " + " | ".join([*facts, *names]) + " |", "|---" * (1 + len(facts) + len(names)) + "|"]
+    table = []
     for row in dict.fromkeys(record["row"] for record in records):
         mine = [record for record in records if record["row"] == row]
         cells = [row, *(f"{statistics.mean(r[key] for r in mine):.4g}" for key in facts)]
@@ -220,19 +228,19 @@ def markdown(records: list[dict[str, Any]], suite: str = "") -> str:
             values = [r["scores"][name] for r in mine if name in r["scores"]]
             spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3g}{spread}" if values else "")
-        table.append("| " + " | ".join(cells) + " |")
+        table.append(cells)
         if row in PAPER.get(suite, {}):
             published = [str(PAPER[suite][row].get(name, "")) for name in names]
-            table.append("| " + " | ".join([f"{row}, paper", *[""] * len(facts), *published]) + " |")
-    return "\n".join(table)
+            table.append([f"{row}, paper", *[""] * len(facts), *published])
+    return markdown_table(["", *facts, *names], table)
 
 
 def plot(records: list[dict[str, Any]], suite: str) -> Image.Image:
-    """Each metric against the number of steps or images, one line a row: mean over seeds, with the range as bars."""
+    """Plot each metric against the number of steps or images, one line per row: means, with the range as bars."""
     if suite == "mid_training":
-        return lines(handover.curves(records), xlabel="images seen")
+        return lines(initialisation.curves(records), xlabel="images seen")
     if suite == "bellman":
-        return lines(bellman_suite.curves(records))
+        return lines(step_sizes.curves(records))
     found = []
     for record in records:
         for name, value in record["scores"].items():

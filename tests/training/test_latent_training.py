@@ -170,11 +170,11 @@ def test_another_vae_is_warned_of(latents, tmp_path, capsys):
 
 
 def test_a_judge_of_latents_needs_images_to_compare_with(latents):
-    from training.best import Judge
+    from training.best import BestModel
     from training.config import Best
 
-    with pytest.raises(UserError, match=r"--config\.best\.reference is missing"):
-        Judge(Best(metric="FID"), open_dataset("prepared", root=str(latents)), 0, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"best\.reference: missing"):
+        BestModel(Best(metric="FID"), open_dataset("prepared", root=str(latents)), 0, torch.device("cpu"))
 
 
 def test_a_model_of_latents_without_a_vae_is_refused(tmp_path):

@@ -10,7 +10,7 @@ from helpers.runs import assert_same, tiny, weights
 
 from flowmaps import FlowMap, UserError
 from flowmaps.run_weights import list_checkpoints
-from training.best import Judge
+from training.best import BestModel
 from training.config import Decay, Optim
 from training.ema import EMA
 from training.loop import train
@@ -264,10 +264,10 @@ def test_best_of_another_judge_or_of_a_run_without_checkpoints_does_not_count(tm
     data = Trainer.build(best_config()).data
     device = torch.device("cpu")
     config = best_config()
-    assert Judge(config.best, data, 0, device).lowest(tmp_path) == json.loads(best.read_text())["score"]
+    assert BestModel(config.best, data, 0, device).best_score(tmp_path) == json.loads(best.read_text())["score"]
     config.best.num = 20
-    assert Judge(config.best, data, 0, device).lowest(tmp_path) == math.inf
-    assert Judge(best_config().best, data, 1, device).lowest(tmp_path) == math.inf
+    assert BestModel(config.best, data, 0, device).best_score(tmp_path) == math.inf
+    assert BestModel(best_config().best, data, 1, device).best_score(tmp_path) == math.inf
     for checkpoint in list_checkpoints(tmp_path):
         shutil.rmtree(checkpoint)
     train(tiny(), tmp_path)
@@ -281,12 +281,12 @@ def test_a_broken_model_scores_infinity_and_the_run_goes_on():
     for config, metric in rows:
         config.best.metric, config.best.num, config.best.steps = metric, 20, 2
         trainer = Trainer.build(config)
-        judge = Judge(config.best, trainer.data, 0, torch.device("cpu"))
+        judge = BestModel(config.best, trainer.data, 0, torch.device("cpu"))
         fm = trainer.averaged(0)
-        assert math.isfinite(judge(fm))
+        assert math.isfinite(judge.score(fm))
         for p in fm.network.parameters():
             torch.nn.init.constant_(p, float("nan"))
-        assert judge(fm) == math.inf
+        assert judge.score(fm) == math.inf
 
 
 def test_resume_refuses_other_samples_or_labels(data_root, tmp_path):

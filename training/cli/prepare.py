@@ -20,6 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from flowmaps import FlowMap, UserError
+from flowmaps.cli.run import required
 from flowmaps.distributed import processes
 from flowmaps.errors import blame
 from flowmaps.files import writable_directory
@@ -49,12 +50,6 @@ BATCH = flags.DEFINE_integer("batch", 64, "Images encoded, or trajectories solve
 SHARD = flags.DEFINE_integer("shard", 1024, "Images or trajectories per file", lower_bound=1)
 
 
-def given(flag: flags.FlagHolder[str | None], example: str) -> str:
-    if flag.value is None:
-        raise UserError(f"missing, e.g. --{flag.name}={example}", field=flag.name)
-    return flag.value
-
-
 def show(progress: Iterator[tuple[int, int]]) -> None:
     with tqdm(unit="shard", disable=None if processes().is_main_process else True) as bar:
         for bar.n, bar.total in progress:
@@ -65,8 +60,8 @@ def images(size: int, vae: str | None = None) -> None:
     from flowmaps.data.prepare import Encoder, write_images
     from flowmaps.vae import open_vae
 
-    src = Path(given(SRC, "ILSVRC/train"))
-    out = output(given(OUT, "data/imagenet"))
+    src = Path(required(SRC, "ILSVRC/train"))
+    out = output(required(OUT, "data/imagenet"))
     encoder = Encoder(open_vae(vae).to(processes().device), vae, FLIP.value) if vae else None
     counts = {"shard": SHARD.value, "batch": BATCH.value, "workers": WORKERS.value}
     show(write_images(out, src, SIZE.value or size, encoder, skip_corrupt=SKIP_CORRUPT.value, **counts))
@@ -78,7 +73,7 @@ def output(path: str) -> Path:
 
 
 def latents() -> None:
-    images(256, given(VAE, "stabilityai/sd-vae-ft-ema"))
+    images(256, required(VAE, "stabilityai/sd-vae-ft-ema"))
 
 
 def from_flags() -> Trajectories:
@@ -110,7 +105,7 @@ def trajectories() -> None:
     from flowmaps.data import open_dataset
     from training.teacher_trajectories import TrajectorySolver, write_trajectories
 
-    name, path = given(TEACHER, "runs/digits-flow"), given(OUT, "data/walks")
+    name, path = required(TEACHER, "runs/digits-flow"), required(OUT, "data/walks")
     options = from_flags()
     with blame("teacher", name):
         teacher = FlowMap.from_pretrained(name)

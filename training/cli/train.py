@@ -1,4 +1,4 @@
-"""Train a flow map, or go on with a run: the same command resumes.
+"""Train a flow map, or resume a run: the same command does both.
 
 python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/digits
 python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/digits --config.optim.lr=1e-3 --dry_run
@@ -15,13 +15,16 @@ from ml_collections import config_flags
 from PIL import Image
 
 from flowmaps import UserError
+from flowmaps.cli.run import required
 from flowmaps.errors import blame
 from flowmaps.files import writable_directory
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File and row: configs/digits.py:lagrangian[,smoke]")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is resumed")
-STAGE = flags.DEFINE_string("stage", "", "The one stage of a chain to train; what it starts from must be there")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build everything, do two steps on a few images, draw a grid, stop")
+STAGE = flags.DEFINE_string(
+    "stage", "", "The only stage of a chain to train; the stages that it starts from must exist"
+)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build everything, take two steps on a few images, draw a grid, stop")
 
 
 def main() -> None:
@@ -33,8 +36,8 @@ def main() -> None:
 
     if CONFIG.value is None:
         raise UserError("--config is missing: e.g. --config=configs/digits.py:lagrangian")
-    if WORKDIR.value is None and not DRY_RUN.value:
-        raise UserError("--workdir is missing: e.g. --workdir=runs/digits")
+    if not DRY_RUN.value:
+        required(WORKDIR, "runs/digits")
     config = CONFIG.value
     if STAGE.value and (DRY_RUN.value or not isinstance(config, Chain)):
         reason = "a dry run tries all stages" if DRY_RUN.value else "this row is one run, not a chain"
@@ -42,16 +45,18 @@ def main() -> None:
     if DRY_RUN.value:
         for stage, facts, picture in dry_run_chain(config) if isinstance(config, Chain) else [("", *dry_run(config))]:
             show(stage, facts, picture)
-    elif isinstance(config, Chain):
-        records = run_chain(config, WORKDIR.value, STAGE.value)
+        return
+    workdir = required(WORKDIR, "runs/digits")
+    if isinstance(config, Chain):
+        records = run_chain(config, workdir, STAGE.value)
         if processes().is_main_process:
             print(table(records))
     else:
-        train(config, WORKDIR.value)
+        train(config, workdir)
 
 
 def show(stage: str, facts: dict[str, Any], picture: Image.Image) -> None:
-    """Print what a dry run found, and put its picture into --workdir."""
+    """Print the facts of a dry run and save its picture to --workdir."""
     for name, fact in facts.items():
         print(f"{stage} {name}: {fact}".strip())
     if WORKDIR.value is not None:

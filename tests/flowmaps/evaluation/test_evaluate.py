@@ -1,6 +1,7 @@
-"""stats.py and fid.py as a CI job calls them."""
+"""``evaluate`` from Python, and stats.py and fid.py as a CI job calls them."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,10 +11,15 @@ from PIL import Image
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.data import iterate, open_dataset
+from flowmaps.evaluation import evaluate, open_reference
+from flowmaps.evaluation.evaluate import NotFinite
+from flowmaps.evaluation.gate import read_record
 from flowmaps.evaluation.references import open_for_scoring
 from flowmaps.evaluation.samples import samples
 from flowmaps.metrics import FeatureStats, board_kl
 from flowmaps.networks import UNet
+
+MODULE = sys.modules["flowmaps.evaluation.evaluate"]  # the package's attribute of that name is the function
 
 
 def network():
@@ -97,6 +103,62 @@ def test_record_has_every_fact_that_moves_the_number(place):
     assert found["command"].startswith("scripts/fid.py --checkpoint=") and found["device"] == "cpu"
 
 
+def test_evaluate_returns_the_record_that_fid_writes(place):
+    """The same keys in the same order and the same values, but for the command; a gate reads it."""
+    written = place / "written.json"
+    fid(place, "--checkpoint={base}/map", "--reference=digits:heldout", "--steps=1,2", "--num=60", "--seed=3",
+        "--repeats=2", "--sampler=map,heun", f"--json={written}", check=True)  # fmt: skip
+    expected = read_record(written)
+    found = evaluate(
+        FlowMap.from_pretrained(place / "map"), "digits:heldout", steps=(1, 2), num=60, seeds=(3, 4),
+        sampler=("map", "heun"), source=f"{place}/map",
+    )  # fmt: skip
+    assert list(found) == list(expected) and [list(row) for row in found["results"]] == [
+        list(row) for row in expected["results"]
+    ]
+    assert {**found, "command": ""} == {**expected, "command": ""}
+    again = place / "again.json"
+    again.write_text(json.dumps(found))
+    assert read_record(again) == found
+
+
+def test_evaluate_takes_images_of_every_kind_and_an_open_reference(place, monkeypatch):
+    reference = open_reference("digits:heldout")
+    monkeypatch.setattr(MODULE, "open_reference", None)  # nothing is opened again
+    data = open_dataset("digits")
+    kinds = (data, data.x, "digits:train")
+    records = [evaluate(images, reference, memorisation=images is data) for images in kinds]
+    rows = [record["results"][0] for record in records]
+    assert len({row["FD-digits"] for row in rows}) == 1 and records[0]["num"] == len(data)
+    assert rows[0]["FD-digits"] == rows[0]["floor"] and rows[0]["memorisation_ratio"] == 0
+    few = [evaluate(images, reference)["results"][0]["FD-digits"] for images in (place / "real.npz", data.x[:300])]
+    assert few[0] == pytest.approx(few[1], rel=1e-6)  # the memory layout of images moves the last digits of features
+
+
+def test_evaluate_refuses_before_it_samples(place, monkeypatch):
+    fm, reference = FlowMap.from_pretrained(place / "map"), open_reference("digits:heldout")
+    with pytest.raises(NotFinite, match="NaN"):
+        evaluate(FlowMap.from_pretrained(place / "nan"), reference, num=9)
+    monkeypatch.setattr(MODULE, "sample_batches", None)
+    for options, message in (
+        ({"steps": 0}, "^steps=0"),
+        ({"sampler": "magic"}, "^sampler=magic"),
+        ({"schedule": "gone.json"}, r"schedule=gone\.json"),
+        ({"label": 11}, "label"),
+        ({"guidance": 2.0}, "guidance"),
+        ({"num": 1}, "^metrics=fid: needs 2 images"),
+        ({"metrics": ("kid",)}, "^metrics=kid: only fid"),
+        ({"seeds": ()}, "^seeds"),
+        ({"extractor": "digits"}, "^extractor"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(fm, reference, **{"num": 9, **options})
+    with pytest.raises(UserError, match="memorisation: needs"):
+        evaluate(fm, reference.stats, num=9, memorisation=True)
+    with pytest.raises(UserError, match="uint8"):
+        evaluate(torch.rand(9, 1, 8, 8), reference)
+
+
 def test_number_does_not_depend_on_the_batch_size(place):
     values = []
     for batch in (7, 64):
@@ -134,7 +196,7 @@ def test_gate(place):
     assert fid(place, *scored, "--max_fid=50").returncode == 0
     above = fid(place, *scored, "--max_fid=0.0001")
     assert above.returncode == 1
-    assert above.stderr.strip().splitlines()[-1].startswith("gate failed: FD-digits") and "--max_fid" in above.stderr
+    assert above.stderr.strip().splitlines()[-1].startswith("gate failed: FD-digits") and "max_fid=" in above.stderr
 
 
 MISTAKES = {

@@ -14,7 +14,7 @@ import yaml
 from helpers import ROOT, run_script, run_two
 
 from flowmaps import FlowMap, UserError
-from flowmaps.evaluation.gate import Limits, conclude, junit, summary
+from flowmaps.evaluation.gate import Limits, finish, junit, summary
 
 TRAIN = [
     "--config=configs/digits.py:lagrangian",
@@ -56,7 +56,7 @@ def test_a_trained_model_passes_and_an_untrained_one_fails(place):
     done = fid(place, "untrained", *WAYS, *gate, "--junit={base}/a.xml", "--json={base}/after.json")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("gate failed: FD-digits") and "(map, 1 step, uniform" in done.stderr
-    assert "--max_fid" in done.stderr and "--max_regression" in done.stderr
+    assert "max_fid=" in done.stderr and "max_regression=" in done.stderr
     found = ET.parse(place / "a.xml").getroot()
     assert found.attrib == {"tests": "2", "failures": "2", "errors": "0"}
     assert len(found.findall("testsuite/testcase/failure")) == 4  # two reasons for each of two rows
@@ -88,10 +88,10 @@ def test_a_gate_that_cannot_judge_exits_with_2(place):
         "another seeds": lambda r: r.update(seeds=[7]),
         "another extractor": lambda r: r["extractor"].update(weights="0"),
         "another metric": lambda r: r.update(metric="FID", results=[{**row, "FID": 1.0} for row in r["results"]]),
-        "another --reference": lambda r: r["reference"].update(content="0"),
-        "with another --reference": lambda r: r["reference"].update(content="", sha256="0"),
+        "another reference": lambda r: r["reference"].update(content="0"),
+        "with another reference": lambda r: r["reference"].update(content="", sha256="0"),
         "has no row for map, 2 steps, uniform": lambda r: r["results"].pop(),
-        "is no record": lambda r: r.pop("results"),
+        "is not a record": lambda r: r.pop("results"),
     }
     for message, change in changes.items():
         done = fid(place, "run", *WAYS, mistake(place, change), "--json={base}/never.json", "--junit={base}/never.xml")
@@ -153,18 +153,18 @@ def test_limits_at_their_edges(place, tmp_path):
     baseline = copy.deepcopy(report)
     report["results"][0]["FD-digits"] *= 1.04
     within = Limits.read(None, str(place / "before.json"), 0.05)
-    within.check(report, report["results"])
+    within.check(report)
     assert not any(verdict.reasons for verdict in within.judge(report))
     beyond = Limits(None, "before.json", 0.03, baseline)
     first, second = beyond.judge(report)
-    assert "--tolerance=0.03" in first.reasons[0] and not second.reasons
+    assert "tolerance=0.03" in first.reasons[0] and not second.reasons
     report["results"][1]["FD-digits"] = float("nan")
     assert beyond.judge(report)[1].reasons  # what is no number is not below a limit
-    written = conclude(report, beyond, None, str(tmp_path / "a.xml"), str(tmp_path / "a.md"))
+    written = finish(report, beyond, None, str(tmp_path / "a.xml"), str(tmp_path / "a.md"))
     assert written == 1 and "failed" in (tmp_path / "a.md").read_text()
     assert b'failures="2"' in junit(report, beyond.judge(report))
     assert "passed" in summary(baseline, Limits().judge(baseline))
-    with pytest.raises(UserError, match="is no record"):
+    with pytest.raises(UserError, match="is not a record"):
         Limits.read(None, str(tmp_path / "a.xml"), 0.0)
 
 

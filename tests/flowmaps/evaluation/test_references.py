@@ -14,7 +14,7 @@ from PIL import Image
 from flowmaps import UserError
 from flowmaps.data import open_dataset
 from flowmaps.data.registry import builtin_name
-from flowmaps.evaluation.references import reference_stats, remembered, source_stats
+from flowmaps.evaluation.references import cached_stats, open_reference, source_stats
 from flowmaps.files import cache_directory
 from flowmaps.metrics import FeatureStats, frechet_distance
 from flowmaps.metrics.extractors import Extractor, load_extractor
@@ -87,7 +87,7 @@ def test_published_files_are_read_as_they_are(place, name):
         assert reference["n"] == 30 and reference["weights"] == found["extractor"]["weights"] and not done.stderr
     else:
         assert reference["n"] is None and reference["weights"] == "" and reference["data"].startswith(f"{name}.")
-        assert done.stderr.startswith("warning: --reference=") and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("warning: reference=") and len(done.stderr.splitlines()) == 1
     assert reference["size"] == {"edm": "", "edm2": "", "adm": "24x24", "ours": "24x24"}[name]
 
 
@@ -103,7 +103,7 @@ def test_precision_of_adm_files_is_that_of_their_images(place):
     for score in ("KID", "precision", "recall"):
         assert rows[0][score] == pytest.approx(rows[1][score], rel=1e-4)
     line = fid(place, "edm", *metrics).stderr.splitlines()[-1]
-    assert "moments alone" in line and "stats.py --features" in line
+    assert "only moments" in line and "stats.py --features" in line
 
 
 REFUSED = {
@@ -115,7 +115,7 @@ REFUSED = {
     "weights": "features differ in weights",
     "extractor": "--extractor=dinov2: choose one of",
     "old": "old.npz has no size",
-    "hostile": "no file of EDM2's reference statistics",
+    "hostile": "not a file of EDM2's reference statistics",
     "rows": "rows.npz: features must be 30 x 2048",
 }
 
@@ -153,20 +153,20 @@ def counting(extractor):
 def test_a_reference_is_computed_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     extractor, seen = counting(load_extractor("digits"))
-    first = source_stats("digits:heldout", extractor, "", "--data")
-    again = source_stats("digits-heldout", extractor, "", "--data")
+    first = source_stats("digits:heldout", extractor, "")
+    again = source_stats("digits-heldout", extractor, "")
     assert sum(seen) == 449 and again.sha256() == first.sha256() and again.origin == first.origin
-    kept = remembered(open_dataset("digits:heldout"), extractor, keep=True)
+    kept = cached_stats(open_dataset("digits:heldout"), extractor, keep=True)
     assert sum(seen) == 2 * 449 and kept.features.shape == (449, 64)  # were not kept before
-    remembered(open_dataset("digits:heldout"), extractor, keep=True)
-    source_stats("digits:heldout", extractor, "", "--data")
+    cached_stats(open_dataset("digits:heldout"), extractor, keep=True)
+    source_stats("digits:heldout", extractor, "")
     assert sum(seen) == 2 * 449
     other = Extractor(extractor.embed, 64, Origin(**vars(extractor.origin) | {"weights": "other"}))
-    source_stats("digits:heldout", other, "", "--data")
+    source_stats("digits:heldout", other, "")
     assert sum(seen) == 3 * 449
     [damaged, _] = sorted((cache_directory() / "stats").iterdir(), key=lambda file: file.stat().st_mtime)
     damaged.write_bytes(damaged.read_bytes()[:-50])
-    assert source_stats("digits:heldout", extractor, "", "--data").sha256() == first.sha256()
+    assert source_stats("digits:heldout", extractor, "").sha256() == first.sha256()
     assert sum(seen) == 4 * 449
 
 
@@ -175,12 +175,12 @@ def test_the_memory_of_a_folder_follows_its_content(monkeypatch, tmp_path):
     extractor, seen = counting(load_extractor("digits"))
     pictures = {f"{i}.png": encoded(photograph(i, 8, 8).convert("L"), "png") for i in range(5)}
     root = write_folder(tmp_path / "set", pictures)
-    first = source_stats(str(root), extractor, "", "--data")
+    first = source_stats(str(root), extractor, "")
     shutil.copytree(root, tmp_path / "elsewhere" / "set")
-    assert source_stats(str(tmp_path / "elsewhere/set"), extractor, "", "--data").sha256() == first.sha256()
+    assert source_stats(str(tmp_path / "elsewhere/set"), extractor, "").sha256() == first.sha256()
     assert sum(seen) == 5  # the same pictures in another place
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(root / "3.png")
-    assert source_stats(str(root), extractor, "", "--data").sha256() != first.sha256()
+    assert source_stats(str(root), extractor, "").sha256() != first.sha256()
     assert sum(seen) == 10
 
 
@@ -189,7 +189,7 @@ def test_cifar10_train_by_two_processes_equals_one(data_root, tmp_path, monkeypa
     """300 images of the true format; the second call finds what the first one left in the cache."""
     small = write_inception(tmp_path / "inception.pth")
     with small_inception(tmp_path):
-        alone, _ = reference_stats("cifar10-train", "inception", str(small), str(data_root), CPU, keep=True)
+        alone = open_reference("cifar10-train", "inception", small, data_root, device=CPU, keep=True).stats
     flags = ["--data=cifar10-train", f"--root={data_root}", f"--weights={small}", f"--out={tmp_path}/two.npz"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run_two(tmp_path / "stats.py", *flags, "--features", check=True)
@@ -210,7 +210,7 @@ def test_scores_that_cannot_be_had():
         (["fid", "fid"], digits, 5000, "different ones of fid, kid, is, prc"),
         ([], digits, 5000, "different ones"),
         (["sfid"], inception, 5000, "different ones"),
-        (["kid"], inception, 999, "needs 1000 images, there are 999: give more, or a smaller --kid_subset"),
+        (["kid"], inception, 999, "needs 1000 images, there are 999: give more, or a smaller kid_subset"),
         (["is"], inception, 9, "needs 10 images"),
         (["prc"], inception, 3, "needs 4 images"),
         (["fid"], inception, 1, "needs 2 images"),
@@ -219,7 +219,7 @@ def test_scores_that_cannot_be_had():
             check_metrics(metrics, extractor, num)
     kept = FeatureStats(64, keep=True).update(torch.randn(500, 64))
     check_reference(["kid", "prc"], kept, 500)
-    with pytest.raises(UserError, match="--kid_subset=500 or less"):
+    with pytest.raises(UserError, match="kid_subset=1000: the reference has only 500 images"):
         check_reference(["kid"], kept)
-    with pytest.raises(UserError, match="moments alone"):
+    with pytest.raises(UserError, match="only moments"):
         check_reference(["prc"], FeatureStats(64).update(torch.randn(500, 64)))

@@ -214,7 +214,7 @@ def test_inception_offline_says_what_to_do(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(UserError, match="--weights=FILE"):
+    with pytest.raises(UserError, match=r"fetch https://.* and pass its file as weights"):
         load_extractor("inception")
 
 

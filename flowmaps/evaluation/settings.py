@@ -1,0 +1,81 @@
+"""The settings that a model is sampled with: sampler and time grid, checked against what the model allows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from torch import Tensor
+
+from flowmaps.errors import UserError
+from flowmaps.flow_map import FlowMap
+from flowmaps.generate import check_sampling, labels_for
+from flowmaps.step_sizes import read_schedule
+from samplers import SAMPLERS, Schedule, uniform_times
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to sample: a sampler and the times that it steps through."""
+
+    sampler: str
+    grid: str  # where the times are from: "uniform", "stored" in the checkpoint, a schedule file, or "given"
+    times: Tensor
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return len(self.times) - 1
+
+
+def sampling_settings(
+    fm: FlowMap,
+    steps: Sequence[int],
+    samplers: Sequence[str],
+    schedules: Sequence[str | Schedule] = ("stored",),
+    *,
+    label: int | None = None,
+    guidance: float | None = None,
+    gamma: float = 1.0,
+) -> list[Setting]:
+    """Return every combination of sampler, schedule and step count; refuse what the model was not trained for."""
+    check_choices(steps, samplers, schedules)
+    labels_for(fm.info, 1, label)
+    found = []
+    for sampler, schedule, count in product(samplers, schedules, steps):
+        check_sampling(fm, sampler, count, gamma, guidance)
+        found.append(_setting(fm, sampler, schedule, count, guidance))
+    return found
+
+
+def check_choices(
+    steps: Sequence[int], samplers: Sequence[str], schedules: Sequence[str | Schedule] = ("stored",)
+) -> None:
+    """Refuse choices that no model allows, such as a step count of 0 or an unknown sampler."""
+    if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
+        given = ",".join(map(str, steps))
+        raise UserError("give different whole numbers of at least 1", field="steps", value=given)
+    for field, values in (("sampler", samplers), ("schedule", schedules)):
+        if not values or len(set(values)) < len(values):
+            raise UserError("give at least one, all different", field=field, value=",".join(map(str, values)))
+    if unknown := [name for name in samplers if name not in SAMPLERS]:
+        raise UserError(f"choose from {', '.join(SAMPLERS)}", field="sampler", value=unknown[0])
+
+
+def _setting(fm: FlowMap, sampler: str, schedule: str | Schedule, steps: int, guidance: float | None) -> Setting:
+    if schedule == "stored" and (times := fm.info.times(sampler, steps, guidance)) is not None:
+        return Setting(sampler, "stored", times)
+    if schedule in ("stored", "uniform"):
+        return Setting(sampler, "uniform", uniform_times(steps))
+    name = "given" if isinstance(schedule, Schedule) else schedule
+    schedule = schedule if isinstance(schedule, Schedule) else read_schedule(schedule)
+    if schedule.sampler not in ("", sampler):
+        raise UserError(f"is for sampler={schedule.sampler}, not {sampler}", field="schedule", value=name)
+    if steps not in schedule:
+        raise UserError(
+            f"has no grid of {steps} steps, only {', '.join(map(str, schedule))}: see steps",
+            field="schedule",
+            value=name,
+        )
+    if (schedule.guidance or 1) != (guidance or 1):
+        raise UserError(f"was made with guidance={schedule.guidance}, not {guidance}", field="schedule", value=name)
+    return Setting(sampler, name, schedule[steps])
