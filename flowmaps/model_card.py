@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from flowmaps.markdown import markdown_table
+
 if TYPE_CHECKING:
     from flowmaps.flow_map import FlowMap
 
@@ -107,13 +109,13 @@ def _tables(records: Sequence[Record]) -> Iterator[str]:
     for (metric, num, _), mine in together.items():
         found = {(row["sampler"], row["grid"], row["steps"]): row[metric] for r in mine for row in r["results"]}
         counts = sorted({steps for *_, steps in found})
-        lines = ["| steps | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
-        for sampler, grid in dict.fromkeys(way[:2] for way in found):
+        rows = []
+        for sampler, grid in dict.fromkeys(key[:2] for key in found):
             cells = [f"{found[sampler, grid, k]:.3g}" if (sampler, grid, k) in found else "" for k in counts]
-            lines.append(f"| {sampler}, {grid} steps | " + " | ".join(cells) + " |")
+            rows.append([f"{sampler}, {grid} steps", *cells])
         reference = mine[0]["reference"]
         caption = (
             f"{metric} of {num} samples to {reference['data']} ({reference['split']}, {reference['n']} samples), by"
         )
         commands = "".join(f"\n    python {record['command']}" for record in mine)
-        yield f"{caption}\n{commands}\n\n" + "\n".join(lines)
+        yield f"{caption}\n{commands}\n\n" + markdown_table(["steps", *map(str, counts)], rows)

@@ -195,15 +195,15 @@ def end_errors(
     return [{steps: (total / count) ** 0.5 for steps, total in found.items()} for found in squares]
 
 
-def read_schedule(file: str, field: str = "schedule") -> Schedule:
-    """Read a schedule from a JSON file; ``field`` is the argument that errors name."""
+def read_schedule(file: str) -> Schedule:
+    """Read a schedule from a JSON file, the argument ``schedule`` of errors."""
     try:
         return Schedule.from_json(Path(file).read_bytes())
     except OSError as error:
         reason = f"{error.strerror}: give a file written by schedule.py"
     except ValueError as error:
         reason = f"not a schedule written by schedule.py: {error}"
-    raise UserError(reason, field=field, value=file)
+    raise UserError(reason, field="schedule", value=file)
 
 
 __all__ = ["COSTS", "FINE", "FittedSchedule", "Solution", "costs", "end_errors", "fine_solutions", "fit"]

@@ -10,6 +10,7 @@ from flowmaps import FlowMap, UserError
 from flowmaps.distributed import processes
 from flowmaps.errors import blame, within
 from flowmaps.files import writable_directory, write_file
+from flowmaps.markdown import markdown_table
 from training.config import Config, class_name
 from training.config_rows import Chain
 from training.loop import train_section
@@ -78,11 +79,9 @@ def record(name: str, config: Config, directory: Path, fm: FlowMap) -> dict[str,
 def table(records: list[dict[str, Any]]) -> str:
     """Format the records as a Markdown table, with shortened fingerprints."""
     columns = list(dict.fromkeys(key for row in records for key in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in records:
-        cells = [row.get(key, "") for key in columns]
-        shown = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
-        short = ("init_from", "teacher", "model")
-        shown = [cell[:12] if key in short else cell for key, cell in zip(columns, shown, strict=True)]
-        lines.append("| " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    rows = []
+    for record in records:
+        cells = {key: record.get(key, "") for key in columns}
+        shown = {key: f"{cell:.4g}" if isinstance(cell, float) else str(cell) for key, cell in cells.items()}
+        rows.append([text[:12] if key in ("init_from", "teacher", "model") else text for key, text in shown.items()])
+    return markdown_table(columns, rows)

@@ -7,193 +7,56 @@ options. ``network`` has exactly the arguments of the class that it configures, 
 
 import dataclasses
 import enum
-import inspect
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any
 
 from torch import nn
 
 from flowmaps.errors import UserError, within
 from flowmaps.interpolants import INTERPOLANTS
-from flowmaps.networks import NETWORKS, PRESETS
+from flowmaps.networks import NETWORKS
 from flowmaps.objectives import OBJECTIVES, Objective, TrajectoryObjective
 from flowmaps.posthoc_ema import WIDEST
-from samplers import SAMPLERS
+from training.config_sections import (
+    Best,
+    Data,
+    Decay,
+    Grid,
+    Optim,
+    Optimizer,
+    Precision,
+    Solver,
+    Start,
+    Trajectories,
+    Weight,
+    may_change,
+)
+from training.network_section import NetworkSection, network, preset
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def may_change(default: T) -> T:
-    """Declare a field that may differ when a run resumes, since it does not change the steps already done."""
-    return field(default=default, metadata={"may_change": True})
-
-
-class Optimizer(enum.Enum):
-    radam = "radam"
-    adamw = "adamw"
-
-
-class Decay(enum.Enum):
-    constant = "constant"
-    cosine = "cosine"  # to zero at the last step
-    linear = "linear"  # to zero at the last step
-    inverse_sqrt = "inverse_sqrt"  # lr / sqrt(max(step / decay_start, 1))
-
-
-class Precision(enum.Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"  # autocast of the primal; derivatives stay float32
-
-
-@dataclass
-class Data:
-    name: str = (
-        "digits"  # a name in flowmaps.data.DATASETS; folder or zip for your own images; prepared, by prepare_data
-    )
-    root: str = may_change("data")  # directory of the data set's files; the folder, zip file or prepared set
-    download: bool = may_change(False)  # fetch the files into root first
-    workers: int = may_change(0)  # processes that read ahead; 0: read between the steps
-    skip_corrupt: bool = False  # skip unreadable image files instead of refusing the folder
-    flip: bool = False  # mirror half of the images
-    label_dropout: float = 0.0  # share of rows trained without their label, for "no label" and guidance
-    vae: str = ""  # decoder of latents, a directory or hub id; empty: the VAE that encoded them
-    latent_shift: tuple[float, ...] = ()  # a sample is scale (z - shift) of a latent z, one number per channel; empty:
-    latent_scale: tuple[float, ...] = ()  # as in the VAE's config
-    augment: float = 0.0  # probability of each of EDM's transforms; the network needs augment_dim=9
-
-
-@dataclass
-class Optim:
-    name: Optimizer = Optimizer.radam
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    clip: float = 1.0  # global norm of the gradient
-    spike: float = 0.0  # skip a step whose gradient norm exceeds this multiple of the recent median; 0 disables
-    warmup: int = 100  # steps of linear warm-up
-    decay: Decay = Decay.constant
-    decay_start: int = 35_000  # steps, for inverse_sqrt
-
-
-@dataclass
-class Weight:
-    learned: bool = False  # log-variance weight w(s, t)
-    limit: float = 2.0  # |w| stays below this
-
-
-@dataclass
-class Best:
-    """Keep the model with the lowest ``metric`` in checkpoints/best."""
-
-    metric: str = may_change("")  # FID, FD-digits, FD-fashion_mnist; for points W2 or KL; empty: keep none
-    steps: int = may_change(1)  # sampling steps
-    num: int = may_change(2000)  # samples
-    every: int = may_change(5000)  # training steps between two scores
-    reference: str = may_change("")  # statistics file of stats.py; empty: the training data
-    weights: str = may_change("")  # weight file of the extractor
-
-
-if TYPE_CHECKING:
-
-    class Solver(enum.Enum):  # a type checker needs the members that config files name
-        euler = "euler"
-        heun = "heun"
-        dpm_solver = "dpm_solver"
-else:
-    Solver = enum.Enum("Solver", {k: k for k, row in SAMPLERS.items() if row.of == "drift"}, module=__name__)
-
-
-class Grid(enum.Enum):
-    uniform = "uniform"  # from ``low`` to 1
-    log_snr = "log_snr"  # uniform in log(signal / noise) from ``low`` to ``high``, and a last step to 1
-    given = "given"  # ``times``
-
-
-class Start(enum.Enum):
-    """The first state of a trajectory, at time ``low``."""
-
-    noise = "noise"  # noise alone
-    data = "data"  # the path's point between noise and an image
-
-
-@dataclass
-class Trajectories:
-    """The solver paths of a teacher, which ``mid_training`` and ``straightening`` learn from."""
-
-    solver: Solver = Solver.heun
-    steps: int = 16
-    grid: Grid = Grid.uniform
-    low: float = 0.0
-    high: float = 0.996  # for log_snr
-    times: tuple[float, ...] = ()  # for given: increasing, from at least 0 to 1
-    start: Start = Start.noise
-    substeps: int = 1  # solver steps per step; the states between are not kept
-    files: str = may_change("")  # directory that prepare_data.py wrote; empty: integrate the drift in each step
-
-
-@dataclass
-class NetworkSection:
-    """A network class and the arguments of its constructor; ``network`` makes a subclass with these as fields."""
-
-    network_class = nn.Module  # not annotated, so not a field
-
-    def options(self) -> dict[str, Any]:
-        """Return the arguments by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-    if TYPE_CHECKING:  # the fields exist at run time only
-
-        def __getattr__(self, name: str) -> Any: ...
-
-        def __setattr__(self, name: str, value: Any) -> None: ...
-
-    else:
-
-        def __setattr__(self, name, value):
-            if name not in {f.name for f in dataclasses.fields(self)}:
-                raise UserError(f"{self.network_class.__name__} has no such option", field=f"network.{name}")
-            super().__setattr__(name, value)
-
-
-def network(cls: Callable[P, nn.Module], *args: P.args, **options: P.kwargs) -> NetworkSection:
-    """Describe a network in a config: ``network(UNet, image_size=32, width=64)``.
-
-    Args:
-        cls: A network of ``flowmaps.networks``, or your own (``flowmaps.networks.Network`` says what it must offer).
-        args: Positional arguments of its constructor.
-        options: Keyword arguments of its constructor. All remain fields, as in ``config.network.width = 32``.
-
-    Raises:
-        UserError: The constructor does not have one of the options, or an option without default is missing.
-    """
-    made = _section_class(typing.cast(type[nn.Module], cls))
-    try:
-        given = inspect.signature(cls).bind(*args, **options).arguments
-    except TypeError as error:
-        raise UserError(f"{made.network_class.__name__}: {error}", field="network") from None
-    return made(**given)
-
-
-def _section_class(cls: type[nn.Module]) -> type[NetworkSection]:
-    hints = typing.get_type_hints(inspect.unwrap(cls.__init__))
-    fields: list[Any] = [
-        (p.name, hints.get(p.name, Any), field() if p.default is p.empty else field(default=p.default))
-        for p in inspect.signature(cls).parameters.values()
-    ]
-    made: Any = dataclasses.make_dataclass(f"{cls.__name__}Section", fields, bases=(NetworkSection,), kw_only=True)
-    made.network_class = cls
-    return typing.cast(type[NetworkSection], made)
-
-
-def preset(name: str, **changes: Any) -> NetworkSection:
-    """Describe the network ``name`` of ``flowmaps.networks.PRESETS``, with ``changes`` to its arguments."""
-    found = PRESETS[name]
-    cls: Callable[..., nn.Module] = NETWORKS[found.network]
-    return network(cls, **{**found.options, **changes})
+__all__ = [
+    "WIDEST",
+    "Best",
+    "Config",
+    "Data",
+    "Decay",
+    "Grid",
+    "NetworkSection",
+    "Optim",
+    "Optimizer",
+    "Precision",
+    "Solver",
+    "Start",
+    "Trajectories",
+    "Weight",
+    "build_network",
+    "build_objective",
+    "class_name",
+    "network",
+    "plain",
+    "preset",
+]
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from flowmaps import FlowMap, UserError
 from flowmaps.errors import blame
+from flowmaps.networks import NETWORKS
 from flowmaps.objectives import Objective
 from flowmaps.run_weights import run_weights
 from training.config import Config, class_name
@@ -15,10 +16,11 @@ from training.config import Config, class_name
 MAY_DIFFER = {"dropout", "guidance"}  # arguments of the network whose weights a run starts from
 
 
-def load_flow_map(field: str, source: str) -> FlowMap:
-    """Load the checkpoint that the config's ``field`` names."""
+def load_flow_map(field: str, source: str, config: Config) -> FlowMap:
+    """Load the checkpoint that the config's ``field`` names; it may have the config's own class of network."""
     with blame(field, source):
-        return FlowMap.from_pretrained(source)
+        own = config.network.network_class
+        return FlowMap.from_pretrained(source, None if own in NETWORKS.values() else own)
 
 
 def init_from_checkpoint(config: Config, fm: FlowMap) -> str:
@@ -32,7 +34,7 @@ def init_from_checkpoint(config: Config, fm: FlowMap) -> str:
         UserError: The checkpoint has a network of another class, other arguments, another path or another scaling of
             its latents.
     """
-    start = load_flow_map("init_from", config.init_from)
+    start = load_flow_map("init_from", config.init_from, config)
     if config.init_ema:
         with blame("init_ema", config.init_ema):
             start.network.load_state_dict(run_weights(config.init_from, config.init_ema))
@@ -92,7 +94,7 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
         raise refused(f"{class_name(objective)} does not use a teacher: leave it out")
     if objective.teacher_ema:
         raise refused("this objective already uses its own average as teacher: set objective.teacher_ema=0")
-    teacher = load_flow_map("teacher", config.teacher)
+    teacher = load_flow_map("teacher", config.teacher, config)
     for name, theirs, ours in (
         ("samples of shape", teacher.info.shape, fm.info.shape),
         ("num_classes", teacher.info.num_classes, fm.info.num_classes),

@@ -17,8 +17,8 @@ from flowmaps.data.shards import start_writing, write_missing
 from flowmaps.errors import UserError, blame, within
 from flowmaps.objectives import TrajectoryObjective
 from flowmaps.rng import generator
-from samplers import Trajectory, check_times, log_snr_times, trajectory, uniform_times
-from training.config import Config, Grid, Solver, Start, Trajectories, class_name
+from samplers import SAMPLERS, Trajectory, check_times, log_snr_times, trajectory, uniform_times
+from training.config import Config, Grid, Start, Trajectories, class_name
 
 
 def trajectory_times(options: Trajectories) -> Tensor:
@@ -67,8 +67,9 @@ class TrajectorySolver:
     options: Trajectories
 
     def __post_init__(self) -> None:
-        if self.options.solver is Solver.dpm_solver and self.teacher.interpolant_name != "linear":
-            raise UserError("requires the linear interpolant: choose heun", field="solver", value="dpm_solver")
+        if SAMPLERS[self.options.solver.name].linear and self.teacher.interpolant_name != "linear":
+            reason = "requires the linear interpolant: choose heun"
+            raise UserError(reason, field="solver", value=self.options.solver.name)
 
     def __call__(self, x0: Tensor, x1: Tensor | None = None, label: Tensor | None = None) -> Trajectory:
         """Start from noise ``x0`` [B, ...] and, with start=data, data ``x1`` [B, ...]; no gradient is kept."""

@@ -4,62 +4,138 @@ Metrics that compare single images need the features themselves (``FeatureStats(
 precision and recall are defined on Inception features only; torch-fidelity's functions compute them, at its settings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.metrics.extractors import POINTS, Extractor
 from flowmaps.metrics.points import board_kl
 from flowmaps.metrics.stats import FeatureStats, check_comparable, frechet_distance
 
-METRICS = {
-    "fid": "Fréchet distance of the features' Gaussians (Heusel et al. 2017, arXiv 1706.08500); lower is better",
-    "kid": "squared MMD, cubic kernel, mean and deviation over subsets (Binkowski et al. 2018, arXiv 1801.01401)",
-    "is": "Inception Score, mean and deviation over 10 splits (Salimans et al. 2016, arXiv 1606.03498)",
-    "prc": "precision and recall by 3 nearest neighbours (Kynkäänniemi et al. 2019, arXiv 1904.06991)",
-}
-KL = "kl"  # the only metric of points: KL(data || model) on a grid (flowmaps.metrics.board_kl)
 KID_SUBSETS, KID_SUBSET = 100, 1000
 SEED = 2020  # of KID's subsets and of the Inception Score's splits
 NEIGHBOURS = 3
 SPLITS = 10
 
 
+class Sets(NamedTuple):
+    """What a metric compares: statistics of the samples and of the reference, and single features where kept."""
+
+    ours: FeatureStats
+    reference: FeatureStats
+    extractor: Extractor
+    kid_subset: int
+    device: torch.device | str
+
+    @property
+    def features(self) -> Tensor:
+        """Features [n, dim] of the samples."""
+        if self.ours.features is None or not len(self.ours.features):
+            raise ValueError("this metric needs the features: use FeatureStats(keep=True)")
+        return self.ours.features
+
+    @property
+    def real(self) -> Tensor:
+        """Features [m, dim] of the reference."""
+        return torch.empty(0) if self.reference.features is None else self.reference.features
+
+
+def _fid(sets: Sets) -> dict[str, float]:
+    return {sets.extractor.metric: frechet_distance(sets.ours, sets.reference)}
+
+
+def _kl(sets: Sets) -> dict[str, float]:
+    return {sets.extractor.metric: board_kl(sets.features)}
+
+
+def _kid(sets: Sets) -> dict[str, float]:
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    options = {"kid_subsets": KID_SUBSETS, "kid_subset_size": sets.kid_subset, "rng_seed": SEED, "verbose": False}
+    kid = kid_features_to_metric(sets.features, sets.real, **options)
+    return {"KID": kid["kernel_inception_distance_mean"], "KID std": kid["kernel_inception_distance_std"]}
+
+
+def _inception_score(sets: Sets) -> dict[str, float]:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    assert sets.extractor.logits is not None  # check_metrics
+    logits = sets.extractor.logits(sets.features).cpu()
+    isc = isc_features_to_metric(logits, splits=SPLITS, shuffle=True, rng_seed=SEED)
+    return {"IS": isc["inception_score_mean"], "IS std": isc["inception_score_std"]}
+
+
+def _precision_recall(sets: Sets) -> dict[str, float]:
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    options = {"prc_neighborhood": NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
+    prc = prc_features_to_metric(sets.features.to(sets.device), sets.real.to(sets.device), **options)
+    return {name: prc[name] for name in ("precision", "recall")}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of ``METRICS``: a function of two sets' features, and what it needs of them."""
+
+    compute: Callable[[Sets], dict[str, float]]  # values by the names under which they are reported
+    least: int | None  # fewest samples that it is defined on; None: those of one KID subset
+    features: bool = False  # needs single features of the samples, not only their moments
+    reference_features: bool = False  # needs single features of the reference
+    of: str = "inception"  # the features that it is defined on: "inception", "images" (any extractor) or "points"
+
+
+METRICS = {
+    # Fréchet distance of the features' Gaussians: Heusel et al. 2017 (arXiv 1706.08500)
+    "fid": Metric(_fid, 2, of="images"),
+    # Squared MMD, cubic kernel, mean and deviation over subsets: Binkowski et al. 2018 (arXiv 1801.01401)
+    "kid": Metric(_kid, None, features=True, reference_features=True),
+    # Inception Score, mean and deviation over 10 splits: Salimans et al. 2016 (arXiv 1606.03498)
+    "is": Metric(_inception_score, SPLITS, features=True),
+    # Precision and recall by 3 nearest neighbours: Kynkäänniemi et al. 2019 (arXiv 1904.06991)
+    "prc": Metric(_precision_recall, NEIGHBOURS + 1, features=True, reference_features=True),
+    # KL(data || model) on a grid, the only metric of points: flowmaps.metrics.board_kl
+    "kl": Metric(_kl, 2, features=True, of="points"),
+}
+
+
 def distance_of(extractor: Extractor) -> str:
     """Return the metric that ``extractor.metric`` names, which a gate judges."""
-    return KL if extractor.origin.extractor == POINTS else "fid"
+    return "kl" if extractor.origin.extractor == POINTS else "fid"
 
 
 def needs_features(metrics: Sequence[str]) -> bool:
     """Tell whether ``metrics`` need the samples' features besides their moments."""
-    return bool({"kid", "is", "prc", KL} & set(metrics))
+    return any(METRICS[name].features for name in metrics if name in METRICS)
 
 
 def needs_reference_features(metrics: Sequence[str]) -> bool:
     """Tell whether ``metrics`` need the reference's features besides its moments."""
-    return bool({"kid", "prc"} & set(metrics))
+    return any(METRICS[name].reference_features for name in metrics if name in METRICS)
 
 
 def check_metrics(metrics: Sequence[str], extractor: Extractor, num: int, kid_subset: int = KID_SUBSET) -> None:
     """Refuse metrics that ``num`` images and this extractor cannot give."""
-    given = ",".join(metrics)
-    if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= {*METRICS, KL}:
-        raise UserError(f"give different ones of {', '.join([*METRICS, KL])}", field="metrics", value=given)
-    only, name = distance_of(extractor), extractor.origin.extractor
-    if extractor.logits is None and set(metrics) != {only}:
+    given, extractor_name = ",".join(metrics), extractor.origin.extractor
+    if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= set(METRICS):
+        raise UserError(f"give different ones of {', '.join(METRICS)}", field="metrics", value=given)
+    kinds = {"points"} if extractor_name == POINTS else {"images", "inception"} if extractor.logits else {"images"}
+    allowed = [name for name, metric in METRICS.items() if metric.of in kinds]
+    if not set(metrics) <= set(allowed):
         raise UserError(
-            f"only {only} is defined on the features of {name}, the others need extractor=inception",
+            f"only {', '.join(allowed)} {'is' if len(allowed) == 1 else 'are'} defined on the features of "
+            f"{extractor_name}: kl is for points, and kid, is and prc need the extractor inception",
             field="metrics",
             value=given,
         )
-    if extractor.logits is not None and KL in metrics:
-        raise UserError(f"kl is for points, the extractor {name} for images", field="metrics", value=given)
-    least = {"fid": 2, "kid": kid_subset, "is": SPLITS, "prc": NEIGHBOURS + 1, KL: 2}
     for name in metrics:
-        if num < least[name]:
-            remedy = "give more, or a smaller kid_subset" if name == "kid" else "give more"
-            raise UserError(f"needs {least[name]} images, there are {num}: {remedy}", field="metrics", value=name)
+        least = METRICS[name].least
+        least, remedy = (kid_subset, "give more, or a smaller kid_subset") if least is None else (least, "give more")
+        if num < least:
+            raise UserError(f"needs {least} images, there are {num}: {remedy}", field="metrics", value=name)
 
 
 def check_reference(metrics: Sequence[str], reference: FeatureStats, kid_subset: int = KID_SUBSET) -> None:
@@ -92,7 +168,7 @@ def scores(
         ours: Statistics of the samples' features; kept features where ``needs_features``.
         reference: Statistics of the reference's features, from the same extractor.
         extractor: The extractor of both.
-        metrics: Keys of ``METRICS``, or ``"kl"`` for points.
+        metrics: Keys of ``METRICS``.
         kid_subset: Images in each of KID's subsets.
         device: Where the nearest neighbours of precision and recall are found.
 
@@ -105,31 +181,7 @@ def scores(
     check_metrics(metrics, extractor, ours.n or 0, kid_subset)
     check_reference(metrics, reference, kid_subset)
     check_comparable(ours, reference)
-    found: dict[str, float] = {}
-    if "fid" in metrics:
-        found[extractor.metric] = frechet_distance(ours, reference)
-    features, real = (torch.empty(0) if stats.features is None else stats.features for stats in (ours, reference))
-    if needs_features(metrics) and not len(features):
-        raise ValueError("these metrics need the features: use FeatureStats(keep=True)")
-    if KL in metrics:
-        found[extractor.metric] = board_kl(features)
-    if "kid" in metrics:
-        from torch_fidelity.metric_kid import kid_features_to_metric
-
-        kid = kid_features_to_metric(
-            features, real, kid_subsets=KID_SUBSETS, kid_subset_size=kid_subset, rng_seed=SEED, verbose=False
-        )
-        found |= {"KID": kid["kernel_inception_distance_mean"], "KID std": kid["kernel_inception_distance_std"]}
-    if "is" in metrics and extractor.logits is not None:
-        from torch_fidelity.metric_isc import isc_features_to_metric
-
-        isc = isc_features_to_metric(extractor.logits(features).cpu(), splits=SPLITS, shuffle=True, rng_seed=SEED)
-        found |= {"IS": isc["inception_score_mean"], "IS std": isc["inception_score_std"]}
-    if "prc" in metrics:
-        from torch_fidelity.metric_prc import prc_features_to_metric
-
-        prc = prc_features_to_metric(
-            features.to(device), real.to(device), prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False
-        )
-        found |= {name: prc[name] for name in ("precision", "recall")}
-    return found
+    sets = Sets(ours, reference, extractor, kid_subset, device)
+    return {
+        name: value for metric in METRICS if metric in metrics for name, value in METRICS[metric].compute(sets).items()
+    }

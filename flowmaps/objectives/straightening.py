@@ -55,7 +55,7 @@ class Straightening(TrajectoryObjective):
         """
         if not self.schedule:
             return Schedule.uniform(*self.steps)
-        stored = read_schedule(self.schedule, "schedule")
+        stored = read_schedule(self.schedule)
         if missing := [steps for steps in self.steps if steps not in stored]:
             have = ", ".join(map(str, stored))
             raise UserError(f"schedule={self.schedule} has {have} steps", field="steps", value=missing[0])

@@ -1,0 +1,116 @@
+"""The sections of a config but for network and objective: data, optimiser, weight, best model, trajectories."""
+# No `from __future__ import annotations` here: ml_collections reads the annotations as types.
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from samplers import SAMPLERS
+
+T = TypeVar("T")
+
+
+def may_change(default: T) -> T:
+    """Declare a field that may differ when a run resumes, since it does not change the steps already done."""
+    return field(default=default, metadata={"may_change": True})
+
+
+class Optimizer(enum.Enum):
+    radam = "radam"
+    adamw = "adamw"
+
+
+class Decay(enum.Enum):
+    constant = "constant"
+    cosine = "cosine"  # to zero at the last step
+    linear = "linear"  # to zero at the last step
+    inverse_sqrt = "inverse_sqrt"  # lr / sqrt(max(step / decay_start, 1))
+
+
+class Precision(enum.Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"  # autocast of the primal; derivatives stay float32
+
+
+@dataclass
+class Data:
+    name: str = "digits"  # a name in flowmaps.data.DATASETS; folder or zip (your own images); prepared (prepare_data)
+    root: str = may_change("data")  # directory of the data set's files; the folder, zip file or prepared set
+    download: bool = may_change(False)  # fetch the files into root first
+    workers: int = may_change(0)  # processes that read ahead; 0: read between the steps
+    skip_corrupt: bool = False  # skip unreadable image files instead of refusing the folder
+    flip: bool = False  # mirror half of the images
+    label_dropout: float = 0.0  # share of rows trained without their label, for "no label" and guidance
+    vae: str = ""  # decoder of latents, a directory or hub id; empty: the VAE that encoded them
+    latent_shift: tuple[float, ...] = ()  # a sample is scale (z - shift) of a latent z, one number per channel; empty:
+    latent_scale: tuple[float, ...] = ()  # as in the VAE's config
+    augment: float = 0.0  # probability of each of EDM's transforms; the network needs augment_dim=9
+
+
+@dataclass
+class Optim:
+    name: Optimizer = Optimizer.radam
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0  # global norm of the gradient
+    spike: float = 0.0  # skip a step whose gradient norm exceeds this multiple of the recent median; 0 disables
+    warmup: int = 100  # steps of linear warm-up
+    decay: Decay = Decay.constant
+    decay_start: int = 35_000  # steps, for inverse_sqrt
+
+
+@dataclass
+class Weight:
+    learned: bool = False  # log-variance weight w(s, t)
+    limit: float = 2.0  # |w| stays below this
+
+
+@dataclass
+class Best:
+    """Keep the model with the lowest ``metric`` in checkpoints/best."""
+
+    metric: str = may_change("")  # FID, FD-digits, FD-fashion_mnist; for points W2 or KL; empty: keep none
+    steps: int = may_change(1)  # sampling steps
+    num: int = may_change(2000)  # samples
+    every: int = may_change(5000)  # training steps between two scores
+    reference: str = may_change("")  # statistics file of stats.py; empty: the training data
+    weights: str = may_change("")  # weight file of the extractor
+
+
+if TYPE_CHECKING:
+
+    class Solver(enum.Enum):  # a type checker needs the members that config files name
+        euler = "euler"
+        heun = "heun"
+        dpm_solver = "dpm_solver"
+else:
+    Solver = enum.Enum("Solver", {k: k for k, row in SAMPLERS.items() if row.of == "drift"}, module=__name__)
+
+
+class Grid(enum.Enum):
+    uniform = "uniform"  # from ``low`` to 1
+    log_snr = "log_snr"  # uniform in log(signal / noise) from ``low`` to ``high``, and a last step to 1
+    given = "given"  # ``times``
+
+
+class Start(enum.Enum):
+    """The first state of a trajectory, at time ``low``."""
+
+    noise = "noise"  # noise alone
+    data = "data"  # the path's point between noise and an image
+
+
+@dataclass
+class Trajectories:
+    """The solver paths of a teacher, which ``mid_training`` and ``straightening`` learn from."""
+
+    solver: Solver = Solver.heun
+    steps: int = 16
+    grid: Grid = Grid.uniform
+    low: float = 0.0
+    high: float = 0.996  # for log_snr
+    times: tuple[float, ...] = ()  # for given: increasing, from at least 0 to 1
+    start: Start = Start.noise
+    substeps: int = 1  # solver steps per step; the states between are not kept
+    files: str = may_change("")  # directory that prepare_data.py wrote; empty: integrate the drift in each step

@@ -1,0 +1,77 @@
+"""The section of a config that describes a network: its class and the arguments of the constructor."""
+# No `from __future__ import annotations` here: ml_collections reads the annotations as types.
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+from torch import nn
+
+from flowmaps.errors import UserError
+from flowmaps.networks import NETWORKS, PRESETS
+
+P = ParamSpec("P")
+
+
+@dataclass
+class NetworkSection:
+    """A network class and the arguments of its constructor; ``network`` makes a subclass with these as fields."""
+
+    network_class = nn.Module  # not annotated, so not a field
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    if TYPE_CHECKING:  # the fields exist at run time only
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    else:
+
+        def __setattr__(self, name, value):
+            if name not in {f.name for f in dataclasses.fields(self)}:
+                raise UserError(f"{self.network_class.__name__} has no such option", field=f"network.{name}")
+            super().__setattr__(name, value)
+
+
+def network(cls: Callable[P, nn.Module], *args: P.args, **options: P.kwargs) -> NetworkSection:
+    """Describe a network in a config: ``network(UNet, image_size=32, width=64)``.
+
+    Args:
+        cls: A network of ``flowmaps.networks``, or your own (``flowmaps.networks.Network`` says what it must offer).
+        args: Positional arguments of its constructor.
+        options: Keyword arguments of its constructor. All remain fields, as in ``config.network.width = 32``.
+
+    Raises:
+        UserError: The constructor does not have one of the options, or an option without default is missing.
+    """
+    made = _section_class(typing.cast(type[nn.Module], cls))
+    try:
+        given = inspect.signature(cls).bind(*args, **options).arguments
+    except TypeError as error:
+        raise UserError(f"{made.network_class.__name__}: {error}", field="network") from None
+    return made(**given)
+
+
+def _section_class(cls: type[nn.Module]) -> type[NetworkSection]:
+    hints = typing.get_type_hints(inspect.unwrap(cls.__init__))
+    fields: list[Any] = [
+        (p.name, hints.get(p.name, Any), field() if p.default is p.empty else field(default=p.default))
+        for p in inspect.signature(cls).parameters.values()
+    ]
+    made: Any = dataclasses.make_dataclass(f"{cls.__name__}Section", fields, bases=(NetworkSection,), kw_only=True)
+    made.network_class = cls
+    return typing.cast(type[NetworkSection], made)
+
+
+def preset(name: str, **changes: Any) -> NetworkSection:
+    """Describe the network ``name`` of ``flowmaps.networks.PRESETS``, with ``changes`` to its arguments."""
+    found = PRESETS[name]
+    cls: Callable[..., nn.Module] = NETWORKS[found.network]
+    return network(cls, **{**found.options, **changes})
