@@ -103,7 +103,7 @@ def check_output(out: str) -> Path:
     """Check, before any work, that ``out`` is new or an exported directory, to be replaced; return its path."""
     path = Path(out)
     if path.exists() and any(path.iterdir() if path.is_dir() else [path]) and not (path / INDEX).exists():
-        raise UserError("exists and is not an exported model: choose another path", field="out", value=path)
+        raise UserError("not an exported model: choose another path", field="out", value=path)
     return path
 
 

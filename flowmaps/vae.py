@@ -51,7 +51,7 @@ def open_vae(source: str, dtype: torch.dtype = torch.float32) -> "AutoencoderKL"
     with blame("vae", source):
         folder = vae_directory(source if Path(source).is_dir() else from_hub(source, wanted))
         if folder is None:
-            raise UserError("has no AutoencoderKL (config.json of that class, or vae/ with one)")
+            raise UserError("no AutoencoderKL there (config.json of that class, or vae/ with one)")
     try:
         if not (folder / FILES[1]).is_file():
             raise FileNotFoundError(f"no {FILES[1]}")

@@ -53,7 +53,7 @@ def micro_batch_size(config: Config, processes: int) -> int:
     """Return the number of images in one micro-step of one process."""
     if config.batch % (processes * config.accumulate):
         raise UserError(
-            f"is not divisible by {processes} processes x accumulate={config.accumulate}",
+            f"not divisible by {processes} processes x accumulate={config.accumulate}",
             field="batch",
             value=config.batch,
         )
@@ -83,7 +83,7 @@ def scaled(config: Config, data: DataSet) -> DataSet:
     given = {name: value for name, value in given.items() if value}
     if not isinstance(data, Latents):
         if given:
-            raise UserError(f"is for latents, {config.data.name} has none", field=f"data.{next(iter(given))}")
+            raise UserError(f"only for latents, {config.data.name} has none", field=f"data.{next(iter(given))}")
         return data
     channels = data.shape[0]
     for name in ("latent_shift", "latent_scale"):
@@ -97,7 +97,7 @@ def _check_augmentation(config: Config, made: DataSet) -> None:
     data = config.data
     if (data.flip or data.augment) and (len(made.shape) != 3 or isinstance(made, Latents)):
         kind = "latents (of mirror images too, if prepared with flip)" if len(made.shape) == 3 else "points"
-        raise UserError(f"is for images, {data.name} has {kind}", field="data.flip" if data.flip else "data.augment")
+        raise UserError(f"only for images, {data.name} has {kind}", field="data.flip" if data.flip else "data.augment")
     wanted, room = (PARAMETERS if data.augment else 0), getattr(config.network, "augment_dim", 0)
     if wanted != room and (wanted or not config.init_from):  # weights may know augmentation that this run leaves out
         raise UserError(
@@ -113,7 +113,7 @@ def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int, **f
     if hasattr(wants, "dim") or hasattr(wants, "image_size"):
         expected = (wants.dim,) if hasattr(wants, "dim") else (wants.channels, wants.image_size, wants.image_size)
         if expected != shape:
-            raise UserError(f"is made for samples of shape {expected}, {config.data.name} has {shape}", "network")
+            raise UserError(f"made for samples of shape {expected}, {config.data.name} has {shape}", "network")
     classes = num_classes if getattr(wants, "num_classes", 0) else 0
     if classes and wants.num_classes != num_classes:
         raise UserError(f"{config.data.name} has {num_classes}", field="network.num_classes", value=wants.num_classes)

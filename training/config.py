@@ -138,7 +138,7 @@ class Config:
                 raise UserError("must be positive and finite", field=name, value=attrgetter(name)(self))
         for name in ("data.augment", "data.label_dropout"):
             if not 0 <= attrgetter(name)(self) <= 1:
-                raise UserError("is a probability, from 0 to 1", field=name, value=attrgetter(name)(self))
+                raise UserError("a probability must lie in [0, 1]", field=name, value=attrgetter(name)(self))
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
             raise UserError("must be two numbers in [0, 1)", field="optim.betas", value=self.optim.betas)
         if self.optim.spike and not 1 < self.optim.spike < float("inf"):

@@ -25,7 +25,7 @@ def main() -> None:
     from flowmaps.importers import FORMATS, import_checkpoint
 
     if FORMAT.value is None:
-        raise UserError(f"--format is missing: choose one of {', '.join(FORMATS)}")
+        raise UserError(f"missing, choose one of {', '.join(FORMATS)}", field="format")
     src, out = Path(required(SRC, "edm-cifar10-32x32-cond-vp.pkl")), check_output(required(OUT, "teachers/edm"))
     fm = import_checkpoint(FORMAT.value, src)
     with blame("out", out):

@@ -55,7 +55,7 @@ def required(flag: flags.FlagHolder[str | None], example: str) -> str:
         UserError: The flag was not given; the message shows ``example``.
     """
     if flag.value is None:
-        raise UserError(f"--{flag.name} is missing: e.g. --{flag.name}={example}")
+        raise UserError(f"missing, e.g. --{flag.name}={example}", field=flag.name)
     return flag.value
 
 

@@ -39,8 +39,7 @@ def main() -> None:
     if DOWNLOAD.value and not everyone.rank:
         download(built_in(data) or data, ROOT.value)
     everyone.barrier()
-    with blame("data", data):
-        images = open_for_scoring(data, ROOT.value, SIZE.value, SKIP_CORRUPT.value, everyone)
+    images = open_for_scoring(data, ROOT.value, SIZE.value, SKIP_CORRUPT.value, everyone)
     stats = cached_stats(images, extractor, FEATURES.value, everyone)
     if not everyone.rank:
         stats.save(out)

@@ -108,7 +108,7 @@ def _open_format(name: str, root: Path, size: int | None, skip_corrupt: bool) ->
     if name == "prepared":
         return _open_prepared(root)
     if prepared_kind(root):
-        raise UserError("is a set of prepare_data.py: set name=prepared", field="root", value=root)
+        raise UserError("a set written by prepare_data.py: set name=prepared", field="root", value=root)
     if root.exists() and root.is_dir() != (name == "folder"):
         raise UserError(f"{root} is not a {name}: choose folder or zip", field="name", value=name)
     return open_images(root, size, skip_corrupt)
@@ -117,7 +117,7 @@ def _open_format(name: str, root: Path, size: int | None, skip_corrupt: bool) ->
 def _open_prepared(root: Path) -> DataSet:
     kind = prepared_kind(root) or PreparedImages  # whose error says what is missing
     if kind is TrajectoryFiles:
-        raise UserError("has trajectories: set trajectories.files for those", field="root", value=root)
+        raise UserError("holds trajectories: set trajectories.files for those", field="root", value=root)
     return kind.open(root)
 
 

@@ -137,7 +137,7 @@ def evaluate(
         if not seeds:
             raise UserError("give at least one", field="seeds", value="()")
     if isinstance(reference, Reference) and (extractor or weights):
-        raise UserError("is that of the Reference: leave it out", field="extractor" if extractor else "weights")
+        raise UserError("the Reference already has one: leave it out", field="extractor" if extractor else "weights")
     if not isinstance(reference, Reference):
         keep = needs_reference_features(metrics)
         reference = open_reference(reference, extractor, weights, root, keep=keep, team=team)
@@ -199,7 +199,7 @@ def _check(
         check_comparable(FeatureStats(extractor.dim, origin), stats)
         check_reference(metrics, stats, kid_subset)
     if memorisation and extractor.origin.extractor == POINTS:
-        raise UserError("is for images, not points", field="memorisation")
+        raise UserError("only for images, not points", field="memorisation")
     if memorisation and not data:
         raise UserError("needs a data set with a held-out split as reference", field="memorisation")
 

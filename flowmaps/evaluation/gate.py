@@ -40,7 +40,7 @@ def read_record(file: str | Path) -> Record:
         reason = f"{error.strerror}: give a file that fid.py --json wrote"
         raise UserError(reason, field="record", value=file) from None
     except (ValueError, KeyError, TypeError) as error:
-        reason = f"is not a record of fid.py --json ({error!r}): write it again"
+        reason = f"not a record of fid.py --json ({error!r}): write it again"
         raise UserError(reason, field="record", value=file) from None
     return found
 

@@ -79,9 +79,8 @@ def open_reference(
     shapes = npz_shapes(source, REMEDY) if Path(source).is_file() and source.endswith(".npz") else {}
     only_images = "mu" not in shapes and {"samples", "arr_0"} & shapes.keys()
     if only_images or not source.endswith((".npz", ".pkl")):
+        images = open_for_scoring(source, root, team=team)  # refused before an extractor is downloaded
         chosen = pick_extractor(extractor, weights, source, device)
-        with blame("reference", source):
-            images = open_for_scoring(source, root, team=team)
         return Reference(cached_stats(images, chosen, keep, team), chosen, built_in(source))
     stats = FeatureStats.load(source)
     chosen = _extractor_of(stats, source, extractor, weights, device)
@@ -168,7 +167,8 @@ def open_images(images: Tensor | str | Path | DataSet, root: str | Path = "data"
         return ArrayData(images)
     if isinstance(images, str | Path):
         with blame("samples", images):
-            return open_for_scoring(images, root, team=team)
+            check_source(images)
+        return open_for_scoring(images, root, team=team)
     return images
 
 

@@ -69,7 +69,7 @@ def _setting(fm: FlowMap, sampler: str, schedule: str | Schedule, steps: int, gu
     name = "given" if isinstance(schedule, Schedule) else schedule
     schedule = schedule if isinstance(schedule, Schedule) else read_schedule(schedule)
     if schedule.sampler not in ("", sampler):
-        raise UserError(f"is for sampler={schedule.sampler}, not {sampler}", field="schedule", value=name)
+        raise UserError(f"made for sampler={schedule.sampler}, not {sampler}", field="schedule", value=name)
     if steps not in schedule:
         raise UserError(
             f"has no grid of {steps} steps, only {', '.join(map(str, schedule))}: see steps",
@@ -77,5 +77,5 @@ def _setting(fm: FlowMap, sampler: str, schedule: str | Schedule, steps: int, gu
             value=name,
         )
     if (schedule.guidance or 1) != (guidance or 1):
-        raise UserError(f"was made with guidance={schedule.guidance}, not {guidance}", field="schedule", value=name)
+        raise UserError(f"made with guidance={schedule.guidance}, not {guidance}", field="schedule", value=name)
     return Setting(sampler, name, schedule[steps])

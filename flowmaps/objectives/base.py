@@ -62,7 +62,7 @@ class Objective:
             if not all(math.isfinite(n) for n in numbers if isinstance(n, float)):
                 raise UserError("must be finite", field=f.name, value=value)
         if not 0 <= self.adaptive <= 2:
-            raise UserError("is a power and must lie in [0, 2]", field="adaptive", value=self.adaptive)
+            raise UserError("a power must lie in [0, 2]", field="adaptive", value=self.adaptive)
 
     @property
     def diagonal(self) -> float:

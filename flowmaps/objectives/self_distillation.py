@@ -27,7 +27,7 @@ class DriftObjective(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.teacher_ema < 1:
-            raise UserError("is a decay and must lie in [0, 1)", field="teacher_ema", value=self.teacher_ema)
+            raise UserError("a decay must lie in [0, 1)", field="teacher_ema", value=self.teacher_ema)
         if self.teacher_ema and not self.uses_teacher:
             raise UserError("this objective has no use for a teacher: leave it at 0", "teacher_ema", self.teacher_ema)
         if not (self.guidance == 1 <= self.guidance_max or self.guidance_max == 1 <= self.guidance):
@@ -121,7 +121,7 @@ class SelfDistillation(DriftObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.diagonal <= 1:
-            raise UserError("is a share and must lie in [0, 1]", field="diagonal", value=self.diagonal)
+            raise UserError("a share must lie in [0, 1]", field="diagonal", value=self.diagonal)
 
     def row_losses(
         self,

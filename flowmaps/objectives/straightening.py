@@ -45,7 +45,7 @@ class Straightening(TrajectoryObjective):
         if any(steps < 1 for steps in self.steps) or len(set(self.steps)) < len(self.steps):
             raise UserError("must be different step counts of at least 1", field="steps", value=self.steps)
         if self.schedule and self.grids.sampler not in ("", "euler"):
-            raise UserError(f"is for the sampler {self.grids.sampler}, not euler", "schedule", self.schedule)
+            raise UserError(f"fitted for the sampler {self.grids.sampler}, not euler", "schedule", self.schedule)
 
     @cached_property
     def grids(self) -> Schedule:

@@ -45,7 +45,7 @@ def test_card_says_what_was_measured_and_how_to_use_it(run, tmp_path):
 def test_what_cannot_be_on_a_card(run, tmp_path):
     (tmp_path / "bad.json").write_text("[]")
     for flags, named in (
-        ([f"--results={tmp_path}/bad.json"], "bad.json is no record"),
+        ([f"--results={tmp_path}/bad.json"], "bad.json: not a record"),
         ([f"--results={run}/fid.json", "--ema=raw"], "of other weights"),
         ([f"--how={tmp_path}/none.md"], "--how"),
     ):

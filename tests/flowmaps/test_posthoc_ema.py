@@ -126,7 +126,7 @@ def test_export_of_any_average(tmp_path):
     for flags, named in (
         ([f"--out={tmp_path}/new", "--ema=0.3"], "--ema=0.3"),
         ([f"--out={tmp_path}/mine"], "--out"),
-        ([], "--out is missing"),
+        ([], "--out: missing"),
     ):
         done = run_script(*command, *flags)
         assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1

@@ -181,7 +181,7 @@ def test_script_writes_stores_and_draws_and_samples_follow(start, tmp_path):
         assert (made - (expected * 127.5 + 127.5).clamp(0, 255)).abs().max() <= 1
 
     missing = run_script(*usual, "--steps=5", f"--schedule={file}", f"--out={tmp_path / 'no'}")
-    assert missing.returncode == 2 and "has no 5 steps, only 2" in missing.stderr and not (tmp_path / "no").exists()
+    assert missing.returncode == 2 and "has no grid of 5 steps, only 2" in missing.stderr and not (tmp_path / "no").exists()
     file.write_text(replace(schedule, checkpoint="another").to_json())
     warned = run_script(*usual, "--steps=2", f"--schedule={file}", f"--out={tmp_path / 'out'}", check=True)
     assert "fitted to another checkpoint" in warned.stderr
@@ -190,7 +190,7 @@ def test_script_writes_stores_and_draws_and_samples_follow(start, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--out=x.json"], "--checkpoint is missing"),
+        (["--out=x.json"], "--checkpoint: missing"),
         (["--checkpoint=CHECKPOINT"], "--out=FILE.json, or --store"),
         (
             ["--checkpoint=CHECKPOINT", "--out=x.json", "--steps=2,97"],

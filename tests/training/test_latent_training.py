@@ -130,7 +130,7 @@ def test_a_vae_for_images_is_refused(imagenet_root):
     config = load_row("configs/imagenet64.py", "lagrangian,smoke")
     config.data.root, config.network.num_classes = str(imagenet_root / "imagenet64"), 32
     config.data.vae = str(imagenet_root / "vae")
-    with pytest.raises(UserError, match=r"^data\.vae: is for latents"):
+    with pytest.raises(UserError, match=r"^data\.vae: only for latents"):
         Trainer.build(config)
 
 

@@ -160,7 +160,7 @@ def test_micro_steps_do_not_change_the_trajectories(start):
     (x1, label, draws), _ = trainer.latest
     assert len(x1) == len(label) == len(draws.s) == 8
     config.accumulate = 8
-    with pytest.raises(UserError, match="whole number of trajectories of 4 rows"):
+    with pytest.raises(UserError, match="batch=16: a micro-step of 2 rows does not divide into trajectories of 4 rows"):
         Trainer.build(config)
 
 
@@ -175,7 +175,7 @@ LPIPS = {"target": Target.endpoint, "distance": Distance.lpips, "lpips_weights":
         (lambda c, root: setattr(c, "teacher", str(root / "points")), "samples of shape"),
         (lambda c, root: setattr(c, "teacher", str(root / "classes")), "num_classes 3"),
         (lambda c, root: setattr(c.trajectories, "files", "nowhere"), "nowhere: no such directory"),
-        (lambda c, root: vars(c.objective).update(LPIPS), "LPIPS: .*vgg16-397923af.pth is missing"),
+        (lambda c, root: vars(c.objective).update(LPIPS), "lpips_weights=nowhere: .*vgg16-397923af.pth is missing"),
         (lambda c, root: setattr(c.trajectories, "low", 2.0), r"trajectories\.low=2\.0"),
     ],
 )

@@ -110,7 +110,7 @@ def trajectories() -> None:
     with blame("teacher", name):
         teacher = FlowMap.from_pretrained(name)
         if teacher.info.kind == "consistency":
-            raise UserError("is a consistency model and has no drift to solve")
+            raise UserError("a consistency model has no drift to solve")
     size = teacher.info.shape[-1] if len(teacher.info.shape) == 3 else None
     data = open_dataset(DATA.value, root=ROOT.value, size=size) if DATA.value else None
     solver = TrajectorySolver(teacher.to(processes().device), options)

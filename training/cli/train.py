@@ -35,7 +35,7 @@ def main() -> None:
     from training.loop import train
 
     if CONFIG.value is None:
-        raise UserError("--config is missing: e.g. --config=configs/digits.py:lagrangian")
+        raise UserError("missing, e.g. --config=configs/digits.py:lagrangian", field="config")
     if not DRY_RUN.value:
         required(WORKDIR, "runs/digits")
     config = CONFIG.value

@@ -8,8 +8,9 @@ from helpers import run_script, run_two
 from helpers.makers import Items, archive, small_inception, write_inception
 
 from flowmaps.metrics.extractors import load_extractor
-from flowmaps.metrics.scores import METRICS
+from flowmaps.metrics.scores import METRICS as TABLE
 
+METRICS = [name for name, metric in TABLE.items() if metric.of != "points"]
 NAMES = {
     "FID": "frechet_inception_distance",
     "KID": "kernel_inception_distance_mean",

@@ -91,7 +91,7 @@ def test_a_gate_that_cannot_judge_exits_with_2(place):
         "another reference": lambda r: r["reference"].update(content="0"),
         "with another reference": lambda r: r["reference"].update(content="", sha256="0"),
         "has no row for map, 2 steps, uniform": lambda r: r["results"].pop(),
-        "is not a record": lambda r: r.pop("results"),
+        "not a record": lambda r: r.pop("results"),
     }
     for message, change in changes.items():
         done = fid(place, "run", *WAYS, mistake(place, change), "--json={base}/never.json", "--junit={base}/never.xml")
@@ -164,7 +164,7 @@ def test_limits_at_their_edges(place, tmp_path):
     assert written == 1 and "failed" in (tmp_path / "a.md").read_text()
     assert b'failures="2"' in junit(report, beyond.judge(report))
     assert "passed" in summary(baseline, Limits().judge(baseline))
-    with pytest.raises(UserError, match="is not a record"):
+    with pytest.raises(UserError, match="not a record"):
         Limits.read(None, str(tmp_path / "a.xml"), 0.0)
 
 

@@ -278,7 +278,7 @@ def test_the_script_from_file_to_samples(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--src=x", "--out=y"], "--format is missing"),
+        (["--src=x", "--out=y"], "--format: missing"),
         (["--format=onnx", "--src=x", "--out=y"], "--format=onnx: choose one of edm"),
         (["--format=edm", "--src=nowhere.pkl", "--out=y"], "--src=nowhere.pkl: no such file"),
         (["--format=edm", "--src=README.md", "--out=tests"], "--out=tests: exists"),
