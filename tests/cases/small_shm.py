@@ -8,12 +8,12 @@ import time
 import torch
 
 sys.path.insert(0, os.environ.get("CLONE", "."))
-from flowmaps.data import ArrayData, Loader, Order
+from flowmaps.data import ArrayData, Loader, ShuffledOrder
 
 if __name__ == "__main__":
     size, batch, workers = (int(v) for v in sys.argv[1:])
     data = ArrayData(torch.zeros(512, 3, size, size, dtype=torch.uint8))
-    order = Order(512, 0)
+    order = ShuffledOrder(512, 0)
     loader = Loader(data, lambda k: order.indices(batch * k, batch), workers)
 
     def late(*_):
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     try:
         with loader.watched():
             for k in range(8):
-                loader.shard(k)
+                loader.batch(k)
                 time.sleep(1)
         print("HOLDS 8 batches")
     except Exception as error:

@@ -37,6 +37,7 @@ SCALED = {  # pattern -> replacement
     r"--cpu_minutes=\d+": "--cpu_minutes=0.01",
     r"--seeds=0,1,2": "--seeds=0",
     r"--train_steps=\d+": "",
+    r"--config\.steps=\d\d\d+": "--config.steps=20",
     r"(--suite=(?:checkerboard|digits)\b.*--rows=[\w,]*)": r"\1 --train_steps=4",
     r"(--suite=(?:learning|mid_training|bellman)\b)": r"\1 --train_steps=8 --num=16",
     r"(--suite=(?:step|sample|networks|profile)\b)(?!.*--rows)": r"\1 --rows=UNet",
