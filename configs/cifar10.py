@@ -38,7 +38,7 @@ q = 4096 are those of the authors' scripts [2]. Only ours: the last of 16 steps 
 mean_flow, improved_mean_flow (arXiv 2512.02012) and consistency have the shares, times and weights of their papers in
 this setting, not their batch, optimiser and augmentation. All rows cost what the first one does, times the step's cost
 relative to lagrangian's (docs/maths.md), or less where they have fewer steps. Nothing here was run by the authors of
-this package, who do not have a GPU yet.
+this package.
 """
 
 from functools import partial

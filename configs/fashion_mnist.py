@@ -18,7 +18,7 @@ from training.config_rows import Chain, objective_configs, select, smoke, straig
 
 
 def base(objective: Objective) -> Config:
-    """For one GPU. Not yet run by the authors of this package, who do not have one."""
+    """For one GPU: 874 images/s of `lagrangian` on an H100, eager (docs/performance.md)."""
     return Config(
         data=Data(name="fashion_mnist"),
         network=network(

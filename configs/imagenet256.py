@@ -9,7 +9,7 @@ Adam (0.9, 0.95) at a constant 1e-4, batch 256, 240 epochs = 1.2 million steps, 
 their label: MeanFlow's (Geng et al. 2025, arXiv 2505.13447). Clipping at 1 and bf16 (derivatives in float32) are ours.
 FID-50k below is with guidance, in 1 / 2 steps; protocol: 50,000 samples, labels uniform, ADM's reference (moments of
 the training images, ADM's crop), decoded by the same VAE; which papers balance classes or pick checkpoints is not
-known. Nothing here was run by the authors of this package (no GPU yet).
+known. Nothing here was run by the authors of this package.
 
 mean_flow            3.43 / 2.93 (second-hand). A quarter of the rows has s < t, times logit-normal (-0.4, 1) on the
                      paper's axis, adaptive weight p = 1; guidance baked in: effective weight 2.5 while its t is in

@@ -19,7 +19,7 @@ post_training  16 million rows (125,000 steps of 128), consistency distillation 
 FID-50k after 28.8 million images, second-hand: 3.38 / 1.84 in 1 / 2 steps; the teacher's 1.81 takes 63 x 2 evaluations.
 Protocol as in EDM2: 50,000 samples, labels uniform, NVIDIA's Inception, its statistics of the training images in ADM's
 crop (img512.pkl, read as it is). No cost in GPU hours was found.
-The latents have the scaling of EDM2's own training. Not run by the authors of this package, who do not have a GPU yet.
+The latents have the scaling of EDM2's own training. Not run by the authors of this package.
 """
 
 from functools import partial

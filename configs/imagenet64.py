@@ -11,7 +11,7 @@ Nobody has published Lagrangian self-distillation on this set. The settings are 
 48 hours on 4 H100; by parameters this is some 110 hours, a guess. To compare with, second-hand: FID-50k of the largest
 EDM2 1.33 in 63 evaluations; in 1 / 2 steps sCT 2.04 / 1.48, CMT 1.78 / 1.32, ECT 2.49 / 1.67. Their protocol: 50,000
 samples, labels uniform, NVIDIA's Inception, EDM's statistics of the 1.28 million training images in ADM's crop
-(imagenet-64x64.npz, read as it is). Not run by the authors of this package, who do not have a GPU yet.
+(imagenet-64x64.npz, read as it is). Not run by the authors of this package.
 """
 
 from functools import partial

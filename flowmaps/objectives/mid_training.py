@@ -54,7 +54,7 @@ class MidTraining(TrajectoryObjective):
         if self.target is Target.pairs and self.distance is Distance.lpips:
             raise UserError("compares images: set target=endpoint", field="distance", value="lpips")
         if not 0 <= self.to_end <= 1 or (self.to_end and self.target is Target.endpoint):
-            raise UserError("a share must lie in [0, 1], and is for target=pairs only", field="to_end", value=self.to_end)
+            raise UserError("a share in [0, 1], for target=pairs only", field="to_end", value=self.to_end)
         if not self.huber >= 0:
             raise UserError("must not be negative", field="huber", value=self.huber)
         if self.lpips_weights and self.distance is not Distance.lpips:

@@ -46,7 +46,7 @@ def test_what_cannot_be_on_a_card(run, tmp_path):
     (tmp_path / "bad.json").write_text("[]")
     for flags, named in (
         ([f"--results={tmp_path}/bad.json"], "bad.json: not a record"),
-        ([f"--results={run}/fid.json", "--ema=raw"], "of other weights"),
+        ([f"--results={run}/fid.json", "--ema=raw"], "weights other than those"),
         ([f"--how={tmp_path}/none.md"], "--how"),
     ):
         done = run_script("scripts/export.py", f"--checkpoint={run}", f"--out={tmp_path}/out", *flags)
