@@ -31,7 +31,7 @@ python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/lon
 
 def main() -> None:
     from flowmaps.evaluation import open_reference, report
-    from flowmaps.evaluation.evaluate import table
+    from flowmaps.evaluation.record import table
     from flowmaps.evaluation.references import train_set_score
     from training.config_rows import load_row
     from training.loop import train

@@ -33,7 +33,7 @@ BATCH = flags.DEFINE_integer("batch", 128, "Paths at a time", lower_bound=1)
 
 
 def main() -> None:
-    from flowmaps.evaluation.evaluate import table
+    from flowmaps.evaluation.record import table
     from flowmaps.evaluation.report import step_sizes
     from flowmaps.step_sizes import fit
 

@@ -1,21 +1,18 @@
 """Score a model or images against a reference, with a record of every fact that moves the number."""
 
-import platform
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import flowmaps
 from flowmaps import FlowMap, UserError
 from flowmaps.data import DataSet, iterate
 from flowmaps.distributed import ALONE, Team, pick_device
+from flowmaps.evaluation.record import Record, Row, describe
 from flowmaps.evaluation.references import (
     Reference,
     nearest_neighbours,
@@ -27,7 +24,6 @@ from flowmaps.evaluation.samples import sample_batches
 from flowmaps.evaluation.settings import Setting, sampling_settings
 from flowmaps.generate import nfe
 from flowmaps.images import to_uint8
-from flowmaps.markdown import markdown_table
 from flowmaps.metrics import FeatureStats
 from flowmaps.metrics.extractors import POINTS
 from flowmaps.metrics.scores import (
@@ -40,11 +36,8 @@ from flowmaps.metrics.scores import (
     scores,
 )
 from flowmaps.metrics.stats import check_comparable, pixels
-from flowmaps.vae import fingerprint
 from samplers import Schedule
 
-Row = dict[str, Any]
-Record = dict[str, Any]
 Weights = Callable[[], Mapping[str, Tensor]]
 
 
@@ -149,7 +142,7 @@ def evaluate(
     if not team.rank:  # the other processes have no reference
         facts = {"source": source or str(fm_or_images) * isinstance(fm_or_images, str | Path), "num": num}
         facts |= {"seeds": list(seeds), **guided} if fm else {"seeds": [], **dict.fromkeys(guided)}
-        record = _record(reference, fm, facts)
+        record = describe(reference, fm, facts)
         if before_sampling:
             before_sampling(record | {"results": _planned(fm, settings, averages)})
     floor = train_set_score(reference.data, reference.extractor, root) if memorisation and not team.rank else None
@@ -275,40 +268,3 @@ def _score(
         row["spread"] = {name: (max(several) - min(several)) / 2 for name, several in values.items()}
         row["repeats"] = found
     return row
-
-
-def _record(reference: Reference, fm: FlowMap | None, facts: dict[str, Any]) -> Record:
-    """Return every fact that moves the number; ``results`` are to be added."""
-    model = {} if fm is None else {k: getattr(fm.info, k) for k in ("data", "kind", "ema", "images_seen", "guidance")}
-    if fm is not None:
-        model |= {"interpolant": fm.interpolant_name, "base_std": fm.base_std}
-    if fm is not None and fm.info.latent_scale:
-        decoder = fm.open_decoder()
-        model["vae"] = {"source": decoder.source, "sha256": fingerprint(decoder.open()), "dtype": str(decoder.dtype)}
-    packages = {name: version(name) for name in ("torch", "torchvision", "torch-fidelity", "numpy")}
-    stats, extractor, _ = reference
-    return {
-        "metric": extractor.metric,
-        "extractor": {k: getattr(extractor.origin, k) for k in ("extractor", "weights", "resize")},
-        "reference": {k: getattr(stats.origin, k) for k in ("data", "split", "size", "crop", "content", "weights")}
-        | {"n": stats.n, "sha256": stats.sha256()},
-        "model": model,
-        **facts,
-        "command": " ".join(sys.argv),
-        "device": str(pick_device()),
-        "versions": {"flowmaps": flowmaps.__version__, "python": platform.python_version(), **packages},
-    }
-
-
-HIDDEN = {"weights", "times", "spread", "repeats"}  # facts of a row that a table has no room for
-
-
-def table(results: list[Row]) -> str:
-    """Return rows as Markdown, with the columns of the first one; mean ± half the range of repeated scores."""
-    columns = [name for name in results[0] if name not in HIDDEN]
-    return markdown_table(columns, [[_cell(row, name) for name in columns] for row in results], aligned=True)
-
-
-def _cell(row: Row, name: str) -> str:
-    text = f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name])
-    return f"{text} ± {row['spread'][name]:.2g}" if name in row.get("spread", {}) else text

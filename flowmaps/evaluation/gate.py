@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmaps.errors import UserError, blame
-from flowmaps.evaluation.evaluate import Record, Row, table
+from flowmaps.evaluation.record import Record, Row, table
 from flowmaps.files import write_file
 
 # What two records must agree in before their distances can be compared, and what identifies a row.

@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from flowmaps import FlowMap, UserError
-from flowmaps.evaluation.evaluate import Row, evaluate
+from flowmaps.evaluation.evaluate import evaluate
+from flowmaps.evaluation.record import Row
 from flowmaps.evaluation.references import Reference
 from flowmaps.evaluation.samples import samples
 from flowmaps.files import write_file

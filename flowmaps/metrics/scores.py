@@ -23,7 +23,7 @@ SPLITS = 10
 
 
 class Sets(NamedTuple):
-    """What a metric compares: statistics of the samples and of the reference, and single features where kept."""
+    """Statistics of the samples and of the reference, with single features where they were kept."""
 
     ours: FeatureStats
     reference: FeatureStats

@@ -213,7 +213,7 @@ def records(
             fm = straightened(data, seed, folder, STEPS, how, train_steps)
             found[f"{row}, all at once"] = bench.scores(fm, "euler", tried, ends)
     fm = trained(data, "lagrangian", seed, train_steps)
-    ends = bench.solutions(fm)  # a map is compared with the path of its own drift
+    ends = bench.solutions(fm)  # a map is compared with the path of the same network's drift
     for row, tried in fitted(fm, "map", noises).items():
         found[f"map, {row}"] = bench.scores(fm, "map", tried, ends)
     yield from ({"row": f"{data}, {row}", "seed": seed, "scores": scores} for row, scores in found.items())

@@ -185,7 +185,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
 
 
 def stored_records(file: str, suite: str, budget: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the records of an earlier call with the same suite and budget; none if there is no file yet."""
+    """Return the records of an earlier call with the same suite and budget; none if the file does not exist yet."""
     if not Path(file).exists():
         return []
     try:

@@ -193,7 +193,7 @@ def write_vae(folder: Path, levels: int = 4, channels: int = 4, **options: objec
 
 
 def write_imagenet_sets(root: Path, images: int = 32) -> Path:
-    """What prepare_data.py makes of ``images`` classes of one image each: imagenet64, 256 and 512 in ``root``."""
+    """Write imagenet64, imagenet256 and imagenet512 as prepare_data.py does from ``images`` classes of one image each."""
     from flowmaps.data.prepare import Encoder, write_images
     from flowmaps.vae import open_vae
 
@@ -247,7 +247,7 @@ def write_inception(file: Path, size: int = 75) -> Path:
 
 @contextmanager
 def small_inception(folder: Path) -> Iterator[None]:
-    """Within, torch-fidelity's Inception resizes to 75 x 75 for speed; ``folder`` gets fid.py and stats.py likewise."""
+    """Within, torch-fidelity's Inception resizes to 75 x 75 for speed; ``folder`` gets such a fid.py and stats.py."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     for name in ("fid.py", "stats.py"):

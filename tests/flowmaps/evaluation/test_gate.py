@@ -159,7 +159,7 @@ def test_limits_at_their_edges(place, tmp_path):
     first, second = beyond.judge(report)
     assert "tolerance=0.03" in first.reasons[0] and not second.reasons
     report["results"][1]["FD-digits"] = float("nan")
-    assert beyond.judge(report)[1].reasons  # what is no number is not below a limit
+    assert beyond.judge(report)[1].reasons  # a value that is not a number is not below a limit
     written = finish(report, beyond, None, str(tmp_path / "a.xml"), str(tmp_path / "a.md"))
     assert written == 1 and "failed" in (tmp_path / "a.md").read_text()
     assert b'failures="2"' in junit(report, beyond.judge(report))

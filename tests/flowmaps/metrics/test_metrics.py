@@ -233,7 +233,7 @@ def test_sliced_w2_of_shifted_gaussians():
 
 
 def test_board_kl_by_hand():
-    """4 bins: uniform samples on the whole square cost log 2; the pseudo-count bounds what a missing half costs."""
+    """4 bins: uniform samples on the full square cost log 2; the pseudo-count bounds what a missing half costs."""
     centres = torch.cartesian_prod(*[torch.arange(4) * 0.5 - 0.75] * 2)
     everywhere = centres.repeat(1000, 1)
     assert board_kl(everywhere, bins=4) == pytest.approx(math.log(2), abs=1e-3)
