@@ -193,7 +193,7 @@ def write_vae(folder: Path, levels: int = 4, channels: int = 4, **options: objec
 
 
 def write_imagenet_sets(root: Path, images: int = 32) -> Path:
-    """Write imagenet64, imagenet256 and imagenet512 as prepare_data.py does from ``images`` classes of one image each."""
+    """Write imagenet64, 256 and 512 as prepare_data.py does, from ``images`` classes of one image each."""
     from flowmaps.data.prepare import Encoder, write_images
     from flowmaps.vae import open_vae
 
