@@ -230,7 +230,7 @@ def _micro_step_indices(
     def indices(k: int) -> Tensor:
         """Items of micro-step k of this process, counted from the start of the run."""
         step, micro = divmod(k, config.accumulate)
-        shard = rank * config.accumulate + micro
-        return order.indices((step * config.batch + shard * size) // rows, size // rows)
+        part = rank * config.accumulate + micro
+        return order.indices((step * config.batch + part * size) // rows, size // rows)
 
     return indices

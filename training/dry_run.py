@@ -121,7 +121,7 @@ def kept_bytes(trainer: Trainer) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = trainer.shard_loss(0, 0)
+        loss = trainer.micro_step_loss(0, 0)
     for p in trainer.module.parameters():
         kept.pop(p.data_ptr(), None)
     del loss

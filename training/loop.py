@@ -97,8 +97,8 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | N
         last = done >= config.steps
         if done and not last:
             log.event("resume", step=done)
-            if state.get("shards") != trainer.shards():
-                log.event("shards", step=done, before=state.get("shards"), now=trainer.shards())
+            if state.get("shards") != trainer.parts():
+                log.event("shards", step=done, before=state.get("shards"), now=trainer.parts())
         while not last:
             log.add(trainer.step(done))
             done += 1

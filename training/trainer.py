@@ -64,7 +64,7 @@ class Trainer:
     ema: EMA
     init_fingerprint: str = ""  # of what config.init_from held
     paths: TrajectorySource | None = None  # source of trajectories, of a TrajectoryObjective
-    latest: Any = None  # ((x1, label, draws), seed of dropout) of the latest shard
+    latest: Any = None  # ((x1, label, draws), seed of dropout) of the latest micro-step
     skipped: int = 0  # steps with a non-finite gradient since the start or resume
     spikes: Spikes = field(default_factory=Spikes)
     any_process: AnyProcess = field(default_factory=AnyProcess)
@@ -109,14 +109,14 @@ class Trainer:
     def step(self, step: int) -> dict[str, Tensor]:
         """Take optimiser step ``step`` = 0, 1, ... and return what to log, still on the device.
 
-        Shard i = rank * accumulate + micro-step of the global batch has the same samples and draws however the shards
+        Part i = rank * accumulate + micro-step of the global batch has the same samples and draws however the parts
         are spread over processes and micro-steps.
         """
         config, micro_steps = self.config, self.config.accumulate
         logged: dict[str, Tensor] = {}
         for micro in range(micro_steps):
             with self._reduced(micro == micro_steps - 1):
-                loss = self.shard_loss(step, micro)
+                loss = self.micro_step_loss(step, micro)
                 self.accelerator.backward(loss.value / micro_steps)
             for name, value in {"loss": loss.value.detach(), **loss.terms}.items():
                 logged[name] = logged.get(name, 0) + value / micro_steps
@@ -147,40 +147,40 @@ class Trainer:
             with self.accelerator.no_sync(self.wrapped):
                 yield
 
-    def shard_loss(self, step: int, micro: int) -> Loss:
-        """Return the loss of this process's micro-step ``micro`` of step ``step``, one shard of the global batch."""
+    def micro_step_loss(self, step: int, micro: int) -> Loss:
+        """Return the loss of this process's micro-step ``micro`` of step ``step``, one part of the global batch."""
         config, fm, device = self.config, self.module.fm, self.accelerator.device
-        shard = self.accelerator.process_index * config.accumulate + micro
+        part = self.accelerator.process_index * config.accumulate + micro
         x1, label = self.loader.batch(step * config.accumulate + micro)
         x1 = x1.to(device, non_blocking=True)
         label = label.to(device, non_blocking=True) if label is not None and fm.info.num_classes else None
         if not (self.paths and self.paths.solver is None):  # whose items are trajectories
-            drawing = generator(config.seed, "latents", step, shard, device)
+            drawing = generator(config.seed, "latents", step, part, device)
             x1 = as_samples(self.data, x1, lambda shape: torch.randn(shape, generator=drawing, device=device))
         if label is not None and config.data.label_dropout:
             drawn = torch.rand(
-                len(label), generator=generator(config.seed, "labels", step, shard, device), device=device
+                len(label), generator=generator(config.seed, "labels", step, part, device), device=device
             )
             label = torch.where(drawn < config.data.label_dropout, fm.info.num_classes, label)
         if config.data.flip:
-            x1 = random_hflip(x1, generator(config.seed, "flip", step, shard, device))
+            x1 = random_hflip(x1, generator(config.seed, "flip", step, part, device))
         if config.data.augment:
-            x1, done = edm_augment(x1, config.data.augment, generator(config.seed, "augment", step, shard, device))
+            x1, done = edm_augment(x1, config.data.augment, generator(config.seed, "augment", step, part, device))
             label = soft_label(label, done, fm.info.num_classes)
         batch: Tensor | Trajectory = x1
         if self.paths:
-            batch = self.paths(x1, label, generator(config.seed, "paths", step, shard, device))
-        drawing = generator(config.seed, "draws", step, shard, device)
+            batch = self.paths(x1, label, generator(config.seed, "paths", step, part, device))
+        drawing = generator(config.seed, "draws", step, part, device)
         x1, label, draws = self.module.objective.prepare(fm, batch, label, drawing, step)
         if config.channels_last:
             x1 = x1.contiguous(memory_format=torch.channels_last)
-        self.latest = (x1, label, draws), generator(config.seed, "dropout", step, shard).initial_seed()
+        self.latest = (x1, label, draws), generator(config.seed, "dropout", step, part).initial_seed()
         with self._dropout():
             loss: Loss = self.wrapped(x1, label, draws)
         return loss
 
     def gradient_norms(self) -> dict[str, float]:
-        """Return the gradient norm of each term on this process's latest shard, at the current weights.
+        """Return the gradient norm of each term on this process's latest micro-step, at the current weights.
 
         Empty for a sharded run, whose weights are gathered only for the step's own passes.
         """
@@ -192,7 +192,7 @@ class Trainer:
 
     @contextmanager
     def _dropout(self) -> Iterator[None]:
-        """Seed dropout inside the block for the latest shard; torch's own generators are restored afterwards."""
+        """Seed dropout inside the block for the latest micro-step; torch's own generators are restored afterwards."""
         device = self.accelerator.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.latest[1])
@@ -247,13 +247,13 @@ class Trainer:
 
     def checkpoint(self, path: Path, done: int, model: FlowMap | None = None, **facts: Any) -> None:
         """Write the state after ``done`` steps to ``path``, together with the export of ``model`` if given."""
-        state = {**facts, **self.origin(), **self.spikes.state_dict(), "shards": self.shards()}
+        state = {**facts, **self.origin(), **self.spikes.state_dict(), "shards": self.parts()}
         state = {"step": done, "images_seen": done * self.config.batch, **state}
         writes = self.accelerator.is_main_process
         save_checkpoint(path, state, self.module, self.optimizer, self.ema, model, writes)
 
-    def shards(self) -> int:
-        """Return how many shards a global batch has; each has its own draws."""
+    def parts(self) -> int:
+        """Return the number of parts of a global batch, each with its own draws; "shards" in a checkpoint."""
         return int(self.accelerator.num_processes) * self.config.accumulate
 
     def origin(self) -> dict[str, str]:

@@ -101,7 +101,7 @@ def test_data_order_and_noise_follow_the_seed_of_the_run(latents):
     seen = []
     for _ in range(2):
         trainer = Trainer.build(config)
-        trainer.shard_loss(3, 0)
+        trainer.micro_step_loss(3, 0)
         seen.append(trainer.latest[0][0])
     assert torch.equal(*seen)
     mean = open_dataset("prepared", root=str(latents)).fetch(trainer.loader.indices(3))[0][:, 0].float()

@@ -156,7 +156,7 @@ def test_micro_steps_do_not_change_the_trajectories(start):
     config = middle(start)
     config.accumulate = 2
     trainer = Trainer.build(config)
-    trainer.shard_loss(0, 0)
+    trainer.micro_step_loss(0, 0)
     (x1, label, draws), _ = trainer.latest
     assert len(x1) == len(label) == len(draws.s) == 8
     config.accumulate = 8

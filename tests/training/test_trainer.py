@@ -33,7 +33,7 @@ def test_micro_steps_sum_to_the_gradient_of_their_shards(monkeypatch):
     trainer.step(3)
     ours = gradients(trainer)
     whole = Trainer.build(tiny(accumulate=2))
-    ((whole.shard_loss(3, 0).value + whole.shard_loss(3, 1).value) / 2).backward()
+    ((whole.micro_step_loss(3, 0).value + whole.micro_step_loss(3, 1).value) / 2).backward()
     expected = gradients(whole)
     assert ours.keys() == expected.keys()
     for name in ours:
@@ -50,7 +50,7 @@ def test_two_micro_steps_equal_one_big_batch_of_their_rows():
     for p in trainer.module.parameters():  # away from the zero-initialised branches
         torch.nn.init.normal_(p, std=0.05)
     for micro in range(2):
-        (trainer.shard_loss(3, micro).value / 2).backward()
+        (trainer.micro_step_loss(3, micro).value / 2).backward()
     ours = gradients(trainer)
     trainer.module.zero_grad()
     shards = []
@@ -77,7 +77,7 @@ def test_bfloat16_is_close_to_float32_and_keeps_the_derivative_exact():
         torch.manual_seed(0)
         for p in trainer.module.parameters():  # away from the zero-initialised branches
             torch.nn.init.normal_(p, std=0.05)
-        losses[precision] = trainer.shard_loss(0, 0)
+        losses[precision] = trainer.micro_step_loss(0, 0)
     AcceleratorState._reset_state()
     exact, half = ({k: float(v) for k, v in losses[p].terms.items()} for p in (Precision.fp32, Precision.bf16))
     assert half["diagonal"] != exact["diagonal"]  # autocast is on
@@ -105,7 +105,7 @@ def test_label_dropout_hides_its_share_of_labels_and_is_recorded(monkeypatch):
     trainer, seen = Trainer.build(config), []
     monkeypatch.setattr(trainer, "wrapped", lambda x1, label, draws: seen.append(label))
     for _ in range(2):
-        trainer.shard_loss(0, 0)
+        trainer.micro_step_loss(0, 0)
     true = trainer.loader.batch(0)[1]
     dropped = seen[0] == 10
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0][~dropped], true[~dropped])
@@ -211,7 +211,7 @@ def test_gradient_norms_are_those_of_the_terms(name):
     torch.manual_seed(0)
     for p in trainer.module.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    trainer.shard_loss(0, 0)
+    trainer.micro_step_loss(0, 0)
     norms, module, (x1, label, draws) = trainer.gradient_norms(), trainer.module, trainer.latest[0]
     rows, parameters = module.objective.diagonal_rows(len(x1)), list(module.parameters())
 
