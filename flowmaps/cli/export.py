@@ -41,7 +41,7 @@ def main() -> None:
         with blame("results", file):
             records.append(read_record(file))
     if HOW.value is not None and not Path(HOW.value).is_file():
-        raise UserError(f"--how={HOW.value}: no such file")
+        raise UserError("no such file", field="how", value=HOW.value)
     how = Path(HOW.value).read_text() if HOW.value is not None else ""
     fm = FlowMap.from_pretrained(checkpoint)
     if EMA.value is not None:

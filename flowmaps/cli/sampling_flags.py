@@ -112,7 +112,7 @@ class SamplingFlags:
         """Give a map of latents the VAE that the flags describe, and open it."""
         if not fm.info.latent_scale:
             if self.vae.value:
-                raise UserError(f"--vae={self.vae.value}: this model does not make latents, leave it out")
+                raise UserError("this model does not make latents, leave it out", field="vae", value=self.vae.value)
             return
         known = fm.decoder.source if fm.decoder else fm.info.vae
         shift, scale, dtype = fm.info.latent_shift, fm.info.latent_scale, DTYPES[self.vae_dtype.value]

@@ -47,7 +47,7 @@ def main() -> None:
     try:
         steps = [int(count) for count in STEPS.value]
     except ValueError:
-        raise UserError(f"--steps={','.join(STEPS.value)}: give whole numbers, such as 2,4,8") from None
+        raise UserError("give whole numbers, such as 2,4,8", field="steps", value=",".join(STEPS.value)) from None
     fm = FlowMap.from_pretrained(checkpoint).to(pick_device())
     fitted = fit(
         fm,

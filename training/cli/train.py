@@ -36,18 +36,15 @@ def main() -> None:
 
     if CONFIG.value is None:
         raise UserError("missing, e.g. --config=configs/digits.py:lagrangian", field="config")
-    if not DRY_RUN.value:
-        required(WORKDIR, "runs/digits")
+    workdir = "" if DRY_RUN.value else required(WORKDIR, "runs/digits")
     config = CONFIG.value
     if STAGE.value and (DRY_RUN.value or not isinstance(config, Chain)):
         reason = "a dry run tries all stages" if DRY_RUN.value else "this row is one run, not a chain"
-        raise UserError(f"--stage={STAGE.value}: {reason}, leave it out")
+        raise UserError(f"{reason}, leave it out", field="stage", value=STAGE.value)
     if DRY_RUN.value:
         for stage, facts, picture in dry_run_chain(config) if isinstance(config, Chain) else [("", *dry_run(config))]:
             show(stage, facts, picture)
-        return
-    workdir = required(WORKDIR, "runs/digits")
-    if isinstance(config, Chain):
+    elif isinstance(config, Chain):
         records = run_chain(config, workdir, STAGE.value)
         if processes().is_main_process:
             print(table(records))
