@@ -64,7 +64,9 @@ class Loader:
         self.data, self.indices, self.workers, self.pin = data, indices, workers, pin
         self._next = -1
         self._ahead: Iterator[Batch | UserError] = iter(())
-        self._held = torch.full((workers, 2), -1).share_memory_()  # type: ignore[no-untyped-call]  # process and item that each worker is at
+        self._held = torch.full((workers, 2), -1)  # process and item that each worker is at
+        if workers:
+            self._held.share_memory_()  # type: ignore[no-untyped-call]
 
     def batch(self, k: int) -> Batch:
         """Return the items and labels of batch ``k``."""
