@@ -6,14 +6,17 @@ The rules, each measured (torch 2.15):
   Raw ``forward_ad`` breaks on softmax, and ``torch.func.linearize`` gives wrong gradients silently.
 * So does F.layer_norm, whose forward derivative has no correct backward: use ``networks.layers.layer_norm``.
 * Scaled dot-product attention has a forward derivative only in its MATH kernel, on every device.
-* The derivative is taken in at least float32 with autocast off; float64 stays float64.
+* The derivative is taken in at least float32 with autocast off; float64 stays float64. ``derivative_dtype`` lowers its
+  products to bfloat16, and torch's switches for TF32 apply to it as to any float32 product.
 * Activations cannot be recomputed inside it (activation checkpointing), but all of it can be recomputed.
 * Where torch's own tangent is expensive, a formula replaces it (``AnalyticTangents``).
 * Only the arguments that move get a tangent: no spatial Jacobian when x stands still.
+* Where no gradient flows through the derivative, no graph of tangents is kept (``constant``).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +26,6 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from flowmaps.errors import UserError
 from flowmaps.networks.layers import run_whole
 from samplers.callables import expand
 
@@ -32,6 +34,59 @@ class TwoTime(Protocol):
     """Anything with a two-time velocity: a FlowMap, or a closed form in a test."""
 
     def velocity(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor: ...
+
+
+_dtype = torch.float32  # of the products of derivatives, see ``derivative_dtype``
+_derivatives: list[Tensor] | None = None  # of ``recorded_derivatives``
+
+
+@contextmanager
+def derivative_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Compute matrix products and convolutions of all derivatives in the block in ``dtype``: float32 or bfloat16.
+
+    So is the drift that an objective compares a derivative with (``derivative_autocast``). The result, (t - s) dv and
+    the residual are in float32 in any case. Outside of such a block derivatives are in float32.
+    """
+    global _dtype
+    before, _dtype = _dtype, dtype
+    try:
+        yield
+    finally:
+        _dtype = before
+
+
+def derivative_autocast(x: Tensor) -> torch.autocast:
+    """Return the autocast under which derivatives at ``x`` are taken: off unless ``derivative_dtype`` is bfloat16."""
+    return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=_dtype is torch.bfloat16)
+
+
+@contextmanager
+def tf32_products(enabled: bool) -> Iterator[None]:
+    """Allow or forbid TF32 in float32 products on CUDA inside the block: matrix products and cuDNN's convolutions.
+
+    Torch's defaults differ: TF32 in convolutions, IEEE float32 in matrix products. The switches are process-wide, and a
+    backward pass follows those of the moment it runs. Other devices have no TF32.
+    """
+    backends: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
+@contextmanager
+def recorded_derivatives() -> Iterator[list[Tensor]]:
+    """Collect the derivatives that ``velocity_jvp`` returns inside the block, detached."""
+    global _derivatives
+    before, _derivatives = _derivatives, []
+    try:
+        yield _derivatives
+    finally:
+        _derivatives = before
 
 
 Rule = Callable[..., tuple[Tensor, Tensor]]  # (function, x, its tangent, further arguments) -> value, its tangent
@@ -84,14 +139,33 @@ def unpack(value: Any) -> tuple[Any, Tensor | None]:
     return forward_ad.unpack_dual(value)  # type: ignore[no-untyped-call,no-any-return]
 
 
+def without_tangent_graph(value: Any) -> Any:
+    """Return ``value``, a tensor or a sequence of them, with its tangent as a constant; its own graph stays.
+
+    Inside torch.func.jvp a tangent says that it needs no gradient even where it does, so all are detached.
+    """
+    if isinstance(value, (tuple, list)):
+        return type(value)(without_tangent_graph(item) for item in value)
+    primal, tangent = unpack(value)
+    return value if tangent is None else forward_ad.make_dual(primal, tangent.detach())  # type: ignore[no-untyped-call]
+
+
 class AnalyticTangents(TorchFunctionMode):
     """Inside a jvp, apply TANGENT_RULES to functions of which only the first argument moves. The results are equal.
 
-    Backward and torch.compile go through a rule as through any code.
+    Backward and torch.compile go through a rule as through any code. With ``constant`` no tangent has a graph.
     """
 
+    def __init__(self, constant: bool = False) -> None:
+        super().__init__()
+        self.constant = constant
+
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        result = self._apply(func, args, kwargs or {})
+        return without_tangent_graph(result) if self.constant else result
+
+    @staticmethod
+    def _apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         covered = func in TANGENT_RULES and args and not kwargs.get("inplace")
         if not covered or (func is F.gelu and kwargs.get("approximate") != "tanh"):
             return func(*args, **kwargs)
@@ -112,10 +186,15 @@ def velocity_jvp(
     dx: Tensor | None = None,
     ds: float = 0.0,
     dt: float = 0.0,
+    constant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute v_{s,t}(x) and its derivative along (dx, ds, dt): grad v . dx + ds d_s v + dt d_t v.
 
     The derivative is exact, and so is backward through it, for networks that keep to the rules above.
+
+    A ``constant`` derivative, as objectives with a stop-gradient around it use, costs half of the memory or less: its
+    graph is not kept. Where v itself may be computed under autocast and the derivative may not, v then comes from a
+    pass of its own under autocast, and keeps no more than any other pass of the network.
 
     Args:
         fm: A flow map, or anything with its ``velocity``.
@@ -126,6 +205,7 @@ def velocity_jvp(
         dx: Direction [B, ...] in which x moves, None if x stands still.
         ds: Rate at which s moves, the same for every sample.
         dt: Rate at which t moves, the same for every sample.
+        constant: Let no gradient flow through the derivative.
 
     Returns:
         v and its derivative, both [B, ...] in at least float32.
@@ -148,11 +228,17 @@ def velocity_jvp(
         return fm.velocity(**(point | dict(zip(tangent, moving, strict=True))), label=label)
 
     def derivative(*primals: Tensor) -> tuple[Tensor, Tensor]:
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False), AnalyticTangents():
+        with sdpa_kernel(SDPBackend.MATH), derivative_autocast(x), AnalyticTangents(constant):
             v, dv = torch.func.jvp(velocity, primals, tuple(tangent.values()))[:2]
-        return v, dv
+        return v.to(at_least), dv.to(at_least)
 
-    v, dv = run_whole(getattr(fm, "network", None), derivative, *(point[name] for name in tangent))
+    own_pass = constant and torch.is_autocast_enabled(x.device.type) and _dtype is torch.float32
+    with torch.no_grad() if own_pass else nullcontext():
+        v, dv = run_whole(getattr(fm, "network", None), derivative, *(point[name] for name in tangent))
+    if own_pass:
+        v = fm.velocity(x, s, t, label).to(at_least)
+    if _derivatives is not None:
+        _derivatives.append(dv.detach())
     return v, dv
 
 
@@ -161,14 +247,18 @@ def velocity_difference(
 ) -> tuple[Tensor, Tensor]:
     """Approximate v_{s,t}(x) and d_t v by a difference over [t - step, t + step] within [s, 1], both [B, ...].
 
-    Half precision is refused, since its rounding is multiplied by 1 / step, and dropout must be off. The velocity is
-    interpolated linearly between the two evaluations, with an error of the same order, step^2.
+    Both passes are in at least float32 without TF32, since their rounding is multiplied by 1 / step: the ten bits of
+    TF32 would leave an error of 5 to 10 %. A backward pass must run without TF32 too (``tf32_products``), and so must
+    all of a compiled function. Dropout must be off. The velocity is interpolated linearly between the two evaluations,
+    with an error of the same order, step^2.
     """
-    if x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type):
-        raise UserError("needs float32: set precision=fp32, or derivative=exact", field="derivative", value="finite")
+    at_least = torch.promote_types(x.dtype, torch.float32)
+    x, s, t = x.to(at_least), s.to(at_least), t.to(at_least)
     early, late = torch.maximum(t - step, s), (t + step).clamp(max=1)
     twice = None if label is None else torch.cat([label, label])
-    v = fm.velocity(torch.cat([x, x]), torch.cat([s, s]), torch.cat([early, late]), twice)
+    ieee = nullcontext() if torch.compiler.is_compiling() else tf32_products(False)
+    with torch.autocast(x.device.type, enabled=False), ieee:
+        v = fm.velocity(torch.cat([x, x]), torch.cat([s, s]), torch.cat([early, late]), twice)
     before, after = v.chunk(2)
     slope = (after - before) / expand((late - early).clamp(min=1e-9), x)  # s = t = 1 leaves no room
     return before + expand(t - early, x) * slope, slope

@@ -10,6 +10,8 @@ python scripts/benchmark.py --suite=sample --threads=1
 python scripts/benchmark.py --suite=ema --threads=1
 python scripts/benchmark.py --suite=resume --threads=1
 python scripts/benchmark.py --suite=networks --threads=1
+python scripts/benchmark.py --suite=routes --threads=1
+python scripts/benchmark.py --suite=precision --threads=1
 python scripts/benchmark.py --suite=profile --threads=1
 python scripts/benchmark.py --suite=fid --num=512
 
@@ -33,7 +35,8 @@ SUITE = flags.DEFINE_string(
     "suite",
     None,
     "bellman (step sizes), checkerboard, digits, learning (curves), mid_training (its gain for post-training), "
-    "networks (time and memory of each objective), or timings: ema, fid, profile, resume, sample, step",
+    "networks (time and memory of each objective), precision (errors of derivatives), routes (of a constant "
+    "derivative: time and memory), or timings: ema, fid, profile, resume, sample, step",
 )
 ROWS = flags.DEFINE_list("rows", None, "Rows of the suite's config; of networks: small ones, or names of presets")
 RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning")

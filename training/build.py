@@ -193,7 +193,8 @@ def build_loss_module(
     if config.gradient_checkpointing:
         _checkpoint_gradients(fm.network)
     if config.compile:  # before sharding, so that the compiled forward is inside what gathers the shards
-        module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+        compiled = torch.compile(module.forward, mode=config.compile_mode.value)
+        module.forward = compiled  # type: ignore[method-assign]
     return module
 
 

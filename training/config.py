@@ -18,11 +18,14 @@ from flowmaps.errors import UserError, within
 from flowmaps.interpolants import INTERPOLANTS
 from flowmaps.networks import NETWORKS
 from flowmaps.objectives import OBJECTIVES, Objective, TrajectoryObjective
+from flowmaps.objectives.base import DerivativeRole
 from flowmaps.posthoc_ema import WIDEST
 from training.config_sections import (
     Best,
+    CompileMode,
     Data,
     Decay,
+    DerivativePrecision,
     Grid,
     Optim,
     Optimizer,
@@ -38,9 +41,11 @@ from training.network_section import NetworkSection, network, preset
 __all__ = [
     "WIDEST",
     "Best",
+    "CompileMode",
     "Config",
     "Data",
     "Decay",
+    "DerivativePrecision",
     "Grid",
     "NetworkSection",
     "Optim",
@@ -93,7 +98,10 @@ class Config:
     batch: int = 128  # global batch, in images
     accumulate: int = may_change(1)  # micro-steps per step: divides the memory, does not change the result
     precision: Precision = Precision.fp32
+    derivative_precision: DerivativePrecision = DerivativePrecision.auto  # of the products inside derivatives
+    tf32: bool = True  # allow TF32 in the other float32 products on CUDA: matrix products and convolutions
     compile: bool = False  # torch.compile of the loss module
+    compile_mode: CompileMode = CompileMode.default
     channels_last: bool = False  # memory layout of convolutions
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
     max_skipped_steps: int = may_change(
@@ -151,6 +159,14 @@ class Config:
             raise UserError(f"choose one of {', '.join(INTERPOLANTS)}", field="interpolant", value=self.interpolant)
         if self.lora and not self.init_from:
             raise UserError("needs a base model: set init_from", field="lora", value=self.lora)
+        if self.derivative_precision is DerivativePrecision.tf32 and not self.tf32 and self.precision is Precision.fp32:
+            raise UserError(
+                "needs tf32=True or precision=bf16: one switch rules all float32 products of a backward pass",
+                field="derivative_precision",
+                value="tf32",
+            )
+        if self.compile_mode is not CompileMode.default and not self.compile:
+            raise UserError("has no effect without compile=True", "compile_mode", self.compile_mode.name)
         if self.gradient_checkpointing and self.compile:
             raise UserError("excludes compile: choose one of the two", field="gradient_checkpointing")
 
@@ -172,6 +188,13 @@ class Config:
     def _check_objective(self) -> None:
         """Check the objective, and what it needs of data, network and teacher."""
         made = build_objective(self)
+        reduced = self.derivative_precision in (DerivativePrecision.bf16, DerivativePrecision.tf32)
+        if made.derivative_role is DerivativeRole.finite and reduced:
+            raise UserError(
+                "a finite difference needs fp32: leave this out, or set objective.derivative=exact",
+                field="derivative_precision",
+                value=self.derivative_precision.name,
+            )
         if self.trajectories.files and not isinstance(made, TrajectoryObjective):
             raise UserError(f"{class_name(made)} learns from data: leave them out", field="trajectories.files")
         if self.data.label_dropout and not getattr(self.network, "num_classes", 0):

@@ -29,7 +29,22 @@ class Decay(enum.Enum):
 
 class Precision(enum.Enum):
     fp32 = "fp32"
-    bf16 = "bf16"  # autocast of the primal; derivatives stay float32
+    bf16 = "bf16"  # autocast of all but the derivatives, which have their own precision
+
+
+class DerivativePrecision(enum.Enum):
+    auto = "auto"  # tf32 on CUDA if config.tf32, else fp32
+    bf16 = "bf16"
+    tf32 = "tf32"  # float32 whose products may be TF32 on CUDA
+    fp32 = "fp32"  # IEEE float32
+
+
+class CompileMode(enum.Enum):
+    """Modes of torch.compile."""
+
+    default = "default"
+    reduce_overhead = "reduce-overhead"  # CUDA graphs: more memory, and hardly a launch
+    max_autotune = "max-autotune"  # CUDA graphs, and kernels chosen by timing: a much longer first step
 
 
 @dataclass

@@ -64,7 +64,7 @@ class Log:
         self._plot(step, values)
         shown = " ".join(f"{k}={v:.4g}" for k, v in values.items())
         if self.bar.disable:
-            self._say(f"step {step}/{self.steps} {shown}")
+            self.say(f"step {step}/{self.steps} {shown}")
         else:
             self.bar.set_postfix_str(shown)
         self.clear()
@@ -73,7 +73,7 @@ class Log:
         """Log a score of the model after ``step`` steps."""
         self._write({"step": step, name: value if math.isfinite(value) else None})
         self._plot(step, {name: value})
-        self._say(f"step {step}/{self.steps} {name}={value:.4g}")
+        self.say(f"step {step}/{self.steps} {name}={value:.4g}")
 
     def picture(self, step: int, image: Image.Image) -> None:
         """Show the sample grid in TensorBoard."""
@@ -83,7 +83,7 @@ class Log:
     def event(self, name: str, **facts: Any) -> None:
         """Log an event, such as a resume."""
         self._write({"event": name, **facts})
-        self._say(f"{name}: " + " ".join(f"{k}={v}" for k, v in facts.items()))
+        self.say(f"{name}: " + " ".join(f"{k}={v}" for k, v in facts.items()))
 
     def close(self) -> None:
         self.bar.close()
@@ -101,7 +101,8 @@ class Log:
         if self.file:
             self.file.write(json.dumps(row) + "\n")
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Show a line to whoever watches the run; it is not kept."""
         if self.enabled:
             tqdm.write(line, file=sys.stderr)
 

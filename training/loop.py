@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from flowmaps import FlowMap, UserError
+from flowmaps.derivatives import tf32_products
 from flowmaps.distributed import team
 from flowmaps.errors import Stopped, blame, within
 from flowmaps.evaluation.samples import grid_image
@@ -19,6 +20,7 @@ from training.best import BestModel
 from training.checkpoint import load_checkpoint
 from training.config import Config, Decay, plain
 from training.log import Log
+from training.precision import advice
 from training.run_directory import disk_errors, run_lock
 from training.trainer import Trainer
 
@@ -67,6 +69,7 @@ def train_section(config: Config, workdir: Path, data: Any, section: str) -> Flo
                 writable_directory(workdir)
             stack.enter_context(run_lock(workdir))
         stack.enter_context(within(section))
+        stack.enter_context(tf32_products(config.tf32))
         stack.enter_context(trainer.loader.watched())
         done = _train(config, workdir, trainer, judge, main)
     return trainer.averaged(done)
@@ -99,18 +102,22 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | N
             log.event("resume", step=done)
             if state.get("shards") != trainer.parts():
                 log.event("shards", step=done, before=state.get("shards"), now=trainer.parts())
+        for line in advice(config, trainer.module.objective, trainer.accelerator.device):
+            log.say(f"note: {line}")
         while not last:
             log.add(trainer.step(done))
             done += 1
             last = done == config.steps or trainer.any_process(bool(stop.asked))  # once per step
             if last or done % config.log_every == 0:
-                with log.paused():
-                    norms = trainer.gradient_norms()
+                norms = trainer.gradient_norms()
                 rate = trainer.optimizer.param_groups[0]["lr"]
                 spikes = {"spikes": trainer.spikes.count} if config.optim.spike else {}
                 log.interval(done, config.batch, lr=rate, skipped=trainer.skipped, **spikes, **norms)
             with log.paused():
                 if done == config.steps or done % config.sample_every == 0:
+                    error = trainer.derivative_error()
+                    if error is not None:
+                        log.score(done, "derivative_error", error)
                     model = trainer.averaged(done)
                     if main:
                         picture = grid_image(model, config.sample_steps, config.seed)

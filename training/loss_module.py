@@ -1,6 +1,5 @@
 """The module that distributed training and torch.compile wrap."""
 
-import torch
 from torch import Tensor, nn
 
 from flowmaps import FlowMap
@@ -28,19 +27,8 @@ class LossModule(nn.Module):
     def teacher(self) -> FlowMap | None:
         return self._hidden[0]
 
-    def forward(self, x1: Tensor, label: Tensor | None, draws: Draws | Segments) -> Loss:
+    def forward(self, x1: Tensor, label: Tensor | None, draws: Draws | Segments, share: Tensor) -> Loss:
+        """Compute ``objective.loss`` with the rows weighted by ``share`` [B], ones for the loss itself."""
         drift = None if self.teacher is None else self.teacher.drift
-        return self.objective.loss(self.fm, x1, label, draws, teacher=drift, weight=self.weight)
-
-    def gradient_norms(self, x1: Tensor, label: Tensor | None, draws: Draws | Segments) -> dict[str, Tensor]:
-        """Return the norms of the contributions of diagonal and off-diagonal rows to the gradient of ``forward``."""
-        drift = None if self.teacher is None else self.teacher.drift
-        per_sample, _ = self.objective.per_sample(self.fm, x1, label, draws, drift, self.weight)
-        rows, norms = self.objective.diagonal_rows(len(x1)), {}
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        for name, part in (("diagonal", per_sample[:rows]), ("off_diagonal", per_sample[rows:])):
-            if len(part):
-                value = part.sum() / len(x1)
-                gradients = torch.autograd.grad(value, parameters, retain_graph=name == "diagonal", allow_unused=True)
-                norms[f"grad_norm_{name}"] = nn.utils.get_total_norm(g for g in gradients if g is not None)
-        return norms
+        per_sample, terms = self.objective.per_sample(self.fm, x1, label, draws, drift, self.weight)
+        return Loss((per_sample * share).mean(), terms)

@@ -12,14 +12,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils import get_total_norm
 
 from flowmaps import FlowMap, UserError
 from flowmaps.data import DataSet, Latents, Loader, as_samples
 from flowmaps.data.augment import edm_augment, random_hflip
+from flowmaps.derivatives import derivative_dtype, tf32_products
 from flowmaps.distributed import AnyProcess
 from flowmaps.networks.conditioning import soft_label
 from flowmaps.networks.magnitude import normalise_weights
 from flowmaps.objectives import Loss, TrajectoryObjective
+from flowmaps.objectives.base import DerivativeRole
 from flowmaps.posthoc_ema import write_snapshot
 from flowmaps.rng import generator
 from samplers import Trajectory
@@ -42,6 +45,7 @@ from training.fsdp import full_tensor, gather_to_cpu, shard
 from training.lora import merge_lora
 from training.loss_module import LossModule
 from training.optim import Spikes, build_optimizer, learning_rate
+from training.precision import StepPrecision, derivative_error, step_precision
 from training.teacher_trajectories import TrajectorySource, build_trajectory_source
 
 
@@ -62,6 +66,7 @@ class Trainer:
     wrapped: torch.nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA
+    precision: StepPrecision
     init_fingerprint: str = ""  # of what config.init_from held
     paths: TrajectorySource | None = None  # source of trajectories, of a TrajectoryObjective
     latest: Any = None  # ((x1, label, draws), seed of dropout) of the latest micro-step
@@ -104,7 +109,10 @@ class Trainer:
             paths = build_trajectory_source(config, objective, fm, module.teacher, data)
             objective.check(data.shape, paths.times, accelerator.device)
         loader = build_loader(config, accelerator, data, paths, size)
-        return cls(config, data, loader, accelerator, module, wrapped, optimizer, ema, init_fingerprint, paths)
+        precision = step_precision(config, objective, accelerator.device)
+        return cls(
+            config, data, loader, accelerator, module, wrapped, optimizer, ema, precision, init_fingerprint, paths
+        )
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Take optimiser step ``step`` = 0, 1, ... and return what to log, still on the device.
@@ -115,7 +123,7 @@ class Trainer:
         config, micro_steps = self.config, self.config.accumulate
         logged: dict[str, Tensor] = {}
         for micro in range(micro_steps):
-            with self._reduced(micro == micro_steps - 1):
+            with self._reduced(micro == micro_steps - 1), tf32_products(self.precision.tf32):
                 loss = self.micro_step_loss(step, micro)
                 self.accelerator.backward(loss.value / micro_steps)
             for name, value in {"loss": loss.value.detach(), **loss.terms}.items():
@@ -175,26 +183,54 @@ class Trainer:
         if config.channels_last:
             x1 = x1.contiguous(memory_format=torch.channels_last)
         self.latest = (x1, label, draws), generator(config.seed, "dropout", step, part).initial_seed()
-        with self._dropout():
-            loss: Loss = self.wrapped(x1, label, draws)
+        if config.compile:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        with self._forward():
+            loss: Loss = self.wrapped(x1, label, draws, torch.ones(len(x1), device=device))
         return loss
 
     def gradient_norms(self) -> dict[str, float]:
-        """Return the gradient norm of each term on this process's latest micro-step, at the current weights.
+        """Return the gradient's norm by diagonal and by off-diagonal rows of the latest micro-step of this process.
 
-        Empty for a sharded run, whose weights are gathered only for the step's own passes.
+        At the current weights, by two passes like those of a step. Empty for a sharded run, whose weights are gathered
+        only for the step's own passes.
         """
         if self.config.shard:
             return {}
-        with self._dropout(), self.accelerator.autocast():
-            norms = self.module.gradient_norms(*self.latest[0])
-        return {name: float(norm) for name, norm in norms.items()}
+        x1, label, draws = self.latest[0]
+        rows, norms = self.module.objective.diagonal_rows(len(x1)), {}
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        diagonal = (torch.arange(len(x1), device=x1.device) < rows).float()
+        for name, share, count in (("diagonal", diagonal, rows), ("off_diagonal", 1 - diagonal, len(x1) - rows)):
+            if count:
+                with tf32_products(self.precision.tf32):
+                    with self._forward(), self.accelerator.autocast():
+                        value = self.module(x1, label, draws, share).value
+                    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+                norms[f"grad_norm_{name}"] = float(get_total_norm(g for g in gradients if g is not None))
+        return norms
+
+    def derivative_error(self) -> float | None:
+        """Return the relative error of the derivatives of the latest micro-step, see ``precision.derivative_error``.
+
+        None if they are in IEEE float32, if there are none, or if the weights are sharded.
+        """
+        with_derivatives = self.module.objective.derivative_role in (DerivativeRole.constant, DerivativeRole.trained)
+        if self.precision.is_exact or self.config.shard or not with_derivatives:
+            return None
+        return derivative_error(self.module, self.precision, *self.latest[0])
 
     @contextmanager
-    def _dropout(self) -> Iterator[None]:
-        """Seed dropout inside the block for the latest micro-step; torch's own generators are restored afterwards."""
+    def _forward(self) -> Iterator[None]:
+        """Set the precision of derivatives inside the block, and seed dropout for the latest micro-step.
+
+        Torch's own generators are restored afterwards.
+        """
         device = self.accelerator.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            derivative_dtype(self.precision.derivative),
+        ):
             torch.manual_seed(self.latest[1])
             yield
 

@@ -1,5 +1,6 @@
 """The base of all objectives: the call, the weights, the reduction to one number."""
 
+import enum
 import math
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -41,6 +42,15 @@ class Segments(NamedTuple):
     x_s: Tensor
     s: Tensor
     t: Tensor
+
+
+class DerivativeRole(enum.Enum):
+    """The part that derivatives of the network have in an objective."""
+
+    absent = "absent"
+    constant = "constant"  # no gradient flows through them
+    trained = "trained"  # the gradient flows through them
+    finite = "finite"  # a difference of two passes stands in for them
 
 
 @dataclass
@@ -98,6 +108,11 @@ class Objective:
     def uses_teacher(self) -> bool:
         """True if the target involves a drift, so that a teacher can provide it."""
         return False
+
+    @property
+    def derivative_role(self) -> DerivativeRole:
+        """The part that derivatives of the network have in the loss."""
+        return DerivativeRole.absent
 
     @property
     def kind(self) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowmaps.derivatives import velocity_jvp
 from flowmaps.flow_map import FlowMap
-from flowmaps.objectives.base import rms
+from flowmaps.objectives.base import DerivativeRole, rms
 from flowmaps.objectives.self_distillation import OffDiagonalBatch, SelfDistillation
 from flowmaps.objectives.time_sampling import TimeSampling
 from samplers.callables import Drift, expand
@@ -36,10 +36,13 @@ class Eulerian(TimeSampling, SelfDistillation):
     def uses_teacher(self) -> bool:
         return True
 
+    @property
+    def derivative_role(self) -> DerivativeRole:
+        return DerivativeRole.constant if self.stop is StopGradient.slim else DerivativeRole.trained
+
     def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         x, s, t, label = batch.x, batch.s, batch.t, batch.label
-        with torch.no_grad():
-            velocity = (teacher or fm.drift)(x, s, label)
+        velocity = self.target_drift(fm, teacher, x, s, label)
         if self.stop is StopGradient.slim:
             return slim_residual(fm, batch, velocity, velocity, terms)
         if self.stop is StopGradient.velocity:
@@ -75,11 +78,14 @@ class MeanFlow(TimeSampling, SelfDistillation):
     def uses_teacher(self) -> bool:
         return Velocity.model in (self.tangent, self.target)
 
+    @property
+    def derivative_role(self) -> DerivativeRole:
+        return DerivativeRole.constant
+
     def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         choices = {Velocity.conditional: batch.conditional_velocity}
         if self.uses_teacher:
-            with torch.no_grad():
-                choices[Velocity.model] = (teacher or fm.drift)(batch.x, batch.s, batch.label)
+            choices[Velocity.model] = self.target_drift(fm, teacher, batch.x, batch.s, batch.label)
         return slim_residual(fm, batch, choices[self.tangent], choices[self.target], terms)
 
 
@@ -97,6 +103,6 @@ def slim_residual(
     fm: FlowMap, batch: OffDiagonalBatch, tangent: Tensor, target: Tensor, terms: dict[str, Tensor]
 ) -> Tensor:
     """Return v_{s,t} - target - (t - s) sg[d_s v + grad v . tangent]; the gradient flows through v_{s,t} alone."""
-    v, dv = velocity_jvp(fm, batch.x, batch.s, batch.t, batch.label, dx=tangent, ds=1.0)
+    v, dv = velocity_jvp(fm, batch.x, batch.s, batch.t, batch.label, dx=tangent, ds=1.0, constant=True)
     terms["jvp_norm"] = rms(dv)
-    return v - target - expand(batch.t - batch.s, batch.x) * dv.detach()
+    return v - target - expand(batch.t - batch.s, batch.x) * dv

@@ -3,12 +3,11 @@
 import enum
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from flowmaps.derivatives import velocity_difference, velocity_jvp
 from flowmaps.flow_map import FlowMap
-from flowmaps.objectives.base import rms
+from flowmaps.objectives.base import DerivativeRole, rms
 from flowmaps.objectives.self_distillation import OffDiagonalBatch, SelfDistillation
 from flowmaps.objectives.time_sampling import TimeSampling
 from samplers.callables import Drift, expand
@@ -18,7 +17,7 @@ class Derivative(enum.Enum):
     """Method of taking d_t v."""
 
     exact = "exact"  # forward-mode differentiation
-    finite = "finite"  # a central difference: cheaper, float32 only, error about 1e-3
+    finite = "finite"  # a central difference: cheaper, IEEE float32 only, error about 1e-3
 
 
 @dataclass
@@ -37,16 +36,21 @@ class Lagrangian(TimeSampling, SelfDistillation):
     def uses_teacher(self) -> bool:
         return True
 
+    @property
+    def derivative_role(self) -> DerivativeRole:
+        if self.derivative is Derivative.finite:
+            return DerivativeRole.finite
+        return DerivativeRole.constant if self.slim else DerivativeRole.trained
+
     def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         x, s, t, label = batch.x, batch.s, batch.t, batch.label
         if self.derivative is Derivative.exact:
-            v, dv = velocity_jvp(fm, x, s, t, label, dt=1.0)
+            v, dv = velocity_jvp(fm, x, s, t, label, dt=1.0, constant=self.slim)
         else:
             v, dv = velocity_difference(fm, x, s, t, label)
         terms["jvp_norm"] = rms(dv)
         gap = expand(t - s, x)
-        with torch.no_grad():
-            target = (teacher or fm.drift)(x + gap * v, t, label)
+        target = self.target_drift(fm, teacher, x + gap * v.detach(), t, label)
         return v + gap * (dv.detach() if self.slim else dv) - target
 
 

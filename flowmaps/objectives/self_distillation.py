@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flowmaps.derivatives import derivative_autocast
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.networks.conditioning import with_guidance, without_label
@@ -152,9 +153,18 @@ class SelfDistillation(DriftObjective):
     def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         """Return the off-diagonal residual [n, ...], with the method's stop-gradients; put what to log into ``terms``.
 
-        ``teacher`` is a drift for the target, None for the live network's: ``(teacher or fm.drift)(x, t, label)``.
+        ``teacher`` is a drift for the target, None for the live network's: see ``target_drift``.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def target_drift(fm: FlowMap, teacher: Drift | None, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        """Return b_t(x) of the teacher, or of the live network, as a constant, in the precision of derivatives.
+
+        The residual is the small difference of a derivative and this, so that a coarser drift would bias its gradient.
+        """
+        with torch.no_grad(), derivative_autocast(x):
+            return (teacher or fm.drift)(x, t, label)
 
 
 def part(label: Tensor | None, start: int, stop: int | None) -> Tensor | None:

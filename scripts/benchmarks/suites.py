@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from benchmarks import initialisation, step_sizes
+from benchmarks.derivatives import precision_errors, routes
 from benchmarks.objectives import COST_NETWORKS, network_costs
 from benchmarks.profiling import profiles
 from benchmarks.scoring import fid_costs
@@ -155,10 +156,11 @@ def bellman(args: Arguments) -> Records:
             yield from step_sizes.records(data, seed, args.train_steps, args.num, args.done)
 
 
-def networks(args: Arguments) -> Records:
-    """Yield the cost of every objective on each network."""
-    for name in (name for name in args.rows if (f"{name}, flow_matching", 0) not in args.done):
-        yield from ({"row": row, "seed": 0, "scores": scores} for row, scores in network_costs(name))
+def several(scores_of: Callable[[str], Iterator[tuple[str, Scores]]], args: Arguments) -> Records:
+    """Yield the records that ``scores_of`` each row gives, unless one of them is done."""
+    for name in args.rows:
+        if not any(row.startswith(f"{name}, ") for row, _ in args.done):
+            yield from ({"row": row, "seed": 0, "scores": scores} for row, scores in scores_of(name))
 
 
 def fid(args: Arguments) -> Records:
@@ -176,9 +178,11 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "fid": (fid, ["all"]),
     "learning": (learning, _MAPS),
     "mid_training": (mid_training, list(initialisation.SETTINGS)),
-    "networks": (networks, list(COST_NETWORKS)),
+    "networks": (partial(several, network_costs), list(COST_NETWORKS)),
+    "precision": (partial(several, precision_errors), ["gaussian", "digits"]),
     "profile": (partial(timed, profiles), list(COST_NETWORKS)),
     "resume": (partial(timed, resume_times), ["lagrangian"]),
+    "routes": (partial(several, routes), list(COST_NETWORKS)),
     "sample": (partial(timed, sample_times), list(COST_NETWORKS)),
     "step": (partial(timed, step_times), [*_MAPS, *(f"{row}+DiT" for row in _MAPS)]),
 }

@@ -3,11 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.objectives import peak_memory
 from helpers import CASES, gaussian_data, gaussian_map
 from helpers.small_networks import SMALL, inputs, small
 
 from flowmaps import FlowMap, derivatives
-from flowmaps.derivatives import TANGENT_RULES, d_ds, d_dt, transport, velocity_jvp
+from flowmaps.derivatives import (
+    TANGENT_RULES,
+    d_ds,
+    d_dt,
+    derivative_dtype,
+    recorded_derivatives,
+    tf32_products,
+    transport,
+    velocity_jvp,
+)
 from flowmaps.networks import MLP
 
 
@@ -113,3 +123,92 @@ def test_rules_are_torchs_derivatives(monkeypatch):
     monkeypatch.setattr(derivatives, "TANGENT_RULES", {})
     for a, b in zip(ours, found(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_constant_derivative_has_the_same_values_and_no_graph(name):
+    """Value, derivative, and the gradient of the value are those of the full derivative; less memory is kept."""
+    fm, x, s, t, label = random_flow_map(name)
+    w, weights = torch.randn_like(x), list(fm.parameters())
+    full, lean = (velocity_jvp(fm, x, s, t, label, dx=w, ds=1.0, constant=constant) for constant in (False, True))
+    for a, b in zip(lean, full, strict=True):
+        assert torch.equal(a, b)
+    assert full[1].requires_grad and not lean[1].requires_grad
+    ours, expected = (torch.autograd.grad((v * w).sum(), weights, allow_unused=True) for v in (lean[0], full[0]))
+    for a, b in zip(ours, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["UNet", "EDM2UNet", "DiT"])
+def test_a_constant_derivative_takes_less_memory(name):
+    """Most bytes alive during the forward pass, by the profiler of torch's allocator."""
+    fm = small(name)
+    x, s, t, label = inputs(fm, 32)
+    full, lean = (
+        peak_memory(lambda c=c: velocity_jvp(fm, x, s, t, label, dx=x.sin(), ds=1.0, constant=c), x.device)
+        for c in (False, True)
+    )
+    assert lean < 0.6 * full
+
+
+def test_a_constant_derivative_keeps_no_graph_with_recomputed_activations():
+    fm, x, s, t, label = random_flow_map("UNet")
+    weights, found = list(fm.parameters()), []
+    for constant in (False, True):
+        for recompute in (False, True):
+            fm.network.gradient_checkpointing = recompute
+            v, dv = velocity_jvp(fm, x, s, t, label, dx=x.sin(), ds=1.0, constant=constant)
+            found.append([v, dv, *torch.autograd.grad((v * dv.detach()).sum(), weights)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["UNet", "EDM2UNet", "DiT"])
+def test_under_autocast_a_constant_derivative_leaves_the_value_to_its_own_pass(name):
+    """The derivative is float32's to the bit, the value that of a forward pass under autocast, and both are float32."""
+    fm = small(name)
+    x, s, t, label = inputs(fm, 5)
+    with torch.no_grad():
+        exact = velocity_jvp(fm, x, s, t, label, dx=x.sin(), ds=1.0)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        v, dv = velocity_jvp(fm, x, s, t, label, dx=x.sin(), ds=1.0, constant=True)
+        expected = fm.velocity(x, s, t, label)
+    assert torch.equal(dv, exact) and torch.equal(v, expected.float())
+    assert v.dtype == dv.dtype == torch.float32 and v.requires_grad and not dv.requires_grad
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_derivative_in_bfloat16_is_near_and_comes_back_in_float32(name, constant):
+    fm = small(name)
+    x, s, t, label = inputs(fm, 5)
+    v, dv = velocity_jvp(fm, x, s, t, label, dx=x.sin(), ds=1.0)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), derivative_dtype(torch.bfloat16):
+            near = velocity_jvp(fm, x, s, t, label, dx=x.sin(), ds=1.0, constant=constant)
+        for a, b in zip(near, (v, dv), strict=True):
+            assert a.dtype == torch.float32
+            assert 1e-5 < (a - b).norm() / b.norm() < 0.1
+    assert torch.equal(velocity_jvp(fm, x, s, t, label, dx=x.sin(), ds=1.0)[1], dv)  # float32 again
+
+
+def test_switches_of_tf32_agree_inside_and_are_restored():
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    assert before == [False, True]  # torch's defaults, which differ
+    for enabled in (True, False):
+        with pytest.raises(ZeroDivisionError), tf32_products(enabled):
+            assert [backend.allow_tf32 for backend in backends] == [enabled, enabled]
+            raise ZeroDivisionError
+        assert [backend.allow_tf32 for backend in backends] == before
+
+
+def test_derivatives_are_recorded_only_inside_the_block():
+    fm, x, s, t, label = random_flow_map("MLP")
+    with recorded_derivatives() as taken:
+        dv = velocity_jvp(fm, x, s, t, label, dt=1.0)[1]
+    velocity_jvp(fm, x, s, t, label, ds=1.0)
+    assert len(taken) == 1 and torch.equal(taken[0], dv) and not taken[0].requires_grad

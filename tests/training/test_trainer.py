@@ -103,7 +103,7 @@ def test_label_dropout_hides_its_share_of_labels_and_is_recorded(monkeypatch):
     config = dataclasses.replace(digits("lagrangian,smoke"), batch=1000)
     config.data.label_dropout = 0.2
     trainer, seen = Trainer.build(config), []
-    monkeypatch.setattr(trainer, "wrapped", lambda x1, label, draws: seen.append(label))
+    monkeypatch.setattr(trainer, "wrapped", lambda x1, label, draws, share: seen.append(label))
     for _ in range(2):
         trainer.micro_step_loss(0, 0)
     true = trainer.loader.batch(0)[1]
@@ -220,7 +220,7 @@ def test_gradient_norms_are_those_of_the_terms(name):
         pairs = zip(parameters, found, strict=True)
         return torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for p, g in pairs])
 
-    whole, expected = gradient(module(x1, label, draws).value), {}
+    whole, expected = gradient(module(x1, label, draws, torch.ones(len(x1))).value), {}
     diagonal = torch.zeros_like(whole)
     if rows:
         few = Draws(*(value[:rows] for value in draws[:4]))
