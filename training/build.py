@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import AutocastKwargs, DistributedType, GradientAccumulationPlugin
 from torch import Tensor
 
 from flowmaps.data import DataSet, Latents, Loader, ShuffledOrder, as_dataset, download, open_dataset
@@ -37,6 +37,8 @@ def build_accelerator(config: Config) -> Accelerator:
         cpu=ON_CPU,
         mixed_precision="bf16" if config.precision is Precision.bf16 else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # A cast of gathered weights that a pass without gradient leaves in the cache would hide them from the next one.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=not config.shard)],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError(

@@ -98,17 +98,21 @@ def _unit(features: Tensor) -> Tensor:
     return features / ((features**2).sum(dim=1, keepdim=True).sqrt() + 1e-10)
 
 
-def _network(vgg: Path, linear: Path) -> _Lpips:
+def untrained() -> _Lpips:
+    """Return the network with random weights."""
     from torchvision.models.vgg import cfgs, make_layers
 
-    features = make_layers(cfgs["D"])
+    return _Lpips(make_layers(cfgs["D"])).eval().requires_grad_(False)
+
+
+def _network(vgg: Path, linear: Path) -> _Lpips:
+    network = untrained()
     try:
         weights = torch.load(vgg, map_location="cpu", weights_only=True)
-        features.load_state_dict({k.removeprefix("features."): v for k, v in weights.items() if "features." in k})
-        network = _Lpips(features)
+        network.vgg.load_state_dict({k.removeprefix("features."): v for k, v in weights.items() if "features." in k})
         weights = torch.load(linear, map_location="cpu", weights_only=True)
         network.linear.load_state_dict({k[3:].replace("model.1.", ""): v for k, v in weights.items()})
     except Exception as error:  # torch.load and load_state_dict raise a dozen types on a wrong file
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{vgg} and {linear.name} are not LPIPS weights of version 0.1: {reason}") from None
-    return network.eval().requires_grad_(False)
+    return network
