@@ -194,7 +194,7 @@ def velocity_jvp(
 
     A ``constant`` derivative, as objectives with a stop-gradient around it use, costs half of the memory or less: its
     graph is not kept. Where v itself may be computed under autocast and the derivative may not, v then comes from a
-    pass of its own under autocast, and keeps no more than any other pass of the network.
+    separate pass under autocast, and keeps no more than any other pass of the network.
 
     Args:
         fm: A flow map, or anything with its ``velocity``.

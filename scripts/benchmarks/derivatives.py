@@ -52,7 +52,7 @@ class Constant(MeanFlow):
 
 @dataclass
 class TwoPasses(MeanFlow):
-    """MeanFlow whose velocity comes from a pass of its own: the package's route under autocast."""
+    """MeanFlow whose velocity comes from a separate pass: the package's route under autocast."""
 
     def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         u, gap = batch.conditional_velocity, expand(batch.t - batch.s, batch.x)
