@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 INSTALLED = all(importlib.util.find_spec(name) is not None for name in ("jvp_flash_attention", "triton"))
-BLOCK = 32  # tokens; the kernel reads and writes whole blocks, without a check
+BLOCK = 32  # tokens; the kernel reads and writes complete blocks, without a check
 # KiB of shared memory by size of a head, as compiled for GPUs of capability 8.0, 8.9 and 9.0 by Triton 3.6 and 3.8
 SHARED_MEMORY = {
     torch.float32: {32: 24, 64: 56, 128: 104, 256: 200},

@@ -133,7 +133,7 @@ def interpreted() -> bool:
 
 @pytest.mark.skipif(not interpreted(), reason="needs jvp-flash-attention and Triton 3.7")
 def test_the_kernel_in_tritons_interpreter_agrees_with_the_math_kernel():
-    """In a process of its own, since Triton decides when it is imported whether to interpret."""
+    """In a separate process, since Triton decides when it is imported whether to interpret."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-W", "ignore", __file__], env=environment, check=True)
 
