@@ -5,7 +5,8 @@ The rules, each measured (torch 2.15):
 * ``torch.func.jvp`` over the velocity, closed over its weights; backward through the tangent is then exact.
   Raw ``forward_ad`` breaks on softmax, and ``torch.func.linearize`` gives wrong gradients silently.
 * So does F.layer_norm, whose forward derivative has no correct backward: use ``networks.layers.layer_norm``.
-* Scaled dot-product attention has a forward derivative only in its MATH kernel, on every device.
+* Scaled dot-product attention has a forward derivative only in its MATH kernel, on every device. ``jvp_attention`` may
+  replace it on a GPU, where no gradient flows through the derivative.
 * The derivative is taken in at least float32 with autocast off; float64 stays float64. ``derivative_dtype`` lowers its
   products to bfloat16, and torch's switches for TF32 apply to it as to any float32 product.
 * Activations cannot be recomputed inside it (activation checkpointing), but all of it can be recomputed.
@@ -26,6 +27,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from flowmaps import jvp_attention
 from flowmaps.networks.layers import run_whole
 from samplers.callables import expand
 
@@ -161,7 +163,10 @@ class AnalyticTangents(TorchFunctionMode):
         self.constant = constant
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        result = self._apply(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if self.constant and func is F.scaled_dot_product_attention and jvp_attention.applies(*args, **kwargs):
+            return jvp_attention.attention(*args)
+        result = self._apply(func, args, kwargs)
         return without_tangent_graph(result) if self.constant else result
 
     @staticmethod
@@ -194,7 +199,7 @@ def velocity_jvp(
 
     A ``constant`` derivative, as objectives with a stop-gradient around it use, costs half of the memory or less: its
     graph is not kept. Where v itself may be computed under autocast and the derivative may not, v then comes from a
-    pass of its own under autocast, and keeps no more than any other pass of the network.
+    separate pass under autocast, and keeps no more than any other pass of the network.
 
     Args:
         fm: A flow map, or anything with its ``velocity``.

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from flowmaps import FlowMap, UserError
+from flowmaps import FlowMap, UserError, jvp_attention
 from flowmaps.derivatives import tf32_products
 from flowmaps.distributed import team
 from flowmaps.errors import Stopped, blame, within
@@ -104,9 +104,13 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | N
                 log.event("shards", step=done, before=state.get("shards"), now=trainer.parts())
         for line in advice(config, trainer.module.objective, trainer.accelerator.device):
             log.say(f"note: {line}")
+        jvp_attention.notes.clear()
+        begin = done
         while not last:
             log.add(trainer.step(done))
             done += 1
+            for line in jvp_attention.notes if done == begin + 1 else ():
+                log.say(f"note: {line}")
             last = done == config.steps or trainer.any_process(bool(stop.asked))  # once per step
             if last or done % config.log_every == 0:
                 norms = trainer.gradient_norms()

@@ -23,6 +23,7 @@ _LATENTS_256 = {"image_size": 32, "channels": 4, "num_classes": 1000, "data_std"
 
 BOFFI, EDM2 = "Boffi et al. 2025 (arXiv 2505.18825)", "Karras et al. 2024 (arXiv 2312.02696)"
 DIT = "Peebles and Xie 2023 (arXiv 2212.09748)"
+TERMINAL_VELOCITY = "heads as in Terminal Velocity Matching 2025 (arXiv 2511.19797)"
 EDM, TWO_TIMES = "Karras et al. 2022 (arXiv 2206.00364)", "Geng et al. 2025 (arXiv 2505.13447), two times"
 
 
@@ -57,4 +58,5 @@ PRESETS = {
     "dit-b2-imagenet256": _dit(2, 768, 12, 12, 131.0, TWO_TIMES),
     "dit-l2-imagenet256": _dit(2, 1024, 24, 16, 459.0, TWO_TIMES),
     "dit-xl2-imagenet256": _dit(2, 1152, 28, 16, 675.1, DIT),
+    "dit-xl2-heads64-imagenet256": _dit(2, 1152, 28, 18, 675.1, f"{DIT}, {TERMINAL_VELOCITY}"),
 }

@@ -42,8 +42,17 @@ class Recorded(MeanFlow):
 
 
 @dataclass
+class Constant(MeanFlow):
+    """MeanFlow whose tangents have no graph, in one pass in float32: the package's route without autocast."""
+
+    def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(batch.x.device.type, enabled=False):
+            return super().residual(fm, batch, teacher, terms)
+
+
+@dataclass
 class TwoPasses(MeanFlow):
-    """MeanFlow whose velocity comes from a pass of its own: the package's route under autocast."""
+    """MeanFlow whose velocity comes from a separate pass: the package's route under autocast."""
 
     def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         u, gap = batch.conditional_velocity, expand(batch.t - batch.s, batch.x)
@@ -53,15 +62,16 @@ class TwoPasses(MeanFlow):
         return fm.velocity(batch.x, batch.s, batch.t, batch.label) - u - gap * dv
 
 
-ROUTES: dict[str, type[MeanFlow]] = {"recorded": Recorded, "constant": MeanFlow, "two passes": TwoPasses}
+ROUTES: dict[str, type[MeanFlow]] = {"recorded": Recorded, "constant": Constant, "two passes": TwoPasses}
 
 
 def routes(name: str, rounds: int = 9, batch: int = 32) -> Iterator[tuple[str, dict[str, float]]]:
     """Time and peak memory of loss and gradient of MeanFlow by each route, at 75 % and 25 % off-diagonal rows.
 
-    In interleaved rounds of one process, together with flow matching.
+    In interleaved rounds of one process, together with flow matching. "+bf16" behind the name: under autocast.
     """
-    device, step = loss_and_gradient(name, batch)
+    network, bf16, _ = name.partition("+bf16")
+    device, step = loss_and_gradient(network, batch, bool(bf16))
     objectives: dict[str, Objective] = {"flow matching": FlowMatching()}
     for share in (0.75, 0.25):
         objectives |= {f"{route}, {share:.0%}": cls(diagonal=1 - share) for route, cls in ROUTES.items()}

@@ -87,7 +87,8 @@ def peak_memory(work: Callable[[], None], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
@@ -117,10 +118,10 @@ def medians(works: dict[str, Work], rounds: int, warm: int = 3, wall: bool = Fal
 Step = Callable[[Objective, Callable[..., Loss], int], None]  # (objective, its loss, number of the step)
 
 
-def loss_and_gradient(name: str, batch: int = 32) -> tuple[torch.device, Step]:
+def loss_and_gradient(name: str, batch: int = 32, bf16: bool = False) -> tuple[torch.device, Step]:
     """Return a step of the network ``name``, a row of COST_NETWORKS or PRESETS, without an optimiser, and its device.
 
-    On ``batch`` images of its shape; on a GPU with bf16 autocast.
+    On ``batch`` images of its shape; with autocast to bfloat16 if ``bf16``, and always on a GPU.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in COST_NETWORKS and name not in PRESETS:
@@ -134,7 +135,7 @@ def loss_and_gradient(name: str, batch: int = 32) -> tuple[torch.device, Step]:
 
     def work(objective: Objective, loss: Callable[..., Loss], step: int) -> None:
         draws = objective.draw(fm, x1, generator(0, "cost", step, device=device))
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16 or device.type == "cuda"):
             value = loss(fm, x1, label, draws).value
         value.backward()  # type: ignore[no-untyped-call]
         network.zero_grad(set_to_none=True)

@@ -11,13 +11,14 @@ from helpers.runs import tiny
 from helpers.small_networks import small
 
 from configs.digits import get_config as digits
-from flowmaps import UserError
+from flowmaps import UserError, jvp_attention
 from flowmaps.derivatives import derivative_dtype, velocity_jvp
 from flowmaps.objectives import FlowMatching, Lagrangian, MeanFlow, Objective, eulerian, lagrangian
 from flowmaps.objectives.base import DerivativeRole
 from flowmaps.objectives.lagrangian import Derivative
 from training.config import CompileMode, Config, DerivativePrecision, Precision
 from training.config_rows import METHODS
+from training.loop import train
 from training.precision import StepPrecision, advice, step_precision
 from training.trainer import Trainer
 
@@ -177,3 +178,10 @@ def test_a_run_in_bfloat16_says_what_it_costs(tmp_path):
     errors = [row["derivative_error"] for row in rows if "derivative_error" in row]
     assert len(errors) == 4 and all(1e-5 < error < 0.1 for error in errors)
     assert done.stderr.count("note: derivative_precision=bf16 biases") == 1
+
+
+def test_a_run_says_once_that_attention_in_its_derivative_is_not_fused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jvp_attention, "shared_memory", lambda device: 99)  # KiB, as if on a GPU
+    train(digits("mean_flow,smoke"), tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "MATH" in line]
+    assert said == [f"note: {line}" for line in jvp_attention.notes] and "TF32" in said[0]

@@ -232,6 +232,21 @@ def test_gradient_norms_are_those_of_the_terms(name):
     assert norms == pytest.approx(expected, rel=1e-3)
 
 
+def test_gradient_norms_run_the_graph_that_a_step_compiled(monkeypatch):
+    """One graph for steps and norms: no second compilation, and no eager pass with its larger memory."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode: compiler(f, backend="aot_eager", fullgraph=True))
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    config = digits("mean_flow,smoke")
+    compiled, eager = Trainer.build(dataclasses.replace(config, compile=True)), Trainer.build(config)
+    for trainer in (compiled, eager):
+        trainer.step(0)
+    assert compiled.gradient_norms() == pytest.approx(eager.gradient_norms(), rel=1e-4)
+    compiled.step(1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_gradient_checkpointing_is_refused_where_it_cannot_be():
     with pytest.raises(UserError, match=r"^gradient_checkpointing: MLP"):
         Trainer.build(tiny(gradient_checkpointing=True))
