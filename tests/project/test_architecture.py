@@ -125,7 +125,7 @@ SAMPLING = {"checkpoint", "steps", "num", "seed", "sampler", "label", "guidance"
 SAMPLING |= {"vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
 SCORING = {"extractor", "weights", "root"}
 FLAGS = {
-    "train.py": {"config", "workdir", "dry_run", "stage"},
+    "train.py": {"config", "workdir", "dry_run", "stage", "forecast", "gpus", "mfu", "json"},
     "sample.py": SAMPLING | {"out", "beside"},
     "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt", "features"},
     "fid.py": SAMPLING

@@ -110,7 +110,7 @@ def test_every_config_row_passes_a_dry_run(module, row, request, tmp_path):
         found = [dry_run(made, batch=2)]
     AcceleratorState._reset_state()
     for facts, picture in found:
-        assert facts["parameters"] > 0 and picture.width > 50 and "GiB" in facts["memory guess"]
+        assert facts["parameters"] > 0 and picture.width > 50
 
 
 def on_small_data(config, request, tmp_path):

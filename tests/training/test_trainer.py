@@ -1,7 +1,6 @@
 """One optimiser step: micro-steps, precision, compilation, memory layout, and the memory they take."""
 
 import dataclasses
-import re
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from flowmaps.objectives import OBJECTIVES, Draws
 from flowmaps.rng import generator
 from training.build import CHANNELS_LAST
 from training.config import Precision
-from training.dry_run import fixed_bytes, kept_bytes, memory_guess
 from training.trainer import Trainer
 
 
@@ -153,26 +151,6 @@ def test_workers_give_the_same_steps(data_root):
         trainer = Trainer.build(config)
         losses.append([trainer.step(k)["loss"].item() for k in range(3)])
     assert losses[0] == losses[1]
-
-
-def test_memory_guess_grows_with_the_images_of_a_micro_step():
-    """Fixed part: weights, gradients, two moments and two averages, by hand; the rest is linear in the micro-batch."""
-    config = dataclasses.replace(digits("lagrangian,smoke"), ema=(0.9, 0.99), batch=8)
-    trainer = Trainer.build(config)
-    trainer.step(0)
-
-    double = Trainer.build(dataclasses.replace(config, batch=16))
-    kept = {8: kept_bytes(trainer), 16: kept_bytes(double)}
-
-    def numbers(size):
-        guess = memory_guess(fixed_bytes(trainer), kept, size)
-        return [float(part) for part in re.findall(r"([\d.]+) GiB", guess)]
-
-    total, fixed, growing = numbers(8 * 2**12)
-    parameters = sum(p.numel() for p in trainer.module.parameters())
-    assert fixed == pytest.approx(6 * 4 * parameters / 2**30, abs=0.006)
-    assert total == pytest.approx(fixed + growing, abs=0.011)
-    assert numbers(16 * 2**12)[2] == pytest.approx(2 * growing, rel=0.1)  # freed addresses are used again
 
 
 def test_non_finite_gradients_skip_the_step_and_then_stop_the_run(tmp_path):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -103,8 +103,7 @@ def forecast(config: Config, gpus: int = 1, runs: Mapping[str, Config] | None = 
         )
 
 
-@dataclass(frozen=True)
-class Fit:
+class Fit(NamedTuple):
     """The largest micro-batch that fits a memory, 0 if none does, and the ``accumulate`` that it asks for."""
 
     memory: float  # GiB
@@ -126,8 +125,8 @@ def fit(config: Config, memory: float, one: Forecast, two: Forecast) -> Fit:
         for phase, total in one.phases.items():
             per_image = (two.phases[phase] - total) / (two.micro_batch - one.micro_batch)
             left = room - total + per_image * one.micro_batch - earlier * (phase != "update")
-            most.append(left / per_image if per_image > 0 else math.inf * left)
-        return max(0, int(min(most) // one.multiple)) * one.multiple
+            most.append(left / per_image if per_image > 0 else math.copysign(math.inf, left))
+        return int(max(0.0, min(most)) // one.multiple) * one.multiple
 
     objective = build_objective(config)
     for accumulate in range(1, one.batch // one.gpus + 1):

@@ -1,4 +1,4 @@
-"""Stand-ins for what a run reads from disk: data, checkpoints, trajectories and weights of LPIPS, all by their shape."""
+"""Stand-ins for what a run reads from disk: data, checkpoints, trajectories and LPIPS, all by their shape."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -39,21 +39,21 @@ class Shapes(DataSet):
 
     def fetch(self, index: Tensor) -> Batch:
         dtype = torch.uint8 if len(self.shape) == 3 else torch.float32
-        return torch.empty(len(index), *self.shape, dtype=dtype), _labels(self, index)
+        return torch.zeros(len(index), *self.shape, dtype=dtype), _labels(self, index)
 
 
 class LatentShapes(Latents):
     """Moments of latents, without content."""
 
     def fetch(self, index: Tensor) -> Batch:
-        return torch.empty(len(index), 2, *self.shape, dtype=torch.float16), _labels(self, index)
+        return torch.zeros(len(index), 2, *self.shape, dtype=torch.float16), _labels(self, index)
 
 
 class TrajectoryShapes(TrajectoryFiles):
     """Stored trajectories, without content."""
 
     def fetch(self, index: Tensor) -> Batch:
-        return torch.empty(len(index), len(self.facts["times"]), *self.shape), _labels(self, index)
+        return torch.zeros(len(index), len(self.facts["times"]), *self.shape), _labels(self, index)
 
 
 def _labels(data: DataSet, index: Tensor) -> Tensor | None:
@@ -96,8 +96,9 @@ def stand_ins(config: Config, data: DataSet, runs: Mapping[str, Config]) -> Iter
     def load_flow_map(field: str, source: str, config: Config) -> FlowMap:
         latents = data.info if isinstance(data, Latents) else {}
         fm = build_flow_map(runs.get(source, config), data.shape, data.num_classes, **latents)
-        imported = {} if source in runs else {"kind": "drift", "guidance": None, "guidance_max": None}
-        return Unread(fm.network, fm.interpolant_name, fm.base_std, replace(fm.info, **imported)).eval()
+        if source not in runs:
+            fm.info = replace(fm.info, kind="drift", guidance=None, guidance_max=None)
+        return Unread(fm.network, fm.interpolant_name, fm.base_std, fm.info).eval()
 
     def open_decoder(config: Config, data: Latents) -> Decoder:
         return Decoder("", data.info["latent_shift"], data.info["latent_scale"])

@@ -32,7 +32,7 @@ class CudaDropout(TorchFunctionMode):
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(x, p, training)[0]
+    return torch.native_dropout(x, p, training)[0] if training and p else x
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def measure(trainer: Trainer, ledger: Ledger) -> None:
             ledger.label(local(p.grad), "gradients")
 
     for p in weights:
-        p.register_post_accumulate_grad_hook(label_gradient)
+        p.register_post_accumulate_grad_hook(label_gradient)  # type: ignore[no-untyped-call]
     micro_step_loss, backward = trainer.micro_step_loss, trainer.accelerator.backward
 
     def forward_phase(step: int, micro: int) -> Any:
