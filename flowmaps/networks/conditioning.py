@@ -76,7 +76,8 @@ def condition(
         return Condition(classes, augmentation, weight[:, 0] if sizes[-1] else torch.ones_like(like))
     if num_classes:
         label = torch.full((batch,), num_classes, device=like.device) if label is None else label
-        classes = F.one_hot(label, num_classes + 1).to(like.dtype)
+        # Not F.one_hot, which torch 2.11 cannot compile inside a forward derivative.
+        classes = (label[:, None] == torch.arange(num_classes + 1, device=label.device)).to(like.dtype)
     elif label is not None:
         raise ValueError("this network is unconditional (num_classes=0): label must be None")
     else:
