@@ -137,6 +137,7 @@ FLAGS = {
     "train_extractor.py": {"data", "root", "out", "epochs", "seed"},
     "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
     "demo.py": {"workdir", "steps", "num"},
+    "gpu_check.py": {"parts", "out", "minutes", "data", "device", "smoke"},
     "export.py": {"checkpoint", "ema", "out", "name", "license", "results", "how", "push_to_hub"},
     "import_checkpoint.py": {"format", "src", "out"},
     "prepare_data.py": {"teacher", "out", "num", "solver", "steps", "substeps", "grid", "low", "high", "times", "start"}
