@@ -130,6 +130,8 @@ def _run_part(results: Results, part: str, call: Call, deadline: float) -> int:
         process = PartProcess(part, skip, deadline, call.smoke, call.out, call.data, run_id, add)
         names = process.run()
         left = [name for name in names if name not in results.done(part) and name not in tried]
+        if not names and not tried:  # the time was over before the items were known
+            left = ["all"]
         results.content["left"][part] = left
         if not left or len(tried) == before or time.time() >= deadline:
             return sum(status == "failed" for status in tried.values())

@@ -106,6 +106,11 @@ def test_at_the_end_of_the_time_it_stops_and_says_what_is_left(call, capsys):
     assert "left for another call with the same --out: 2 items, first second" in capsys.readouterr().out
 
 
+def test_a_part_without_time_to_begin_is_left(call):
+    code, content = call(parts="bc", seconds=0.01)
+    assert code == 0 and content["left"] == {"b": ["all"], "c": ["all"]}
+
+
 def test_another_file_is_not_overwritten(call, tmp_path, capsys):
     (tmp_path / "gpu.json").write_text("{}")
     assert run(Call("b", tmp_path, 60, tmp_path, smoke=True)) == 2
