@@ -12,27 +12,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from absl import flags
-from torch import Tensor
 
 from flowmaps.cli.run import required
-from flowmaps.cli.sampling_flags import SamplingFlags
+from flowmaps.cli.sampling_flags import SAMPLER_NAMES, SamplingFlags
 from flowmaps.errors import blame
-from flowmaps.evaluation.samples import sample_batches, write_samples
-from flowmaps.evaluation.settings import Setting, sampling_settings
 from flowmaps.files import writable_directory
-from flowmaps.images import COLUMNS, hstack, sample_grid, to_pil
-from flowmaps.run_weights import take_weights
-from samplers import SAMPLERS
 
 SAMPLING = SamplingFlags(num=64)
 OUT = flags.DEFINE_string("out", None, "Directory to write to")
-BESIDE = flags.DEFINE_enum("beside", None, list(SAMPLERS), "Sampler to compare with in grid.png, in equal steps")
+BESIDE = flags.DEFINE_enum("beside", None, SAMPLER_NAMES, "Sampler to compare with in grid.png, in equal steps")
 
 
 def main() -> None:
-    directory, fm = Path(required(OUT, "samples")), SAMPLING.load()
+    directory = Path(required(OUT, "samples"))
+    required(SAMPLING.checkpoint, "runs/digits")
+
+    import torch
+    from torch import Tensor
+
+    from flowmaps.evaluation.samples import sample_batches, write_samples
+    from flowmaps.evaluation.settings import Setting, sampling_settings
+    from flowmaps.images import COLUMNS, hstack, sample_grid, to_pil
+    from flowmaps.run_weights import take_weights
+
+    fm = SAMPLING.load()
     settings = SAMPLING.settings(fm)
     guided: dict[str, Any] = {name: getattr(SAMPLING, name).value for name in ("label", "guidance", "gamma")}
     others = []
