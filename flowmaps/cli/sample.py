@@ -8,6 +8,8 @@ Writes steps-N/000000.png ..., samples-N.npz (uint8 [n, h, w, c] and labels; poi
 row per step count; --beside adds the same noise carried by another sampler, on the right.
 """
 
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,13 @@ def main() -> None:
         options = {"sampler": setting.sampler, "batch": SAMPLING.batch.value, **guided}
         return sample_batches(fm, setting.times, range(count), SAMPLING.seed.value, progress=True, **options)
 
-    shown = [[write_samples(batches(setting, SAMPLING.num.value), out, setting.steps) for setting in settings]]
+    num, rows = SAMPLING.num.value, []
+    for setting in settings:
+        start = time.perf_counter()
+        rows.append(write_samples(batches(setting, num), out, setting.steps))
+        rate = num / (time.perf_counter() - start)
+        print(f"{out / f'steps-{setting.steps}'}: {num} samples, {rate:.3g} per second", file=sys.stderr)
+    shown = [rows]
     if others:
         count = len(shown[0][0][: COLUMNS if len(fm.info.shape) == 3 else None])
         shown.append([torch.cat([x.cpu() for x, _ in batches(setting, count)]) for setting in others])
