@@ -8,16 +8,17 @@ A row that is a chain trains its stages in WORKDIR/pre_training, mid_training an
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import config_flags
-from PIL import Image
 
-from flowmaps import UserError
 from flowmaps.cli.run import required
-from flowmaps.errors import blame
+from flowmaps.errors import UserError, blame
 from flowmaps.files import writable_directory
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File and row: configs/digits.py:lagrangian[,smoke]")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is resumed")
@@ -28,16 +29,17 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build everything, take two steps 
 
 
 def main() -> None:
+    if CONFIG.value is None:
+        raise UserError("missing, e.g. --config=configs/digits.py:lagrangian", field="config")
+    workdir = "" if DRY_RUN.value else required(WORKDIR, "runs/digits")
+    config = CONFIG.value
+
     from flowmaps.distributed import processes
     from training.chain import run_chain, table
     from training.config_rows import Chain
     from training.dry_run import dry_run, dry_run_chain
     from training.loop import train
 
-    if CONFIG.value is None:
-        raise UserError("missing, e.g. --config=configs/digits.py:lagrangian", field="config")
-    workdir = "" if DRY_RUN.value else required(WORKDIR, "runs/digits")
-    config = CONFIG.value
     if STAGE.value and (DRY_RUN.value or not isinstance(config, Chain)):
         reason = "a dry run tries all stages" if DRY_RUN.value else "this row is one run, not a chain"
         raise UserError(f"{reason}, leave it out", field="stage", value=STAGE.value)
@@ -52,7 +54,7 @@ def main() -> None:
         train(config, workdir)
 
 
-def show(stage: str, facts: dict[str, Any], picture: Image.Image) -> None:
+def show(stage: str, facts: dict[str, Any], picture: "Image.Image") -> None:
     """Print the facts of a dry run and save its picture to --workdir."""
     for name, fact in facts.items():
         print(f"{stage} {name}: {fact}".strip())
