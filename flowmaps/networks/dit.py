@@ -25,7 +25,8 @@ def positions(size: int, width: int) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """Divide x by its root mean square along the last dimension and multiply by ``weight``."""
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # CUDA's normalises in float32 and keeps that
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight.to(x.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

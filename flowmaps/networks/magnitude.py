@@ -13,10 +13,15 @@ from torch import Tensor, nn
 
 
 def unit(x: Tensor, dim: int | tuple[int, ...], eps: float = 1e-4) -> Tensor:
-    """Divide x by its root mean square along ``dim``, in at least float32: pixel and weight normalisation (66)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    rms = (wide.square().mean(dim=dim, keepdim=True) + 1e-30).sqrt()  # the constant gives a derivative at 0
-    return (wide / (rms + eps)).to(x.dtype)
+    """Divide x by its root mean square along ``dim``: pixel and weight normalisation (66).
+
+    The mean is in at least float32. Squares keep the type of x, as in the authors' code, so that no float32 copy of
+    an activation is kept for the backward pass; CUDA's autocast would make one in x.square().
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    squares = x.square() if x.dtype == wide else x * x
+    rms = (squares.mean(dim=dim, keepdim=True, dtype=wide) + 1e-30).sqrt()  # the constant gives a derivative at 0
+    return x / (rms + eps).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:
@@ -32,7 +37,7 @@ def mp_sum(a: Tensor, b: Tensor, share: float) -> Tensor:
 def mp_add(a: Tensor, b: Tensor, gain: Tensor) -> Tensor:
     """a + gain b with a learned ``gain``, divided by its size in the same way: a at gain 0, half of each at gain 1."""
     gain = gain.to(a.dtype)
-    return (a + gain * b) / (1 + gain.square()).sqrt()
+    return (a + gain * b) / (1 + gain.square()).sqrt().to(a.dtype)  # CUDA's autocast squares in float32
 
 
 def mp_cat(a: Tensor, b: Tensor) -> Tensor:
