@@ -28,8 +28,6 @@ from training.lora import add_lora
 from training.loss_module import LossModule
 from training.teacher_trajectories import TrajectorySource
 
-CHANNELS_LAST = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
-
 
 def build_accelerator(config: Config) -> Accelerator:
     """Create the accelerator; the environment decides nothing (no fp16, no other accumulation or sharding)."""
@@ -179,12 +177,6 @@ def build_loss_module(
     config: Config, fm: FlowMap, objective: Objective, weight: LogVariance | None, device: torch.device
 ) -> LossModule:
     """Assemble the loss on ``device``, in the memory layout, with the recomputation and compilation of ``config``."""
-    if config.channels_last and not CHANNELS_LAST:
-        raise UserError(
-            f"needs torch 2.15, this is {torch.__version__}: older ones have no forward derivative of group_norm in "
-            "that layout",
-            field="channels_last",
-        )
     fm.to(device)  # before the teacher, which goes where the flow map is
     module = LossModule(fm, objective, weight, build_teacher(config, fm, objective))
     module.to(device)

@@ -15,7 +15,6 @@ from flowmaps.generate import labels_for
 from flowmaps.images import from_uint8
 from flowmaps.objectives import OBJECTIVES, Draws
 from flowmaps.rng import generator
-from training.build import CHANNELS_LAST
 from training.config import Precision
 from training.dry_run import fixed_bytes, kept_bytes, memory_guess
 from training.trainer import Trainer
@@ -123,7 +122,6 @@ def test_compiled_run_equals_eager():
         torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.skipif(not CHANNELS_LAST, reason="torch before 2.15 has no jvp of group_norm on channels-last tensors")
 def test_channels_last_is_the_same_function(tmp_path):
     (plain, weights), (last, others) = losses_and_weights(), losses_and_weights(channels_last=True)
     assert plain == pytest.approx(last, rel=1e-4)
@@ -134,12 +132,6 @@ def test_channels_last_is_the_same_function(tmp_path):
     trainer.step(0)
     trainer.save(tmp_path, 1)
     assert_same(FlowMap.from_pretrained(tmp_path).network.state_dict(), trainer.averaged(1).network.state_dict())
-
-
-def test_channels_last_is_refused_on_an_old_torch(monkeypatch):
-    monkeypatch.setattr("training.build.CHANNELS_LAST", False)
-    with pytest.raises(UserError, match=r"^channels_last: needs torch"):
-        Trainer.build(dataclasses.replace(digits("lagrangian,smoke"), channels_last=True))
 
 
 def test_workers_give_the_same_steps(data_root):
