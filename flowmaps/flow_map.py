@@ -104,7 +104,7 @@ class FlowMap(nn.Module):
         streams = (generator(seed, "noise", i, draw) for i in range(start, start + n))
         rows = [torch.randn(self.info.shape, generator=stream) for stream in streams]
         parameter = next(self.network.parameters(), torch.empty(0))  # a closed form has none
-        return self.base_std * torch.stack(rows).to(device=parameter.device, dtype=parameter.dtype)
+        return self.base_std * torch.stack(rows).to(parameter.device, parameter.dtype, non_blocking=True)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over the network's config and its weights by name, which records and schedules quote."""
