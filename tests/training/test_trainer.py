@@ -15,6 +15,7 @@ from flowmaps.generate import labels_for
 from flowmaps.images import from_uint8
 from flowmaps.objectives import OBJECTIVES, Draws
 from flowmaps.rng import generator
+from training.checkpoint import load_checkpoint
 from training.config import Precision
 from training.dry_run import fixed_bytes, kept_bytes, memory_guess
 from training.trainer import Trainer
@@ -132,6 +133,27 @@ def test_channels_last_is_the_same_function(tmp_path):
     trainer.step(0)
     trainer.save(tmp_path, 1)
     assert_same(FlowMap.from_pretrained(tmp_path).network.state_dict(), trainer.averaged(1).network.state_dict())
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_checkpoints_of_fused_and_other_optimisers_are_the_same(written, tmp_path):
+    """As an older version wrote them, and as one on a device without fused kernels reads them."""
+    losses = {}
+    for fused in (written, not written):
+        trainer = Trainer.build(digits("lagrangian,smoke"))
+        assert trainer.optimizer.param_groups[0]["fused"]  # on this CPU
+        if not fused:
+            group = trainer.optimizer.param_groups[0]
+            options = {name: group[name] for name in ("lr", "betas", "weight_decay")}
+            trainer.optimizer = torch.optim.AdamW(group["params"], **options)
+        if fused is written:
+            trainer.step(0)
+            trainer.checkpoint(tmp_path / "step-00000001", 1)
+        else:
+            load_checkpoint(tmp_path / "step-00000001", trainer.module, trainer.optimizer, trainer.ema)
+            assert bool(trainer.optimizer.param_groups[0]["fused"]) is fused
+        losses[fused] = [trainer.step(k)["loss"].item() for k in (1, 2)]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
 
 
 def test_workers_give_the_same_steps(data_root):
