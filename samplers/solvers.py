@@ -92,7 +92,7 @@ def dpm_solver(
         raise ValueError(f"order must be 1, 2 or 3, got {order}")
     known: list[tuple[float, Tensor]] = []  # (l, D) of the latest steps, newest first
     numbers = rounded(times, x).tolist()  # read at once, so that no step waits for the device
-    for k, (s, t) in enumerate(intervals(x, times)):
+    for k, (s, t) in enumerate(intervals(x, times)):  # noqa: B007 - t is reported below
         report(callback, k, s, x)
         start, end = numbers[k : k + 2]
         known = [(_log_snr(start), x + expand(1 - s, x).to(x.dtype) * drift(x, s, label)), *known][:order]

@@ -5,10 +5,12 @@ differs from a CPU: CUDA's autocast runs pow, group_norm, softmax and nearest-ne
 the host are real. Forward passes only: torch cannot run a backward pass on fake CUDA tensors without a GPU.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -16,6 +18,17 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from flowmaps.data import Latents
+from flowmaps.objectives import LogVariance, TrajectoryObjective
+from training.build import build_flow_map
+from training.config import build_objective
+from training.ema import EMA
+from training.loss_module import LossModule
+from training.optim import build_optimizer
+from training.precision import step_precision
+from training.teacher_trajectories import TrajectorySolver, TrajectorySource, trajectory_times
+from training.trainer import Trainer
 
 ATEN = torch.ops.aten
 PACKAGES = ("flowmaps", "samplers", "training", "scripts")
@@ -34,21 +47,18 @@ def caller() -> str:
     return "test"
 
 
-@dataclass
-class Seen:
-    """The findings of a pass, as functions of this repository in order of the calls."""
-
-    waits: list[str] = field(default_factory=list)  # for the device: "operation in function"
-    copies: list[str] = field(default_factory=list)  # from the host to the device, which do not wait
-    wide: set[tuple[str, str]] = field(default_factory=set)  # large float32 results under autocast: operation, function
-
-
 class Watch(TorchDispatchMode):
-    """Runs operations on host tensors for real, and records what crosses between host and device in ``seen``."""
+    """Runs operations on host tensors for real, and records by function of this repository what a GPU would be asked.
 
-    def __init__(self, large: int = 0) -> None:
+    Numbers that the host reads from the device are made up: each is larger than the one before.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.seen, self.large = Seen(), large  # results of more than ``large`` numbers count as large, 0: none
+        self.waits: list[str] = []  # for the device: "operation in function"
+        self.copies: list[str] = []  # from the host to the device that do not wait
+        self.wide: set[tuple[str, str]] = set()  # float32 results under autocast that are large: operation, function
+        self.large = 0  # results of more numbers are large; 0: none
         self.autocast = False  # torch's own answer is always False in here
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -61,14 +71,16 @@ class Watch(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func.overloadpacket in WAITS or self.masked(func, args):
-            self.seen.waits.append(f"{func.overloadpacket.__name__} in {caller()}")
+            self.waits.append(f"{func.overloadpacket.__name__} in {caller()}")
+            if func.overloadpacket is ATEN._local_scalar_dense:
+                return True if args[0].dtype == torch.bool else len(self.waits) / 100
         out = func(*args, **kwargs)
         if func.overloadpacket in (ATEN._to_copy, ATEN.copy_):
             self.copied(args[func.overloadpacket is ATEN.copy_], out, kwargs.get("non_blocking") or True in args[2:])
         if self.large and self.autocast:
             for result in tree_leaves(out):
                 if isinstance(result, torch.Tensor) and result.dtype == torch.float32 and result.numel() > self.large:
-                    self.seen.wide.add((func.overloadpacket.__name__, caller()))
+                    self.wide.add((func.overloadpacket.__name__, caller()))
         return out
 
     @staticmethod
@@ -83,13 +95,13 @@ class Watch(TorchDispatchMode):
         if before == after:
             return
         if after == "cuda" and non_blocking:
-            self.seen.copies.append(caller())
+            self.copies.append(caller())
         else:  # torch waits for the device's queue at the end of a blocking copy, in either direction
-            self.seen.waits.append(f"copy from {before} to {after} in {caller()}")
+            self.waits.append(f"copy from {before} to {after} in {caller()}")
 
 
 @contextmanager
-def fake_cuda(large: int = 0) -> Iterator[Watch]:
+def fake_cuda() -> Iterator[Watch]:
     """Make tensors on "cuda" fake inside the block, and ``torch.autocast("cuda")`` believe that there is a device.
 
     Generators are the CPU's, and torch's states of random numbers are left alone.
@@ -111,16 +123,67 @@ def fake_cuda(large: int = 0) -> Iterator[Watch]:
         if device == "cuda":
             watch.autocast = enabled
 
-    watch = Watch(large)
+    watch = Watch()
     with (
         mock.patch("torch.set_autocast_enabled", enable_and_tell),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         mock.patch("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True),
         mock.patch("torch.random.fork_rng", lambda *args, **kwargs: nullcontext()),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
+        mock.patch("torch.Tensor.pin_memory", lambda x: x),
         mock.patch("torch.manual_seed", lambda seed: None),
         mock.patch("training.trainer.generator", on_cpu),
         FakeTensorMode(allow_non_fake_inputs=True),
         watch,
     ):
         yield watch
+
+
+def fake_trainer(config, batch: int, bf16: bool) -> tuple[Trainer, int]:
+    """A trainer on the device inside ``fake_cuda``, and the numbers in a batch of samples; no file is read.
+
+    The data are zeros of the right shape and type, and a teacher is a network like the trained one. There is no
+    backward pass: gradients are zero.
+    """
+    net, objective, device = config.network, build_objective(config), torch.device("cuda")
+    image = not hasattr(net, "dim")
+    shape = (net.channels, net.image_size, net.image_size) if image else (net.dim,)
+    classes = getattr(net, "num_classes", 0)
+    with device:
+        fm = build_flow_map(config, shape, classes)
+        weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
+        teacher = build_flow_map(config, shape, classes) if config.teacher or objective.teacher_ema else None
+    module = LossModule(fm, objective, weight, teacher)
+    paths, rows = None, 1
+    if isinstance(objective, TrajectoryObjective):
+        times = trajectory_times(config.trajectories)
+        rows = objective.rows(times)
+        paths = TrajectorySource(None, times, rows, TrajectorySolver(teacher, config.trajectories))
+    items, data = math.ceil(batch / rows), None
+    x = torch.zeros(items, *shape, dtype=torch.uint8 if image else torch.float32)
+    if image and net.channels == 4:
+        data = Latents(Path(), {"shape": shape, "latent_shift": 4 * (0.0,), "latent_scale": 4 * (0.18,)}, [items])
+        x = torch.zeros(items, 2, *shape, dtype=torch.float16)
+    label = torch.arange(items) % classes if classes else None
+
+    def wrapped(*args):
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            return module(*args)
+
+    def backward(loss: torch.Tensor) -> None:
+        for p in module.parameters():
+            p.grad = torch.zeros_like(p)
+
+    accelerator = SimpleNamespace(
+        device=device,
+        process_index=0,
+        backward=backward,
+        clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
+        no_sync=lambda module: nullcontext(),
+    )
+    optimizer = build_optimizer(config.optim, list(module.parameters()))
+    ema = EMA(fm.network, (*config.ema, *[objective.teacher_ema] * bool(objective.teacher_ema)), meta=module)
+    loader = SimpleNamespace(batch=lambda k: (x, label))
+    precision = step_precision(config, objective, device)
+    trainer = Trainer(config, data, loader, accelerator, module, wrapped, optimizer, ema, precision, paths=paths)
+    return trainer, items * rows * math.prod(shape)

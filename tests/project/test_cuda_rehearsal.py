@@ -2,25 +2,15 @@
 
 import copy
 import importlib
-import math
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import ROOT
-from helpers.fake_cuda import fake_cuda
+from helpers.fake_cuda import fake_cuda, fake_trainer
 
-from flowmaps.data import Latents
-from flowmaps.objectives import Lagrangian, LogVariance, TrajectoryObjective
+from flowmaps.objectives import Lagrangian
 from flowmaps.objectives.mid_training import Distance
-from training.build import build_flow_map
-from training.config import build_objective
 from training.config_rows import Chain
-from training.loss_module import LossModule
-from training.precision import step_precision
-from training.teacher_trajectories import TrajectorySolver, TrajectorySource, trajectory_times
-from training.trainer import Trainer
 
 BATCH = 512  # more numbers in an activation than in a shrunken network's weight
 SHRUNKEN = {
@@ -81,54 +71,19 @@ def shrunken(config):
     return config
 
 
-def micro_step_loss(config, bf16):
-    """Return what a micro-step of ``config`` does on fake CUDA tensors, draws and transfers included."""
-    net, objective, device = config.network, build_objective(config), torch.device("cuda")
-    image = not hasattr(net, "dim")
-    shape = (net.channels, net.image_size, net.image_size) if image else (net.dim,)
-    classes = getattr(net, "num_classes", 0)
-    with fake_cuda() as watch:
-        with device:
-            fm = build_flow_map(config, shape, classes)
-            weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
-            teacher = build_flow_map(config, shape, classes) if config.teacher or objective.teacher_ema else None
-        module = LossModule(fm, objective, weight, teacher)
-        paths, rows = None, 1
-        if isinstance(objective, TrajectoryObjective):
-            times = trajectory_times(config.trajectories)
-            rows = objective.rows(times)
-            paths = TrajectorySource(None, times, rows, TrajectorySolver(teacher, config.trajectories))
-        items = math.ceil(BATCH / rows)
-        data = None
-        x = torch.zeros(items, *shape, dtype=torch.uint8 if image else torch.float32)
-        if image and net.channels == 4:
-            facts = {"shape": shape, "latent_shift": 4 * (0.0,), "latent_scale": 4 * (0.18,)}
-            data = Latents(Path(), facts, [items])
-            x = torch.zeros(items, 2, *shape, dtype=torch.float16)
-        label = torch.arange(items) % classes if classes else None
-
-        def wrapped(*args):
-            with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-                return module(*args)
-
-        accelerator = SimpleNamespace(device=device, process_index=0)
-        loader = SimpleNamespace(batch=lambda k: (x, label))
-        precision = step_precision(config, objective, device)
-        trainer = Trainer(config, data, loader, accelerator, module, wrapped, None, None, precision, paths=paths)
-        watch.large = max(2 * items * rows * math.prod(shape), *(p.numel() for p in module.parameters()))
-        loss = trainer.micro_step_loss(0, 0)
-        assert loss.value.is_cuda and loss.value.dtype == torch.float32 and loss.value.requires_grad
-    return watch.seen
-
-
 def rehearse(config, bf16):
     if getattr(config.objective, "distance", None) is Distance.lpips:  # has weight files, and runs in float32
         config = copy.deepcopy(config)
         config.objective.distance = Distance.l2
-    seen = micro_step_loss(config, bf16)
-    assert not seen.waits
-    assert set(seen.copies) <= COPIES
-    assert {where for _, where in seen.wide} <= WIDE
+    with fake_cuda() as watch:
+        trainer, values = fake_trainer(config, BATCH, bf16)
+        weights = trainer.module.parameters()
+        watch.large = max(2 * values, *(p.numel() for p in weights))
+        loss = trainer.micro_step_loss(0, 0).value
+    assert loss.is_cuda and loss.dtype == torch.float32 and loss.requires_grad
+    assert not watch.waits
+    assert set(watch.copies) <= COPIES
+    assert {where for _, where in watch.wide} <= WIDE
 
 
 @pytest.mark.parametrize(("name", "bf16"), list(quick_rows()))
