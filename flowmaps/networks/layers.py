@@ -6,7 +6,7 @@ tangent to the next half-precision layer. So normalise without weights, then sca
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +61,12 @@ def zero(layer: nn.Module) -> nn.Module:
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
+
+
+def own_type(x: Tensor) -> AbstractContextManager[None]:
+    """Let operations inside the block keep the type of x, also those that CUDA's autocast runs in float32."""
+    enabled = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
 
 
 def normalise(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -135,7 +141,7 @@ def resample(x: Tensor, mode: str) -> Tensor:
         return x
     if mode == "down":
         return F.avg_pool2d(x, 2)
-    with torch.autocast(x.device.type, enabled=False):  # CUDA's resizes in float32
+    with own_type(x):
         return F.interpolate(x, scale_factor=2, mode="nearest")
 
 

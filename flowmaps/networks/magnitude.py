@@ -54,13 +54,7 @@ class MPLayer(nn.Module):
         super().__init__()
         self.kernel = kernel
         self.weight = nn.Parameter(torch.randn(outputs, inputs, *(kernel, kernel) if kernel else ()))
-        self.normalise()
-
-    @torch.no_grad()
-    def normalise(self) -> None:
-        """Set the weights of each output to root mean square 1."""
-        weight: Tensor = getattr(self.weight, "to_local", lambda: self.weight)()  # sharding keeps outputs in one piece
-        weight.copy_(unit(weight, tuple(range(1, weight.ndim))))
+        normalise_weights(self)
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         """Return ``gain`` times the layer's output, which has unit variance at gain 1."""
@@ -70,8 +64,18 @@ class MPLayer(nn.Module):
         return F.conv2d(x, weight, padding=self.kernel // 2) if self.kernel else F.linear(x, weight)
 
 
-def normalise_weights(module: nn.Module) -> None:
-    """Normalise all weights (forced weight normalisation, section 2.3); call this after each optimiser step."""
-    for layer in module.modules():
-        if isinstance(layer, MPLayer):
-            layer.normalise()
+@torch.no_grad()
+def normalise_weights(module: nn.Module, eps: float = 1e-4) -> None:
+    """Set the weights of each output of each layer to root mean square 1, as ``unit`` does, in few kernels.
+
+    This is forced weight normalisation (section 2.3); call it after each optimiser step.
+    """
+    layers = [layer.weight for layer in module.modules() if isinstance(layer, MPLayer)]
+    if not layers:
+        return
+    weights: list[Tensor] = [getattr(w, "to_local", w.detach)() for w in layers]  # sharding keeps outputs in one piece
+    rms = [torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True) for w in weights]
+    torch._foreach_div_(rms, [math.sqrt(w[0].numel()) for w in weights])
+    torch._foreach_add_(rms, eps)
+    for weight, size in zip(weights, rms, strict=True):
+        weight.div_(size)
