@@ -1,9 +1,15 @@
 # Two commands for a newcomer, `make demo` and `make test`; both set up .venv the first time and reuse it after.
+# `make gpu` installs nothing: it takes the interpreter that it is given, else that of .venv, else python3.
 PYTHON ?= python3
 BIN := .venv/bin
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+PARTS ?= abcd
+OUT ?= runs/gpu
+DATA ?= data
+MINUTES ?= 8
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test test-slow lint types clean
+.PHONY: demo test test-slow gpu lint types clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py --workdir=runs/demo
@@ -13,6 +19,9 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow
+
+gpu:
+	@$(GPU_PYTHON) scripts/gpu_check.py --parts=$(PARTS) --out=$(OUT) --data=$(DATA) --minutes=$(MINUTES)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

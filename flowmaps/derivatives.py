@@ -171,6 +171,8 @@ class AnalyticTangents(TorchFunctionMode):
 
     @staticmethod
     def _apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is torch.native_group_norm:  # in torch 2.11 its forward derivative fails on channels-last tensors
+            args = (args[0].contiguous(), *args[1:])
         covered = func in TANGENT_RULES and args and not kwargs.get("inplace")
         if not covered or (func is F.gelu and kwargs.get("approximate") != "tanh"):
             return func(*args, **kwargs)

@@ -1,7 +1,7 @@
 """The processes that torchrun or accelerate started, and how they share work."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -103,6 +103,8 @@ class AnyProcess:
 
     def __init__(self) -> None:
         self._asked: tuple[Any, Tensor] | None = None
+        on_gpu = torch.cuda.is_available()
+        self._stream = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext()  # type: ignore[no-untyped-call]
 
     def __call__(self, flag: bool) -> bool:
         state, answer = processes(), False
@@ -110,9 +112,10 @@ class AnyProcess:
             return flag
         if self._asked is not None:
             work, flags = self._asked
-            work.wait()
-            answer = bool(flags.any())
-        flags = torch.tensor([int(flag)], device=state.device)
+            with self._stream:  # on the usual one, reading would wait for all of the current step
+                work.wait()
+                answer = bool(flags.any())
+        flags = torch.full((1,), int(flag), device=state.device)
         self._asked = torch.distributed.all_reduce(flags, async_op=True), flags
         return answer
 

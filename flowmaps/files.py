@@ -25,9 +25,16 @@ def _sync(path: Path) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Replace the content of ``path`` atomically."""
+    with new_file(path) as beside:
+        beside.write_bytes(content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file that replaces ``path`` when the block ends without an error."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        beside.write_bytes(content)
+        yield beside
         _sync(beside)
         beside.replace(path)
     finally:

@@ -102,9 +102,11 @@ class FlowMap(nn.Module):
         if not self.info.shape:
             raise UserError("FlowMapInfo.shape is empty: set it to the shape of one sample to draw noise")
         streams = (generator(seed, "noise", i, draw) for i in range(start, start + n))
-        rows = [torch.randn(self.info.shape, generator=stream) for stream in streams]
+        rows = torch.stack([torch.randn(self.info.shape, generator=stream) for stream in streams])
         parameter = next(self.network.parameters(), torch.empty(0))  # a closed form has none
-        return self.base_std * torch.stack(rows).to(device=parameter.device, dtype=parameter.dtype)
+        if parameter.is_cuda:
+            rows = rows.pin_memory()  # from other memory, a copy waits until the GPU is idle
+        return self.base_std * rows.to(parameter.device, parameter.dtype, non_blocking=True)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over the network's config and its weights by name, which records and schedules quote."""

@@ -124,7 +124,7 @@ def generate(
     for start in range(first, first + n, batch):
         size = min(batch, first + n - start)
         y = labels_for(fm.info, size, label, start)
-        y = None if y is None else y.to(device)
+        y = None if y is None else y.to(device, non_blocking=True)
         x0, options = fm.noise(size, seed, start), {}
         if row.renoises:
             options = {"path": fm.interpolant, "noise": partial(_renoise, fm, size, seed, start), "gamma": gamma}

@@ -89,7 +89,7 @@ def ddpm(t: Tensor, base_std: float, data_std: float) -> Reading:
 
     b = (x - base_std F) / t. Between two times, k is interpolated in ln sigma.
     """
-    levels = DDPM_LEVELS.to(t)
+    levels = DDPM_LEVELS.to(t, non_blocking=True)
     wanted = (base_std * (1 - t) / t).log()
     after = torch.searchsorted(levels, wanted.detach().contiguous()).clamp(1, len(levels) - 1)
     low, high = levels[after - 1], levels[after]

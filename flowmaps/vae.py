@@ -100,7 +100,7 @@ def moments(vae: "AutoencoderKL", images: Tensor) -> Tensor:
 
 def channels(values: tuple[float, ...], like: Tensor) -> Tensor:
     """Return one number per channel as [C, 1, 1], on the device and in the type of ``like``."""
-    return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None, None]
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)[:, None, None]
 
 
 @torch.no_grad()

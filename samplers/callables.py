@@ -22,9 +22,14 @@ def intervals(x: Tensor, times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
     Times keep at least float32 precision: rounded to the type of a bfloat16 sample, the grid would move.
     """
-    grid = check_times(times).to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    grid = rounded(check_times(times), x).to(x.device, non_blocking=True)
     for s, t in pairwise(grid):
         yield s.expand(len(x)), t.expand(len(x))
+
+
+def rounded(times: Tensor, x: Tensor) -> Tensor:
+    """Return ``times`` in the precision in which ``intervals`` yields them."""
+    return times.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def report(callback: Callback | None, k: int, t: Tensor, x: Tensor) -> None:

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from samplers.callables import Callback, Map, expand, intervals, report
+from samplers.callables import Callback, Map, expand, intervals, report, rounded
 
 
 def rollout(fm: Map, x: Tensor, times: Tensor, label: Tensor | None = None, callback: Callback | None = None) -> Tensor:
@@ -68,12 +68,13 @@ def stochastic(
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+    numbers = rounded(times, x).tolist()  # read at once, so that no step waits for the device
     for k, (s, t) in enumerate(intervals(x, times)):
         report(callback, k, s, x)
         u = path.time((1 - gamma**2) ** 0.5 * path.alpha(t) / path.beta(t))
         x_u = fm(x, s, u, label)
         x = expand(path.beta(t) / path.beta(u), x).to(x.dtype) * x_u
-        if gamma and bool(t[0] < 1):  # data has no noise to renew
+        if gamma and numbers[k + 1] < 1:  # data has no noise to renew
             x = x + gamma * expand(path.alpha(t), x).to(x.dtype) * noise(k)
     report(callback, len(times) - 1, t, x)
     return x

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from samplers.callables import Callback, Drift, expand, intervals, report
+from samplers.callables import Callback, Drift, expand, intervals, report, rounded
 
 
 def euler(
@@ -91,9 +91,10 @@ def dpm_solver(
     if order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, got {order}")
     known: list[tuple[float, Tensor]] = []  # (l, D) of the latest steps, newest first
-    for k, (s, t) in enumerate(intervals(x, times)):
+    numbers = rounded(times, x).tolist()  # read at once, so that no step waits for the device
+    for k, (s, t) in enumerate(intervals(x, times)):  # noqa: B007 - t is reported below
         report(callback, k, s, x)
-        start, end = float(s[0]), float(t[0])
+        start, end = numbers[k : k + 2]
         known = [(_log_snr(start), x + expand(1 - s, x).to(x.dtype) * drift(x, s, label)), *known][:order]
         finite = [entry for entry in known if math.isfinite(entry[0])] if math.isfinite(_log_snr(end)) else []
         x = (1 - end) / (1 - start) * x + end * _integral(finite or known[:1], _log_snr(end))

@@ -23,12 +23,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from absl import flags
 
-from flowmaps import UserError
 from flowmaps.cli.run import run
-from flowmaps.errors import blame
+from flowmaps.errors import UserError, blame
 from flowmaps.files import writable_file, write_file
 
 SUITE = flags.DEFINE_string(
@@ -52,6 +50,7 @@ PLOT = flags.DEFINE_string("plot", None, "PNG file for the scores against the nu
 
 
 def main() -> None:
+    import torch
     from benchmarks.speed import machine
     from benchmarks.suites import PLOTTED, SUITES, Arguments, markdown, plot, stored_records
 

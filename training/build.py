@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType, GradientAccumulationPlugin
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+)
 from torch import Tensor
 
 from flowmaps.data import DataSet, Latents, Loader, ShuffledOrder, as_dataset, download, open_dataset
@@ -28,8 +33,6 @@ from training.lora import add_lora
 from training.loss_module import LossModule
 from training.teacher_trajectories import TrajectorySource
 
-CHANNELS_LAST = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
-
 
 def build_accelerator(config: Config) -> Accelerator:
     """Create the accelerator; the environment decides nothing (no fp16, no other accumulation or sharding)."""
@@ -37,8 +40,11 @@ def build_accelerator(config: Config) -> Accelerator:
         cpu=ON_CPU,
         mixed_precision="bf16" if config.precision is Precision.bf16 else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        # A cast of gathered weights that a pass without gradient leaves in the cache would hide them from the next one.
-        kwargs_handlers=[AutocastKwargs(cache_enabled=not config.shard)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of gradients
+            # The cast of a gathered weight, left in the cache by a pass without gradient, would have none in the next.
+            AutocastKwargs(cache_enabled=not config.shard),
+        ],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError(
@@ -181,12 +187,6 @@ def build_loss_module(
     config: Config, fm: FlowMap, objective: Objective, weight: LogVariance | None, device: torch.device
 ) -> LossModule:
     """Assemble the loss on ``device``, in the memory layout, with the recomputation and compilation of ``config``."""
-    if config.channels_last and not CHANNELS_LAST:
-        raise UserError(
-            f"needs torch 2.15, this is {torch.__version__}: older ones have no forward derivative of group_norm in "
-            "that layout",
-            field="channels_last",
-        )
     fm.to(device)  # before the teacher, which goes where the flow map is
     module = LossModule(fm, objective, weight, build_teacher(config, fm, objective))
     module.to(device)

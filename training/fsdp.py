@@ -8,18 +8,21 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.loss_module import LossModule
 
+# Torch 2.11 frees a block's weights before the backward pass of a forward derivative uses them; 2.14 does not.
+RESHARDS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
+
 
 def shard(module: LossModule, device: torch.device, by_block: bool = True) -> None:
     """Shard every parameter over the processes, and with it gradients, optimiser state and averages.
 
     With ``by_block`` the weights of each block (an item of one of the network's ModuleLists) are gathered only while
-    it runs, all others for the complete loss. A compiled loss needs ``by_block=False``: the hooks that gather a block
-    would break its graph.
+    it runs, before torch 2.14 until the backward pass has used them, and all others for the complete loss. A compiled
+    loss needs ``by_block=False``: the hooks that gather a block would break its graph.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for blocks in module.fm.network.children():
         for block in blocks if by_block and isinstance(blocks, nn.ModuleList) else ():
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, reshard_after_forward=RESHARDS)
     fully_shard(module, mesh=mesh)
 
 

@@ -12,10 +12,15 @@ from training.config import Decay, Optim, Optimizer
 
 
 def build_optimizer(config: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Create RAdam (the paper's choice) or AdamW over ``parameters``."""
-    cls: type[torch.optim.RAdam] | type[torch.optim.AdamW]
-    cls = {Optimizer.radam: torch.optim.RAdam, Optimizer.adamw: torch.optim.AdamW}[config.name]
-    return cls(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    """Create RAdam (the paper's choice) or AdamW over ``parameters``.
+
+    AdamW is fused, one kernel per step, on the devices where torch has that; it has no fused RAdam.
+    """
+    parameters = list(parameters)
+    options: Any = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.name is Optimizer.radam:
+        return torch.optim.RAdam(parameters, **options)
+    return torch.optim.AdamW(parameters, fused={p.device.type for p in parameters} <= {"cpu", "cuda"}, **options)
 
 
 def learning_rate(config: Optim, step: int, steps: int) -> float:

@@ -77,7 +77,7 @@ class TrajectorySolver:
         if substeps > 1:
             shares = torch.arange(substeps, dtype=times.dtype) / substeps
             times = torch.cat([torch.lerp(times[:-1, None], times[1:, None], shares).flatten(), times[-1:]])
-        first = times[:1].to(x0.device, x0.dtype).expand(len(x0))
+        first = times[:1].to(x0.device, x0.dtype, non_blocking=True).expand(len(x0))
         x1 = x1 if self.options.start is Start.data else None
         x = self.teacher.interpolant.point(x0, torch.zeros_like(x0) if x1 is None else x1, first)
         return trajectory(self.teacher.drift, x, times, label, self.options.solver.name, substeps)

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from absl import flags
 
-from flowmaps import FlowMap, UserError
 from flowmaps.cli.run import required
-from flowmaps.errors import blame
+from flowmaps.errors import UserError, blame
 from flowmaps.files import writable_directory
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, exported directory or hub id")
@@ -30,12 +29,14 @@ HUB = flags.DEFINE_string("push_to_hub", None, "Hugging Face hub id to upload to
 
 
 def main() -> None:
+    checkpoint, target = required(CHECKPOINT, "runs/digits"), required(OUT, "exported/digits")
+
     from flowmaps.evaluation.gate import read_record
     from flowmaps.export import check_output
+    from flowmaps.flow_map import FlowMap
     from flowmaps.model_card import card
     from flowmaps.run_weights import take_weights
 
-    checkpoint, target = required(CHECKPOINT, "runs/digits"), required(OUT, "exported/digits")
     out, records = check_output(target), []
     for file in RESULTS.value:
         with blame("results", file):

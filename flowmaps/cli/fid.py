@@ -13,15 +13,10 @@ from pathlib import Path
 
 from absl import flags
 
-from flowmaps import UserError
 from flowmaps.cli.run import required
 from flowmaps.cli.sampling_flags import SamplingFlags
-from flowmaps.distributed import team
-from flowmaps.errors import blame
-from flowmaps.evaluation import evaluate, gate, open_reference
-from flowmaps.evaluation.references import built_in, open_images
+from flowmaps.errors import UserError, blame
 from flowmaps.files import writable_file
-from flowmaps.metrics.scores import KID_SUBSET, distance_of, needs_reference_features
 
 SAMPLING = SamplingFlags(num=50_000, several=True)
 SAMPLES = flags.DEFINE_string("samples", None, "Folder or .npz of images to score, instead of --checkpoint")
@@ -30,7 +25,7 @@ EXTRACTOR = flags.DEFINE_string("extractor", None, "Feature extractor; by defaul
 WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor")
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
 METRICS = flags.DEFINE_list("metrics", [], "fid; on inception also kid, is, prc; kl for points [fid, for points kl]")
-KID = flags.DEFINE_integer("kid_subset", KID_SUBSET, "Images in each of KID's subsets", lower_bound=2)
+KID = flags.DEFINE_integer("kid_subset", 1000, "Images in each of KID's subsets", lower_bound=2)
 REPEATS = flags.DEFINE_integer("repeats", 1, "Samplings, with consecutive seeds: mean and spread", lower_bound=1)
 MAX_FID = flags.DEFINE_float("max_fid", None, "Exit with 1 if any distance is above this")
 MAX_REGRESSION = flags.DEFINE_string("max_regression", None, "Exit with 1 if any distance is above that in this record")
@@ -45,6 +40,12 @@ def main() -> int:
     if (SAMPLING.checkpoint.value is None) == (SAMPLES.value is None):
         raise UserError("give either --checkpoint or --samples")
     reference = required(REFERENCE, "digits:heldout")
+
+    from flowmaps.distributed import team
+    from flowmaps.evaluation import evaluate, gate, open_reference
+    from flowmaps.evaluation.references import built_in, open_images
+    from flowmaps.metrics.scores import distance_of, needs_reference_features
+
     if MEMORISATION.value and not built_in(reference):
         raise UserError("--memorisation needs a data set with a held-out split, e.g. --reference=digits:heldout")
     if SAMPLES.value and REPEATS.value > 1:

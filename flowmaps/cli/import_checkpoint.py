@@ -10,9 +10,8 @@ from pathlib import Path
 
 from absl import flags
 
-from flowmaps import UserError
 from flowmaps.cli.run import required
-from flowmaps.errors import blame
+from flowmaps.errors import UserError, blame
 from flowmaps.files import writable_directory
 
 FORMAT = flags.DEFINE_string("format", None, "edm, edm2, dit, sit, rectified_flow or diffusers_unet")

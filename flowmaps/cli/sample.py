@@ -8,31 +8,37 @@ Writes steps-N/000000.png ..., samples-N.npz (uint8 [n, h, w, c] and labels; poi
 row per step count; --beside adds the same noise carried by another sampler, on the right.
 """
 
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from absl import flags
-from torch import Tensor
 
 from flowmaps.cli.run import required
-from flowmaps.cli.sampling_flags import SamplingFlags
+from flowmaps.cli.sampling_flags import SAMPLER_NAMES, SamplingFlags
 from flowmaps.errors import blame
-from flowmaps.evaluation.samples import sample_batches, write_samples
-from flowmaps.evaluation.settings import Setting, sampling_settings
 from flowmaps.files import writable_directory
-from flowmaps.images import COLUMNS, hstack, sample_grid, to_pil
-from flowmaps.run_weights import take_weights
-from samplers import SAMPLERS
 
 SAMPLING = SamplingFlags(num=64)
 OUT = flags.DEFINE_string("out", None, "Directory to write to")
-BESIDE = flags.DEFINE_enum("beside", None, list(SAMPLERS), "Sampler to compare with in grid.png, in equal steps")
+BESIDE = flags.DEFINE_enum("beside", None, SAMPLER_NAMES, "Sampler to compare with in grid.png, in equal steps")
 
 
 def main() -> None:
-    directory, fm = Path(required(OUT, "samples")), SAMPLING.load()
+    directory = Path(required(OUT, "samples"))
+    required(SAMPLING.checkpoint, "runs/digits")
+
+    import torch
+    from torch import Tensor
+
+    from flowmaps.evaluation.samples import sample_batches, write_samples
+    from flowmaps.evaluation.settings import Setting, sampling_settings
+    from flowmaps.images import COLUMNS, hstack, sample_grid, to_pil
+    from flowmaps.run_weights import take_weights
+
+    fm = SAMPLING.load()
     settings = SAMPLING.settings(fm)
     guided: dict[str, Any] = {name: getattr(SAMPLING, name).value for name in ("label", "guidance", "gamma")}
     others = []
@@ -47,7 +53,13 @@ def main() -> None:
         options = {"sampler": setting.sampler, "batch": SAMPLING.batch.value, **guided}
         return sample_batches(fm, setting.times, range(count), SAMPLING.seed.value, progress=True, **options)
 
-    shown = [[write_samples(batches(setting, SAMPLING.num.value), out, setting.steps) for setting in settings]]
+    num, rows = SAMPLING.num.value, []
+    for setting in settings:
+        start = time.perf_counter()
+        rows.append(write_samples(batches(setting, num), out, setting.steps))
+        rate = num / (time.perf_counter() - start)
+        print(f"{out / f'steps-{setting.steps}'}: {num} samples, {rate:.3g} per second", file=sys.stderr)
+    shown = [rows]
     if others:
         count = len(shown[0][0][: COLUMNS if len(fm.info.shape) == 3 else None])
         shown.append([torch.cat([x.cpu() for x, _ in batches(setting, count)]) for setting in others])

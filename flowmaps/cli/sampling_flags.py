@@ -3,18 +3,21 @@
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from absl import flags
-from torch import Tensor
 
-from flowmaps import FlowMap, UserError
 from flowmaps.cli.run import required
-from flowmaps.distributed import pick_device
-from flowmaps.evaluation.settings import Setting, check_choices, sampling_settings
-from flowmaps.run_weights import run_weights
-from flowmaps.step_sizes import read_schedule
-from flowmaps.vae import DTYPES, Decoder
-from samplers import SAMPLERS
+from flowmaps.errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import, which help and mistakes need not wait for
+    from torch import Tensor
+
+    from flowmaps.evaluation.settings import Setting
+    from flowmaps.flow_map import FlowMap
+
+SAMPLER_NAMES = ["map", "stochastic", "euler", "heun", "dpm_solver", "midpoint"]  # of samplers.SAMPLERS
+DTYPE_NAMES = ["float32", "bfloat16", "float16"]  # of flowmaps.vae.DTYPES
 
 
 class SamplingFlags:
@@ -32,7 +35,11 @@ class SamplingFlags:
         self.num = flags.DEFINE_integer("num", num, "Samples for each step count", lower_bound=1)
         self.seed = flags.DEFINE_integer("seed", 0, "Sample i depends only on (seed, i)")
         self.sampler = flags.DEFINE_list(
-            "sampler", ["map"], "; ".join(f"{name}: {row.summary}" for name, row in SAMPLERS.items()) + more
+            "sampler",
+            ["map"],
+            "map: jump with the map; stochastic: jump, adding fresh noise; or a solver of the drift: "
+            + ", ".join(SAMPLER_NAMES[2:])
+            + more,
         )
         self.ema = flags.DEFINE_list(
             "ema", [], f"Weights of a run: the decay of an average, raw, or a width [what it exports]{more}"
@@ -52,7 +59,7 @@ class SamplingFlags:
         self.vae = flags.DEFINE_string(
             "vae", None, "VAE that decodes latents: directory or hub id [that of the checkpoint]"
         )
-        self.vae_dtype = flags.DEFINE_enum("vae_dtype", "float32", list(DTYPES), "Precision of the VAE")
+        self.vae_dtype = flags.DEFINE_enum("vae_dtype", "float32", DTYPE_NAMES, "Precision of the VAE")
         self.vae_batch = flags.DEFINE_integer("vae_batch", 8, "Latents decoded at a time", lower_bound=1)
         self.vae_tiling = flags.DEFINE_bool("vae_tiling", False, "Decode in overlapping tiles: less memory")
         self.batch = flags.DEFINE_integer("batch", 500, "Samples at a time", lower_bound=1)
@@ -65,8 +72,13 @@ class SamplingFlags:
             given = ",".join(self.steps.value)
             raise UserError("give different whole numbers of at least 1", field="steps", value=given) from None
 
-    def load(self) -> FlowMap:
+    def load(self) -> "FlowMap":
         """Open the flow map of ``--checkpoint``, on the accelerator if there is one, and check all flags against it."""
+        from flowmaps.distributed import pick_device
+        from flowmaps.flow_map import FlowMap
+        from flowmaps.run_weights import run_weights
+        from flowmaps.step_sizes import read_schedule
+
         source = required(self.checkpoint, "runs/digits")
         self._check()
         fm = FlowMap.from_pretrained(source)
@@ -84,6 +96,8 @@ class SamplingFlags:
 
     def _check(self) -> None:
         """Refuse what needs no checkpoint to be refused."""
+        from flowmaps.evaluation.settings import check_choices
+
         check_choices(self.counts(), self.sampler.value, self.schedule.value)
         if len(set(self.ema.value)) < len(self.ema.value):
             raise UserError("give different ones", field="ema", value=",".join(self.ema.value))
@@ -91,8 +105,10 @@ class SamplingFlags:
             if len(flag.value) > 1 and not self.several:
                 raise UserError("one at a time", field=flag.name, value=",".join(flag.value))
 
-    def settings(self, fm: FlowMap) -> list[Setting]:
+    def settings(self, fm: "FlowMap") -> list["Setting"]:
         """Return every combination of ``--sampler``, ``--schedule`` and ``--steps``, checked against ``fm``."""
+        from flowmaps.evaluation.settings import sampling_settings
+
         return sampling_settings(
             fm,
             self.counts(),
@@ -103,13 +119,17 @@ class SamplingFlags:
             gamma=self.gamma.value,
         )
 
-    def averages(self) -> dict[float | None, Callable[[], dict[str, Tensor]]]:
+    def averages(self) -> dict[float | None, Callable[[], dict[str, "Tensor"]]]:
         """Return the loaders of the weights that ``--ema`` names, by the decay of the average (None: raw weights)."""
+        from flowmaps.run_weights import run_weights
+
         load = partial(run_weights, self.checkpoint.value or "")
         return {None if ema == "raw" else float(ema): partial(load, ema) for ema in self.ema.value}
 
-    def _open_vae(self, fm: FlowMap) -> None:
+    def _open_vae(self, fm: "FlowMap") -> None:
         """Give a map of latents the VAE that the flags describe, and open it."""
+        from flowmaps.vae import DTYPES, Decoder
+
         if not fm.info.latent_scale:
             if self.vae.value:
                 raise UserError("this model does not make latents, leave it out", field="vae", value=self.vae.value)

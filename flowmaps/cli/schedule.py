@@ -11,11 +11,8 @@ from pathlib import Path
 
 from absl import flags
 
-from flowmaps import FlowMap, UserError
 from flowmaps.cli.run import required
-from flowmaps.distributed import pick_device
-from flowmaps.errors import blame
-from flowmaps.export import store_schedule
+from flowmaps.errors import UserError, blame
 from flowmaps.files import writable_file, write_file
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Exported directory, run directory or hub id")
@@ -33,10 +30,6 @@ BATCH = flags.DEFINE_integer("batch", 128, "Paths at a time", lower_bound=1)
 
 
 def main() -> None:
-    from flowmaps.evaluation.record import table
-    from flowmaps.evaluation.report import step_sizes
-    from flowmaps.step_sizes import fit
-
     checkpoint = required(CHECKPOINT, "runs/digits")
     if not (OUT.value or STORE.value):
         raise UserError("give --out=FILE.json, or --store to write the schedule into the checkpoint")
@@ -48,6 +41,14 @@ def main() -> None:
         steps = [int(count) for count in STEPS.value]
     except ValueError:
         raise UserError("give whole numbers, such as 2,4,8", field="steps", value=",".join(STEPS.value)) from None
+
+    from flowmaps.distributed import pick_device
+    from flowmaps.evaluation.record import table
+    from flowmaps.evaluation.report import step_sizes
+    from flowmaps.export import store_schedule
+    from flowmaps.flow_map import FlowMap
+    from flowmaps.step_sizes import fit
+
     fm = FlowMap.from_pretrained(checkpoint).to(pick_device())
     fitted = fit(
         fm,

@@ -9,11 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from flowmaps.cli.run import required
-from flowmaps.data import download
-from flowmaps.data.registry import check_source
-from flowmaps.distributed import pick_device, team
 from flowmaps.errors import blame
-from flowmaps.evaluation.references import built_in, cached_stats, open_for_scoring, pick_extractor
 from flowmaps.files import writable_file
 
 DATA = flags.DEFINE_string("data", None, "Data set NAME[:split], folder or zip of images, or .npz of images")
@@ -30,6 +26,12 @@ SKIP_CORRUPT = flags.DEFINE_bool("skip_corrupt", False, "Leave out files that ar
 def main() -> None:
     data = required(DATA, "digits:heldout")
     out = Path(required(OUT, "heldout.npz"))
+
+    from flowmaps.data import download
+    from flowmaps.data.registry import check_source
+    from flowmaps.distributed import pick_device, team
+    from flowmaps.evaluation.references import built_in, cached_stats, open_for_scoring, pick_extractor
+
     with blame("data", data):
         check_source(data)
     with blame("out", out):

@@ -67,7 +67,7 @@ def _rotation(angle: Tensor) -> Tensor:
 
 def _moved(x: Tensor, linear: Tensor, shift: Tensor, chosen: Tensor) -> Tensor:
     """Move each pixel of the ``chosen`` images from p to ``linear`` p + ``shift``; an image spans [-1, 1]^2."""
-    back = torch.linalg.inv(linear)  # each new pixel looks up where it came from
+    back = torch.linalg.inv_ex(linear).inverse  # each new pixel looks up where it came from; linalg.inv would wait
     theta = torch.cat([back, -back @ shift[:, :, None]], dim=2)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     out = F.grid_sample(x, grid, "bicubic", "reflection", align_corners=False).clamp(-1, 1)

@@ -71,7 +71,8 @@ class Loader:
     def batch(self, k: int) -> Batch:
         """Return the items and labels of batch ``k``."""
         if not self.workers:
-            return self.data.fetch(self.indices(k))
+            x, labels = self.data.fetch(self.indices(k))
+            return (x.pin_memory(), labels if labels is None else labels.pin_memory()) if self.pin else (x, labels)
         if k != self._next:
             self._ahead = self._read_from(k)
         with self.watched():

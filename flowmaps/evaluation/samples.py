@@ -1,9 +1,13 @@
 """Draw samples, show them as grids, write them to disk."""
 
-import io
+import os
+import shutil
+import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -12,10 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowmaps.errors import UserError
-from flowmaps.files import new_directory, write_file
+from flowmaps.files import new_directory, new_file
 from flowmaps.flow_map import FlowMap
 from flowmaps.generate import generate
-from flowmaps.images import sample_grid, to_pil, to_uint8
+from flowmaps.images import COLUMNS, sample_grid, to_pil, to_uint8
 from samplers.grids import uniform_times
 
 GRID = 8192  # samples that a grid may need: a point cloud takes many
@@ -24,36 +28,59 @@ GRID = 8192  # samples that a grid may need: a point cloud takes many
 def write_samples(batches: Iterable[tuple[Tensor, Tensor | None]], out: Path, count: int) -> Tensor:
     """Write the samples of one step count as they are made, to steps-N/*.png and samples-N.npz.
 
-    A folder of an earlier call is replaced, so that it never holds a mix. Returns the first samples, for a grid.
+    A folder of an earlier call is replaced, so that it never holds a mix. Points have no pictures. Memory does not grow
+    with the number of samples. Returns the first ones, as many as a grid shows.
     """
-    samples: list[Tensor] = []
-    labels: list[Tensor] = []
     shown: list[Tensor] = []
+    labels: list[Tensor] = []
+    pictures: list[Future[None]] = []
     done = 0
-    with new_directory(out / f"steps-{count}") as folder:
+    with (
+        new_directory(out / f"steps-{count}") as folder,
+        new_file(out / f"samples-{count}.npz") as archive,
+        tempfile.TemporaryFile(dir=out) as rows,
+        ThreadPoolExecutor() as pool,
+    ):
         for x, label in batches:
             if not bool(torch.isfinite(x).all()):
                 raise UserError(f"the model's samples in {count} steps hold NaN or infinity: nothing is written")
             x = x.cpu()
-            if done < GRID:
+            if done < (COLUMNS if x.ndim == 4 else GRID):
                 shown.append(x)
+            for picture in pictures:  # of the batch before, so that no more than two are in memory
+                picture.result()
             if x.ndim == 4:
                 x = to_uint8(x)
-                for i, image in enumerate(x):
-                    to_pil(image).save(folder / f"{done + i:06d}.png")
-            samples.append(x)
+                pictures = [pool.submit(_save, image, folder / f"{done + i:06d}.png") for i, image in enumerate(x)]
+                x = x.movedim(1, -1).contiguous()
             done += len(x)
+            _append(rows, x.numpy(), done)
             labels += [] if label is None else [label.cpu()]
-    made = torch.cat(samples)
-    if made.ndim != 4:
-        (out / f"steps-{count}").rmdir()  # points have no pictures
-    arrays: dict[str, Any] = {"samples": made.movedim(1, -1).numpy() if made.ndim == 4 else made.numpy()}
-    if labels:
-        arrays["label"] = torch.cat(labels).numpy()
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_file(out / f"samples-{count}.npz", buffer.getvalue())
+        for picture in pictures:
+            picture.result()
+        with zipfile.ZipFile(archive, "w") as file:
+            with file.open("samples.npy", "w", force_zip64=True) as target:
+                rows.seek(0)
+                shutil.copyfileobj(rows, target)
+            if labels:
+                with file.open("label.npy", "w") as target:
+                    np.lib.format.write_array(target, torch.cat(labels).numpy())
+    if not pictures:
+        (out / f"steps-{count}").rmdir()
     return torch.cat(shown)
+
+
+def _save(image: Tensor, path: Path) -> None:
+    to_pil(image).save(path)
+
+
+def _append(file: IO[bytes], batch: Any, total: int) -> None:
+    """Append an array to an .npy file that then has ``total`` rows; numpy leaves room in the header for the number."""
+    facts = np.lib.format.header_data_from_array_1_0(batch)
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {**facts, "shape": (total, *batch.shape[1:])})
+    file.seek(0, os.SEEK_END)
+    file.write(batch.tobytes())
 
 
 def sample_batches(

@@ -28,7 +28,7 @@ def soft_label(label: Tensor | None, augmentation: Tensor, num_classes: int) -> 
     """
     if not num_classes:
         return augmentation
-    label = torch.full((len(augmentation),), num_classes, device=augmentation.device) if label is None else label
+    label = torch.full((augmentation.shape[0],), num_classes, device=augmentation.device) if label is None else label
     return torch.cat([F.one_hot(label, num_classes + 1).to(augmentation.dtype), augmentation], dim=1)
 
 
@@ -64,7 +64,7 @@ def condition(
     guidance weights). Neutral values are "no label", no augmentation (zeros) and weight 1. Without classes or
     augmentation the corresponding part has no columns.
     """
-    batch, sizes = len(like), [num_classes + 1 if num_classes else 0, augment_dim]
+    batch, sizes = like.shape[0], [num_classes + 1 if num_classes else 0, augment_dim]
     if label is not None and label.is_floating_point():
         sizes.append(label.shape[1] - sum(sizes))
         if sizes[-1] not in ((0, 1) if guidance else (0,)):
@@ -76,7 +76,8 @@ def condition(
         return Condition(classes, augmentation, weight[:, 0] if sizes[-1] else torch.ones_like(like))
     if num_classes:
         label = torch.full((batch,), num_classes, device=like.device) if label is None else label
-        classes = F.one_hot(label, num_classes + 1).to(like.dtype)
+        # Not F.one_hot, which torch 2.11 cannot compile inside a forward derivative.
+        classes = (label[:, None] == torch.arange(num_classes + 1, device=label.device)).to(like.dtype)
     elif label is not None:
         raise ValueError("this network is unconditional (num_classes=0): label must be None")
     else:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flowmaps.networks.conditioning import TimeEmbedding
 from flowmaps.networks.interface import registered
-from flowmaps.networks.layers import Dropout, layer_norm, run, zero
+from flowmaps.networks.layers import Dropout, layer_norm, own_type, run, zero
 from flowmaps.networks.preconditioning import Preconditioned
 
 
@@ -25,7 +25,8 @@ def positions(size: int, width: int) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """Divide x by its root mean square along the last dimension and multiply by ``weight``."""
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight.to(x.dtype)
+    with own_type(x):
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight.to(x.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

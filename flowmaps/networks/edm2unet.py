@@ -175,7 +175,7 @@ class EDM2UNet(Preconditioned, ModelMixin, ConfigMixin):
     def body(self, x: Tensor, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """Apply the U-Net: F of the parametrisation, or v / data_std."""
         embedding = self.embedding(level, s, t, label)
-        ones = x.new_ones(len(x), 1, *x.shape[2:])  # acts as a bias
+        ones = x.new_ones(x.shape[0], 1, *x.shape[2:])  # acts as a bias
         x = self.stem(torch.cat([x, ones], dim=1))
         skips = [x]
         for block in self.down:

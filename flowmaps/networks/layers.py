@@ -4,8 +4,9 @@ Affine ``nn.GroupNorm``/``nn.LayerNorm`` stop torch.compile inside a jvp, and un
 tangent to the next half-precision layer. So normalise without weights, then scale and shift by hand in x's type.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -62,11 +63,17 @@ def zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def own_type(x: Tensor) -> AbstractContextManager[None]:
+    """Let operations inside the block keep the type of x, also those that CUDA's autocast runs in float32."""
+    enabled = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
+
+
 def normalise(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalise [B, C, H, W] without weights, in up to 32 groups of at least 4 channels that divide C."""
     channels = x.shape[1]
     most = max(1, min(32, channels // 4))
-    return F.group_norm(x, next(groups for groups in range(most, 0, -1) if channels % groups == 0), eps=eps)
+    return group_norm(x, next(groups for groups in range(most, 0, -1) if channels % groups == 0), eps)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -75,7 +82,18 @@ def layer_norm(x: Tensor) -> Tensor:
     This is one group of a group normalisation, since backward through the forward derivative of F.layer_norm is
     silently wrong (pytorch issue 196700; seen in 2.11 and 2.15).
     """
-    return F.group_norm(x.flatten(0, 1), 1, eps=1e-6).view_as(x)
+    return group_norm(x.flatten(0, 1), 1, eps=1e-6).view_as(x)
+
+
+def group_norm(x: Tensor, groups: int, eps: float) -> Tensor:
+    """Normalise [B, C, ...] in ``groups`` without weights, in the type of x; sums are in at least float32.
+
+    F.group_norm calls the same kernel, but CUDA's autocast runs that in float32, and everything up to the next
+    convolution or linear layer would be float32 too.
+    """
+    batch, channels, *pixels = x.shape
+    normalised: Tensor = torch.native_group_norm(x, None, None, batch, channels, math.prod(pixels), groups, eps)[0]
+    return normalised
 
 
 class GroupNorm(nn.Module):
@@ -121,7 +139,10 @@ def resample(x: Tensor, mode: str) -> Tensor:
     """Halve the resolution of [B, C, H, W] ("down": 2 x 2 means), double it ("up": nearest) or keep it ("keep")."""
     if mode == "keep":
         return x
-    return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
+    if mode == "down":
+        return F.avg_pool2d(x, 2)
+    with own_type(x):
+        return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 class Stage(NamedTuple):

@@ -13,10 +13,15 @@ from torch import Tensor, nn
 
 
 def unit(x: Tensor, dim: int | tuple[int, ...], eps: float = 1e-4) -> Tensor:
-    """Divide x by its root mean square along ``dim``, in at least float32: pixel and weight normalisation (66)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    rms = (wide.square().mean(dim=dim, keepdim=True) + 1e-30).sqrt()  # the constant gives a derivative at 0
-    return (wide / (rms + eps)).to(x.dtype)
+    """Divide x by its root mean square along ``dim``: pixel and weight normalisation (66).
+
+    The mean is in at least float32. Squares keep the type of x, as in the authors' code, so that no float32 copy of
+    an activation is kept for the backward pass; CUDA's autocast would make one in x.square().
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    squares = x.square() if x.dtype == wide else x * x
+    rms = (squares.mean(dim=dim, keepdim=True, dtype=wide) + 1e-30).sqrt()  # the constant gives a derivative at 0
+    return x / (rms + eps).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:
@@ -32,7 +37,7 @@ def mp_sum(a: Tensor, b: Tensor, share: float) -> Tensor:
 def mp_add(a: Tensor, b: Tensor, gain: Tensor) -> Tensor:
     """a + gain b with a learned ``gain``, divided by its size in the same way: a at gain 0, half of each at gain 1."""
     gain = gain.to(a.dtype)
-    return (a + gain * b) / (1 + gain.square()).sqrt()
+    return (a + gain * b) / (1 + gain.square()).sqrt().to(a.dtype)  # CUDA's autocast squares in float32
 
 
 def mp_cat(a: Tensor, b: Tensor) -> Tensor:
@@ -49,13 +54,7 @@ class MPLayer(nn.Module):
         super().__init__()
         self.kernel = kernel
         self.weight = nn.Parameter(torch.randn(outputs, inputs, *(kernel, kernel) if kernel else ()))
-        self.normalise()
-
-    @torch.no_grad()
-    def normalise(self) -> None:
-        """Set the weights of each output to root mean square 1."""
-        weight: Tensor = getattr(self.weight, "to_local", lambda: self.weight)()  # sharding keeps outputs in one piece
-        weight.copy_(unit(weight, tuple(range(1, weight.ndim))))
+        normalise_weights(self)
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         """Return ``gain`` times the layer's output, which has unit variance at gain 1."""
@@ -65,8 +64,18 @@ class MPLayer(nn.Module):
         return F.conv2d(x, weight, padding=self.kernel // 2) if self.kernel else F.linear(x, weight)
 
 
-def normalise_weights(module: nn.Module) -> None:
-    """Normalise all weights (forced weight normalisation, section 2.3); call this after each optimiser step."""
-    for layer in module.modules():
-        if isinstance(layer, MPLayer):
-            layer.normalise()
+@torch.no_grad()
+def normalise_weights(module: nn.Module, eps: float = 1e-4) -> None:
+    """Set the weights of each output of each layer to root mean square 1, as ``unit`` does, in few kernels.
+
+    This is forced weight normalisation (section 2.3); call it after each optimiser step.
+    """
+    layers = [layer.weight for layer in module.modules() if isinstance(layer, MPLayer)]
+    if not layers:
+        return
+    weights: list[Tensor] = [getattr(w, "to_local", w.detach)() for w in layers]  # sharding keeps outputs in one piece
+    rms = [torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True) for w in weights]
+    torch._foreach_div_(rms, [math.sqrt(w[0].numel()) for w in weights])
+    torch._foreach_add_(rms, eps)
+    for weight, size in zip(weights, rms, strict=True):
+        weight.div_(size)

@@ -73,8 +73,8 @@ class Straightening(TrajectoryObjective):
         return sum(self.grids) or len(times) - 1
 
     def segment_indices(self, times: Tensor, row: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        starts, ends = self.segments(times)
-        return starts.to(row.device)[row], ends.to(row.device)[row]
+        starts, ends = (index.to(row.device, non_blocking=True) for index in self.segments(times))
+        return starts[row], ends[row]
 
     def segments(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices of the segments' two ends in the fine grid ``times`` [N + 1], which must contain them."""
@@ -98,7 +98,7 @@ class Straightening(TrajectoryObjective):
         if self.state is TrainPoint.path:
             return path.states
         shares = (path.times - path.times[0]) / (path.times[-1] - path.times[0])
-        shares = shares.to(path.states).view(-1, *[1] * (path.states.ndim - 1))
+        shares = shares.to(path.states, non_blocking=True).view(-1, *[1] * (path.states.ndim - 1))
         return torch.lerp(path.states[:1], path.states[-1:], shares)
 
     def check(self, shape: tuple[int, ...], times: Tensor, device: torch.device) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.objectives.base import Objective, Segments, mean_square
-from samplers.callables import Drift
+from samplers.callables import Drift, rounded
 from samplers.trajectories import Trajectory
 
 
@@ -48,11 +48,11 @@ class TrajectoryObjective(Objective):
         if not isinstance(batch, Trajectory):
             raise UserError("this objective learns from a Trajectory, not from data")
         states, rows, paths = self.states(batch), self.rows(batch.times), batch.states.shape[1]
-        times = batch.times.to(states.device, torch.promote_types(states.dtype, torch.float32))
+        times = rounded(batch.times, states).to(states.device, non_blocking=True)
         index = torch.arange(rows * paths, device=states.device)
         path, row = index // rows, index % rows
         uniform = torch.rand(2, len(index), generator=generator, device=states.device, dtype=times.dtype)
-        i, j = self.segment_indices(times, row, uniform)
+        i, j = self.segment_indices(batch.times, row, uniform)
         label = None if batch.label is None else batch.label[path]
         return states[j, path], label, Segments(states[i, path], times[i], times[j])
 

@@ -121,7 +121,7 @@ def fid_costs(num: int = 512, rounds: int = 3, done: Collection[tuple[str, int]]
     for _ in range(rounds):
         for name in names:
             with tempfile.TemporaryDirectory() as folder:
-                _prepare(Path(folder))
+                prepare(Path(folder))
                 before, results = _size(Path(folder)), spawn.Queue()
                 process = spawn.Process(target=_timed, args=(name, folder, num, torch.get_num_threads(), results))
                 process.start()
@@ -134,7 +134,7 @@ def fid_costs(num: int = 512, rounds: int = 3, done: Collection[tuple[str, int]]
         yield {"row": name, "seed": 0, "images": num, "scores": scores}
 
 
-def _prepare(folder: Path) -> None:
+def prepare(folder: Path) -> None:
     write_weights(folder / "weights.pth")
     extractor = load_extractor("inception", folder / "weights.pth")
     stats = FeatureStats(extractor.dim, extractor.origin).update(torch.randn(3000, extractor.dim))

@@ -26,7 +26,6 @@ from flowmaps.images import from_uint8
 from flowmaps.networks import NETWORKS, DiT
 from flowmaps.rng import generator
 from samplers import euler, rollout, uniform_times
-from training.build import CHANNELS_LAST
 from training.checkpoint import load_checkpoint
 from training.config import Config, Precision, network
 from training.config_rows import load_row
@@ -81,8 +80,7 @@ def step_times(row: str, rounds: int = 15) -> Scores:
     """Seconds of a training step; ratios to it of its variants; and its own to a bare loop's and flow matching's."""
     trainers = {"flow_matching": _trainer(_row("flow_matching" + row[len(row.partition("+")[0]) :]))}
     for name, changes in VARIANTS.items():
-        if "channels_last" not in changes or CHANNELS_LAST:
-            trainers[name] = _trainer(_row(row, **changes))
+        trainers[name] = _trainer(_row(row, **changes))
     works: dict[str, Work] = {name: lambda k, t=t: float(t.step(k)["loss"]) for name, t in trainers.items()}  # type: ignore[misc]
     works["bare loop"] = bare_loop(_row(row))
     median = medians(works, rounds)

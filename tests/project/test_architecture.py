@@ -14,8 +14,10 @@ import flowmaps.networks
 import flowmaps.objectives
 import samplers
 import training
+from flowmaps.cli.sampling_flags import DTYPE_NAMES, SAMPLER_NAMES
 from flowmaps.metrics.extractors import CLASSIFIERS
 from flowmaps.objectives import OBJECTIVES
+from flowmaps.vae import DTYPES
 
 FLOORS = ["samplers", "flowmaps", "flowmaps.cli", "training", "training.cli"]  # each may import those before it
 MODULES = {
@@ -102,13 +104,28 @@ def test_wheel_holds_the_packages_types_and_extractors(tmp_path):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"flowmaps", "samplers", "training"}
 
 
-@pytest.mark.parametrize("package", ["flowmaps", "samplers"])
-def test_import_does_not_load_heavy_packages(package):
-    code = (
-        f"import sys, {package}; print([m for m in ('diffusers', 'torch_fidelity', 'accelerate') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == "[]"
+HEAVY = ("torch", "diffusers", "torch_fidelity", "accelerate", "numpy", "PIL")
+LIGHT = {  # what starts a command, and what it may have loaded when it answers
+    "import samplers": {"torch", "numpy"},
+    "import flowmaps": set(),
+    "import training": set(),
+    "from flowmaps import FlowMap": {"torch", "numpy"},
+    **{f"import {module}": {"numpy"} for module in MODULES if ".cli." in module},
+}
+
+
+@pytest.mark.parametrize("code", LIGHT)
+def test_imports_load_what_they_need(code):
+    """Help and mistakes in flags are answered before torch is imported, which takes seconds."""
+    loaded = f"{code}; import sys; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert set(ast.literal_eval(done.stdout)) <= LIGHT[code]
+
+
+def test_flags_name_every_sampler_and_precision():
+    """Literal lists in the flags, which are defined without torch, agree with the tables."""
+    assert SAMPLER_NAMES == list(samplers.SAMPLERS)
+    assert DTYPE_NAMES == list(DTYPES)
 
 
 FROZEN = {
@@ -137,6 +154,7 @@ FLAGS = {
     "train_extractor.py": {"data", "root", "out", "epochs", "seed"},
     "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
     "demo.py": {"workdir", "steps", "num"},
+    "gpu_check.py": {"parts", "out", "minutes", "data", "device", "smoke"},
     "export.py": {"checkpoint", "ema", "out", "name", "license", "results", "how", "push_to_hub"},
     "import_checkpoint.py": {"format", "src", "out"},
     "prepare_data.py": {"teacher", "out", "num", "solver", "steps", "substeps", "grid", "low", "high", "times", "start"}

@@ -80,7 +80,7 @@ def test_commands_in_the_documents_name_real_flags():
             source = shim + "".join((ROOT / file).read_text() for file in files)
             for flag in re.findall(r"--([\w.]+)", arguments):
                 if not flag.startswith("config."):
-                    assert f'"{flag}"' in source, f"{file.name}: {script}.py --{flag}"
+                    assert f'"{flag}"' in source or f'"--{flag}"' in source, f"{file.name}: {script}.py --{flag}"
             if row := re.search(r"--config=configs/(\w+)\.py:(\S+)", arguments):
                 if row[2] == "thirds":
                     continue

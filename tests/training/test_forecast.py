@@ -171,12 +171,13 @@ def teacher_bytes(made, stage, facts):
     return sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers()))
 
 
-def test_shards_and_copies_of_gradients_are_in_a_forecast():
-    """FSDP divides what is stored by the processes, up to padding; DDP reduces gradients in a copy of them."""
+def test_shards_and_gradients_that_stay_are_in_a_forecast():
+    """FSDP divides what is stored by the processes, up to padding; DDP keeps gradients between the steps."""
     config = small_dit("lagrangian", width=96, depth=1, batch=32)
     alone, copied = forecast(dataclasses.replace(config, batch=8)), forecast(config, gpus=4)
     sharded = forecast(dataclasses.replace(config, shard=True), gpus=4)
-    assert copied.peak - alone.peak == copied.gradients == 4 * alone.trained
+    assert copied.parts["gradients"] == copied.gradients == 4 * alone.trained > alone.parts["gradients"]
+    assert copied.peak - alone.peak == copied.gradients - alone.parts["gradients"]
     assert sharded.peak < alone.peak
     assert sharded.parts["optimiser"] == pytest.approx(alone.parts["optimiser"] / 4, rel=0.02)
     assert sum(sharded.flops.values()) == sum(copied.flops.values()) == 4 * sum(alone.flops.values())

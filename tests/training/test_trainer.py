@@ -14,7 +14,7 @@ from flowmaps.generate import labels_for
 from flowmaps.images import from_uint8
 from flowmaps.objectives import OBJECTIVES, Draws
 from flowmaps.rng import generator
-from training.build import CHANNELS_LAST
+from training.checkpoint import load_checkpoint
 from training.config import Precision
 from training.trainer import Trainer
 
@@ -121,7 +121,6 @@ def test_compiled_run_equals_eager():
         torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.skipif(not CHANNELS_LAST, reason="torch before 2.15 has no jvp of group_norm on channels-last tensors")
 def test_channels_last_is_the_same_function(tmp_path):
     (plain, weights), (last, others) = losses_and_weights(), losses_and_weights(channels_last=True)
     assert plain == pytest.approx(last, rel=1e-4)
@@ -134,10 +133,25 @@ def test_channels_last_is_the_same_function(tmp_path):
     assert_same(FlowMap.from_pretrained(tmp_path).network.state_dict(), trainer.averaged(1).network.state_dict())
 
 
-def test_channels_last_is_refused_on_an_old_torch(monkeypatch):
-    monkeypatch.setattr("training.build.CHANNELS_LAST", False)
-    with pytest.raises(UserError, match=r"^channels_last: needs torch"):
-        Trainer.build(dataclasses.replace(digits("lagrangian,smoke"), channels_last=True))
+@pytest.mark.parametrize("written", [False, True])
+def test_checkpoints_of_fused_and_other_optimisers_are_the_same(written, tmp_path):
+    """As an older version wrote them, and as one on a device without fused kernels reads them."""
+    losses = {}
+    for fused in (written, not written):
+        trainer = Trainer.build(digits("lagrangian,smoke"))
+        assert trainer.optimizer.param_groups[0]["fused"]  # on this CPU
+        if not fused:
+            group = trainer.optimizer.param_groups[0]
+            options = {name: group[name] for name in ("lr", "betas", "weight_decay")}
+            trainer.optimizer = torch.optim.AdamW(group["params"], **options)
+        if fused is written:
+            trainer.step(0)
+            trainer.checkpoint(tmp_path / "step-00000001", 1)
+        else:
+            load_checkpoint(tmp_path / "step-00000001", trainer.module, trainer.optimizer, trainer.ema)
+            assert bool(trainer.optimizer.param_groups[0]["fused"]) is fused
+        losses[fused] = [trainer.step(k)["loss"].item() for k in (1, 2)]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
 
 
 def test_workers_give_the_same_steps(data_root):

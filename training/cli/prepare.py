@@ -15,16 +15,16 @@ Run the same command again to resume after a stop and to replace damaged files.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
-from tqdm import tqdm
 
-from flowmaps import FlowMap, UserError
 from flowmaps.cli.run import required
-from flowmaps.distributed import processes
-from flowmaps.errors import blame
+from flowmaps.errors import UserError, blame
 from flowmaps.files import writable_directory
-from training.config import Grid, Solver, Start, Trajectories
+
+if TYPE_CHECKING:  # torch takes seconds to import, which help and mistakes need not wait for
+    from training.config_sections import Trajectories
 
 SRC = flags.DEFINE_string("src", None, "Folder or zip file of images, one folder per class")
 SIZE = flags.DEFINE_integer("size", None, "Pixels per side of the crops [64; latents: 256]", lower_bound=1)
@@ -51,17 +51,23 @@ SHARD = flags.DEFINE_integer("shard", 1024, "Images or trajectories per file", l
 
 
 def show(progress: Iterator[tuple[int, int]]) -> None:
+    from tqdm import tqdm
+
+    from flowmaps.distributed import processes
+
     with tqdm(unit="shard", disable=None if processes().is_main_process else True) as bar:
         for bar.n, bar.total in progress:
             bar.refresh()
 
 
 def images(size: int, vae: str | None = None) -> None:
-    from flowmaps.data.prepare import Encoder, write_images
-    from flowmaps.vae import open_vae
-
     src = Path(required(SRC, "ILSVRC/train"))
     out = output(required(OUT, "data/imagenet"))
+
+    from flowmaps.data.prepare import Encoder, write_images
+    from flowmaps.distributed import processes
+    from flowmaps.vae import open_vae
+
     encoder = Encoder(open_vae(vae).to(processes().device), vae, FLIP.value) if vae else None
     counts = {"shard": SHARD.value, "batch": BATCH.value, "workers": WORKERS.value}
     show(write_images(out, src, SIZE.value or size, encoder, skip_corrupt=SKIP_CORRUPT.value, **counts))
@@ -76,8 +82,9 @@ def latents() -> None:
     images(256, required(VAE, "stabilityai/sd-vae-ft-ema"))
 
 
-def from_flags() -> Trajectories:
+def from_flags() -> "Trajectories":
     """Read and check the options of trajectories."""
+    from training.config_sections import Grid, Solver, Start, Trajectories
     from training.teacher_trajectories import trajectory_times
 
     for flag, choices in ((SOLVER, Solver), (GRID, Grid), (START, Start)):
@@ -102,10 +109,13 @@ def from_flags() -> Trajectories:
 
 
 def trajectories() -> None:
+    name, path = required(TEACHER, "runs/digits-flow"), required(OUT, "data/walks")
+
     from flowmaps.data import open_dataset
+    from flowmaps.distributed import processes
+    from flowmaps.flow_map import FlowMap
     from training.teacher_trajectories import TrajectorySolver, write_trajectories
 
-    name, path = required(TEACHER, "runs/digits-flow"), required(OUT, "data/walks")
     options = from_flags()
     with blame("teacher", name):
         teacher = FlowMap.from_pretrained(name)

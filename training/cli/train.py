@@ -11,16 +11,17 @@ A row that is a chain trains its stages in WORKDIR/pre_training, mid_training an
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import config_flags
-from PIL import Image
 
-from flowmaps import UserError
 from flowmaps.cli.run import required
-from flowmaps.errors import blame
+from flowmaps.errors import UserError, blame
 from flowmaps.files import writable_directory, write_file
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Memory(flags.ArgumentParser[Any]):
@@ -51,16 +52,17 @@ JSON = flags.DEFINE_string("json", None, "File for the forecast as a list of rec
 
 
 def main() -> None:
+    if CONFIG.value is None:
+        raise UserError("missing, e.g. --config=configs/digits.py:lagrangian", field="config")
+    config, tries = CONFIG.value, "forecast" if FORECAST.value is not None else "dry run" if DRY_RUN.value else ""
+    workdir = "" if tries else required(WORKDIR, "runs/digits")
+
     from flowmaps.distributed import processes
     from training.chain import run_chain, table
     from training.config_rows import Chain
     from training.dry_run import dry_run, dry_run_chain
     from training.loop import train
 
-    if CONFIG.value is None:
-        raise UserError("missing, e.g. --config=configs/digits.py:lagrangian", field="config")
-    config, tries = CONFIG.value, "forecast" if FORECAST.value is not None else "dry run" if DRY_RUN.value else ""
-    workdir = "" if tries else required(WORKDIR, "runs/digits")
     if STAGE.value and (tries or not isinstance(config, Chain)):
         reason = f"a {tries} tries all stages" if tries else "this row is one run, not a chain"
         raise UserError(f"{reason}, leave it out", field="stage", value=STAGE.value)
@@ -95,7 +97,7 @@ def show_forecast(config: Any) -> None:
         write_file(Path(JSON.value), json.dumps(records, indent=2).encode())
 
 
-def show(stage: str, facts: dict[str, Any], picture: Image.Image) -> None:
+def show(stage: str, facts: dict[str, Any], picture: "Image.Image") -> None:
     """Print the facts of a dry run and save its picture to --workdir."""
     for name, fact in facts.items():
         print(f"{stage} {name}: {fact}".strip())

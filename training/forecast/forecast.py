@@ -11,7 +11,7 @@ from flowmaps.derivatives import tf32_products
 from flowmaps.errors import UserError
 from training.build import micro_batch_size
 from training.config import Best, CompileMode, Config, build_objective
-from training.forecast.ledger import pretend
+from training.forecast.ledger import Peak, pretend
 from training.forecast.stand_ins import data_of, stand_ins
 from training.forecast.step import CudaDropout, first_of, measure
 from training.fsdp import local
@@ -86,9 +86,11 @@ def forecast(config: Config, gpus: int = 1, runs: Mapping[str, Config] | None = 
             measure(trainer, ledger)
         trained = [p for p in trainer.module.parameters() if p.requires_grad]
         gradients = sum(local(p).nbytes for p in trained)
-        buckets = gradients if gpus > processes else 0  # DDP reduces gradients in a copy of them
+        if gpus > processes:  # DDP keeps the gradients of all parameters allocated
+            for phase, peak in ledger.peaks.items():
+                absent = gradients - peak.parts.get("gradients", 0)
+                ledger.peaks[phase] = Peak(peak.total + absent, peak.parts | {"gradients": gradients})
         highest = max(ledger.peaks.values(), key=lambda peak: peak.total)
-        parts = {name: highest.parts.get(name, 0) for name in PARTS}
         return Forecast(
             gpus=gpus,
             batch=size * gpus * config.accumulate,
@@ -96,8 +98,8 @@ def forecast(config: Config, gpus: int = 1, runs: Mapping[str, Config] | None = 
             multiple=trainer.paths.rows if trainer.paths else 1,
             parameters=sum(p.numel() for p in trainer.module.fm.network.parameters()),
             trained=sum(p.numel() for p in trained),
-            phases={name: peak.total + buckets for name, peak in ledger.peaks.items()},
-            parts=parts | {"gradients": parts["gradients"] + buckets},
+            phases={name: peak.total for name, peak in ledger.peaks.items()},
+            parts={name: highest.parts.get(name, 0) for name in PARTS},
             gradients=gradients,
             flops={k: v * gpus * config.accumulate / micro_steps for k, v in sorted(ledger.products.items())},
         )
@@ -115,9 +117,10 @@ def fit(config: Config, memory: float, one: Forecast, two: Forecast) -> Fit:
     """Find what fits ``memory`` GiB per GPU, with MARGIN, from forecasts of two micro-batches.
 
     In each phase memory is a straight line in the micro-batch. With several micro-steps the gradients of the earlier
-    ones are there from the start.
+    ones are there from the start; with DDP they always are.
     """
     room = memory * 2**30 / MARGIN
+    kept = config.accumulate > 1 or (one.gpus > 1 and not config.shard)
 
     def largest(earlier: int) -> int:
         """Return the largest micro-batch next to so many bytes of gradients of earlier micro-steps."""
@@ -131,7 +134,7 @@ def fit(config: Config, memory: float, one: Forecast, two: Forecast) -> Fit:
     objective = build_objective(config)
     for accumulate in range(1, one.batch // one.gpus + 1):
         size, rest = divmod(one.batch, one.gpus * accumulate)
-        most = largest(one.gradients if accumulate > 1 and config.accumulate == 1 else 0)
+        most = largest(one.gradients if accumulate > 1 and not kept else 0)
         divides = not rest and size % one.multiple == 0
         if divides and size <= most and (not objective.diagonal or objective.diagonal_rows(size)):
             return Fit(memory, most, accumulate)

@@ -17,7 +17,7 @@ from flowmaps.data.registry import builtin_name
 from flowmaps.evaluation.references import cached_stats, open_reference, source_stats
 from flowmaps.files import cache_directory
 from flowmaps.metrics import FeatureStats, frechet_distance
-from flowmaps.metrics.extractors import Extractor, load_extractor
+from flowmaps.metrics.extractors import Extractor, fold_batch_norms, load_extractor
 from flowmaps.metrics.scores import check_metrics, check_reference
 from flowmaps.metrics.stats import Origin
 
@@ -223,3 +223,23 @@ def test_scores_that_cannot_be_had():
         check_reference(["kid"], kept)
     with pytest.raises(UserError, match="only moments"):
         check_reference(["prc"], FeatureStats(64).update(torch.randn(500, 64)))
+
+
+def test_batch_norms_folded_into_convolutions_change_nothing(tmp_path):
+    """Every pair of torch-fidelity's Inception, in float64: outputs on noise before and after, and no pair is left."""
+    from torch_fidelity.utils import create_feature_extractor
+
+    file = str(write_inception(tmp_path / "inception.pth"))
+    options = {"cuda": False, "feature_extractor_weights_path": file, "verbose": False}
+    pairs = [
+        layer
+        for layer in create_feature_extractor("inception-v3-compat", ["2048"], **options).double().modules()
+        if isinstance(getattr(layer, "bn", None), torch.nn.BatchNorm2d)
+    ]
+    assert len(pairs) == 94
+    for layer in pairs:
+        x = torch.randn(1, layer.conv.in_channels, 9, 9, dtype=torch.float64)
+        before = layer(x)
+        fold_batch_norms(layer)
+        torch.testing.assert_close(layer(x), before, rtol=1e-12, atol=1e-12)
+        assert isinstance(layer.bn, torch.nn.Identity)

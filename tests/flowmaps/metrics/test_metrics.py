@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from helpers.makers import Items
 from hypothesis import example, given, settings
@@ -52,6 +53,32 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     cross = ((a @ b).trace() + 2 * (torch.det(a) * torch.det(b)).sqrt()).sqrt()
     expected = (a.trace() + b.trace() - 2 * cross).item()
     assert frechet_distance(stats_of([0, 0], a.tolist()), stats_of([0, 0], b.tolist())) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("rank", [96, 40])
+def test_frechet_distance_of_steep_and_singular_covariances(power, rank, monkeypatch):
+    """Commuting covariances with eigenvalues k^-power, one of them of lower rank, to 1e-8 of the two traces.
+
+    Small eigenvalues lose their digits to rounding, so that steep ones are left to singular values.
+    """
+    dim, used = 96, []
+    values = scipy.linalg.svdvals
+    monkeypatch.setattr(scipy.linalg, "svdvals", lambda m: (used.append(m.shape), values(m))[1])
+    turn = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    a = torch.arange(1, dim + 1, dtype=torch.float64) ** -power
+    b = 4 * a * (torch.arange(dim) < rank)
+    samples = {"n": 1000}, {"n": min(1000, rank + 1)}
+    first, second = (
+        stats_of([0.0] * dim, (turn @ torch.diag(v) @ turn.T).tolist(), **n)
+        for v, n in zip((a, b), samples, strict=True)
+    )
+    expected, traces = (a.sqrt() - b.sqrt()).square().sum().item(), (a + b).sum().item()
+    for pair in ((first, second), (second, first)):
+        assert frechet_distance(*pair) == pytest.approx(expected, abs=1e-8 * traces)
+    assert bool(used) == (power == 5.0)
+    for stats in (first, second):
+        assert 0 <= frechet_distance(stats, stats) <= 1e-8 * traces
 
 
 @settings(max_examples=30, deadline=None)

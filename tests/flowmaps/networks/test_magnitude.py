@@ -41,6 +41,20 @@ def test_unit_variance_stays(operation):
         assert rms(operation(torch.randn(400, 16, 16, 16))) == pytest.approx(1, abs=0.06)  # a 3 x 3 layer loses the rim
 
 
+def test_weights_are_normalised_as_in_the_forward_pass():
+    fm = small("EDM2UNet")
+    layers = [layer for layer in fm.modules() if isinstance(layer, MPLayer)]
+    expected = [unit(layer.weight.detach(), tuple(range(1, layer.weight.ndim))) for layer in layers]
+    normalise_weights(fm)
+    for layer, weight in zip(layers, expected, strict=True):
+        torch.testing.assert_close(layer.weight.detach(), weight, rtol=1e-6, atol=0)
+
+
+def test_normalisation_in_half_precision_is_as_exact_as_its_result():
+    x = torch.randn(8, 64, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(unit(x.bfloat16(), 1).double(), unit(x, 1), rtol=2**-6, atol=0)
+
+
 def test_balances_at_their_ends():
     a, b = torch.randn(2, 5, 3)
     assert torch.equal(mp_add(a, b, torch.zeros(1)), a)

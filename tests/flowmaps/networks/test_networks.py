@@ -168,3 +168,19 @@ def test_checkpointed_gradients_are_the_same(name, objective):
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert kept[1] < kept[0] / 2
+
+
+QUICK = ("EDM2UNet", "DiT qk_norm")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in IMAGES]
+)
+def test_an_exported_network_takes_any_batch(name):
+    fm = small(name).eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    given = inputs(fm, 3)
+    shapes = [None if part is None else {0: batch} for part in given]
+    exported = torch.export.export(fm.network, given, dynamic_shapes=shapes).module()
+    others = inputs(fm, 5)
+    torch.testing.assert_close(exported(*others), fm.network(*others))

@@ -1,0 +1,48 @@
+"""Writing samples: batches of any size make one set of files, and none is left after a failure."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowmaps import UserError
+from flowmaps.evaluation.samples import write_samples
+from flowmaps.images import to_uint8
+
+
+def batches(x, sizes):
+    for part in x.split(sizes):
+        yield part, torch.arange(len(part))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sizes", [[120], [7, 100, 13], [1] * 120])
+def test_files_hold_all_batches(sizes, channels, tmp_path):
+    x = torch.rand(120, channels, 4, 6) * 2 - 1
+    shown = write_samples(batches(x, sizes), tmp_path, 2)
+    with np.load(tmp_path / "samples-2.npz", allow_pickle=False) as archive:
+        assert archive.files == ["samples", "label"]
+        assert (archive["samples"] == to_uint8(x).movedim(1, -1).numpy()).all()
+        assert (archive["label"] == np.concatenate([np.arange(n) for n in sizes])).all()
+        for i, picture in enumerate(archive["samples"]):
+            with Image.open(tmp_path / "steps-2" / f"{i:06d}.png") as image:
+                assert (np.asarray(image).reshape(picture.shape) == picture).all()
+    assert torch.equal(shown, x[: len(shown)]) and len(shown) >= 16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples-2.npz", "steps-2"]
+
+
+def test_points_have_no_pictures(tmp_path):
+    x = torch.randn(50, 2)
+    assert torch.equal(write_samples(((part, None) for part in x.split(20)), tmp_path, 1), x)
+    with np.load(tmp_path / "samples-1.npz", allow_pickle=False) as archive:
+        assert archive.files == ["samples"] and (archive["samples"] == x.numpy()).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["samples-1.npz"]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path):
+    x = torch.zeros(20, 1, 4, 4)
+    write_samples([(x, None)], tmp_path, 1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="NaN"):
+        write_samples([(x + 1, None), (x * float("nan"), None)], tmp_path, 1)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
