@@ -18,7 +18,7 @@ from training.forecast.forecast import MARGIN, Forecast, fit, forecast
 from training.forecast.ledger import Ledger, pretend
 from training.forecast.report import CARDS, forecasts, lines, seconds
 from training.forecast.stand_ins import data_of, stand_ins
-from training.forecast.step import CudaDropout, first_of, measure
+from training.forecast.step import cuda_dropout, first_of, measure
 from training.trainer import Trainer
 
 GIB = 2**30
@@ -49,7 +49,7 @@ def built(config):
         row("digits:lagrangian,smoke"),
         row("digits:straightening,smoke", trajectories=Trajectories(steps=4)),
         row("checkerboard:lagrangian,smoke", accumulate=2),
-        small_dit("mean_flow", patch=8, width=32, depth=2, heads=2, dropout=0.1),
+        small_dit("mean_flow", patch=8, width=32, depth=2, heads=2, dropout=0.1, gradient_checkpointing=True),
     ],
     ids=lambda config: f"{config.data.name}-{type(config.objective).__name__}",
 )
@@ -57,7 +57,7 @@ def test_a_forecast_is_what_a_real_step_has_in_its_books(config):
     """Bytes in each phase and FLOPs, the same to the last one."""
     found = forecast(config)
     files, data = built(config)
-    with first_of(1), files, Ledger() as ledger, CudaDropout():
+    with first_of(1), files, Ledger() as ledger, cuda_dropout():
         measure(
             Trainer.build(dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0)), data), ledger
         )
@@ -78,7 +78,7 @@ def true_peak(config):
 
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
     files, data = built(config)
-    with first_of(1), files, CudaDropout():
+    with first_of(1), files, cuda_dropout():
         return peak_memory(work, torch.device("cpu"))
 
 
@@ -86,8 +86,8 @@ SIX = {
     "digits lagrangian": row("digits:lagrangian"),
     "digits mean_flow, bf16": row("digits:mean_flow", precision=Precision.bf16),
     "U-Net of cifar10 lagrangian": row("cifar10:lagrangian,ddpmpp", width=32, blocks=1, batch=16),
-    "EDM2 of cifar10 consistency, checkpointing": row(
-        "cifar10:consistency", width=32, blocks=1, batch=16, gradient_checkpointing=True
+    "EDM2 of cifar10 lagrangian, checkpointing": row(
+        "cifar10:lagrangian", width=32, blocks=1, batch=16, gradient_checkpointing=True
     ),
     "DiT of imagenet256 mean_flow, bf16": small_dit("mean_flow"),
     "DiT of imagenet256 terminal_velocity, 2 micro-steps": small_dit(

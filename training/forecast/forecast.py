@@ -13,7 +13,7 @@ from training.build import micro_batch_size
 from training.config import Best, CompileMode, Config, build_objective
 from training.forecast.ledger import Peak, pretend
 from training.forecast.stand_ins import data_of, stand_ins
-from training.forecast.step import CudaDropout, first_of, measure
+from training.forecast.step import cuda_dropout, first_of, measure
 from training.fsdp import local
 from training.precision import step_precision
 from training.trainer import Trainer
@@ -79,7 +79,7 @@ def forecast(config: Config, gpus: int = 1, runs: Mapping[str, Config] | None = 
         data=replace(config.data, workers=0),
     )
     data = data_of(small)
-    with first_of(processes), stand_ins(small, data, runs or {}), pretend() as ledger, CudaDropout():
+    with first_of(processes), stand_ins(small, data, runs or {}), pretend() as ledger, cuda_dropout():
         trainer = Trainer.build(small, data)
         trainer.precision = step_precision(small, trainer.module.objective, torch.device("cuda"))
         with tf32_products(small.tf32):

@@ -12,7 +12,6 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from training.forecast.ledger import Ledger
@@ -22,17 +21,15 @@ from training.trainer import Trainer
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-class CudaDropout(TorchFunctionMode):
-    """Take CUDA's operator for dropout, whose mask has one byte per number; a CPU keeps a mask of floats."""
+@contextmanager
+def cuda_dropout() -> Iterator[None]:
+    """Use CUDA's operator for dropout inside the block, whose mask has one byte per number; a CPU's is of floats."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is F.dropout:
-            return _dropout(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(x, p, training)[0] if training and p else x
 
-
-def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(x, p, training)[0] if training and p else x
+    with patch.object(F, "dropout", dropout):
+        yield
 
 
 @contextmanager
