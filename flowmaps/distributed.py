@@ -103,7 +103,8 @@ class AnyProcess:
 
     def __init__(self) -> None:
         self._asked: tuple[Any, Tensor] | None = None
-        self._stream = torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext()
+        on_gpu = torch.cuda.is_available()
+        self._stream: Any = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext()  # type: ignore[no-untyped-call]
 
     def __call__(self, flag: bool) -> bool:
         state, answer = processes(), False
