@@ -104,7 +104,7 @@ class AnyProcess:
     def __init__(self) -> None:
         self._asked: tuple[Any, Tensor] | None = None
         on_gpu = torch.cuda.is_available()
-        self._stream = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext()  # type: ignore[no-untyped-call]
+        self._stream: Any = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext()  # type: ignore[no-untyped-call]
 
     def __call__(self, flag: bool) -> bool:
         state, answer = processes(), False

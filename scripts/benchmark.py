@@ -10,6 +10,7 @@ python scripts/benchmark.py --suite=sample --threads=1
 python scripts/benchmark.py --suite=ema --threads=1
 python scripts/benchmark.py --suite=resume --threads=1
 python scripts/benchmark.py --suite=networks --threads=1
+python scripts/benchmark.py --suite=layout --threads=1
 python scripts/benchmark.py --suite=routes --threads=1
 python scripts/benchmark.py --suite=precision --threads=1
 python scripts/benchmark.py --suite=profile --threads=1
@@ -34,7 +35,7 @@ SUITE = flags.DEFINE_string(
     None,
     "bellman (step sizes), checkerboard, digits, learning (curves), mid_training (its gain for post-training), "
     "networks (time and memory of each objective), precision (errors of derivatives), routes (of a constant "
-    "derivative: time and memory), or timings: ema, fid, profile, resume, sample, step",
+    "derivative: time and memory), or timings: ema, fid, layout, profile, resume, sample, step",
 )
 ROWS = flags.DEFINE_list("rows", None, "Rows of the suite's config; of networks: small ones, or names of presets")
 RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning")

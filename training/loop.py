@@ -4,10 +4,13 @@ import dataclasses
 import json
 import shutil
 import signal
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import torch
 
 from flowmaps import FlowMap, UserError, jvp_attention
 from flowmaps.derivatives import tf32_products
@@ -70,6 +73,7 @@ def train_section(config: Config, workdir: Path, data: Any, section: str) -> Flo
             stack.enter_context(run_lock(workdir))
         stack.enter_context(within(section))
         stack.enter_context(tf32_products(config.tf32))
+        stack.enter_context(_timed_convolutions())
         stack.enter_context(trainer.loader.watched())
         done = _train(config, workdir, trainer, judge, main)
     return trainer.averaged(done)
@@ -147,6 +151,20 @@ def _keep_best(trainer: Trainer, judge: BestModel, workdir: Path, done: int, log
     log.score(done, judge.name, score)
     if judge.team.broadcast(score < judge.best_score(workdir)):  # as the first process reads it
         trainer.checkpoint(workdir / "checkpoints" / "best", done, model, score=score, judge=judge.facts)
+
+
+@contextmanager
+def _timed_convolutions() -> Iterator[None]:
+    """Let cuDNN choose the fastest algorithm for each shape of a convolution, of which a run has few.
+
+    Not where the caller asked for deterministic ones, since the choice may differ when the run is resumed.
+    """
+    cudnn: Any = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, not cudnn.deterministic
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 class _Stop:

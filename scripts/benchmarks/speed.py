@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import tempfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from benchmarks.objectives import COST_NETWORKS, Work, medians
+from benchmarks.objectives import COST_NETWORKS, COSTS, Work, medians
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.distributed import pick_device
 from flowmaps.generate import generate
@@ -117,6 +118,32 @@ def _flow_map(name: str) -> FlowMap:
     torch.manual_seed(0)
     info = FlowMapInfo(shape=(1, 32, 32), num_classes=10)
     return FlowMap(NETWORKS[cls](**options).eval(), base_std=0.5, info=info).to(pick_device())
+
+
+def layout_times(name: str, rounds: int = 11) -> Scores:
+    """Time of loss and gradient, and of a forward pass, in the channels-last layout relative to the usual one."""
+    works: dict[str, Work] = {}
+    for prefix, layout in (("usual ", torch.contiguous_format), ("", torch.channels_last)):
+        fm = _flow_map(name).to(memory_format=layout)
+        x = fm.noise(32, seed=0).contiguous(memory_format=layout)
+        label = torch.arange(len(x), device=x.device) % 10
+        for row in ("flow_matching", "mean_flow", "lagrangian"):
+            works[prefix + row] = partial(_loss_and_gradient, fm, x, label, row)
+        works[f"{prefix}forward"] = partial(_forward, fm, x, label)
+    median = medians(works, rounds)
+    return {row: median[row] / median[f"usual {row}"] for row in works if not row.startswith("usual ")}
+
+
+def _loss_and_gradient(fm: FlowMap, x: torch.Tensor, label: torch.Tensor, row: str, k: int) -> None:
+    draws = generator(0, "cost", k, device=x.device)
+    COSTS[row](fm, x, label, generator=draws).value.backward()  # type: ignore[no-untyped-call]
+    fm.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _forward(fm: FlowMap, x: torch.Tensor, label: torch.Tensor, k: int) -> None:
+    zero = torch.zeros(len(x), device=x.device)
+    fm(x, zero, zero + 1, label)
 
 
 def sample_times(name: str, rounds: int = 7, batch: int = 32) -> Scores:

@@ -18,7 +18,7 @@ from benchmarks.derivatives import precision_errors, routes
 from benchmarks.objectives import COST_NETWORKS, network_costs
 from benchmarks.profiling import profiles
 from benchmarks.scoring import fid_costs
-from benchmarks.speed import ema_times, resume_times, sample_times, step_times
+from benchmarks.speed import ema_times, layout_times, resume_times, sample_times, step_times
 from flowmaps import FlowMap, UserError
 from flowmaps.data import open_dataset
 from flowmaps.evaluation import evaluate, open_reference
@@ -176,6 +176,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "digits": (partial(trained, "configs/digits.py", digits_scores), _MAPS),
     "ema": (partial(timed, ema_times), ["lagrangian"]),
     "fid": (fid, ["all"]),
+    "layout": (partial(timed, layout_times), ["UNet", "EDM2UNet"]),
     "learning": (learning, _MAPS),
     "mid_training": (mid_training, list(initialisation.SETTINGS)),
     "networks": (partial(several, network_costs), list(COST_NETWORKS)),

@@ -52,6 +52,7 @@ SPEED = {
     "profile": ("DiT", "lagrangian@matrix products, convolutions"),
     "ema": ("lagrangian", "share of a step@3"),
     "resume": ("flow_matching+DiT", "read / step"),
+    "layout": ("EDM2UNet", "forward"),
     "sample": ("UNet", "sampler / forward@1"),
 }
 
