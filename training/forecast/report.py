@@ -88,7 +88,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
         yield "the memory is that of the eager step: a compiled one keeps less"
     if facts["teacher"]:
         yield f"teacher {facts['teacher']}: not read, taken to have this run's network"
-    parts = ", ".join(f"{name} {facts['parts'][name] / GIB:.3g}" for name in PARTS)
+    parts = ", ".join(f"{name} {facts['parts'][name] / GIB:.2f}" for name in PARTS)
     yield f"peak memory {facts['peak'] / GIB:.4g} GiB per GPU, in the {facts['phase']}: {parts}"
     yield f"not counted: library workspaces, fragmentation, buffers of NCCL, the CUDA context: add {MARGIN - 1:.0%}"
     total = sum(facts["flops"].values())
