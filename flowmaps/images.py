@@ -17,7 +17,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def from_uint8(x: Tensor) -> Tensor:
     """Convert 0 .. 255 to [-1, 1] in float32; ``to_uint8`` is the exact inverse."""
-    return x.float() / 127.5 - 1
+    return x.float().div_(127.5).sub_(1)  # in one piece of memory: three to write take most of the time
 
 
 def to_pil(image: Tensor) -> Image.Image:

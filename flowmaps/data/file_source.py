@@ -1,9 +1,11 @@
 """Folders and zip files: the images in them, and their bytes."""
 
 import os
+import stat
 import zipfile
 import zlib
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -16,9 +18,10 @@ READ_ERRORS = (OSError, EOFError, KeyError, RuntimeError, NotImplementedError, z
 
 def _is_image(name: str) -> bool:
     """Tell images by their suffix; the shadow files that macOS adds to folders and zip files do not count."""
-    path = PurePosixPath(name)
-    shadow = path.name.startswith("._") or "__MACOSX" in path.parts
-    return path.suffix.lower() in SUFFIXES and not shadow
+    file = name.rpartition("/")[2]
+    stem, _, suffix = file.rpartition(".")
+    shadow = file.startswith("._") or "/__MACOSX/" in f"/{name}"
+    return bool(stem) and f".{suffix.lower()}" in SUFFIXES and not shadow
 
 
 class FileSource(Protocol):
@@ -27,8 +30,8 @@ class FileSource(Protocol):
     @property
     def root(self) -> Path: ...
 
-    def listing(self) -> tuple[dict[str, list[int]], list[str]]:
-        """Return the image files with sizes and times, which reveal a change, and the names of all other files."""
+    def listing(self) -> tuple[dict[str, str], list[str]]:
+        """Return the image files, each with its size and time, which reveal a change, and the names of all others."""
 
     def read(self, name: str) -> bytes:
         """Return the content of one file."""
@@ -40,36 +43,43 @@ class Folder:
 
     root: Path
 
-    def listing(self) -> tuple[dict[str, list[int]], list[str]]:
-        found: dict[str, list[int]] = {}
+    def listing(self) -> tuple[dict[str, str], list[str]]:
+        found: dict[str, str] = {}
         left_out: list[str] = []
-        self._walk(self.root, (os.path.realpath(self.root),), found, left_out)
+        self._walk("", (os.path.realpath(self.root),), found, left_out)
         return found, left_out
 
-    def _walk(self, folder: Path, above: tuple[str, ...], found: dict[str, list[int]], left_out: list[str]) -> None:
+    def _walk(self, folder: str, above: tuple[str, ...], found: dict[str, str], left_out: list[str]) -> None:
+        """List ``folder``, "" or a name with a slash at its end; with one look at each path, for folders of many."""
         try:
-            paths = sorted(folder.iterdir())
+            with os.scandir(self.root / folder) as entries:
+                ordered = sorted(entries, key=attrgetter("name"))
         except OSError as error:
-            left_out.append(f"{folder.relative_to(self.root).as_posix()} ({error.strerror})")
+            left_out.append(f"{folder.rstrip('/') or '.'} ({error.strerror})")
             return
-        for path in paths:
-            name = path.relative_to(self.root).as_posix()
-            if path.is_dir():
-                real = os.path.realpath(path)
+        for entry in ordered:
+            name = folder + entry.name
+            try:
+                seen = entry.stat()
+            except OSError:
+                left_out.append(f"{name} (a broken link or not a file)")
+                continue
+            if stat.S_ISDIR(seen.st_mode):
+                real = os.path.realpath(entry.path)
                 if real in above:
                     left_out.append(f"{name} (a link back to {real})")
                 else:
-                    self._walk(path, (*above, real), found, left_out)
-            elif not path.is_file():
+                    self._walk(f"{name}/", (*above, real), found, left_out)
+            elif not stat.S_ISREG(seen.st_mode):
                 left_out.append(f"{name} (a broken link or not a file)")
             elif _is_image(name):
-                stat = path.stat()
-                found[name] = [stat.st_size, stat.st_mtime_ns]
-            elif path.name != LABELS:
+                found[name] = f"{seen.st_size} {seen.st_mtime_ns}"
+            elif entry.name != LABELS:
                 left_out.append(name)
 
     def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
+        with open(f"{self.root}/{name}", "rb", buffering=0) as file:  # noqa: PTH123 (a Path takes as long as the read)
+            return file.readall()
 
 
 @dataclass(frozen=True)
@@ -92,12 +102,13 @@ class Zip:
                 raise UserError(f"{self.root} is not a readable zip file ({error}): create it again") from None
         return self._open[os.getpid()]
 
-    def listing(self) -> tuple[dict[str, list[int]], list[str]]:
-        stat = self.root.stat()
-        found, left_out = {}, []
+    def listing(self) -> tuple[dict[str, str], list[str]]:
+        seen = self.root.stat()
+        found: dict[str, str] = {}
+        left_out = []
         for entry in sorted((e for e in self._archive().infolist() if not e.is_dir()), key=lambda e: e.filename):
             if _is_image(entry.filename):
-                found[entry.filename] = [entry.file_size, stat.st_size, stat.st_mtime_ns]
+                found[entry.filename] = f"{entry.file_size} {seen.st_size} {seen.st_mtime_ns}"
             elif PurePosixPath(entry.filename).name != LABELS:
                 left_out.append(entry.filename)
         return found, left_out

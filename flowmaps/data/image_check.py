@@ -3,13 +3,12 @@
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import PIL
 from tqdm import tqdm
 
 from flowmaps.data.file_source import READ_ERRORS, FileSource
-from flowmaps.data.image_io import BadImage, decode
+from flowmaps.data.image_io import BadImage, decode, in_threads
 from flowmaps.files import cache_directory, write_file
 
 
@@ -19,13 +18,13 @@ def some(bad: dict[str, str], most: int = 20) -> str:
     return shown + (f" and {len(bad) - most} more" if len(bad) > most else "")
 
 
-def check_images(source: FileSource, found: dict[str, list[int]]) -> tuple[dict[str, str], int]:
+def check_images(source: FileSource, found: dict[str, str]) -> tuple[dict[str, str], int]:
     """Decode the files in ``found``, which maps names to sizes and times, and cache the result for unchanged files.
 
     Returns the files that are not intact images, with the reasons, and the channels of the others: 1 if all are grey,
     else 3. The cache is a small file in the cache directory, keyed by names, sizes and times.
     """
-    key = hashlib.sha256(json.dumps([1, PIL.__version__, str(source.root.resolve()), found]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([2, PIL.__version__, str(source.root.resolve()), found]).encode()).hexdigest()
     cache = cache_directory() / f"{key}.json"
     try:
         known = json.loads(cache.read_text())
@@ -37,24 +36,19 @@ def check_images(source: FileSource, found: dict[str, list[int]]) -> tuple[dict[
 
     def check(name: str) -> int | str:
         try:
-            return int(decode(source.read(name)).shape[-1])
+            return int(decode(source.read(name), thumbnail=True).shape[-1])
         except (BadImage, *READ_ERRORS) as error:
             if isinstance(error, OSError):
                 unsure.append(name)
             return str(error)
 
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(names), desc="checking images", unit="image", disable=None, leave=False) as bar,
-    ):
-        for start in range(0, len(names), 1024):
-            chunk = names[start : start + 1024]
-            for name, result in zip(chunk, pool.map(check, chunk), strict=True):
-                if isinstance(result, str):
-                    bad[name] = result
-                else:
-                    channels = max(channels, result)
-            bar.update(len(chunk))
+    with tqdm(total=len(names), desc="checking images", unit="image", disable=None, leave=False) as bar:
+        for name, result in zip(names, in_threads(check, names, os.cpu_count() or 1), strict=True):
+            if isinstance(result, str):
+                bad[name] = result
+            else:
+                channels = max(channels, result)
+            bar.update()
     try:
         if unsure:
             return bad, channels

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from flowmaps.data.dataset import Batch, DataSet
 from flowmaps.data.file_source import LABELS, READ_ERRORS, SUFFIXES, FileSource, Folder, Zip
 from flowmaps.data.image_check import check_images, some
-from flowmaps.data.image_io import BadImage, area_center_crop, decode, with_channels
+from flowmaps.data.image_io import BadImage, Pixels, area_center_crop, decode, in_threads, with_channels
 from flowmaps.errors import UserError
 
 
@@ -44,13 +44,14 @@ class ImageFiles(DataSet):
 
     @property
     def crop(self) -> str:
-        return "centre square, mean over areas" if self.size else "none"
+        return "centre square, exact mean over areas" if self.size else "none"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.channels, self.size, self.size) if self.size else tuple(self._image(self.names[0]).shape)
+        side = (self.size, self.size) if self.size else self._image(self.names[0]).shape[:2]
+        return (self.channels, *side)
 
-    def _image(self, name: str) -> Tensor:
+    def _image(self, name: str) -> Pixels:
         try:
             pixels = with_channels(decode(self.source.read(name)), self.channels)
         except (BadImage, *READ_ERRORS) as error:
@@ -58,8 +59,7 @@ class ImageFiles(DataSet):
                 f"{self.source.root}: {name} is now unreadable ({error}) although it passed the check at start-up: "
                 "restore it"
             ) from None
-        pixels = area_center_crop(pixels, self.size) if self.size else pixels
-        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+        return area_center_crop(pixels, self.size) if self.size else pixels
 
     def file_of(self, item: int) -> str:
         """Return the file that an item is read from."""
@@ -79,14 +79,16 @@ class ImageFiles(DataSet):
 
     def fetch(self, index: Tensor) -> Batch:
         names = [self.names[i] for i in index.tolist()]
-        images = [self._image(name) for name in names]
+        threads = min(torch.get_num_threads(), len(names) // 8)  # one thread in a process that reads ahead
+        images = [image.transpose(2, 0, 1) for image in in_threads(self._image, names, threads)]
         for name, image in zip(names, images, strict=True):
             if image.shape != images[0].shape:
                 raise UserError(
-                    f"{self.source.root}: {name} has shape {tuple(image.shape)}, {names[0]} has "
-                    f"{tuple(images[0].shape)}: crop and resize them to one size, e.g. size=64"
+                    f"{self.source.root}: {name} has shape {image.shape}, {names[0]} has {images[0].shape}: crop and "
+                    "resize them to one size, e.g. size=64"
                 )
-        return torch.stack(images), None if self.label is None else self.label[index]
+        x = np.stack(images, out=np.empty((len(images), *images[0].shape), np.uint8))  # channels first in memory too
+        return torch.from_numpy(x), None if self.label is None else self.label[index]
 
 
 def open_images(root: Path, size: int | None = None, skip_corrupt: bool = False) -> ImageFiles:
@@ -115,7 +117,7 @@ def open_images(root: Path, size: int | None = None, skip_corrupt: bool = False)
     return ImageFiles(source, names, channels, size, label, classes, tuple(left_out))
 
 
-def find_images(root: Path) -> tuple[FileSource, dict[str, list[int]], list[str]]:
+def find_images(root: Path) -> tuple[FileSource, dict[str, str], list[str]]:
     """Return the folder or zip file ``root``, its image files and its other files; none of them is read."""
     if not root.exists():
         raise UserError("no such folder or zip file of images", field="root", value=root)
@@ -145,12 +147,13 @@ def _labels(source: FileSource, names: list[str]) -> tuple[dict[str, int] | None
 
     Folders that all images share, such as the one that ``zip -r`` puts in front, are ignored.
     """
-    folders = [PurePosixPath(name).parts[:-1] for name in names]
-    depth = 0
-    while all(len(parts) > depth and parts[depth] == folders[0][depth] for parts in folders):
+    parents = [name.rpartition("/")[0] for name in names]
+    parts = {parent: PurePosixPath(parent).parts for parent in dict.fromkeys(parents)}
+    first, depth = parts[parents[0]], 0
+    while all(len(path) > depth and path[depth] == first[depth] for path in parts.values()):
         depth += 1
     for level in range(depth + 1):
-        prefix = "".join(f"{part}/" for part in folders[0][:level])
+        prefix = "".join(f"{part}/" for part in first[:level])
         try:
             content = source.read(prefix + LABELS)
         except (FileNotFoundError, IsADirectoryError, KeyError):
@@ -158,12 +161,12 @@ def _labels(source: FileSource, names: list[str]) -> tuple[dict[str, int] | None
         except READ_ERRORS as error:
             raise UserError(f"{source.root}/{prefix}{LABELS} cannot be read ({error}): create it again") from None
         return _listed_labels(content, f"{source.root}/{prefix}{LABELS}", names, prefix)
-    tops = [parts[depth] if len(parts) > depth else "" for parts in folders]
-    classes = tuple(sorted(set(tops)))
+    top = {parent: path[depth] if len(path) > depth else "" for parent, path in parts.items()}
+    classes = tuple(sorted(set(top.values())))
     if "" in classes or len(classes) < 2:
         return None, ()
     number = {name: i for i, name in enumerate(classes)}
-    return {name: number[top] for name, top in zip(names, tops, strict=True)}, classes
+    return {name: number[top[parent]] for name, parent in zip(names, parents, strict=True)}, classes
 
 
 def _listed_labels(

@@ -15,6 +15,7 @@ from PIL import Image
 
 from benchmarks import initialisation, step_sizes
 from benchmarks.derivatives import precision_errors, routes
+from benchmarks.folders import FOLDERS, folder_times
 from benchmarks.objectives import COST_NETWORKS, network_costs
 from benchmarks.profiling import profiles
 from benchmarks.scoring import fid_costs
@@ -168,6 +169,11 @@ def fid(args: Arguments) -> Records:
     return fid_costs(args.num or 512, done=args.done)
 
 
+def folders(args: Arguments) -> Records:
+    """Yield the speed of reading and of opening a folder of images."""
+    return timed(partial(folder_times, num=args.num), args)
+
+
 _MAPS = ["flow_matching", "lagrangian"]
 # suite -> its records, and its default rows
 SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
@@ -176,6 +182,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "digits": (partial(trained, "configs/digits.py", digits_scores), _MAPS),
     "ema": (partial(timed, ema_times), ["lagrangian"]),
     "fid": (fid, ["all"]),
+    "folders": (folders, list(FOLDERS)),
     "layout": (partial(timed, layout_times), ["UNet", "EDM2UNet"]),
     "learning": (learning, _MAPS),
     "mid_training": (mid_training, list(initialisation.SETTINGS)),

@@ -77,7 +77,8 @@ def test_no_circle_among_modules():
 
 
 def test_training_stays_small():
-    assert sum(module.split(".")[0] == "training" for module in MODULES) <= 28
+    """Its commands and its forecast, which no run needs, are packages below it."""
+    assert sum(floor(module) == "training" and ".forecast" not in module for module in MODULES) <= 24
 
 
 @pytest.mark.parametrize("package", sorted(m for m, path in MODULES.items() if path.name == "__init__.py"))

@@ -67,7 +67,15 @@ def test_speed(suite, tmp_path):
     assert ratio in lines[-3] and lines[-1].startswith(f"| {row} |")
 
 
-@pytest.mark.parametrize("suite", ["mid_training", "bellman", "ema", "resume", "sample", "step"])
+@pytest.mark.slow
+def test_folders(tmp_path):
+    _, records = run(tmp_path / "f.json", "--suite=folders", "--num=640")
+    scores = {record["row"]: record["scores"] for record in records}
+    assert scores["jpeg64"]["flowmaps / torchvision"] > 1 and scores["jpeg256"]["flowmaps / torchvision"] > 1
+    assert scores["opening"]["again, s"] < scores["opening"]["first, s"]
+
+
+@pytest.mark.parametrize("suite", ["mid_training", "bellman", "ema", "folders", "resume", "sample", "step"])
 def test_unknown_rows_are_named(suite):
     done = run_script("scripts/benchmark.py", f"--suite={suite}", "--rows=moon")
     assert done.returncode == 2 and "--rows=moon" in done.stderr and done.stderr.count("\n") == 1

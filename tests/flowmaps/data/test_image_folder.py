@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from PIL import Image
 
 from flowmaps import UserError
 from flowmaps.data import open_dataset, open_images
-from flowmaps.data.image_io import BadImage, area, area_center_crop, decode
+from flowmaps.data.file_source import Folder
+from flowmaps.data.image_io import decode
 
 
 def test_every_kind_of_image_is_used_and_everything_else_is_named(tmp_path, capfd):
@@ -61,48 +64,6 @@ def test_a_damaged_entry_of_a_zip_is_named(tmp_path):
         open_images(path, 8)
 
 
-def test_pixels_of_each_mode():
-    """Constant pictures whose right value is known."""
-
-    def first(image, suffix="png", **options):
-        return decode(encoded(image, suffix, **options))[0, 0].tolist()
-
-    for level in (0, 1, 100, 254, 255):
-        assert first(Image.fromarray(np.full((3, 3), 257 * level, np.uint16))) == [level]
-        assert first(Image.fromarray(np.full((3, 3), 257 * level, np.uint16)), "tif") == [level]
-        assert first(Image.new("L", (3, 3), level)) == [level]
-    assert first(Image.new("RGBA", (3, 3), (255, 0, 0, 51))) == [255, 204, 204]  # a fifth of red over white
-    assert first(Image.new("RGBA", (3, 3), (1, 2, 3, 0))) == [255, 255, 255]  # hidden colours stay hidden
-    assert first(Image.new("LA", (3, 3), (0, 51))) == [204]
-    assert first(Image.new("CMYK", (3, 3), (0, 0, 0, 0)), "tif") == [255, 255, 255]
-    assert first(Image.new("CMYK", (3, 3), (0, 255, 255, 0)), "tif") == [255, 0, 0]
-    assert first(Image.new("1", (3, 3), 1)) == [255]
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    wide = Image.new("L", (20, 10))
-    assert decode(encoded(wide, "jpg", exif=exif)).shape == (20, 10, 1)
-    for content, reason in ((b"", "empty"), (b"GIF but not really", "not an image")):
-        with pytest.raises(BadImage, match=reason):
-            decode(content)
-
-
-def test_resize_is_the_mean_over_each_area():
-    """Integer ratios are block means; any ratio keeps constants and the mean; weights of a pixel are its overlap."""
-    random = np.random.default_rng(0)
-    image = random.integers(0, 256, (12, 12, 3), dtype=np.uint8)
-    blocks = image.reshape(4, 3, 4, 3, 3).mean(axis=(1, 3))
-    assert np.abs(area_center_crop(image, 4) - blocks).max() <= 0.5 + 1e-4
-    assert np.array_equal(area_center_crop(image, 12), image)
-    for source, size in ((7, 3), (64, 37), (5, 8), (500, 64)):
-        matrix = area(source, size)
-        np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-5)
-        np.testing.assert_allclose(matrix.sum(axis=0), size / source, atol=1e-5)
-    np.testing.assert_allclose(area(3, 2), [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]], atol=1e-6)
-    tall = np.zeros((9, 4, 1), np.uint8)
-    tall[2:6] = 7  # rows 2 .. 5 are the centre
-    assert (area_center_crop(tall, 2) == 7).all()
-
-
 def test_labels_from_dataset_json(tmp_path):
     files = {f"{i // 2:05d}/img{i}.png": encoded(photograph(i), "png") for i in range(4)}
     labels = [[name, 3 - i] for i, name in enumerate(files)]
@@ -138,14 +99,96 @@ def test_grey_folders_have_one_channel(tmp_path):
 
 def test_images_are_checked_once_and_again_after_a_change(tmp_path, monkeypatch):
     root = write_folder(tmp_path, {f"{i}.png": encoded(photograph(i), "png") for i in range(3)})
-    looks = []
-    monkeypatch.setattr("flowmaps.data.image_check.decode", lambda content: looks.append(1) or decode(content))
+    looks = count_looks(monkeypatch)
     for expected in (3, 3):
         open_images(root, 8)
         assert len(looks) == expected
+    seen = (root / "2.png").stat()
+    os.utime(root / "2.png", ns=(seen.st_atime_ns, seen.st_mtime_ns + 1))  # same bytes, but who knows
+    open_images(root, 8)
+    assert len(looks) == 6
     (root / "1.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"1\.png \(not an image\)"):
         open_images(root, 8)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
+def test_a_check_that_was_cut_short_is_not_cached(tmp_path, monkeypatch, failure):
+    root = write_folder(tmp_path, {f"{i}.png": encoded(photograph(i), "png") for i in range(3)})
+    read = Folder.read
+
+    def failing(source, name):
+        if name == "2.png":
+            raise failure("now")
+        return read(source, name)
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, UserError)):
+        patch.setattr(Folder, "read", failing)
+        open_images(root, 8)
+    looks = count_looks(monkeypatch)
+    assert len(open_images(root, 8)) == 3 and len(looks) == 3
+
+
+def count_looks(monkeypatch):
+    """A list that grows by each image that is checked."""
+    looks = []
+
+    def look(content, **options):
+        looks.append(1)
+        return decode(content, **options)
+
+    monkeypatch.setattr("flowmaps.data.image_check.decode", look)
+    return looks
+
+
+def test_a_folder_is_listed_as_pathlib_sees_it(tmp_path):
+    """Order, links, shadows, odd names: the listing equals one by definition, from three looks at each path."""
+    png = encoded(photograph(0), "png")
+    names = ["b.png", "a/z.PNG", "a/.png", "a-b/x.png", "a.png", "A/x.jpeg", "a/b/c.tif", "._a.png", "a/..png"]
+    names += ["__MACOSX/x.png", "a/__MACOSX.png", "x.txt", "a/dataset.json", "dataset.json", "a/é.png", "noext", "png"]
+    root = write_folder(tmp_path / "all", dict.fromkeys(names, png))
+    (root / "empty").mkdir()
+    (root / "link.png").symlink_to(root / "b.png")
+    (root / "folder.png").symlink_to(root / "a")
+    (root / "self.png").symlink_to(root / "self.png")
+    (root / "a" / "up").symlink_to(root)
+    (root / "gone").symlink_to(root / "nowhere")
+    os.mkfifo(root / "pipe.png")
+    found, left_out = {}, []
+
+    def walk(folder, above):
+        for path in sorted(folder.iterdir()):
+            name, real = path.relative_to(root).as_posix(), os.path.realpath(path)
+            shadow = path.name.startswith("._") or "__MACOSX" in PurePosixPath(name).parts
+            if path.is_dir() and real not in above:
+                walk(path, (*above, real))
+            elif path.is_file() and path.suffix.lower() in (".png", ".jpeg", ".tif") and not shadow:
+                found[name] = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
+            elif path.name != "dataset.json":
+                left_out.append(name)
+
+    walk(root, (os.path.realpath(root),))
+    listed, others = Folder(root).listing()
+    assert list(listed.items()) == list(found.items()) and len(found) > 10
+    assert [name.partition(" (")[0] for name in others] == left_out
+
+
+def test_threads_change_neither_images_nor_refusals(tmp_path):
+    files = {f"{i % 3}/{i:02d}.png": encoded(photograph(i, 20 + i, 30), "png") for i in range(40)}
+    data = open_images(write_folder(tmp_path, files), 16)
+    index = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    (one, label), threads = data.fetch(index), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        several = data.fetch(index)
+        assert torch.equal(one, several[0]) and torch.equal(label, several[1]) and several[0].is_contiguous()
+        for name in ("0/03.png", "1/31.png"):
+            (tmp_path / name).write_bytes(b"")
+        first = next(data.names[i] for i in index.tolist() if data.names[i] in ("0/03.png", "1/31.png"))
+        with pytest.raises(UserError, match=f"{first} is now unreadable"):
+            data.fetch(index)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_wrong_paths_are_refused(tmp_path):
@@ -215,8 +258,3 @@ def test_many_foreign_files_are_counted_by_suffix(tmp_path):
     files = {f"{i}.{suffix}": b"text" for i in range(15) for suffix in ("txt", "json")}
     root = write_folder(tmp_path, files | {"a.png": encoded(photograph(0), "png")})
     assert set(open_images(root, 8).left_out) == {"15 files with .json", "15 files with .txt"}
-
-
-def test_32_bit_pixels_are_refused():
-    with pytest.raises(BadImage, match="32 bits"):
-        decode(encoded(Image.fromarray(np.full((3, 3), 200, np.int32)), "tif"))
