@@ -168,7 +168,7 @@ def test_a_constant_derivative_keeps_no_graph_with_recomputed_activations():
 
 @pytest.mark.parametrize("name", ["UNet", "EDM2UNet", "DiT"])
 def test_under_autocast_a_constant_derivative_leaves_the_value_to_its_own_pass(name):
-    """The derivative is float32's to the bit, the value that of a forward pass under autocast, and both are float32."""
+    """The derivative has the bits of float32, the value those of a forward pass under autocast; both are float32."""
     fm = small(name)
     x, s, t, label = inputs(fm, 5)
     with torch.no_grad():

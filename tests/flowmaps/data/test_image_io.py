@@ -126,7 +126,7 @@ def test_crop_is_the_exact_mean(side, size, channels):
 
 @pytest.mark.parametrize(("side", "size"), [(256, 64), (257, 64), (300, 64), (384, 64), (600, 7), (521, 32)])
 def test_crop_equals_float32_sums_but_for_ties(side, size):
-    """What the crop was before, all weights in float32: equal if those are powers of two, and away from halves."""
+    """The crop as it was before, all weights in float32: equal if those are powers of two, and away from halves."""
     pixels = np.random.default_rng(0).integers(0, 256, (side, side + 3, 3), dtype=np.uint8)
     square = pixels[:, 1 : side + 1].astype(np.float32)
     mean = (shares(side, size) / shares(side, size)[0].sum()).astype(np.float32)
