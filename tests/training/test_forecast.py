@@ -49,7 +49,7 @@ def built(config):
         row("digits:lagrangian,smoke"),
         row("digits:straightening,smoke", trajectories=Trajectories(steps=4)),
         row("checkerboard:lagrangian,smoke", accumulate=2),
-        small_dit("mean_flow", patch=8, width=32, depth=2, heads=2, dropout=0.1, gradient_checkpointing=True),
+        small_dit("terminal_velocity", patch=8, width=32, depth=2, heads=2, dropout=0.1, gradient_checkpointing=True),
     ],
     ids=lambda config: f"{config.data.name}-{type(config.objective).__name__}",
 )

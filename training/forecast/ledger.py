@@ -168,10 +168,17 @@ def remember(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: lis
             tensor.known = Known(value)  # type: ignore[attr-defined]
 
 
+class OneMode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """The mode of all fake tensors, also of those in a deep copy."""
+
+    def __deepcopy__(self, memo: Any) -> "OneMode":
+        return self
+
+
 @contextmanager
 def pretend() -> Iterator[Ledger]:
     """Give tensors made inside the block shapes but no memory, and keep the books of what they would take."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = OneMode(allow_non_fake_inputs=True)
     # Its memo of results holds weak references, with which Module.to cannot swap parameters.
     forgetful = patch.object(mode.fake_tensor_converter, "set_tensor_memo", lambda tensor, fake: None)
     ledger, resize = Ledger(), torch.UntypedStorage.resize_
