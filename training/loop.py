@@ -123,7 +123,7 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | N
                 log.interval(done, config.batch, lr=rate, skipped=trainer.skipped, **spikes, **norms)
             with log.paused():
                 if done == config.steps or done % config.sample_every == 0:
-                    error = trainer.derivative_error()
+                    error = trainer.derivative_error() if main else None
                     if error is not None:
                         log.score(done, "derivative_error", error)
                     model = trainer.averaged(done)

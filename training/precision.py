@@ -19,6 +19,8 @@ from training.config import Config
 from training.config_sections import DerivativePrecision, Precision
 from training.loss_module import LossModule
 
+DIFFERENTIATED = (DerivativeRole.constant, DerivativeRole.trained)  # by forward-mode differentiation
+
 
 class StepPrecision(NamedTuple):
     """``derivative``: float32 or bfloat16; ``tf32``: the step's float32 products, forward and backward, may be TF32."""
@@ -62,7 +64,7 @@ def advice(config: Config, objective: Objective, device: torch.device) -> list[s
             "derivative_precision=bf16 biases the gradient of this objective, which flows through the derivative: "
             "watch derivative_error in the log, or set tf32"
         )
-    if device.type == "cuda" and not config.compile and role in (DerivativeRole.trained, DerivativeRole.constant):
+    if device.type == "cuda" and not config.compile and role in DIFFERENTIATED:
         found.append(
             "this step launches some ten thousand kernels and may wait for the host: compile=True fuses them, after "
             "minutes of compilation"
@@ -72,12 +74,15 @@ def advice(config: Config, objective: Objective, device: torch.device) -> list[s
 
 def derivative_error(
     module: LossModule, precision: StepPrecision, x1: Tensor, label: Tensor | None, draws: Draws, rows: int = 4
-) -> float:
+) -> float | None:
     """Return |dv - dv'| / |dv'| of the step's derivatives dv on its last ``rows`` rows; dv' is in IEEE float32.
 
-    Of all derivatives that the objective takes together. The arguments are those of ``LossModule.forward``.
+    Of all derivatives that the objective takes together; None if it takes none or if they are in IEEE float32 anyway.
+    The last arguments are those of ``LossModule.forward``.
     """
     objective = module.objective
+    if precision.is_exact or objective.derivative_role not in DIFFERENTIATED:
+        return None
     assert isinstance(objective, SelfDistillation)
     alone = dataclasses.replace(objective, diagonal=0.0)
     x0, s, t, gamma, guidance = draws

@@ -22,7 +22,6 @@ from flowmaps.distributed import AnyProcess
 from flowmaps.networks.conditioning import soft_label
 from flowmaps.networks.magnitude import normalise_weights
 from flowmaps.objectives import Loss, TrajectoryObjective
-from flowmaps.objectives.base import DerivativeRole
 from flowmaps.posthoc_ema import write_snapshot
 from flowmaps.rng import generator
 from samplers import Trajectory
@@ -204,21 +203,15 @@ class Trainer:
         for name, share, count in (("diagonal", diagonal, rows), ("off_diagonal", 1 - diagonal, len(x1) - rows)):
             if count:
                 with tf32_products(self.precision.tf32):
-                    with self._forward(), self.accelerator.autocast():
+                    with self._forward():
                         value = self.module(x1, label, draws, share).value
                     gradients = torch.autograd.grad(value, parameters, allow_unused=True)
                 norms[f"grad_norm_{name}"] = float(get_total_norm(g for g in gradients if g is not None))
         return norms
 
     def derivative_error(self) -> float | None:
-        """Return the relative error of the derivatives of the latest micro-step, see ``precision.derivative_error``.
-
-        None if they are in IEEE float32, if there are none, or if the weights are sharded.
-        """
-        with_derivatives = self.module.objective.derivative_role in (DerivativeRole.constant, DerivativeRole.trained)
-        if self.precision.is_exact or self.config.shard or not with_derivatives:
-            return None
-        return derivative_error(self.module, self.precision, *self.latest[0])
+        """Return ``precision.derivative_error`` of the latest micro-step; None for a sharded run too."""
+        return None if self.config.shard else derivative_error(self.module, self.precision, *self.latest[0])
 
     @contextmanager
     def _forward(self) -> Iterator[None]:

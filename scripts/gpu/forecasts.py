@@ -1,6 +1,5 @@
 """Forecasts of part b, each in a separate process next to the GPU's work: ``python -m gpu.forecasts NAME SIZE``."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -29,9 +28,9 @@ def _in_a_process(name: str, size: int) -> dict[str, Any]:
 
 
 def main(name: str, size: str) -> None:
-    from gpu.rows import load
+    from gpu.rows import load  # which imports this module
+    from training.forecast.forecast import forecast
 
-    forecast = importlib.import_module("training.forecast.forecast").forecast
     made = forecast(replace(load(name, smoke=False), batch=int(size), accumulate=1))
     tflop = {precision: flops / 1e12 for precision, flops in made.flops.items()}
     print(json.dumps({"forecast_GiB": made.peak / 2**30, "forecast_micro_batch": int(size), "TFLOP": tflop}))

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import importlib
 import tempfile
 import time
 from dataclasses import replace
@@ -26,6 +25,8 @@ from samplers import uniform_times
 from training.build import build_loss_module
 from training.config import Precision, build_objective
 from training.config_sections import CompileMode, DerivativePrecision
+from training.forecast.ledger import Ledger
+from training.forecast.report import CARDS
 from training.precision import step_precision
 from training.trainer import Trainer
 
@@ -35,12 +36,7 @@ NETWORKS = {  # name -> row of configs/ with its settings, micro-batch
     "EDM2-S": ("imagenet64:lagrangian", 32),
     "U-Net": ("fashion_mnist:lagrangian", 256),
 }
-PEAKS = {  # dense TFLOP/s by NVIDIA's data sheets, of the SXM modules
-    "H100": {"bf16": 989.0, "TF32": 494.0, "fp32": 67.0},
-    "H200": {"bf16": 989.0, "TF32": 494.0, "fp32": 67.0},
-    "A100": {"bf16": 312.0, "TF32": 156.0, "fp32": 19.5},
-    "RTX 4090": {"bf16": 165.0, "TF32": 82.6, "fp32": 82.6},
-}
+PEAKS = {**CARDS, "H200": CARDS["H100"]}  # the same chip with more memory
 DERIVATIVES = ("bf16", "tf32", "fp32")
 EAGER, COMPILED = 90.0, 150.0  # seconds of an item
 SMOKE = {"DiT-XL/2", "U-Net"}
@@ -127,7 +123,7 @@ def flops(name: str, smoke: bool, objective: str, **changes: Any) -> dict[str, f
     """Count the FLOPs of the products in one eager step, by precision: "bf16", "TF32", "fp32"."""
     base = trainer_of(name, smoke)
     trainer = base if objective == BASE else variant(base, objective, **changes)
-    with importlib.import_module("training.forecast.ledger").Ledger() as ledger:
+    with Ledger() as ledger:
         trainer.step(0)
     return dict(ledger.products)
 

@@ -16,6 +16,7 @@ import samplers
 import training
 from flowmaps.cli.sampling_flags import DTYPE_NAMES, SAMPLER_NAMES
 from flowmaps.metrics.extractors import CLASSIFIERS
+from flowmaps.metrics.scores import KID_SUBSET
 from flowmaps.objectives import OBJECTIVES
 from flowmaps.vae import DTYPES
 
@@ -124,9 +125,11 @@ def test_imports_load_what_they_need(code):
 
 
 def test_flags_name_every_sampler_and_precision():
-    """Literal lists in the flags, which are defined without torch, agree with the tables."""
+    """Literals in the flags, which are defined without torch, agree with the tables and the defaults."""
     assert SAMPLER_NAMES == list(samplers.SAMPLERS)
     assert DTYPE_NAMES == list(DTYPES)
+    shown = run_script("scripts/fid.py", "--help", check=True).stdout
+    assert f"Images in each of KID's subsets ['{KID_SUBSET}']" in shown
 
 
 FROZEN = {
