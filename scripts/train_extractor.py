@@ -6,20 +6,18 @@ python scripts/train_extractor.py --data=fashion_mnist --epochs=3 --out=assets/e
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
 from absl import flags
-from safetensors.torch import save
 
 from flowmaps.cli.run import required, run
-from flowmaps.data import ShuffledOrder, iterate, open_dataset
-from flowmaps.data.dataset import DataSet
 from flowmaps.files import writable_file, write_file
-from flowmaps.images import from_uint8
-from flowmaps.metrics.extractors import CLASSIFIERS, Classifier
 
-DATA = flags.DEFINE_enum("data", None, list(CLASSIFIERS), "Data set", required=False)
+if TYPE_CHECKING:
+    from flowmaps.data.dataset import DataSet
+    from flowmaps.metrics.extractors import Classifier
+
+DATA = flags.DEFINE_enum("data", None, ["digits", "fashion_mnist"], "Data set", required=False)
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
 OUT = flags.DEFINE_string("out", None, "Weight file to write (.safetensors)")
 EPOCHS = flags.DEFINE_integer("epochs", 60, "Passes over the training split", lower_bound=1)
@@ -27,7 +25,12 @@ SEED = flags.DEFINE_integer("seed", 0, "Initialisation, order and shifts")
 BATCH = 128
 
 
-def accuracy(network: Classifier, data: DataSet) -> float:
+def accuracy(network: "Classifier", data: "DataSet") -> float:
+    import torch
+
+    from flowmaps.data import iterate
+    from flowmaps.images import from_uint8
+
     network.eval()
     right = 0
     with torch.no_grad():
@@ -37,6 +40,14 @@ def accuracy(network: Classifier, data: DataSet) -> float:
 
 
 def main() -> None:
+    import torch
+    import torch.nn.functional as F
+    from safetensors.torch import save
+
+    from flowmaps.data import ShuffledOrder, open_dataset
+    from flowmaps.images import from_uint8
+    from flowmaps.metrics.extractors import CLASSIFIERS, Classifier
+
     data, out = required(DATA, "digits"), writable_file(Path(required(OUT, "digits.safetensors")))
     train, heldout = (open_dataset(data, split, root=ROOT.value) for split in ("train", "heldout"))
     torch.manual_seed(SEED.value)

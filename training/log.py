@@ -21,7 +21,7 @@ from flowmaps.files import write_file
 class Log:
     """Append to ``workdir/log.jsonl``, and show a progress bar on a terminal or a line per interval elsewhere.
 
-    The values of steps are summed on their device and read once per interval, so that no step waits for the device. In
+    The values of steps stay on their device and are read once per interval, so that no step waits for the device. In
     a run of several processes only the main one writes (``enabled``).
     """
 
@@ -45,19 +45,19 @@ class Log:
 
     def clear(self) -> None:
         """Start a new interval."""
-        self.sums: dict[str, Tensor | float] = defaultdict(float)
+        self.values: dict[str, list[Tensor]] = defaultdict(list)
         self.count, self.clock = 0, time.perf_counter()
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Add the values of one step to the interval."""
         for name, value in values.items():
-            self.sums[name] += value
+            self.values[name].append(value)
         self.count += 1
         self.bar.update()
 
     def interval(self, step: int, batch: int, **facts: float) -> None:
         """End the interval after ``step`` steps and log its means and ``facts``."""
-        means = {name: float(total) / self.count for name, total in self.sums.items()}
+        means = {name: float(sum(values)) / len(values) for name, values in self.values.items()}
         seconds = time.perf_counter() - self.clock
         values = means | facts | {"images_per_second": self.count * batch / seconds}
         self._write({"step": step, **values})

@@ -111,16 +111,16 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | N
         jvp_attention.notes.clear()
         begin = done
         while not last:
-            log.add(trainer.step(done))
             done += 1
+            at_interval = done == config.steps or done % config.log_every == 0
+            log.add(trainer.step(done - 1, term_norms=at_interval))
             for line in jvp_attention.notes if done == begin + 1 else ():
                 log.say(f"note: {line}")
             last = done == config.steps or trainer.any_process(bool(stop.asked))  # once per step
-            if last or done % config.log_every == 0:
-                norms = trainer.gradient_norms()
+            if last or at_interval:
                 rate = trainer.optimizer.param_groups[0]["lr"]
                 spikes = {"spikes": trainer.spikes.count} if config.optim.spike else {}
-                log.interval(done, config.batch, lr=rate, skipped=trainer.skipped, **spikes, **norms)
+                log.interval(done, config.batch, lr=rate, skipped=trainer.skipped, **spikes)
             with log.paused():
                 if done == config.steps or done % config.sample_every == 0:
                     error = trainer.derivative_error() if main else None

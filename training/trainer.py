@@ -113,20 +113,30 @@ class Trainer:
             config, data, loader, accelerator, module, wrapped, optimizer, ema, precision, init_fingerprint, paths
         )
 
-    def step(self, step: int) -> dict[str, Tensor]:
+    def step(self, step: int, term_norms: bool = False) -> dict[str, Tensor]:
         """Take optimiser step ``step`` = 0, 1, ... and return what to log, still on the device.
 
         Part i = rank * accumulate + micro-step of the global batch has the same samples and draws however the parts
         are spread over processes and micro-steps.
+
+        ``term_norms`` adds the norms of the parts that diagonal and off-diagonal rows have in the step's gradient, if
+        there are both, at the cost of one more forward and backward pass. Not in a sharded run, whose weights are
+        gathered only for the step's own passes.
         """
         config, micro_steps = self.config, self.config.accumulate
         logged: dict[str, Tensor] = {}
+        diagonal: list[Tensor] = []
         for micro in range(micro_steps):
             with self._reduced(micro == micro_steps - 1), tf32_products(self.precision.tf32):
                 loss = self.micro_step_loss(step, micro)
                 self.accelerator.backward(loss.value / micro_steps)
+            if term_norms and not config.shard:
+                added = self._diagonal_gradient()
+                diagonal = [a + b for a, b in zip(diagonal, added, strict=True)] if diagonal else added
             for name, value in {"loss": loss.value.detach(), **loss.terms}.items():
                 logged[name] = logged.get(name, 0) + value / micro_steps
+        if diagonal:
+            logged |= self._term_norms(diagonal)
         norm = full_tensor(self.accelerator.clip_grad_norm_(self.module.parameters(), config.optim.clip))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, step, config.steps)
@@ -188,26 +198,31 @@ class Trainer:
             loss: Loss = self.wrapped(x1, label, draws, torch.ones(len(x1), device=device))
         return loss
 
-    def gradient_norms(self) -> dict[str, float]:
-        """Return the gradient's norm by diagonal and by off-diagonal rows of the latest micro-step of this process.
+    def _diagonal_gradient(self) -> list[Tensor]:
+        """Return what the diagonal rows of the latest micro-step add to the gradient of each trained parameter.
 
-        At the current weights, by two passes like those of a step. Empty for a sharded run, whose weights are gathered
-        only for the step's own passes.
+        By a second pass through the step's own graph, with the other rows weighted by 0. Empty if all rows or none
+        are diagonal.
         """
-        if self.config.shard:
-            return {}
         x1, label, draws = self.latest[0]
-        rows, norms = self.module.objective.diagonal_rows(len(x1)), {}
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        diagonal = (torch.arange(len(x1), device=x1.device) < rows).float()
-        for name, share, count in (("diagonal", diagonal, rows), ("off_diagonal", 1 - diagonal, len(x1) - rows)):
-            if count:
-                with tf32_products(self.precision.tf32):
-                    with self._forward():
-                        value = self.module(x1, label, draws, share).value
-                    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-                norms[f"grad_norm_{name}"] = float(get_total_norm(g for g in gradients if g is not None))
-        return norms
+        rows = self.module.objective.diagonal_rows(len(x1))
+        if rows in (0, len(x1)):
+            return []
+        share = (torch.arange(len(x1), device=x1.device) < rows).float()
+        with tf32_products(self.precision.tf32):
+            with self._forward():
+                value = self.module(x1, label, draws, share).value / self.config.accumulate
+            return list(torch.autograd.grad(value, self._trained_parameters(), materialize_grads=True))
+
+    def _term_norms(self, diagonal: list[Tensor]) -> dict[str, Tensor]:
+        """Return the norms of the two terms' gradients: ``diagonal``, of all processes, and the rest of the step's."""
+        diagonal = [self.accelerator.reduce(gradient, "mean") for gradient in diagonal]
+        pairs = zip(self._trained_parameters(), diagonal, strict=True)
+        rest = [-part if p.grad is None else p.grad - part for p, part in pairs]
+        return {"grad_norm_diagonal": get_total_norm(diagonal), "grad_norm_off_diagonal": get_total_norm(rest)}
+
+    def _trained_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
 
     def derivative_error(self) -> float | None:
         """Return ``precision.derivative_error`` of the latest micro-step; None for a sharded run too."""

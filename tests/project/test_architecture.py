@@ -1,6 +1,7 @@
 """Structure of the repository: who may import whom, and the public names and flags that must not change by accident."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def imported(path, type_checking=True):
             yield from (name for alias in node.names if (name := f"{node.module}.{alias.name}") in MODULES)
 
 
+@functools.cache
 def arrows():
     """Return pairs (module, imported module) inside the packages; a name imported from a package counts as that."""
     found = set()
@@ -113,6 +115,7 @@ LIGHT = {  # what starts a command, and what it may have loaded when it answers
     "import training": set(),
     "from flowmaps import FlowMap": {"torch", "numpy"},
     **{f"import {module}": {"numpy"} for module in MODULES if ".cli." in module},
+    **{f"import scripts.{path.stem}": {"numpy"} for path in (ROOT / "scripts").glob("*.py")},
 }
 
 
@@ -130,6 +133,8 @@ def test_flags_name_every_sampler_and_precision():
     assert DTYPE_NAMES == list(DTYPES)
     shown = run_script("scripts/fid.py", "--help", check=True).stdout
     assert f"Images in each of KID's subsets ['{KID_SUBSET}']" in shown
+    shown = run_script("scripts/train_extractor.py", "--help", check=True).stdout
+    assert f"<{'|'.join(CLASSIFIERS)}>: Data set" in shown
 
 
 FROZEN = {

@@ -73,6 +73,8 @@ def test_the_run_resumes_to_the_same_losses_and_samples(tmp_path):
     for expected in json.loads((GOLDEN / "resumed.json").read_text()):
         row = found[expected["step"]]
         for name, value in expected.items():
+            if name in ("grad_norm_diagonal", "grad_norm_off_diagonal"):
+                continue  # now of the step's gradient; then of the weights after the step
             torch.testing.assert_close(float(row[name]), float(value), rtol=1e-4, atol=1e-7)
     made = torch.cat([x for x, _ in generate(fm, uniform_times(2), 4, 3)])
     torch.testing.assert_close(made, torch.from_numpy(np.load(GOLDEN / "resumed.npz")["samples"]))

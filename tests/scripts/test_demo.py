@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 import torch
 from benchmarks.objectives import COSTS, network_costs, peak_memory
 from helpers import run_script
@@ -62,6 +63,7 @@ def test_benchmark_mistakes():
         assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_benchmark_costs_cover_every_objective():
     """One round on a tiny batch: every method that has a row in the table is timed, relative to flow matching."""
     rows = dict(network_costs("DiT", rounds=1, batch=4))

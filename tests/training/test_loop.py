@@ -106,7 +106,7 @@ def test_log_has_each_step_once_and_true_means(tmp_path, monkeypatch):
     """Means cover every step of an interval, whatever is written inside it; a resume drops later rows."""
     losses = []
     step = Trainer.step
-    monkeypatch.setattr(Trainer, "step", lambda self, k: (losses.append(step(self, k)), losses[-1])[1])
+    monkeypatch.setattr(Trainer, "step", lambda *a, **kw: (losses.append(step(*a, **kw)), losses[-1])[1])
     train(tiny(log_every=5, checkpoint_every=3), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 6]

@@ -190,9 +190,8 @@ def test_asking_for_gradient_norms_changes_nothing():
     config.network.dropout = 0.3
     asked, plain = Trainer.build(config), Trainer.build(config)
     for step in range(2):
-        asked.step(step)
+        asked.step(step, term_norms=True)
         plain.step(step)
-        assert asked.gradient_norms() == asked.gradient_norms()
     assert_same(asked.module.state_dict(), plain.module.state_dict())
 
 
@@ -204,26 +203,40 @@ def test_gradient_norms_are_those_of_the_terms(name):
     for p in trainer.module.parameters():
         torch.nn.init.normal_(p, std=0.1)
     trainer.micro_step_loss(0, 0)
-    norms, module, (x1, label, draws) = trainer.gradient_norms(), trainer.module, trainer.latest[0]
+    module, (x1, label, draws) = trainer.module, trainer.latest[0]
     rows, parameters = module.objective.diagonal_rows(len(x1)), list(module.parameters())
 
     def gradient(value):
-        found = torch.autograd.grad(value, parameters, allow_unused=True)
-        pairs = zip(parameters, found, strict=True)
-        return torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for p, g in pairs])
+        found = torch.autograd.grad(value, parameters, materialize_grads=True)
+        return torch.cat([g.flatten() for g in found])
 
-    whole, expected = gradient(module(x1, label, draws, torch.ones(len(x1))).value), {}
-    diagonal = torch.zeros_like(whole)
-    if rows:
+    expected = {}
+    if 0 < rows < len(x1):
+        complete = gradient(module(x1, label, draws, torch.ones(len(x1))).value)
         few = Draws(*(value[:rows] for value in draws[:4]))
         alone = OBJECTIVES["flow_matching"]().loss(module.fm, x1[:rows], label[:rows], few).value
         diagonal = gradient(alone * rows / len(x1))
         expected["grad_norm_diagonal"] = diagonal.norm().item()
-    if rows < len(x1):
-        expected["grad_norm_off_diagonal"] = (whole - diagonal).norm().item()
+        expected["grad_norm_off_diagonal"] = (complete - diagonal).norm().item()
+    logged = trainer.step(0, term_norms=True)
+    norms = {key: value.item() for key, value in logged.items() if key.startswith("grad_norm_")}
     assert norms == pytest.approx(expected, rel=1e-3)
 
 
+def test_gradient_norms_are_of_the_step_not_of_a_micro_step():
+    """Two micro-steps have the gradient of one step on both, and so the terms' norms."""
+    two = Trainer.build(dataclasses.replace(digits("lagrangian,smoke"), accumulate=2))
+    torch.manual_seed(0)
+    for p in two.module.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    parts = []
+    for micro in range(2):
+        two.micro_step_loss(0, micro)
+        parts.append(torch.cat([g.flatten() for g in two._diagonal_gradient()]))
+    assert two.step(0, term_norms=True)["grad_norm_diagonal"].item() == pytest.approx(sum(parts).norm().item())
+
+
+@pytest.mark.slow
 def test_gradient_norms_run_the_graph_that_a_step_compiled(monkeypatch):
     """One graph for steps and norms: no second compilation, and no eager pass with its larger memory."""
     compiler = torch.compile
@@ -232,10 +245,12 @@ def test_gradient_norms_run_the_graph_that_a_step_compiled(monkeypatch):
     torch._dynamo.utils.counters.clear()
     config = digits("mean_flow,smoke")
     compiled, eager = Trainer.build(dataclasses.replace(config, compile=True)), Trainer.build(config)
-    for trainer in (compiled, eager):
-        trainer.step(0)
-    assert compiled.gradient_norms() == pytest.approx(eager.gradient_norms(), rel=1e-4)
-    compiled.step(1)
+    logged, expected = (
+        [{k: v.item() for k, v in trainer.step(step, term_norms=True).items()} for step in range(2)]
+        for trainer in (compiled, eager)
+    )
+    for values, wanted in zip(logged, expected, strict=True):
+        assert "grad_norm_off_diagonal" in values and values == pytest.approx(wanted, rel=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from benchmarks.objectives import Unsplit
 from helpers import gaussian_data, gaussian_map, generator
-from helpers.objectives import ANCHORED, LIVE, MAPS, RELATIVES
+from helpers.objectives import ANCHORED, LIVE, MAPS
 from helpers.small_networks import IMAGES, small
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
@@ -20,7 +20,7 @@ from samplers import Trajectory, uniform_times
 
 # Every objective on the smallest graph, relatives of others as slow tests; the hardest derivatives on others too.
 COMPILED = [
-    pytest.param("DiT", name, {}, marks=pytest.mark.slow if name in RELATIVES else ()) for name in OBJECTIVES
+    pytest.param("DiT", name, {}, marks=() if name == "lagrangian" else pytest.mark.slow) for name in OBJECTIVES
 ] + [pytest.param("DiT", "mean_flow", {"guidance_max": 3.0}, marks=pytest.mark.slow)]
 COMPILED += [
     pytest.param(*pair, {}, marks=pytest.mark.slow)
