@@ -3,6 +3,19 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST_VALUE, LONGEST_LINE = 200, 900  # characters of a value, and of a complete message
+
+
+def shorten(value: object, longest: int = LONGEST_VALUE) -> str:
+    """Return ``value`` as one printable line of at most ``longest`` characters, cut in the middle."""
+    text = "".join(c if c.isprintable() else " " for c in str(value))
+    text = " ".join(text.split())
+    if len(text) <= longest:
+        return text
+    cut = f" ... [{len(text):,} characters] ... "
+    kept = longest - len(cut)
+    return text[: kept - kept // 3] + cut + text[-(kept // 3) :]
+
 
 class UserError(ValueError):
     """A mistake in an argument, a config field or a file, explained in one line together with the remedy.
@@ -10,7 +23,7 @@ class UserError(ValueError):
     Args:
         message: What is wrong and how to fix it. Other arguments are mentioned by their plain names.
         field: The argument or config field at fault, such as ``"steps"`` or ``"optim.lr"``; empty for a file.
-        value: The value it had, shown if not None.
+        value: The value it had, shown if not None, a long one shortened.
 
     ``str(error)`` reads ``steps=0: must be at least 1``. Only the command line writes it as a flag
     (``--steps=0: must be at least 1``) and exits with code 2.
@@ -26,9 +39,8 @@ class UserError(ValueError):
         self.message, self.field, self.value = message, field, value
 
     def __str__(self) -> str:
-        if not self.field:
-            return self.message
-        return f"{self.field}{'' if self.value is None else f'={self.value}'}: {self.message}"
+        at = f"{self.field}{'' if self.value is None else f'={shorten(self.value)}'}: " if self.field else ""
+        return at + shorten(self.message, LONGEST_LINE - len(at))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ The content is what ``FlowMapPipeline.save_pretrained`` writes. This module deal
 pipeline are built on it.
 """
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from flowmaps.errors import UserError
-from flowmaps.files import new_directory, write_file
+from flowmaps.errors import UserError, blame
+from flowmaps.files import WRITER, WRITTEN_BY, Layout, new_directory, writable_directory, write_file
 from flowmaps.hub import from_hub
 from flowmaps.info import FlowMapInfo
 from flowmaps.networks import NETWORKS
@@ -34,6 +35,15 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = (INDEX, "scheduler/*.json", "network/*.json", f"network/{WEIGHTS}")
+MODEL = Layout(
+    INDEX,
+    b'"FlowMapPipeline"',
+    (
+        *(INDEX, "README.md", "scheduler/scheduler_config.json"),
+        *(f"{part}/{name}" for part in ("network", "vae") for name in ("config.json", "diffusion_pytorch_model*")),
+    ),
+)
+SIGNATURE = f"<!-- {WRITTEN_BY}: {WRITER}, sha256 "
 SCHEDULER = {"num_train_timesteps": 1000, "shift": 1.0}  # the defaults of diffusers' FlowMapEulerDiscreteScheduler
 
 
@@ -87,7 +97,8 @@ def save(
         "scheduler": ["flowmaps.pipeline", "FlowMapScheduler"],
         "vae": [None, None] if vae is None else ["diffusers", type(vae).__name__],
     }
-    with new_directory(directory) as folder:
+    check_card(directory)
+    with new_directory(directory, MODEL) as folder:
         network.save_pretrained(folder / "network")
         if vae is not None:
             vae.save_pretrained(folder / "vae")
@@ -96,15 +107,29 @@ def save(
         (folder / "scheduler" / "scheduler_config.json").write_bytes(_json(scheduler))
         (folder / INDEX).write_bytes(_json(values))
         if readme:
-            (folder / "README.md").write_text(readme)
+            (folder / "README.md").write_text(_signed(readme))
 
 
 def check_output(out: str) -> Path:
     """Check, before any work, that ``out`` is new or an exported directory, to be replaced; return its path."""
-    path = Path(out)
-    if path.exists() and any(path.iterdir() if path.is_dir() else [path]) and not (path / INDEX).exists():
-        raise UserError("not an exported model: choose another path", field="out", value=path)
-    return path
+    with blame("out", out):
+        MODEL.check(Path(out))
+        check_card(Path(out))
+        return writable_directory(Path(out))
+
+
+def _signed(readme: str) -> str:
+    """Return a card with its own digest in the last line, which shows whether somebody has edited it."""
+    return f"{readme.rstrip()}\n\n{SIGNATURE}{hashlib.sha256(readme.rstrip().encode()).hexdigest()} -->\n"
+
+
+def check_card(directory: Path) -> None:
+    """Refuse to replace an exported directory whose card somebody has edited."""
+    card = directory / "README.md"
+    if card.is_file():
+        text = card.read_text(errors="replace")
+        if _signed(text.rpartition(SIGNATURE)[0]) != text:
+            raise UserError(f"{card} was edited by hand and would be lost: move it, or choose another directory")
 
 
 def store_schedule(source: str | Path, schedule: Schedule) -> None:
@@ -114,7 +139,7 @@ def store_schedule(source: str | Path, schedule: Schedule) -> None:
     path = _exported_directory(Path(source)) / INDEX
     index = _read_json(path)
     index["info"]["schedules"] = {**index["info"].get("schedules", {}), schedule.sampler: asdict(schedule)}
-    write_file(path, _json(index))
+    write_file(path, _json(index), check=False)
 
 
 def _exported_directory(directory: Path) -> Path:

@@ -1,18 +1,208 @@
-"""Atomic writes of files and directories (written to a temporary name, flushed, renamed), and .npz files."""
+"""Atomic writes of files and directories that never replace what flowmaps did not write.
 
+A new file or directory is written under a temporary name next to its target, flushed, and renamed. What is there before
+is replaced only if it carries flowmaps' mark (``WRITTEN_BY``); everything else is the user's and refused by name.
+"""
+
+import contextlib
+import ctypes
+import fnmatch
 import hashlib
+import itertools
+import json
+import math
 import os
+import re
 import shutil
-import zipfile
-import zlib
-from collections.abc import Collection, Iterator
+import socket
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flowmaps.errors import UserError
+
+WRITTEN_BY = "written_by"  # key of JSON objects and archives, and text in pictures and pages, with the value below
+WRITER = "flowmaps"
+MARK = re.compile(rb"written_by(\.npy|\W{1,6}flowmaps\b)|tEXtSoftware\0flowmaps")
+_ENDS = 1 << 16  # bytes at either end of a file among which the mark is
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The directories of one kind that flowmaps writes: a file that shows it, and the names of all files in them."""
+
+    sign: str  # a file that each has
+    mark: bytes  # in the content of that file
+    names: tuple[str, ...]  # patterns of fnmatch for paths relative to the directory
+
+    def check(self, path: Path) -> None:
+        """Refuse a ``path`` that exists and holds what flowmaps did not write there."""
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise UserError(f"{path} is not a directory: choose another name")
+        files = [file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
+        if not files:
+            return
+        if not (path / self.sign).is_file() or self.mark not in _ends(path / self.sign):
+            raise UserError(f"{path} has files that flowmaps did not write ({files[0].name}): choose another directory")
+        for file in files:
+            name = file.relative_to(path).as_posix()
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.names):
+                raise UserError(f"{path} has a file that flowmaps did not write ({name}): move it, or choose another")
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether the file has the mark of one that flowmaps wrote, or is empty."""
+    return path.is_file() and (not path.stat().st_size or bool(MARK.search(_ends(path))))
+
+
+def _ends(path: Path) -> bytes:
+    with path.open("rb") as file:
+        start = file.read(_ENDS)
+        file.seek(max(0, path.stat().st_size - _ENDS))
+        return start + file.read(_ENDS)
+
+
+def check_new_file(path: Path) -> Path:
+    """Check, before any work, that ``write_file`` may write ``path``; return it with links followed."""
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: give a file name")
+    target = path.resolve()
+    if target.exists() and not (target.is_file() and is_ours(target)):
+        raise UserError(f"{path} exists and flowmaps did not write it: choose another name or remove it")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise UserError(f"{path} is read-only: choose another name")
+    writable_directory(target.parent)
+    return target
+
+
+def write_file(path: Path, content: bytes, check: bool = True) -> None:
+    """Write a file atomically by ``new_file``."""
+    with new_file(path, check) as beside:
+        beside.write_bytes(content)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON by ``write_file``, marked as flowmaps' own; numbers that JSON does not have become null."""
+    write_file(path, to_json(values))
+
+
+def to_json(values: Any) -> bytes:
+    """Return marked JSON: "written_by" in the object, or in the first one of a list."""
+    values = _finite(values)
+    objects = [values] if isinstance(values, dict) else values
+    if objects and isinstance(objects[0], dict):
+        objects = [{WRITTEN_BY: WRITER, **objects[0]}, *objects[1:]]
+    marked = objects[0] if isinstance(values, dict) else objects
+    return (json.dumps(marked, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def new_file(path: Path, check: bool = True) -> Iterator[Path]:
+    """Yield the path of a temporary file that replaces ``path`` when the block ends without an error.
+
+    Args:
+        path: The target; a link is followed.
+        check: Whether to refuse an existing file that flowmaps did not write. False for a file whose directory is
+            known to be flowmaps' own, such as the config.json of a run.
+
+    Raises:
+        UserError: There is a file that flowmaps did not write.
+    """
+    target = check_new_file(path) if check else path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = _temporary(target)
+    try:
+        yield beside
+        _sync(beside)
+        beside.replace(target)
+        _sync(target.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(path: Path, layout: Layout) -> Iterator[Path]:
+    """Yield a temporary directory that replaces ``path`` when the block ends without an error.
+
+    Raises:
+        UserError: ``path`` has something that flowmaps did not write as a directory of this ``layout``.
+    """
+    if _old(path).exists() and not path.exists():  # killed between the two renames of _exchange
+        _old(path).rename(path)
+    layout.check(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = _temporary(path)
+    beside.mkdir()
+    try:
+        yield beside
+        for file in beside.rglob("*"):
+            _sync(file)
+        _sync(beside)
+        layout.check(path)  # again: the block may have taken hours
+        _exchange(beside, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Put ``new`` in the place of ``path``, which becomes ``new`` if it exists; atomically on Linux."""
+    if not path.exists():
+        with contextlib.suppress(OSError):  # another process was first
+            new.rename(path)
+            return
+    if not _swap(new, path):
+        path.rename(_old(path))
+        new.rename(path)
+        _old(path).rename(new)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _swap(a: Path, b: Path) -> bool:
+    """Exchange two paths in one step if the system can."""
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            return bool(library.renamex_np(os.fsencode(a), os.fsencode(b), 2) == 0)  # RENAME_SWAP
+        here = -100  # AT_FDCWD
+        return bool(library.renameat2(here, os.fsencode(a), here, os.fsencode(b), 2) == 0)  # RENAME_EXCHANGE
+    except (OSError, AttributeError):
+        return False
+
+
+def _temporary(path: Path) -> Path:
+    """Return a new temporary name next to ``path``, after removing those that killed processes of this host left."""
+    host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    for leftover in path.parent.glob(f".flowmaps-{host}-*.tmp"):
+        pid = leftover.name.split("-")[2]
+        if pid.isdigit() and not _runs(int(pid)):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    return path.with_name(f".flowmaps-{host}-{os.getpid()}-{next(_numbers)}.tmp")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _sync(path: Path) -> None:
@@ -23,56 +213,16 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Replace the content of ``path`` atomically."""
-    with new_file(path) as beside:
-        beside.write_bytes(content)
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file that replaces ``path`` when the block ends without an error."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        yield beside
-        _sync(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory that replaces ``path`` when the block ends without an error."""
-    beside, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():  # killed between the two renames below
-        old.replace(path)
-    for leftover in (beside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        for file in beside.rglob("*"):
-            _sync(file)
-        _sync(beside)
-        if path.exists():
-            path.replace(old)
-        beside.replace(path)
-        _sync(path.parent)
-    finally:
-        if old.exists() and not path.exists():
-            old.replace(path)
-        for leftover in (beside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
 def writable_directory(path: Path) -> Path:
-    """Create the directory ``path`` if it does not exist and check that a file can be written there."""
+    """Check that ``path`` is, or can be made, a directory in which files can be written. Makes none."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+    if not existing.is_dir():
+        raise UserError(f"{existing} is not a directory: choose another path")
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
+        probe = _temporary(existing / path.name)
         probe.touch()
         probe.unlink()
+        (path / "x").exists()  # a name that is too long
     except OSError as error:
         raise UserError(f"cannot write to {path} ({error.strerror}): choose another directory") from None
     return path
@@ -82,51 +232,6 @@ def sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def writable_file(path: Path) -> Path:
-    """Check, before any work, that the file ``path`` can be written."""
-    if path.is_dir():
-        raise UserError(f"{path} is a directory: give a file name")
-    writable_directory(path.parent)
-    return path
-
-
-@contextmanager
-def _opened_npz(path: str | Path, remedy: str) -> Iterator[Any]:
-    """Open an .npz without unpickling; errors name the file and end with ``remedy``."""
-    try:
-        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            yield archive
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise UserError(f"{path} is not a readable .npz ({error}): {remedy}") from None
-
-
-def read_npz(path: str | Path, remedy: str, keys: Collection[str] | None = None) -> dict[str, Any]:
-    """Return the arrays of an .npz, all or those among ``keys``; a damaged file is refused with ``remedy``."""
-    with _opened_npz(path, remedy) as archive:
-        return {key: archive[key] for key in archive.files if keys is None or key in keys}
-
-
-def npz_shapes(path: str | Path, remedy: str) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of the arrays in an .npz from their headers alone, since they may be large."""
-    shapes = {}
-    with _opened_npz(path, remedy) as archive:
-        for entry in archive.zip.namelist():
-            with archive.zip.open(entry) as array:
-                version = np.lib.format.read_magic(array)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shapes[entry.removesuffix(".npy")] = tuple(read(array)[0])
-    return shapes
 
 
 def cache_directory() -> Path:

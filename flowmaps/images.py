@@ -1,13 +1,17 @@
 """Conversion between images and numbers, and grids of images; all other code uses these functions."""
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
+
+from flowmaps.files import WRITER, write_file
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -62,3 +66,16 @@ def sample_grid(rows: Sequence[Tensor], columns: int = COLUMNS) -> Tensor:
     if rows[0].ndim == 2:
         return grid([points_to_image(row)[None] for row in rows])
     return grid([to_uint8(row[:columns]) for row in rows], scale=max(1, 48 // rows[0].shape[-1]))
+
+
+def png(picture: Image.Image) -> bytes:
+    """Return a picture as a PNG file that names flowmaps as its software."""
+    buffer, text = io.BytesIO(), PngImagePlugin.PngInfo()
+    text.add_text("Software", WRITER)
+    picture.save(buffer, format="PNG", pnginfo=text)
+    return buffer.getvalue()
+
+
+def write_png(picture: Image.Image, path: Path) -> None:
+    """Write ``png`` atomically, in place of a picture that flowmaps wrote."""
+    write_file(path, png(picture))

@@ -93,6 +93,8 @@ class Schedule(Mapping[int, Tensor]):
     @classmethod
     def from_dict(cls, values: Any) -> Self:
         """Rebuild from plain values, whose keys may be text as in JSON; ValueError for an unknown field."""
+        if isinstance(values, dict):
+            values = {key: value for key, value in values.items() if key != "written_by"}  # of schedule.py --out
         if not isinstance(values, dict) or "grids" not in values:
             raise ValueError("not a schedule: it has no grids")
         kinds = {f.name: f.type for f in fields(cls)}

@@ -29,7 +29,7 @@ from absl import flags
 
 from flowmaps.cli.run import run
 from flowmaps.errors import UserError, blame
-from flowmaps.files import writable_file, write_file
+from flowmaps.files import check_new_file, write_json
 
 SUITE = flags.DEFINE_string(
     "suite",
@@ -49,12 +49,15 @@ NUM = flags.DEFINE_integer(
 THREADS = flags.DEFINE_integer("threads", None, "Threads that torch may use", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "File for the records, written after each one; those in it are not run again")
 PLOT = flags.DEFINE_string("plot", None, "PNG file for the scores against the number of steps, or of images")
+WRITES = (JSON, PLOT)
 
 
 def main() -> None:
     import torch
     from benchmarks.speed import machine
     from benchmarks.suites import PLOTTED, SUITES, Arguments, markdown, plot, stored_records
+
+    from flowmaps.images import write_png
 
     if SUITE.value not in SUITES:
         raise UserError(f"--suite={SUITE.value or ''}: choose one of {', '.join(SUITES)}")
@@ -73,7 +76,7 @@ def main() -> None:
     for name, file in (("json", JSON.value), ("plot", PLOT.value)):
         if file:
             with blame(name, file):
-                writable_file(Path(file))
+                check_new_file(Path(file))
     if THREADS.value:
         torch.set_num_threads(THREADS.value)
     budget: dict[str, Any] = {"train_steps": TRAIN_STEPS.value, "cpu_minutes": CPU_MINUTES.value, "num": NUM.value}
@@ -85,9 +88,9 @@ def main() -> None:
         print(json.dumps(records[-1]), flush=True)
         if JSON.value:
             content = {"suite": SUITE.value, "budget": budget, "records": records}
-            write_file(Path(JSON.value), json.dumps(content, indent=1).encode())
+            write_json(Path(JSON.value), content)
     if PLOT.value:
-        plot(records, SUITE.value).save(PLOT.value)
+        write_png(plot(records, SUITE.value), Path(PLOT.value))
     print(markdown(records, SUITE.value))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from flowmaps.cli.run import required, run
-from flowmaps.files import writable_file, write_file
+from flowmaps.files import check_new_file, write_file
 
 if TYPE_CHECKING:
     from flowmaps.data.dataset import DataSet
@@ -48,7 +48,7 @@ def main() -> None:
     from flowmaps.images import from_uint8
     from flowmaps.metrics.extractors import CLASSIFIERS, Classifier
 
-    data, out = required(DATA, "digits"), writable_file(Path(required(OUT, "digits.safetensors")))
+    data, out = required(DATA, "digits"), check_new_file(Path(required(OUT, "digits.safetensors")))
     train, heldout = (open_dataset(data, split, root=ROOT.value) for split in ("train", "heldout"))
     torch.manual_seed(SEED.value)
     network, order = Classifier(**CLASSIFIERS[data]), ShuffledOrder(len(train), SEED.value)

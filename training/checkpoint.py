@@ -18,11 +18,16 @@ from torch import Tensor, nn
 
 from flowmaps import FlowMap
 from flowmaps.errors import UserError
-from flowmaps.files import new_directory, sha256
+from flowmaps.export import MODEL
+from flowmaps.files import Layout, new_directory, sha256
 from flowmaps.run_weights import FORMAT, list_checkpoints, read_checkpoint
 from training.ema import EMA
 from training.fsdp import gather_to_cpu, shard_like
 from training.loss_module import LossModule
+
+CHECKPOINT = Layout(
+    "state.json", b'"images_seen"', ("state.json", "*.safetensors", *(f"model/{name}" for name in MODEL.names))
+)
 
 
 def save_checkpoint(
@@ -52,7 +57,7 @@ def save_checkpoint(
     tensors = {name: gather_to_cpu(part, keep=writes) for name, part in parts.items()}
     if not writes:
         return
-    with new_directory(path) as directory:
+    with new_directory(path, CHECKPOINT) as directory:
         for name, part in tensors.items():
             save_file(part, directory / f"{name}.safetensors")
         files = {file.name: sha256(file) for file in sorted(directory.iterdir())}

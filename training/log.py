@@ -30,7 +30,7 @@ class Log:
         self.file = None
         if enabled:
             kept = _rows_until(workdir / "log.jsonl", start)
-            write_file(workdir / "log.jsonl", kept.encode())
+            write_file(workdir / "log.jsonl", kept.encode(), check=False)
             self.file = (workdir / "log.jsonl").open("a", buffering=1)
         self.board = _tensorboard(workdir, start) if enabled else None
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (enabled and sys.stderr.isatty()))

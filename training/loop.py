@@ -69,7 +69,7 @@ def train_section(config: Config, workdir: Path, data: Any, section: str) -> Flo
         if main:
             stack.enter_context(disk_errors(workdir))
             with blame("workdir", workdir):
-                writable_directory(workdir)
+                writable_directory(workdir).mkdir(parents=True, exist_ok=True)
             stack.enter_context(run_lock(workdir))
         stack.enter_context(within(section))
         stack.enter_context(tf32_products(config.tf32))
@@ -99,7 +99,7 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | N
             shutil.rmtree(workdir / stale, ignore_errors=True)
     if main:
         facts = {**config.to_dict(), "origin": trainer.origin()}
-        write_file(workdir / "config.json", json.dumps(facts, indent=2).encode())
+        write_file(workdir / "config.json", json.dumps(facts, indent=2).encode(), check=False)
     with _Stop() as stop, closing(Log(workdir, config.steps, done, enabled=main)) as log:
         last = done >= config.steps
         if done and not last:

@@ -14,7 +14,6 @@ from absl import flags
 
 from flowmaps.cli.run import required
 from flowmaps.errors import UserError, blame
-from flowmaps.files import writable_directory
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, exported directory or hub id")
 EMA = flags.DEFINE_string(
@@ -26,6 +25,7 @@ LICENSE = flags.DEFINE_string("license", "", "License of the weights, by its nam
 RESULTS = flags.DEFINE_list("results", [], "Records of fid.py --json for the card")
 HOW = flags.DEFINE_string("how", None, "Markdown file on how the model was made, for the card")
 HUB = flags.DEFINE_string("push_to_hub", None, "Hugging Face hub id to upload to, with the token of `hf auth login`")
+READS, WRITES = (CHECKPOINT, HOW, RESULTS), (OUT,)
 
 
 def main() -> None:
@@ -51,8 +51,6 @@ def main() -> None:
     for file, record in zip(RESULTS.value, records, strict=True):
         if any(row.get("weights") != weights for row in record["results"]):
             raise UserError(f"--results={file} was made with weights other than those to be exported: score them again")
-    with blame("out", out):
-        writable_directory(out.parent)
     fm.save_pretrained(out, card(fm, NAME.value or HUB.value or target, LICENSE.value, records, how))
     print(f"{out}: {weights[:12]}, ema {fm.info.ema or 'none'}, {fm.info.images_seen} images seen")
     if HUB.value is not None:

@@ -16,7 +16,7 @@ from absl import flags
 from flowmaps.cli.run import required
 from flowmaps.cli.sampling_flags import SamplingFlags
 from flowmaps.errors import UserError, blame
-from flowmaps.files import writable_file
+from flowmaps.files import check_new_file, writable_directory
 
 SAMPLING = SamplingFlags(num=50_000, several=True)
 SAMPLES = flags.DEFINE_string("samples", None, "Folder or .npz of images to score, instead of --checkpoint")
@@ -33,6 +33,7 @@ TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "By how much: 0.05 is 5 percen
 JSON = flags.DEFINE_string("json", None, "File for the record")
 JUNIT = flags.DEFINE_string("junit", None, "File for the verdicts as JUnit XML")
 MEMORISATION = flags.DEFINE_bool("memorisation", False, "Floor and nearest-neighbour distances (small data sets)")
+READS, WRITES = (SAMPLING.checkpoint, SAMPLES, REFERENCE, WEIGHTS, MAX_REGRESSION), (JSON, JUNIT)
 
 
 def main() -> int:
@@ -54,9 +55,9 @@ def main() -> int:
     for flag, file in (("json", JSON.value), ("junit", JUNIT.value)):
         if file:
             with blame(flag, file):
-                writable_file(Path(file))
+                check_new_file(Path(file))
     if summary:
-        writable_file(Path(summary))
+        writable_directory(Path(summary).parent)  # it is appended to
     limits = gate.Limits.read(MAX_FID.value, MAX_REGRESSION.value, TOLERANCE.value)
     everyone, keep = team(), needs_reference_features(METRICS.value)
     images = open_images(SAMPLES.value, ROOT.value, everyone) if SAMPLES.value else SAMPLING.load()

@@ -11,12 +11,12 @@ from pathlib import Path
 from absl import flags
 
 from flowmaps.cli.run import required
-from flowmaps.errors import UserError, blame
-from flowmaps.files import writable_directory
+from flowmaps.errors import UserError
 
 FORMAT = flags.DEFINE_string("format", None, "edm, edm2, dit, sit, rectified_flow or diffusers_unet")
 SRC = flags.DEFINE_string("src", None, "The file, or for diffusers_unet the folder, as published")
 OUT = flags.DEFINE_string("out", None, "Directory to write; an exported one is replaced")
+READS, WRITES = (SRC,), (OUT,)
 
 
 def main() -> None:
@@ -27,8 +27,6 @@ def main() -> None:
         raise UserError(f"missing, choose one of {', '.join(FORMATS)}", field="format")
     src, out = Path(required(SRC, "edm-cifar10-32x32-cond-vp.pkl")), check_output(required(OUT, "teachers/edm"))
     fm = import_checkpoint(FORMAT.value, src)
-    with blame("out", out):
-        writable_directory(out.parent)
     fm.save_pretrained(out)
     millions = sum(p.numel() for p in fm.network.parameters()) / 1e6
     low, high = fm.info.t_range

@@ -1,26 +1,45 @@
 """Run a command: parse its flags, turn a user's mistake into one line and exit code 2, without a traceback."""
 
+import contextlib
+import errno
+import io
+import os
 import re
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 
-from flowmaps.errors import Stopped, UserError
+from flowmaps.errors import LONGEST_LINE, Stopped, UserError, shorten
+
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EROFS: "choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+LARGEST, LARGEST_SEED = 10**9, 2**63 - 1  # of the numbers that flags take
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "bad alloc")
 
 
 def run(command: ModuleType) -> NoReturn:
     """Parse the flags, call ``command.main`` and exit with its value.
 
-    A module with a table ``COMMANDS`` in place of ``main`` has sub-commands, named by the first argument. Exit codes:
-    0 success (or stopped politely), 1 failed gate, 2 the user's mistake in one line, 3 a bug with its traceback.
+    A module with a table ``COMMANDS`` in place of ``main`` has sub-commands, named by the first argument. ``READS`` and
+    ``WRITES`` of a module are its flags that name inputs and outputs: no output may be an input, or another output.
+    Exit codes: 0 success (or stopped politely), 1 failed gate, 2 the user's mistake or the system's refusal in one
+    line, 3 a bug with its traceback, 130 interrupted.
     """
     script = Path(sys.argv[0]).name
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")  # torch's own, at the first jvp
+    sys.stdout, sys.stderr = (_Terminal.around(stream) for stream in (sys.stdout, sys.stderr))
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
         print(usage(command.__doc__ or ""))
         sys.exit(0)
@@ -34,18 +53,123 @@ def run(command: ModuleType) -> NoReturn:
             main = command.COMMANDS[rest.pop(0)]
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}: flags look like --name=value")
-    except (flags.Error, UserError, KeyError, AttributeError, TypeError) as error:
+        _check_values()
+        _check_paths(getattr(command, "READS", ()), getattr(command, "WRITES", ()))
+    except (flags.Error, UserError, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         fail(script, error)
+    except KeyboardInterrupt:
+        _interrupted(script)
     try:
-        sys.exit(main() or 0)
-    except UserError as error:
-        fail(script, error)
+        code = main() or 0
+        sys.stdout.flush()
+        sys.exit(code)
     except Stopped as stopped:
         print(f"{script}: {stopped}", file=sys.stderr)
         sys.exit(0)
-    except Exception:  # a bug must not look like a failed gate
-        traceback.print_exc()
+    except KeyboardInterrupt:
+        _interrupted(script)
+    except Exception as error:
+        if refused := explain(error):
+            fail(script, refused)
+        traceback.print_exc()  # a bug must not look like a failed gate
         sys.exit(3)
+
+
+def explain(error: BaseException) -> UserError | None:
+    """Return what the system refused, or the user's mistake, as one line; None for a bug."""
+    if isinstance(error, UserError):
+        return error
+    text = str(error)
+    if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+        return UserError(f"out of memory ({shorten(error, 120) or 'malloc'}): ask for less at a time")
+    refused_by_rust = re.search(r"\(os error (\d+)\)", text)  # safetensors
+    if isinstance(error, OSError) or refused_by_rust:
+        code = int(refused_by_rust[1]) if refused_by_rust else getattr(error, "errno", None)
+        reason = os.strerror(code) if code else text
+        file = getattr(error, "filename", None)
+        file = os.fsdecode(file) if isinstance(file, (str, bytes, os.PathLike)) else ""
+        flag = _flag_of(file) if file else None
+        where = f"{shorten(file, 120)}: " if file else ""
+        remedy = REMEDIES.get(code or 0, "check the path and its permissions" if where else "try again")
+        return UserError(f"{where}{shorten(reason, 200)}: {remedy}", *(flag or ()))
+    return None
+
+
+def _flag_of(file: str) -> tuple[str, str] | None:
+    """Return name and value of the flag whose value is the path ``file`` or a directory above it."""
+    path = Path(file).absolute()
+    for name, value in flags.FLAGS.flag_values_dict().items():
+        if isinstance(value, str) and value and Path(value).absolute() in (path, *path.parents):
+            return name, value
+    return None
+
+
+def _check_paths(reads: Sequence[flags.FlagHolder[Any]], writes: Sequence[flags.FlagHolder[Any]]) -> None:
+    """Refuse an output that is an input, or another output, links followed."""
+    outputs, inputs = (
+        [(flag.name, Path(path)) for flag in holders for path in _listed(flag.value)] for holders in (writes, reads)
+    )
+    for i, (name, path) in enumerate(outputs):
+        for other, same in (*outputs[i + 1 :], *inputs):
+            if path.resolve() == same.resolve() or (path.exists() and same.exists() and path.samefile(same)):
+                raise UserError(f"is also --{other}, which would be lost: choose another path", name, path)
+
+
+def _listed(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def _check_values() -> None:
+    """Refuse numbers out of all proportion and empty texts, and replace ~ by the home directory."""
+    for name, flag in _own_flags():
+        value, longest = flag.value, LARGEST_SEED if name == "seed" else LARGEST
+        if isinstance(value, (int, float)) and not abs(value) <= longest:
+            raise UserError(f"must be a number of at most {longest:,}", field=name, value=value)
+        if value == "" and flag.default != "":
+            raise UserError("is empty: give a value or leave it out", field=name)
+        if isinstance(value, str) and value.startswith("~"):
+            flag.value = os.path.expanduser(value)  # noqa: PTH111 (Path.expanduser can raise)
+
+
+def _own_flags() -> Iterator[tuple[str, Any]]:
+    """Yield name and flag, but for absl's own flags and those of a config."""
+    for module, found in flags.FLAGS.flags_by_module_dict().items():
+        if not module.startswith(("absl", "ml_collections")):
+            yield from ((flag.name, flag) for flag in found if not flag.name.startswith("config"))
+
+
+class _Terminal(io.TextIOBase):
+    """A stream of text that prints what it can: a reader that has left, or letters it lacks, are not an error."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    @classmethod
+    def around(cls, stream: Any) -> Any:
+        if stream is None:  # closed when the process started
+            return Path(os.devnull).open("w")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+        return cls(stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:  # what is left in the buffer would raise again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def _interrupted(script: str) -> NoReturn:
+    print(f"{script}: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def required(flag: flags.FlagHolder[str | None], example: str) -> str:
@@ -81,7 +205,7 @@ def fail(script: str, error: BaseException) -> NoReturn:
         flag = next((a for a in sys.argv if a.partition("=")[0].endswith(f".{unknown[1]}")), unknown[1])
         section = unknown[2].removesuffix("Section")
         message = f"{flag.partition('=')[0]}: {section} has no such field; config.json of a run lists them all"
-    print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{script}: error: {shorten(message, LONGEST_LINE)}", file=sys.stderr)
     sys.exit(2)
 
 

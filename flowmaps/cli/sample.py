@@ -19,11 +19,12 @@ from absl import flags
 from flowmaps.cli.run import required
 from flowmaps.cli.sampling_flags import SAMPLER_NAMES, SamplingFlags
 from flowmaps.errors import blame
-from flowmaps.files import writable_directory
+from flowmaps.files import check_new_file, writable_directory
 
 SAMPLING = SamplingFlags(num=64)
 OUT = flags.DEFINE_string("out", None, "Directory to write to")
 BESIDE = flags.DEFINE_enum("beside", None, SAMPLER_NAMES, "Sampler to compare with in grid.png, in equal steps")
+READS, WRITES = (SAMPLING.checkpoint,), (OUT,)
 
 
 def main() -> None:
@@ -33,9 +34,9 @@ def main() -> None:
     import torch
     from torch import Tensor
 
-    from flowmaps.evaluation.samples import sample_batches, write_samples
+    from flowmaps.evaluation.samples import PICTURES, sample_batches, write_samples
     from flowmaps.evaluation.settings import Setting, sampling_settings
-    from flowmaps.images import COLUMNS, hstack, sample_grid, to_pil
+    from flowmaps.images import COLUMNS, hstack, sample_grid, to_pil, write_png
     from flowmaps.run_weights import take_weights
 
     fm = SAMPLING.load()
@@ -46,6 +47,10 @@ def main() -> None:
         others = sampling_settings(fm, SAMPLING.counts(), [BESIDE.value], ["uniform"], **guided)
     with blame("out", directory):
         out = writable_directory(directory)
+        for setting in settings:
+            PICTURES.check(out / f"steps-{setting.steps}")
+            check_new_file(out / f"samples-{setting.steps}.npz")
+        check_new_file(out / "grid.png")
     for ema in SAMPLING.ema.value:  # at most one
         take_weights(fm, SAMPLING.checkpoint.value or "", ema)
 
@@ -63,4 +68,4 @@ def main() -> None:
     if others:
         count = len(shown[0][0][: COLUMNS if len(fm.info.shape) == 3 else None])
         shown.append([torch.cat([x.cpu() for x, _ in batches(setting, count)]) for setting in others])
-    to_pil(hstack([sample_grid(rows) for rows in shown])).save(out / "grid.png")
+    write_png(to_pil(hstack([sample_grid(rows) for rows in shown])), out / "grid.png")

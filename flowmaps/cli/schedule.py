@@ -7,13 +7,14 @@ Prints the error at data of the fitted grids and of equal steps, on other noise 
 better, they are written instead. sample.py, fid.py and the pipeline use the step sizes stored in a checkpoint.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 from absl import flags
 
 from flowmaps.cli.run import required
 from flowmaps.errors import UserError, blame
-from flowmaps.files import writable_file, write_file
+from flowmaps.files import check_new_file, write_json
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Exported directory, run directory or hub id")
 STEPS = flags.DEFINE_list("steps", ["2", "4", "8"], "Step counts")
@@ -27,6 +28,7 @@ SEED = flags.DEFINE_integer("seed", 1, "Seed of their noise; use another seed fo
 FINE = flags.DEFINE_integer("fine", None, "Steps of the fine grid that the times are taken from", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance weight that will be sampled with", 1.0)
 BATCH = flags.DEFINE_integer("batch", 128, "Paths at a time", lower_bound=1)
+READS, WRITES = (CHECKPOINT,), (OUT, PLOT)
 
 
 def main() -> None:
@@ -36,7 +38,7 @@ def main() -> None:
     for name, file in (("out", OUT.value), ("plot", PLOT.value)):
         if file:
             with blame(name, file):
-                writable_file(Path(file))
+                check_new_file(Path(file))
     try:
         steps = [int(count) for count in STEPS.value]
     except ValueError:
@@ -47,6 +49,7 @@ def main() -> None:
     from flowmaps.evaluation.report import step_sizes
     from flowmaps.export import store_schedule
     from flowmaps.flow_map import FlowMap
+    from flowmaps.images import write_png
     from flowmaps.step_sizes import fit
 
     fm = FlowMap.from_pretrained(checkpoint).to(pick_device())
@@ -67,10 +70,10 @@ def main() -> None:
         ours, equal = schedule.errors[count], schedule.uniform_errors[count]
         kept = " ".join(f"{t:.3g}" for t in times.tolist()) if ours < equal else "equal steps"
         rows.append({"steps": count, "error": ours, "error of equal steps": equal, "times": kept})
-    print(table(rows))
     if OUT.value:
-        write_file(Path(OUT.value), schedule.to_json().encode())
+        write_json(Path(OUT.value), asdict(schedule))
     if STORE.value:
         store_schedule(checkpoint, schedule)
     if PLOT.value:
-        step_sizes(fitted).save(PLOT.value)
+        write_png(step_sizes(fitted), Path(PLOT.value))
+    print(table(rows))

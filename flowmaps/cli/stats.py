@@ -10,7 +10,7 @@ from absl import flags
 
 from flowmaps.cli.run import required
 from flowmaps.errors import blame
-from flowmaps.files import writable_file
+from flowmaps.files import check_new_file
 
 DATA = flags.DEFINE_string("data", None, "Data set NAME[:split], folder or zip of images, or .npz of images")
 OUT = flags.DEFINE_string("out", None, "Statistics file to write (.npz)")
@@ -21,6 +21,7 @@ DOWNLOAD = flags.DEFINE_bool("download", False, "Fetch the data set's files into
 SIZE = flags.DEFINE_integer("size", None, "Crop and resize the images of a folder or zip to this", lower_bound=1)
 FEATURES = flags.DEFINE_bool("features", False, "Also keep the features, for KID, precision and recall (large)")
 SKIP_CORRUPT = flags.DEFINE_bool("skip_corrupt", False, "Leave out files that are not complete images")
+READS, WRITES = (DATA, WEIGHTS), (OUT,)
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     with blame("data", data):
         check_source(data)
     with blame("out", out):
-        writable_file(out)
+        check_new_file(out)
     extractor = pick_extractor(EXTRACTOR.value, WEIGHTS.value, data, pick_device())
     everyone = team()
     if DOWNLOAD.value and not everyone.rank:

@@ -53,7 +53,7 @@ def check_images(source: FileSource, found: dict[str, str]) -> tuple[dict[str, s
         if unsure:
             return bad, channels
         cache.parent.mkdir(parents=True, exist_ok=True)
-        write_file(cache, json.dumps({"bad": bad, "channels": channels}).encode())
+        write_file(cache, json.dumps({"bad": bad, "channels": channels}).encode(), check=False)
     except OSError:  # only a cache: without it the next start checks again
         pass
     return bad, channels

@@ -15,8 +15,8 @@ from flowmaps.data.dataset import DataSet
 from flowmaps.data.image_folder import open_images
 from flowmaps.data.shards import Latents, PreparedImages, Shards, TrajectoryFiles
 from flowmaps.errors import UserError
-from flowmaps.files import read_npz
 from flowmaps.images import from_uint8
+from flowmaps.reading import read_npz
 
 DATASETS: dict[str, Callable[[str, str], ArrayData]] = {  # name -> opener(split, root)
     "checkerboard": checkerboard,

@@ -10,7 +10,7 @@ from typing import Any
 
 from flowmaps.errors import UserError, blame
 from flowmaps.evaluation.record import Record, Row, table
-from flowmaps.files import write_file
+from flowmaps.files import WRITER, WRITTEN_BY, write_file, write_json
 
 # What two records must agree in before their distances can be compared, and what identifies a row.
 PROTOCOL = ("metric", "extractor", "num", "seeds", "label", "guidance", "gamma")
@@ -127,15 +127,15 @@ def name(row: Row) -> str:
 
 def finish(report: Record, limits: Limits, json_file: str | None, junit_file: str | None, page: str | None) -> int:
     """Print the results, write the files and return the exit code; the Markdown file ``page`` is appended to."""
-    print(table(report["results"]))
     verdicts = limits.judge(report)
     if json_file:
-        write_file(Path(json_file), json.dumps(report, indent=2).encode())
+        write_json(Path(json_file), report)
     if junit_file:
         write_file(Path(junit_file), junit(report, verdicts))
     if page:
         with Path(page).open("a") as file:
             file.write(summary(report, verdicts))
+    print(table(report["results"]))  # once everything is on the disk
     failed = failures(verdicts)
     if failed:
         print(f"gate failed: {'; '.join(failed)}", file=sys.stderr)
@@ -147,6 +147,7 @@ def junit(report: Record, verdicts: list[Verdict]) -> bytes:
     failed = sum(bool(verdict.reasons) for verdict in verdicts)
     counts = {"tests": str(len(verdicts)), "failures": str(failed), "errors": "0"}
     root = ET.Element("testsuites", counts)
+    root.append(ET.Comment(f"{WRITTEN_BY}: {WRITER}"))
     suite = ET.SubElement(root, "testsuite", {"name": "flowmaps fid.py", **counts})
     properties = ET.SubElement(suite, "properties")
     for key, value in _facts(report).items():

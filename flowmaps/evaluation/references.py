@@ -18,11 +18,12 @@ from flowmaps.data import ArrayData, DataSet, Latents, iterate, open_dataset
 from flowmaps.data.registry import builtin_name, check_source
 from flowmaps.distributed import ALONE, Team, pick_device
 from flowmaps.errors import UserError, blame
-from flowmaps.files import cache_directory, npz_shapes
+from flowmaps.files import cache_directory, new_file
 from flowmaps.metrics import FeatureStats
 from flowmaps.metrics.extractors import EXTRACTORS, INCEPTION_HASH, Extractor, load_extractor
 from flowmaps.metrics.memorisation import Memorisation, memorisation
 from flowmaps.metrics.stats import REMEDY, frechet_distance
+from flowmaps.reading import npz_shapes
 
 
 class Reference(NamedTuple):
@@ -138,8 +139,8 @@ def cached_stats(images: DataSet, extractor: Extractor, keep: bool = False, team
     stats.origin = replace(stats.origin, content=content)
     if not team.rank:
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            stats.save(file)
+            with new_file(file, check=False) as beside:
+                stats.save(beside)
         except OSError:  # the cache is optional: without it the next call computes again
             pass
     return stats

@@ -17,7 +17,7 @@ from flowmaps.evaluation.record import Row
 from flowmaps.evaluation.references import Reference
 from flowmaps.evaluation.samples import samples
 from flowmaps.files import write_file
-from flowmaps.images import sample_grid, to_pil
+from flowmaps.images import png, sample_grid, to_pil, write_png
 from flowmaps.step_sizes import FittedSchedule
 from samplers import uniform_times
 
@@ -135,6 +135,7 @@ PAGE = """\
 <!doctype html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="generator" content="written_by: flowmaps">
 <title>{title}</title>
 <style>
   body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
@@ -160,10 +161,8 @@ def write_report(out: Path, pictures: dict[str, Image.Image], **texts: str) -> N
     """
     images = []
     for name, picture in pictures.items():
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-        write_file(out / f"{name}.png", buffer.getvalue())
-        data = base64.b64encode(buffer.getvalue()).decode()
+        write_png(picture, out / f"{name}.png")
+        data = base64.b64encode(png(picture)).decode()
         images.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
     escaped = {name: html.escape(text) for name, text in texts.items()}
     write_file(out / "report.html", PAGE.format(pictures="\n".join(images), **escaped).encode())

@@ -16,12 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowmaps.errors import UserError
-from flowmaps.files import new_directory, new_file
+from flowmaps.files import WRITER, WRITTEN_BY, Layout, new_directory, new_file
 from flowmaps.flow_map import FlowMap
 from flowmaps.generate import generate
-from flowmaps.images import COLUMNS, sample_grid, to_pil, to_uint8
+from flowmaps.images import COLUMNS, png, sample_grid, to_pil, to_uint8
 from samplers.grids import uniform_times
 
+PICTURES = Layout("000000.png", b"tEXtSoftware\0flowmaps", ("[0-9]*.png",))
 GRID = 8192  # samples that a grid may need: a point cloud takes many
 
 
@@ -36,7 +37,7 @@ def write_samples(batches: Iterable[tuple[Tensor, Tensor | None]], out: Path, co
     pictures: list[Future[None]] = []
     done = 0
     with (
-        new_directory(out / f"steps-{count}") as folder,
+        new_directory(out / f"steps-{count}", PICTURES) as folder,
         new_file(out / f"samples-{count}.npz") as archive,
         tempfile.TemporaryFile(dir=out) as rows,
         ThreadPoolExecutor() as pool,
@@ -62,16 +63,17 @@ def write_samples(batches: Iterable[tuple[Tensor, Tensor | None]], out: Path, co
             with file.open("samples.npy", "w", force_zip64=True) as target:
                 rows.seek(0)
                 shutil.copyfileobj(rows, target)
-            if labels:
-                with file.open("label.npy", "w") as target:
-                    np.lib.format.write_array(target, torch.cat(labels).numpy())
+            arrays = {"label": torch.cat(labels).numpy()} if labels else {}
+            for name, array in {**arrays, WRITTEN_BY: np.array(WRITER)}.items():
+                with file.open(f"{name}.npy", "w") as target:
+                    np.lib.format.write_array(target, array)
     if not pictures:
         (out / f"steps-{count}").rmdir()
     return torch.cat(shown)
 
 
 def _save(image: Tensor, path: Path) -> None:
-    to_pil(image).save(path)
+    path.write_bytes(png(to_pil(image)))
 
 
 def _append(file: IO[bytes], batch: Any, total: int) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from flowmaps.errors import UserError
-from flowmaps.files import npz_shapes, read_npz, write_file
+from flowmaps.files import WRITER, WRITTEN_BY, write_file
+from flowmaps.reading import npz_shapes, read_npz
 
 INCEPTION_DIM = 2048
 REMEDY = "make reference statistics with stats.py"
@@ -125,6 +126,7 @@ class FeatureStats:
     def save(self, path: str | Path) -> None:
         """Write an ``.npz``: mu [dim], sigma [dim, dim] (as in EDM's reference files), n, the origin, kept features."""
         arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.cov.numpy(), "n": self.n, **vars(self.origin)}
+        arrays[WRITTEN_BY] = WRITER
         if self.features is not None:
             arrays["features"] = self.features.numpy()
         buffer = io.BytesIO()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmaps import UserError
-from flowmaps.files import writable_directory, write_file
+from flowmaps.files import writable_directory, write_json
 from gpu.process import ROOT, PartProcess
 
 SHARES = {"a": 50, "b": 50, "c": 65, "d": 35}  # of the time that the remaining parts have
@@ -50,7 +50,7 @@ class Results:
         return cls(file, content)
 
     def write(self) -> None:
-        write_file(self.file, json.dumps(self.content, indent=1).encode())
+        write_json(self.file, self.content)
 
     def part(self, part: str) -> dict[str, Any]:
         results: dict[str, Any] = self.content["results"].setdefault(part, {})

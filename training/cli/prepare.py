@@ -48,6 +48,7 @@ ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of noise and data order")
 BATCH = flags.DEFINE_integer("batch", 64, "Images encoded, or trajectories solved, at a time", lower_bound=1)
 SHARD = flags.DEFINE_integer("shard", 1024, "Images or trajectories per file", lower_bound=1)
+READS, WRITES = (SRC, VAE, TEACHER, DATA), (OUT,)
 
 
 def show(progress: Iterator[tuple[int, int]]) -> None:

@@ -8,7 +8,6 @@ python scripts/train.py --config=configs/imagenet256.py:mean_flow --forecast=80 
 A row that is a chain trains its stages in WORKDIR/pre_training, mid_training and post_training.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from ml_collections import config_flags
 
 from flowmaps.cli.run import required
 from flowmaps.errors import UserError, blame
-from flowmaps.files import writable_directory, write_file
+from flowmaps.files import check_new_file, writable_directory, write_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -93,17 +92,19 @@ def show_forecast(config: Any) -> None:
             print(f"{stage} {line}".strip(), flush=True)
     if JSON.value is not None:
         with blame("json", JSON.value):
-            writable_directory(Path(JSON.value).parent)
-        write_file(Path(JSON.value), json.dumps(records, indent=2).encode())
+            check_new_file(Path(JSON.value))
+        write_json(Path(JSON.value), records)
 
 
 def show(stage: str, facts: dict[str, Any], picture: "Image.Image") -> None:
     """Print the facts of a dry run and save its picture to --workdir."""
+    from flowmaps.images import write_png
+
     for name, fact in facts.items():
         print(f"{stage} {name}: {fact}".strip())
     if WORKDIR.value is not None:
         with blame("workdir", WORKDIR.value):
             directory = writable_directory(Path(WORKDIR.value))
         path = directory / f"dry-run{'-' * bool(stage)}{stage}.png"
-        picture.save(path)
+        write_png(picture, path)
         print(f"{stage} grid: {path}".strip())

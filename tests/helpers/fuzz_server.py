@@ -1,0 +1,76 @@
+"""A process that imports a command once and forks for every call of it.
+
+python fuzz_server.py MODULE reads calls from stdin, a JSON list [argv, largest file in bytes or null] per line, and
+writes a JSON list [exit code, stderr] per line to stdout. A call that takes longer than LIMIT seconds has exit code -9.
+"""
+
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import warnings
+
+LIMIT = 60
+
+
+def child(command, argv, largest, out):
+    os.dup2(out, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    if largest is not None:  # what a full disk does to a writer
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+    from flowmaps.cli.run import run
+
+    code = 70
+    try:
+        sys.argv = argv
+        run(command)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def call(command, argv, largest):
+    with tempfile.TemporaryFile() as out:
+        pid = os.fork()
+        if not pid:
+            os.setsid()
+            child(command, argv, largest, out.fileno())
+        signal.signal(signal.SIGALRM, lambda *_: os.killpg(pid, signal.SIGKILL))
+        signal.alarm(LIMIT)
+        status = os.waitpid(pid, 0)[1]
+        signal.alarm(0)
+        out.seek(0)
+        return os.waitstatus_to_exitcode(status), out.read().decode(errors="replace")
+
+
+def main():
+    warnings.simplefilter("ignore")
+    command = importlib.import_module(sys.argv[1])
+    for name in ("torch", "diffusers", "flowmaps.generate", "flowmaps.evaluation.evaluate", "flowmaps.importers"):
+        importlib.import_module(name)
+    if sys.argv[1].startswith("training"):
+        importlib.import_module("training.loop")
+    import torch
+
+    torch.set_num_threads(1)  # threads do not survive a fork
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(call(command, *json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
