@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.export import MODEL
 from flowmaps.files import new_directory
 from flowmaps.networks import MLP, UNet
 from flowmaps.pipeline import FlowMapPipeline
@@ -174,7 +175,7 @@ def test_a_kill_between_the_two_renames_is_repaired(saved):
     """The old export waits under another name; the next write puts it back before it begins."""
     fm, path = saved
     path.rename(path.with_name(f".{path.name}.old"))
-    with pytest.raises(KeyError), new_directory(path):
+    with pytest.raises(KeyError), new_directory(path, MODEL):
         raise KeyError
     assert FlowMap.from_pretrained(path).info == fm.info
 
