@@ -39,8 +39,9 @@ class UserError(ValueError):
         self.message, self.field, self.value = message, field, value
 
     def __str__(self) -> str:
-        at = f"{self.field}{'' if self.value is None else f'={shorten(self.value)}'}: " if self.field else ""
-        return at + shorten(self.message, LONGEST_LINE - len(at))
+        if not self.field:
+            return self.message
+        return f"{self.field}{'' if self.value is None else f'={shorten(self.value)}'}: {self.message}"
 
 
 @contextmanager

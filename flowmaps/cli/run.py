@@ -199,9 +199,8 @@ def fail(script: str, error: BaseException) -> NoReturn:
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, UserError) and error.field:
         message = f"--{message}"
-    quoted = str(error.args[0]) if error.args else ""  # ml_collections quotes what a config file raised
-    if "Traceback (most recent call last)" in quoted:
-        message = quoted.strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+    if "Traceback (most recent call last)" in message:  # ml_collections quotes what a config file raised
+        message = message.strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
     if unknown := re.match(r"Field (\w+) not found on dataclass .*?(\w+)'>", message):
         flag = next((a for a in sys.argv if a.partition("=")[0].endswith(f".{unknown[1]}")), unknown[1])
         section = unknown[2].removesuffix("Section")

@@ -175,7 +175,7 @@ def test_numbers_that_json_does_not_have_become_null():
 
 
 def test_values_are_shortened_and_printed_in_one_line():
-    error = UserError("is too long\nand has two lines", "name", "x" * 10_000 + "\x00\n")
-    assert len(str(error)) < LONGEST_LINE and "\n" not in str(error) and "[10,000 characters]" in str(error)
-    assert len(str(UserError("y" * 10_000))) <= LONGEST_LINE
-    assert shorten("short") == "short"
+    error = UserError("is too long", "name", "x" * 10_000 + "\x00\n")
+    assert len(str(error)) < 250 and "\n" not in str(error) and "[10,000 characters]" in str(error)
+    assert len(shorten("y" * 10_000, LONGEST_LINE)) == LONGEST_LINE
+    assert shorten("two\nlines") == "two lines"
