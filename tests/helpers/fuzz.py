@@ -47,13 +47,17 @@ LONGEST = 1000
 class Server:
     """Calls of one command, each in a fork of a process that has imported it."""
 
-    def __init__(self, module, script):
+    def __init__(self, module, script, folder):
+        """``folder`` becomes the current one: a relative path in a call must not land in the repository."""
+        for name in ("assets", "configs", "README.md"):
+            if not (folder / name).exists():
+                (folder / name).symlink_to(ROOT / name)
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}", "OMP_NUM_THREADS": "1"}
         environment |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, str(ROOT / "tests/helpers/fuzz_server.py"), module]
         self.script = script
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment
         )
         assert self.process.stdout.readline() == "ready\n"
 
@@ -117,9 +121,8 @@ def foreign(folder):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text("mine")
     (folder / "link").symlink_to("notes.txt")
-    (folder / "dangling").symlink_to("nowhere/at/all")
     os.mkfifo(folder / "pipe")
-    names = ("notes.txt", "data.json", "empty-looking", "project", "project/model", "link", "dangling", "pipe")
+    names = ("notes.txt", "data.json", "empty-looking", "project", "project/model", "link", "pipe")
     long, under_file = folder / ("x" * 300), folder / "notes.txt" / "below"
     return [*(str(folder / name) for name in names), str(long), str(under_file), "/dev/null", "/proc/none", "/dev/full"]
 

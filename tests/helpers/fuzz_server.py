@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 import warnings
 
 LIMIT = 60
@@ -44,17 +43,20 @@ def child(command, argv, largest, out):
 
 
 def call(command, argv, largest):
-    with tempfile.TemporaryFile() as out:
-        pid = os.fork()
-        if not pid:
-            os.setsid()
-            child(command, argv, largest, out.fileno())
-        signal.signal(signal.SIGALRM, lambda *_: os.killpg(pid, signal.SIGKILL))
-        signal.alarm(LIMIT)
-        status = os.waitpid(pid, 0)[1]
-        signal.alarm(0)
-        out.seek(0)
-        return os.waitstatus_to_exitcode(status), out.read().decode(errors="replace")
+    out, into = os.pipe()  # a limit on the size of files does not hold for it
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        os.close(out)
+        child(command, argv, largest, into)
+    os.close(into)
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(pid, signal.SIGKILL))
+    signal.alarm(LIMIT)
+    with open(out, "rb") as read:  # noqa: PTH123
+        stderr = read.read().decode(errors="replace")
+    status = os.waitpid(pid, 0)[1]
+    signal.alarm(0)
+    return os.waitstatus_to_exitcode(status), stderr
 
 
 def main():

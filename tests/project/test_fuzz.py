@@ -44,12 +44,12 @@ SUFFIX = {"json": ".json", "junit": ".xml", "plot": ".png"}
 
 
 @pytest.fixture(scope="module")
-def servers():
-    made = {}
+def servers(tmp_path_factory):
+    made, folder = {}, tmp_path_factory.mktemp("current")
 
     def of(script):
         if script not in made:
-            made[script] = Server(COMMANDS[script][0], script)
+            made[script] = Server(COMMANDS[script][0], script, folder)
         return made[script]
 
     yield of
@@ -61,7 +61,7 @@ def servers():
 def files(tmp_path_factory):
     """A file of every kind that the commands read, each by the command or the maker that writes it."""
     folder = tmp_path_factory.mktemp("files")
-    edm("ddpmpp", folder / "edm.pkl")
+    edm("ddpm++", folder / "edm.pkl")
     write_folder(folder / "images", {f"{c}/{i}.png": photograph_bytes(i) for c in "ab" for i in range(3)})
     return folder
 
@@ -74,11 +74,11 @@ def photograph_bytes(seed):
     return buffer.getvalue()
 
 
-def arguments(script, files, out, **changes):
+def arguments(script, files, place, **changes):
     """Return the arguments of the good call with some flags changed; a flag of None is left out."""
     _, good, outputs = COMMANDS[script]
     words = [word.format(files=files) for word in good.split()]
-    given = {name: str(out / f"{name}{SUFFIX.get(name, '')}") for name in outputs} | changes
+    given = {name: str(place / f"{name}{SUFFIX.get(name, '')}") for name in outputs} | changes
     if script == "stats.py" and "out" not in changes:
         given["out"] += ".npz"
     kept = [word for word in words if word.lstrip("-").partition("=")[0] not in given]
@@ -190,7 +190,7 @@ def _arrays(folder, call):
 
 
 def _edm(folder, call):
-    edm("ddpmpp", folder / "edm.pkl")
+    edm("ddpm++", folder / "edm.pkl")
 
 
 TRAIN = "--config=configs/digits.py:lagrangian,smoke --config.batch=8"
