@@ -148,11 +148,15 @@ def loss_and_gradient(name: str, batch: int = 32, bf16: bool = False) -> tuple[t
 def network_costs(name: str, rounds: int = 7, batch: int = 32) -> Iterator[tuple[str, dict[str, float]]]:
     """Time and memory of ``loss_and_gradient`` for every objective at its own share of diagonal rows.
 
-    With "+compile" behind the name, for flow matching and Lagrangian alone, eager and compiled. Medians of interleaved
-    rounds in one process: on the CPU of process time; on a GPU of wall time, all of them compiled too.
+    With "+compile" behind the name, for flow matching and Lagrangian alone, eager and compiled; with "+bf16" under
+    autocast. Medians of interleaved rounds in one process: on the CPU of process time; on a GPU of wall time, all of them
+    compiled too.
     """
-    name, plus, _ = name.partition("+compile")
-    device, step = loss_and_gradient(name, batch)
+    network, *options = name.split("+")
+    if unknown := set(options) - {"compile", "bf16"}:
+        raise UserError(f"--rows={name}: {unknown.pop()} is neither compile nor bf16")
+    plus = "compile" in options
+    device, step = loss_and_gradient(network, batch, "bf16" in options)
     objectives = {key: COSTS[key] for key in ("flow_matching", "lagrangian")} if plus else COSTS
     losses: dict[str, Callable[..., Any]] = {key: objective.loss for key, objective in objectives.items()}
     if plus or device.type == "cuda":
@@ -165,4 +169,4 @@ def network_costs(name: str, rounds: int = 7, batch: int = 32) -> Iterator[tuple
     for key, value in median.items():
         memory = peak_memory(functools.partial(work, key, 0), device) / 2**30
         scores = {"images/s": batch / value, "GiB": memory, "time / flow_matching": value / median["flow_matching"]}
-        yield f"{name}, {key}", scores
+        yield f"{name.replace('+compile', '')}, {key}", scores

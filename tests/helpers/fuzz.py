@@ -62,13 +62,23 @@ class Server:
         assert self.process.stdout.readline() == "ready\n"
 
     def __call__(self, argv, largest=None):
-        self.process.stdin.write(json.dumps([[self.script, *argv], largest]) + "\n")
+        """Return exit code and stderr of a call; ``largest`` limits its files, in bytes, as a full disk does."""
+        return self.send(argv, largest, None)[:2]
+
+    def dying(self, argv, at=None):
+        """Return exit code and number of file operations of a call that dies at number ``at``, if given."""
+        code, _, operations = self.send(argv, None, at)
+        return code, operations
+
+    def send(self, *call):
+        self.process.stdin.write(json.dumps([[self.script, *call[0]], *call[1:]]) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
     def close(self):
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 def fault(code, stderr):

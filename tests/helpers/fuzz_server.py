@@ -1,7 +1,8 @@
 """A process that imports a command once and forks for every call of it.
 
-python fuzz_server.py MODULE reads calls from stdin, a JSON list [argv, largest file in bytes or null] per line, and
-writes a JSON list [exit code, stderr] per line to stdout. A call that takes longer than LIMIT seconds has exit code -9.
+python fuzz_server.py MODULE reads calls from stdin, a JSON list [argv, largest file in bytes or null, number of the
+file operation at which to die or null] per line, and writes a JSON list [exit code, stderr, file operations] per line
+to stdout. A call that takes longer than LIMIT seconds has exit code -9, one that dies as asked 99.
 """
 
 import importlib
@@ -13,9 +14,24 @@ import sys
 import warnings
 
 LIMIT = 60
+OPERATIONS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "ctypes.dlsym"}
 
 
-def child(command, argv, largest, out):
+class Operations:
+    """Counts what changes files, as an audit hook that runs before each, and dies at number ``last``."""
+
+    def __init__(self, last):
+        self.last, self.count = last, 0
+
+    def __call__(self, event, arguments):
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if event in OPERATIONS or writes:
+            self.count += 1
+            if self.count == self.last:
+                os._exit(99)
+
+
+def child(command, argv, largest, die, out, counted):
     os.dup2(out, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -24,6 +40,8 @@ def child(command, argv, largest, out):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+    operations = Operations(die)
+    sys.addaudithook(operations)
     from flowmaps.cli.run import run
 
     code = 70
@@ -39,24 +57,29 @@ def child(command, argv, largest, out):
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        os.write(counted, str(operations.count).encode())
         os._exit(code)
 
 
-def call(command, argv, largest):
+def call(command, argv, largest, die):
     out, into = os.pipe()  # a limit on the size of files does not hold for it
+    counts, counted = os.pipe()
     pid = os.fork()
     if not pid:
         os.setsid()
         os.close(out)
-        child(command, argv, largest, into)
+        child(command, argv, largest, die, into, counted)
     os.close(into)
+    os.close(counted)
     signal.signal(signal.SIGALRM, lambda *_: os.killpg(pid, signal.SIGKILL))
     signal.alarm(LIMIT)
     with open(out, "rb") as read:  # noqa: PTH123
         stderr = read.read().decode(errors="replace")
     status = os.waitpid(pid, 0)[1]
     signal.alarm(0)
-    return os.waitstatus_to_exitcode(status), stderr
+    with open(counts, "rb") as read:  # noqa: PTH123
+        operations = int(read.read() or 0)
+    return os.waitstatus_to_exitcode(status), stderr, operations
 
 
 def main():
