@@ -38,7 +38,7 @@ def headed(net):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"), [(fourier, "NCSN"), (scaled, "scale"), (filtered, "filter"), (headed, "attend")]
+    ("change", "reason"), [(fourier, "NCSN"), (scaled, "skip_scale"), (filtered, "resample_filter"), (headed, "num_heads")]
 )
 def test_edm(change, reason, tmp_path):
     altered_edm(tmp_path / "net.pkl", change)
@@ -50,15 +50,15 @@ def test_formats_do_not_take_each_other_s_files(tmp_path):
     released.edm("ddpm++", tmp_path / "edm")
     torch.save(released_state_dicts.Transformer().w, tmp_path / "dit")
     released_state_dicts.NCSNpp().save(tmp_path / "rectified_flow")
-    with pytest.raises(UserError, match=r"config\.json: Not a directory: choose a file of this format"):
+    with pytest.raises(UserError, match=r"^src=\S+edm: is a file: give the folder"):
         import_checkpoint("diffusers_unet", tmp_path / "edm")
-    with pytest.raises(UserError, match=r"Is a directory"):
+    with pytest.raises(UserError, match=r"is a directory, not a file"):
         import_checkpoint("edm", tmp_path)
     for form in ("edm", "edm2", "dit", "sit", "rectified_flow"):
         for file in ("edm", "dit", "rectified_flow"):
             if form != file and (form, file) != ("sit", "dit"):
                 with pytest.raises(UserError, match=r"^src=.*: is not a checkpoint of this format"):
-                    import_checkpoint(form, tmp_path / file)
+                    import_checkpoint(form, tmp_path / file, image_size=32 if form == "rectified_flow" else None)
 
 
 def moved(w):
