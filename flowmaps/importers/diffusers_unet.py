@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors.torch import load_file
 
 from flowmaps.errors import UserError
 from flowmaps.importers.build import Options, Source, attention_weights, check_empty, layer, layers
-from flowmaps.importers.inert import REMEDY, same, shown
+from flowmaps.importers.inert import REMEDY, Unsupported, same, shown
 from flowmaps.importers.torch_files import Weights, plain_names, read_tensors
 from flowmaps.networks.layers import u_shape
 from flowmaps.reading import parse, read_json, regular_file
@@ -84,30 +83,30 @@ def diffusers_unet(path: Path, options: Options) -> Source:
     config = _config(folder / "config.json")
     for key in ALWAYS:
         if not same(found := getattr(config, key), value := getattr(UNet2DConfig, key)):
-            raise UnpicklingError(f"its {key} is {shown(found)}, and only {shown(value)} has a network here")
+            raise Unsupported(f"its {key} is {shown(found)}, and only {shown(value)} has a network here")
     kind = tuple(getattr(config, key) for key in CHOICES)
     if kind not in KINDS:
-        raise UnpicklingError(f"its {', '.join(CHOICES)} are {kind}, and only {' or '.join(map(str, KINDS))} are known")
+        raise Unsupported(f"its {', '.join(CHOICES)} are {kind}, and only {' or '.join(map(str, KINDS))} are known")
     predicted = options.settle("prediction", _check_schedule(path, folder), "noise")
     if predicted != "noise":
-        raise UserError("has no reading here: take a model that predicts the noise", "prediction", predicted)
+        raise Unsupported(f"its prediction is {predicted}, and only noise has a reading here")
     w, file = _weights(folder)
     widths, each, levels = config.block_out_channels, config.layers_per_block, len(config.block_out_channels)
     sizes = {config.sample_size} if isinstance(config.sample_size, int) else set(config.sample_size or ())
     if len(sizes) > 1:
-        raise UnpicklingError(f"its sample_size is {config.sample_size}, and only squares are known")
+        raise Unsupported(f"its sample_size is {config.sample_size}, and only squares are known")
     size = options.settle("image_size", next(iter(sizes), None))
     if not 0 < levels * each <= len(w) or any(width < 128 or width % 32 or width % widths[0] for width in widths):
-        raise UnpicklingError(
+        raise Unsupported(
             f"its block_out_channels are {shown(list(widths))} with {each} layers each, "
             "and 32 groups of at least 4 need multiples of 128"
         )
     types = config.down_block_types
     if set(types) - {"DownBlock2D", "AttnDownBlock2D"} or len(types) != levels:
-        raise UnpicklingError(f"its down_block_types are {types}, and only DownBlock2D and AttnDownBlock2D are known")
+        raise Unsupported(f"its down_block_types are {types}, and only DownBlock2D and AttnDownBlock2D are known")
     mirrored = tuple(name.replace("Down", "Up") for name in reversed(types))
     if config.up_block_types != mirrored:
-        raise UnpicklingError(f"its up_block_types are {config.up_block_types}, and only {mirrored} are known")
+        raise Unsupported(f"its up_block_types are {config.up_block_types}, and only {mirrored} are known")
     ours: Weights = {
         **layer("embedding.start.0", w, "time_embedding.linear_1."),
         **layer("embedding.start.2", w, "time_embedding.linear_2."),
@@ -188,13 +187,13 @@ def _check_schedule(path: Path, folder: Path) -> str | None:
         if not isinstance(values, dict):
             raise UserError(f"{file} does not describe a scheduler: {REMEDY}")
         if (name := values.get("_class_name", SCHEDULERS[0])) not in SCHEDULERS:
-            raise UnpicklingError(f"its scheduler is a {shown(name)}, and only {', '.join(SCHEDULERS)} are known")
+            raise Unsupported(f"its scheduler is a {shown(name)}, and only {', '.join(SCHEDULERS)} are known")
         for key, found in values.items():
             if key[:1] == "_" or key in SAMPLING:
                 continue
             if key not in LEVELS or not same(found, LEVELS[key]):
                 known = f"and only {shown(LEVELS[key])} is known" if key in LEVELS else "which is unknown here"
-                raise UnpicklingError(f"its scheduler's {shown(key)[1:-1]} is {shown(found)}, {known}")
+                raise Unsupported(f"its scheduler's {shown(key)[1:-1]} is {shown(found)}, {known}")
     return "noise" if files else None
 
 

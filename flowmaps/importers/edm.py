@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flowmaps.importers.build import Options, Source, check_empty, layer
-from flowmaps.importers.inert import shown
+from flowmaps.importers.inert import Unsupported, shown
 from flowmaps.importers.pickles import Record, read_objects
 from flowmaps.importers.torch_files import Weights
 from flowmaps.networks.edm2unet import BALANCE, LABEL_BALANCE, LIMIT
@@ -27,9 +27,7 @@ def _ema(path: Path, name: str) -> tuple[Record, dict[str, Any]]:
         raise UnpicklingError(f"its ema is {kind}, expected {name}")
     low, high = PARAMETRISATIONS["edm"].noise
     if not net.number("sigma_min", 0) <= low or not high <= float(net.get("sigma_max", math.inf)):
-        raise UnpicklingError(
-            f"its sigma_min and sigma_max leave out some of {low} .. {high}, and only those are known"
-        )
+        raise Unsupported(f"its sigma_min and sigma_max leave out noise levels between {low} and {high}")
     return net, content
 
 
@@ -72,7 +70,7 @@ def _shape(
 def _dropout(blocks: list[Record]) -> float:
     shares = {block.number("dropout", 0) for block in blocks}
     if len(shares) > 1:
-        raise UnpicklingError(f"its blocks differ in dropout: {shown(sorted(shares))}")
+        raise Unsupported(f"its blocks differ in dropout: {shown(sorted(shares))}")
     return float(shares.pop())
 
 
@@ -83,7 +81,7 @@ def edm(path: Path, options: Options) -> Source:
     adm = model.name == "DhariwalUNet"
     level = model.children.get("map_noise", Record())
     if model.name not in ("SongUNet", "DhariwalUNet") or level.name != "PositionalEmbedding":
-        raise UnpicklingError("it is an NCSN++ (a -ve file), which has no network here: take the -vp one")
+        raise Unsupported("it is an NCSN++ (a -ve file), which has no network here: take the -vp one")
     size, classes = net.count("img_resolution"), net.count("label_dim")
     enc, dec = (model.child(name, "module").children for name in ("enc", "dec"))
     ends = [] if adm else ["_aux_norm", "_aux_conv"]
@@ -98,6 +96,8 @@ def edm(path: Path, options: Options) -> Source:
     norm, conv = ("out_norm", "out_conv") if adm else (f"dec.{size}x{size}{end}" for end in ends)
     last = model.child(norm, "GroupNorm") if adm else dec[f"{size}x{size}_aux_norm"]
     _check_norm(norm, last, len(w[f"{norm}.weight"]), adm)
+    for name, outer in ((first, enc[first]), (conv, model.child(conv, "Conv2d") if adm else dec[conv[4:]])):
+        outer.check(name, up=False, down=False)
     augment = w["map_augment.weight"].shape[1] if "map_augment.weight" in w else 0
 
     def swapped(w: Tensor) -> Tensor:  # DDPM++ has sines first
@@ -154,7 +154,7 @@ def _edm_block(name: str, blocks: dict[str, Record], adm: bool) -> Record:
         conv.check(f"{name}.{key}", up=up and changes, down=down and changes, fused_resample=False)
         box = conv["_buffers"].get("resample_filter")
         if box is not None and (box.numel() != 4 or not torch.allclose(box.float(), torch.tensor(0.25))):
-            raise UnpicklingError(f"its {name}.{key}.resample_filter is not that of means over 2 x 2 pixels")
+            raise Unsupported(f"its {name}.{key}.resample_filter is not that of means over 2 x 2 pixels")
     block.child("affine", "Linear")
     return block
 
@@ -251,7 +251,7 @@ def _latents(encoder: Any) -> dict[str, Any]:
     if encoder is None or (isinstance(encoder, Record) and encoder.name == "StandardRGBEncoder"):
         return {}
     if not isinstance(encoder, Record) or encoder.name != "StabilityVAEEncoder":
-        raise UnpicklingError("its encoder is not one of EDM2's")
+        raise Unsupported("its encoder is not one of EDM2's")
     scale, bias = (encoder[name].value.flatten().astype(float) for name in ("scale", "bias"))
     if not (np.isfinite(scale).all() and np.isfinite(bias).all() and scale.all()):
         raise UnpicklingError("its encoder's scale or bias is 0 or not finite")

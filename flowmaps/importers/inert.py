@@ -12,6 +12,10 @@ from flowmaps.errors import UserError, shorten
 REMEDY = "choose a file of this format"
 
 
+class Unsupported(Exception):
+    """A sound checkpoint of a network, or of a training, that this package does not have."""
+
+
 def shown(value: Any) -> str:
     """Return a value of a file for a message. Only a plain one is written out: a nested one can be of any length."""
     if isinstance(value, list) and len(value) <= 8 and all(isinstance(item, (int, float)) for item in value):
@@ -116,6 +120,8 @@ def refusal(path: Path, error: Exception) -> Exception:
         if not error.field:
             error.field, error.value = "src", path
         return error
+    if isinstance(error, Unsupported):
+        return UserError(f"cannot be imported: {message}; take another checkpoint", field="src", value=path)
     if named := re.search(r"GLOBAL (\S+)", message):
         message = f"it names {named[1]}, which no such checkpoint needs"
     if isinstance(error, KeyError):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flowmaps.errors import shorten
-from flowmaps.importers.inert import REMEDY, Reader, check_extent, refusal, same, shown
+from flowmaps.importers.inert import REMEDY, Reader, Unsupported, check_extent, refusal, same, shown
 from flowmaps.importers.torch_files import check_sizes, weights_only
 from flowmaps.reading import regular_file
 
@@ -59,7 +59,7 @@ class Record:
         """Refuse by name an attribute that is there and is not ``expected``, the value that our network has."""
         for key, value in expected.items():
             if not same(found := self.get(key, value), value):
-                raise pickle.UnpicklingError(f"its {place}.{key} is {shown(found)}, and only {shown(value)} is known")
+                raise Unsupported(f"its {place}.{key} is {shown(found)}, and only {shown(value)} has a network here")
 
     def child(self, key: str, name: str) -> "Record":
         """Return the sub-module ``key``, which must be of class ``name``."""

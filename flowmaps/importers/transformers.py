@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.importers.build import Options, Source, side
-from flowmaps.importers.inert import same, shown
+from flowmaps.importers.inert import Unsupported, same, shown
 from flowmaps.importers.torch_files import Weights, plain_names, read_tensors
 from flowmaps.networks.dit import positions
 
@@ -24,6 +24,7 @@ NOISING["prediction"] = None  # with path_type, an argument of SiT
 # Names in SiT's and in REPA's arguments. REPA's time runs from data to noise.
 PATHS = {"Linear": "linear", "GVP": "trigonometric", "VP": "vp", "linear": "linear", "cosine": "trigonometric"}
 PREDICTIONS = {"velocity": "velocity", "v": "velocity", "noise": "noise", "score": "score"}
+PATHS_HERE = ("linear", "trigonometric")
 OF_REPA = ("linear", "cosine", "v")
 
 
@@ -32,7 +33,7 @@ def dit(path: Path, options: Options) -> Source:
     weights, args = _read(path)
     for key, value in NOISING.items():
         if not same(found := args.get(key, value), value):
-            raise UnpicklingError(f"its args.{key} is {shown(found)}, which is not how DiT was trained")
+            raise Unsupported(f"its args.{key} is {shown(found)}, which is not how DiT was trained")
     return _transformer(weights, args, "ddpm", options)
 
 
@@ -50,10 +51,9 @@ def sit(path: Path, options: Options) -> Source:
     form, predicted = (_known(args, key, names) for key, names in (("path_type", PATHS), ("prediction", PREDICTIONS)))
     form = options.settle("path", form, "linear")
     predicted = options.settle("prediction", predicted, "velocity")
-    if form == "vp":
-        raise UserError("its path is VP, which has no reading here: take one trained on Linear or GVP", "path")
-    if predicted != "velocity":
-        raise UserError(f"it predicts {predicted}, which has no reading here: take one of velocity", "prediction")
+    for name, value, known in (("path", form, PATHS_HERE), ("prediction", predicted, ("velocity",))):
+        if value not in known:
+            raise Unsupported(f"its {name} is {value}, and only {' and '.join(known)} have a reading here")
     source = _transformer(weights, args, "velocity", options)
     source.interpolant = form
     if turned:
@@ -78,7 +78,7 @@ def _read(path: Path) -> tuple[Weights, dict[str, Any]]:
 def _known(args: dict[str, Any], key: str, names: dict[str, str]) -> str | None:
     found = args.get(key)
     if found is not None and (not isinstance(found, str) or found not in names):
-        raise UnpicklingError(f"its args.{key} is {shown(found)}, and only {', '.join(names)} are known")
+        raise Unsupported(f"its args.{key} is {shown(found)}, and only {', '.join(names)} are known")
     return None if found is None else names[found]
 
 
@@ -97,20 +97,20 @@ def _labels(table: Tensor, args: dict[str, Any], options: Options) -> tuple[int,
     rows, classes = len(table), args.get("num_classes")
     if rows == 1:
         if classes not in (None, 0, 1):
-            raise UnpicklingError(f"its label table has one row, and its args.num_classes is {shown(classes)}")
+            raise Unsupported(f"its label table has one row, and its args.num_classes is {shown(classes)}")
         return 0, False
     if classes is None:
         options.assumed["classes"] = f"{rows - 1} and a row for no label"
         return rows - 1, True
     if not isinstance(classes, int) or rows - classes not in (0, 1):
-        raise UnpicklingError(f"its label table has {rows} rows, and its args.num_classes is {shown(classes)}")
+        raise Unsupported(f"its label table has {rows} rows, and its args.num_classes is {shown(classes)}")
     return classes, rows > classes
 
 
 def _label_dropout(args: dict[str, Any]) -> float:
     share = args.get("class_dropout_prob", args.get("cfg_prob", 0.1))
     if not isinstance(share, (int, float)) or not 0 <= share < 1:
-        raise UnpicklingError(f"its args.class_dropout_prob is {shown(share)}, which is not a probability")
+        raise Unsupported(f"its args.class_dropout_prob is {shown(share)}, which is not a probability")
     return float(share)
 
 
@@ -133,7 +133,7 @@ def _transformer(w: Weights, args: dict[str, Any], convention: str, options: Opt
     size = side(len(place), "pos_embed")
     rounding = max(1e-3, torch.finfo(place.dtype).eps)
     if place.shape[1] != width or (place.float() - positions(size, width)).abs().max() > rounding:
-        raise UnpicklingError("its pos_embed is not DiT's table of sines and cosines")
+        raise Unsupported("its pos_embed is not DiT's table of sines and cosines")
     head, bias = w.pop("final_layer.linear.weight"), w.pop("final_layer.linear.bias")
     if len(head) not in (patch**2 * channels, 2 * patch**2 * channels):
         raise UnpicklingError(f"final_layer.linear.weight has {len(head)} rows, which is not one or two images")
@@ -182,5 +182,5 @@ def _transformer(w: Weights, args: dict[str, Any], convention: str, options: Opt
 def _vae(args: dict[str, Any]) -> str:
     """Return which of Stable Diffusion's two fine-tuned VAEs the training used."""
     if (found := args.get("vae", "ema")) not in ("ema", "mse"):
-        raise UnpicklingError(f"its args.vae is {shown(found)}, and only ema and mse are known")
+        raise Unsupported(f"its args.vae is {shown(found)}, and only ema and mse are known")
     return str(found)

@@ -281,7 +281,10 @@ def test_the_script_from_file_to_samples(tmp_path):
         (["--src=x", "--out=y"], "--format: missing"),
         (["--format=onnx", "--src=x", "--out=y"], "--format=onnx: choose one of edm"),
         (["--format=edm", "--src=nowhere.pkl", "--out=y"], "--src=nowhere.pkl: no such file"),
-        (["--format=edm", "--src=README.md", "--out=tests"], "--out=tests: tests has files that flowmaps did not write"),
+        (
+            ["--format=edm", "--src=README.md", "--out=tests"],
+            "--out=tests: tests has files that flowmaps did not write",
+        ),
     ],
 )
 def test_mistakes_name_their_flag(flags, reason):
