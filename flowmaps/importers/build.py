@@ -22,7 +22,7 @@ ZERO_AT_FIRST = ("embedding.gap.", "embedding.gains.")  # the second time: no pu
 
 @dataclass(frozen=True)
 class Options:
-    """What weights do not show, as the user gives it, and what had to be assumed. None: not given."""
+    """Facts that weights do not show, as the user gives them (None: not given), and those that had to be assumed."""
 
     image_size: int | None = None
     heads: int | None = None

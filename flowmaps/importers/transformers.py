@@ -40,7 +40,7 @@ def dit(path: Path, options: Options) -> Source:
 def sit(path: Path, options: Options) -> Source:
     """Read SiT's ``.pt`` files, in the same two forms: velocity prediction, noise at time 0.
 
-    Files of REPA, which have projectors beside the same network, are turned to this direction of time.
+    Files of REPA, which have projectors in addition to the same network, are turned to this direction of time.
     """
     weights, args = _read(path)
     projectors = [name for name in weights if name.startswith("projectors.")]

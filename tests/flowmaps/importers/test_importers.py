@@ -275,23 +275,6 @@ def test_the_script_from_file_to_samples(tmp_path):
     assert not (tmp_path / "bad").exists() and not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        (["--src=x", "--out=y"], "--format: missing"),
-        (["--format=onnx", "--src=x", "--out=y"], "--format=onnx: choose one of edm"),
-        (["--format=edm", "--src=nowhere.pkl", "--out=y"], "--src=nowhere.pkl: no such file"),
-        (
-            ["--format=edm", "--src=README.md", "--out=tests"],
-            "--out=tests: tests has files that flowmaps did not write",
-        ),
-    ],
-)
-def test_mistakes_name_their_flag(flags, reason):
-    done = run_script("scripts/import_checkpoint.py", *flags)
-    assert done.returncode == 2 and reason in done.stderr and len(done.stderr.strip().splitlines()) == 1
-
-
 @pytest.mark.parametrize("form", ["edm", "edm2", "dit", "rectified_flow"])
 def test_an_imported_network_ignores_t_at_first(form, tmp_path):
     """v_{s,t}(x) is the drift at s for every t: the second time starts as nothing, and can be trained."""

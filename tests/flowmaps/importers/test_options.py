@@ -60,14 +60,16 @@ def test_the_size_of_a_rectified_flow_is_asked_for(size, attention, tmp_path):
         (["--format=sit", "--path=zigzag"], "--path=zigzag: choose one of linear, trigonometric"),
         (["--format=sit", "--prediction=x0"], "--prediction=x0: choose one of velocity"),
         (["--format=onnx"], "--format=onnx: choose one of"),
+        ([], "--format: missing"),
+        (["--format=edm", "--src=nowhere.pkl"], "--src=nowhere.pkl: no such file"),
         (["--format=edm", "--out={src}"], "--out={src}: is also --src"),
         (["--format=edm", "--out=tests"], "--out=tests: tests has files that flowmaps did not write"),
     ],
 )
 def test_all_flags_are_checked_before_the_file_is_opened(flags, reason, tmp_path):
-    """The file is damaged, which would be said otherwise."""
+    """The file is damaged, or missing, which would be said otherwise."""
     (src := tmp_path / "net.pkl").write_bytes(b"damaged")
-    usual = [f"--src={src}"] + [f"--out={tmp_path}/out"] * ("--out" not in str(flags))
+    usual = [f"--src={src}"] * ("--src" not in str(flags)) + [f"--out={tmp_path}/out"] * ("--out" not in str(flags))
     done = run_script("scripts/import_checkpoint.py", *usual, *(flag.format(src=src) for flag in flags))
     assert done.returncode == 2 and reason.format(src=src) in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
