@@ -54,9 +54,11 @@ class FlowMap(nn.Module):
         if not base_std > 0:
             raise UserError("must be positive", field="base_std", value=base_std)
         config = getattr(network, "config", {})
-        if config.get("convention") and (interpolant, base_std) != ("linear", config["base_std"]):
+        convention = config.get("convention")
+        other_path = interpolant != "linear" and convention != "velocity"  # a velocity is the drift of any path
+        if convention and (other_path or base_std != config["base_std"]):
             raise UserError(
-                f"the network's weights need the linear path and base_std {config['base_std']:g}, "
+                f"the network's weights need {'the linear path and ' * other_path}base_std {config['base_std']:g}, "
                 f"got {interpolant} and {base_std:g}"
             )
         self.network = network

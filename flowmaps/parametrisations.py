@@ -54,8 +54,11 @@ def velocity(t: Tensor, base_std: float, data_std: float) -> Reading:
 
 
 def rectified_flow(t: Tensor, base_std: float, data_std: float) -> Reading:
-    """As ``velocity``, with c_noise = 999 (1e-3 + (1 - 1e-3) t): Liu et al. 2023 (arXiv 2209.03003)."""
-    return velocity(t, base_std, data_std)._replace(c_noise=999 * (1e-3 + (1 - 1e-3) * t))
+    """As ``velocity``, with c_noise = 999 max(t, 1e-3), as in the training of Liu et al. 2023 (arXiv 2209.03003).
+
+    Their Euler sampler gives the network 999 (1e-3 + (1 - 1e-3) t) at the same points.
+    """
+    return velocity(t, base_std, data_std)._replace(c_noise=999 * t.clamp(min=1e-3))
 
 
 def denoiser(t: Tensor, base_std: float, data_std: float) -> Reading:

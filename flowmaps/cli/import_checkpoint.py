@@ -4,6 +4,7 @@ python scripts/import_checkpoint.py --format=edm --src=edm-cifar10-32x32-cond-vp
 python scripts/sample.py --checkpoint=teachers/edm --sampler=heun --steps=18 --num=64 --out=samples
 
 Formats: edm, edm2 (NVIDIA's .pkl), dit, sit (facebookresearch's .pt), rectified_flow (.pth), diffusers_unet (a folder).
+Some files do not say everything about their network; the options below do, and are asked for where they are needed.
 """
 
 from pathlib import Path
@@ -16,19 +17,37 @@ from flowmaps.errors import UserError
 FORMAT = flags.DEFINE_string("format", None, "edm, edm2, dit, sit, rectified_flow or diffusers_unet")
 SRC = flags.DEFINE_string("src", None, "The file, or for diffusers_unet the folder, as published")
 OUT = flags.DEFINE_string("out", None, "Directory to write; an exported one is replaced")
+IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", None, "Height and width: rectified_flow; diffusers_unet without sample_size"
+)
+HEADS = flags.DEFINE_integer("heads", None, "Attention heads of dit and sit, if they are not one for each 64 channels")
+PREDICTION = flags.DEFINE_string("prediction", None, "velocity, noise or score: what a sit or diffusers_unet predicts")
+PATH = flags.DEFINE_string("path", None, "linear, trigonometric (SiT's GVP) or vp: the path that a sit was trained on")
 READS, WRITES = (SRC,), (OUT,)
 
 
 def main() -> None:
-    from flowmaps.export import check_output
-    from flowmaps.importers import FORMATS, import_checkpoint
-
     if FORMAT.value is None:
-        raise UserError(f"missing, choose one of {', '.join(FORMATS)}", field="format")
-    src, out = Path(required(SRC, "edm-cifar10-32x32-cond-vp.pkl")), check_output(required(OUT, "teachers/edm"))
-    fm = import_checkpoint(FORMAT.value, src)
-    fm.save_pretrained(out)
+        raise UserError("missing, e.g. --format=edm", field="format")
+    src, out = Path(required(SRC, "edm-cifar10-32x32-cond-vp.pkl")), required(OUT, "teachers/edm")
+    from flowmaps.export import check_output
+    from flowmaps.importers import check_options, import_checkpoint
+
+    given = {flag.name: flag.value for flag in (IMAGE_SIZE, HEADS, PREDICTION, PATH)}
+    check_options(FORMAT.value, given)
+    directory = check_output(out)
+    fm = import_checkpoint(
+        FORMAT.value,
+        src,
+        image_size=IMAGE_SIZE.value,
+        heads=HEADS.value,
+        prediction=PREDICTION.value,
+        path=PATH.value,
+    )
+    fm.save_pretrained(directory)
     millions = sum(p.numel() for p in fm.network.parameters()) / 1e6
     low, high = fm.info.t_range
     print(f"{out}: {type(fm.network).__name__}, {millions:.2f} million parameters, times {low:.4g} .. {high:.4g}")
+    if assumed := fm.info.origin.get("assumed"):
+        print(f"assumed, since neither the file nor an option says it: {assumed}")
     print(f"license: {fm.info.origin['license']}")

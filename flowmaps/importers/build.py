@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,12 +11,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmaps.errors import UserError, shorten
 from flowmaps.flow_map import FlowMap
+from flowmaps.importers.torch_files import Weights
 from flowmaps.info import FlowMapInfo
 from flowmaps.networks import NETWORKS
 
-Weights = dict[str, Tensor]
 ZERO_AT_FIRST = ("embedding.gap.", "embedding.gains.")  # the second time: no published network has one
+
+
+@dataclass(frozen=True)
+class Options:
+    """Facts that weights do not show, as the user gives them (None: not given), and those that had to be assumed."""
+
+    image_size: int | None = None
+    heads: int | None = None
+    prediction: str | None = None
+    path: str | None = None
+    assumed: dict[str, str] = field(default_factory=dict)
+
+    def settle(self, name: str, found: Any, default: Any = None) -> Any:
+        """Return what the file says of ``name``, or the user does, or else note ``default`` as assumed.
+
+        Raises:
+            UserError: File and user differ, or nobody says anything and there is no ``default``.
+        """
+        given = getattr(self, name)
+        if None not in (given, found) and given != found:
+            raise UserError(f"but the file says {shorten(found, 80)}: leave {name} out", name, given)
+        value = given if found is None else found
+        if value is None and default is None:
+            raise UserError("is needed, since neither the weights nor their file show it", name)
+        if value is None:
+            self.assumed[name] = str(default)
+        return default if value is None else value
 
 
 @dataclass
@@ -26,7 +55,7 @@ class Source:
     options: dict[str, Any]
     weights: Weights
     label_dropout: float = 0.0  # share of training rows without a label
-    notes: dict[str, str] | None = None
+    interpolant: str = "linear"
     latents: dict[str, Any] = field(default_factory=dict)  # fields of FlowMapInfo, if the network works on latents
     file: Path | None = None  # of the weights, if it is in a folder
 
@@ -40,9 +69,13 @@ def build(source: Source) -> FlowMap:
     if wrong := sorted(wanted ^ source.weights.keys()):
         raise UnpicklingError(f"its structure differs: {wrong[0]} is {'missing' if wrong[0] in wanted else 'new'}")
     for name in sorted(wanted):
-        found = tuple(source.weights[name].shape)
-        if found != expected[name]:
-            raise UnpicklingError(f"{name} is {found}, expected {expected[name]}")
+        weight = source.weights[name]
+        if tuple(weight.shape) != expected[name]:
+            raise UnpicklingError(f"{name} is {tuple(weight.shape)}, expected {expected[name]}")
+        if weight.layout != torch.strided or weight.is_meta or not weight.is_floating_point():
+            raise UnpicklingError(f"{name} is not a plain tensor of floats")
+        if not weight.isfinite().all():
+            raise UnpicklingError(f"{name} has NaN or infinity")
     network = cls(**options)
     network.load_state_dict({**network.state_dict(), **{k: w.float() for k, w in source.weights.items()}})
     assert network.parametrisation is not None  # every format has one
@@ -53,10 +86,9 @@ def build(source: Source) -> FlowMap:
         kind="drift",
         t_range=network.parametrisation.t_range(base_std),
         label_dropout=source.label_dropout if classes else 0.0,
-        origin=source.notes or {},
         **source.latents,
     )
-    return FlowMap(network, "linear", base_std, info).eval()
+    return FlowMap(network, source.interpolant, base_std, info).eval()
 
 
 def side(tokens: int, name: str) -> int:
@@ -66,13 +98,19 @@ def side(tokens: int, name: str) -> int:
     return math.isqrt(tokens)
 
 
+def check_empty(left: Iterable[str]) -> None:
+    """Refuse weights that no layer of ours took."""
+    if names := sorted(left):
+        raise UnpicklingError(f"its structure differs: {shorten(names[0], 80)} is new")
+
+
 def layer(place: str, weights: Weights, prefix: str = "") -> Weights:
-    """Return the weight and bias that ``weights`` has under ``prefix``, under our name ``place``."""
-    return {f"{place}.{key}": weights[f"{prefix}{key}"] for key in ("weight", "bias")}
+    """Take the weight and bias that ``weights`` has under ``prefix``; return them under our name ``place``."""
+    return {f"{place}.{key}": weights.pop(f"{prefix}{key}") for key in ("weight", "bias")}
 
 
 def layers(place: str, weights: Weights, names: dict[str, str]) -> Weights:
-    """Return the layers of a block that exist, for ``names`` from our name to theirs."""
+    """Take the layers of a block that exist, for ``names`` from our name to theirs."""
     found = {mine: theirs for mine, theirs in names.items() if f"{theirs}.weight" in weights}
     pairs = (layer(f"{place}.{mine}", weights, f"{theirs}.").items() for mine, theirs in found.items())
     return dict(itertools.chain(*pairs))

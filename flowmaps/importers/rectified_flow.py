@@ -4,28 +4,32 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from torch import Tensor
 
-from flowmaps.importers.build import Source, Weights, attention_weights, layer, layers
-from flowmaps.importers.pickles import check_not_expanded, read_tensors
+from flowmaps.errors import UserError
+from flowmaps.importers.build import Options, Source, attention_weights, check_empty, layer, layers
+from flowmaps.importers.torch_files import Weights, plain_names, read_tensors
 
 
-def rectified_flow(path: Path) -> Source:
-    """Read ``checkpoint_*.pth`` of rectified flow, as used by BOSS, for 32 x 32 images: the EMA of a DDPM++.
+def rectified_flow(path: Path, options: Options) -> Source:
+    """Read ``checkpoint_*.pth`` of rectified flow, as used by BOSS, for images of a given size: the EMA of a DDPM++.
 
     The average is a plain list, in the order of the trained parameters of ``model``.
     """
+    size = options.settle("image_size", None)
     content = read_tensors(path)
     if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ("model", "ema")):
         raise UnpicklingError("it lacks model or ema")
-    model = {name.removeprefix("module."): tensor for name, tensor in content["model"].items()}
+    model = plain_names(content["model"])
     trained = {name: tensor for name, tensor in model.items() if name.startswith("all_modules.")}
     shadow = content["ema"].get("shadow_params")
-    if not isinstance(shadow, list) or [w.shape for w in shadow] != [w.shape for w in trained.values()]:
+    tensors = isinstance(shadow, list) and all(isinstance(w, Tensor) for w in shadow)
+    if not trained or not tensors or [w.shape for w in shadow] != [w.shape for w in trained.values()]:
         raise UnpicklingError("it is not a DDPM++: its ema does not have the parameters of its model in order")
     parts: dict[int, Weights] = {}
     for name, tensor in zip(trained, shadow, strict=True):
         _, number, key = name.split(".", 2)
-        parts.setdefault(int(number), {})[key] = check_not_expanded(tensor)
+        parts.setdefault(int(number), {})[key] = tensor
     linear1, linear2, stem, *inside, norm, conv = (parts[i] for i in range(len(parts)))
     blocks: list[tuple[Weights, Weights | None]] = []  # each with the attention after it
     for part in inside:
@@ -36,14 +40,16 @@ def rectified_flow(path: Path) -> Source:
     resampling = [_inputs(block) == _outputs(block) and "Conv_2.weight" in block for block, _ in blocks]
     levels = 1 + sum(resampling) // 2
     each = (len(blocks) - 2 - 2 * (levels - 1) - levels) // (2 * levels)
-    (width, channels), size = stem["weight"].shape[:2], 32
+    width, channels = stem["weight"].shape[:2]
+    if size % (1 << (levels - 1)):
+        raise UserError(f"must be a multiple of {1 << (levels - 1)} for {levels} levels", "image_size", size)
     kept = [pair for pair, change in zip(blocks, resampling, strict=True) if not change][: levels * each : each]
     attention = tuple(size >> level for level, (_, attends) in enumerate(kept) if attends is not None)
     mult = tuple(_outputs(block) // width for block, _ in kept)
     first = levels * each + levels - 1  # of the middle
     ours: Weights = {
-        "embedding.start.0.weight": torch.roll(linear1["weight"], width // 2, dims=1),  # sines first
-        "embedding.start.0.bias": linear1["bias"],
+        "embedding.start.0.weight": torch.roll(linear1.pop("weight"), width // 2, dims=1),  # sines first
+        "embedding.start.0.bias": linear1.pop("bias"),
         **layer("embedding.start.2", linear2),
         **layer("stem", stem),
         **layer("head.0", norm),
@@ -56,10 +62,11 @@ def rectified_flow(path: Path) -> Source:
         ours |= layers(place, block, names)
         if attends is not None:
             ours |= layer(f"{place}.attention.norm", attends, "GroupNorm_0.")
-            qkv = [attends[f"NIN_{i}.W"].T for i in range(3)], [attends[f"NIN_{i}.b"] for i in range(3)]
-            out = attends["NIN_3.W"].T, attends["NIN_3.b"]
+            qkv = [attends.pop(f"NIN_{i}.W").T for i in range(3)], [attends.pop(f"NIN_{i}.b") for i in range(3)]
+            out = attends.pop("NIN_3.W").T, attends.pop("NIN_3.b")
             ours |= attention_weights(place, torch.cat(qkv[0]), torch.cat(qkv[1]), *out)
-    options = {
+    check_empty(f"all_modules.{number}.{key}" for number, part in parts.items() for key in part)
+    arguments = {
         "image_size": size,
         "channels": channels,
         "width": width,
@@ -71,7 +78,7 @@ def rectified_flow(path: Path) -> Source:
         "convention": "rectified_flow",
         "base_std": 1.0,
     }
-    return Source("UNet", options, ours)
+    return Source("UNet", arguments, ours)
 
 
 def _inputs(block: Weights) -> int:

@@ -7,7 +7,7 @@ import torch
 from common import TMP, case, raised
 from diffusers import DDPMScheduler, UNet2DModel
 from helpers import released, released_edm2
-from helpers.released_state_dicts import Transformer
+from helpers.released_state_dicts import NCSNpp, Transformer
 
 from flowmaps import UserError
 from flowmaps.importers import import_checkpoint
@@ -65,6 +65,23 @@ case("SiT's ema of a compiled model (_orig_mod.)", e is None, str(e)[80:200])
 torch.save({"ema": m.w | {"projectors.0.0.weight": torch.zeros(8, 128)}}, TMP / "r.pt")
 e, _ = raised(lambda: import_checkpoint("sit", TMP / "r.pt"))
 case("SiT trained by REPA (with projectors.*)", e is None, str(e)[80:220])
+for said in ({"path_type": "VP"}, {"prediction": "noise"}, {"prediction": "score"}):
+    torch.save({"ema": m.w, "args": argparse.Namespace(**said)}, TMP / "s.pt")
+    e, _ = raised(lambda: import_checkpoint("sit", TMP / "s.pt"))
+    case(f"SiT trained with {said}: refused by name", next(iter(said)).partition("_")[0] in str(e), str(e)[40:200])
+torch.save({"ema": m.w, "args": argparse.Namespace(path_type="GVP")}, TMP / "s.pt")
+e, fm = raised(lambda: import_checkpoint("sit", TMP / "s.pt"))
+case("SiT trained on GVP: the trigonometric path", e is None and fm.interpolant_name == "trigonometric", str(e))
+NCSNpp(size=64, attention=(32,)).save(TMP / "f.pth")
+e, _ = raised(lambda: import_checkpoint("rectified_flow", TMP / "f.pth"))
+case("rectified flow: the size is asked for", "image_size" in str(e), str(e))
+e, fm = raised(lambda: import_checkpoint("rectified_flow", TMP / "f.pth", image_size=64))
+case("rectified flow at 64 x 64", e is None and fm.info.shape == (3, 64, 64), str(e))
+net = released_edm2.edm2(TMP / "g.pkl")
+net.unet.label_balance = 0.7
+released.dump({"ema": net}, TMP / "g.pkl")
+e, _ = raised(lambda: import_checkpoint("edm2", TMP / "g.pkl"))
+case("EDM2 with another label_balance: refused by name", "label_balance" in str(e), str(e)[40:200])
 
 
 class Protocol5:

@@ -13,7 +13,8 @@ from helpers.released import levels
 class Transformer:
     """A state dict under the names of facebookresearch's code, and its evaluation."""
 
-    def __init__(self, size=8, channels=4, patch=2, width=128, depth=2, classes=5):
+    def __init__(self, size=8, channels=4, patch=2, width=128, depth=2, classes=5, heads=None):
+        self.heads = heads or width // 64
         self.size, self.channels, self.patch, self.width, self.depth = size, channels, patch, width, depth
         g, n = torch.Generator().manual_seed(0), size // patch
         shapes = {
@@ -59,7 +60,7 @@ class Transformer:
         def norm(x):
             return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
 
-        b, p, n, heads = len(x), self.patch, self.size // self.patch, self.width // 64
+        b, p, n, heads = len(x), self.patch, self.size // self.patch, self.heads
         phase = torch.stack([time * 10000 ** (-k / 128) for k in range(128)], dim=1)
         c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([phase.cos(), phase.sin()], dim=1))))
         c = F.silu(c + w["y_embedder.embedding_table.weight"][label])
@@ -69,9 +70,11 @@ class Transformer:
             shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"blocks.{i}.adaLN_modulation.1", c)[:, None].chunk(
                 6, -1
             )
-            qkv = linear(f"blocks.{i}.attn.qkv", norm(h) * (1 + scale1) + shift1).reshape(b, n * n, 3, heads, 64)
+            qkv = linear(f"blocks.{i}.attn.qkv", norm(h) * (1 + scale1) + shift1).reshape(
+                b, n * n, 3, heads, self.width // heads
+            )
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
-            y = ((q @ k.mT / 8).softmax(-1) @ v).transpose(1, 2).reshape(b, n * n, -1)
+            y = ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).reshape(b, n * n, -1)
             h = h + gate1 * linear(f"blocks.{i}.attn.proj", y)
             y = F.gelu(linear(f"blocks.{i}.mlp.fc1", norm(h) * (1 + scale2) + shift2), approximate="tanh")
             h = h + gate2 * linear(f"blocks.{i}.mlp.fc2", y)

@@ -1,0 +1,156 @@
+"""Files of ``torch.save``, read by torch's own ``weights_only`` reader once all sizes in them have been checked."""
+
+import argparse
+import io
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from flowmaps.errors import shorten
+from flowmaps.importers.inert import REMEDY, Reader, check_extent, refusal, shown
+from flowmaps.reading import regular_file
+
+Weights = dict[str, Tensor]
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts of names
+BYTES = {
+    **{"DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "UntypedStorage": 1},
+    **{"LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1},
+    **{"ComplexDoubleStorage": 16, "ComplexFloatStorage": 8},
+}
+
+
+class _Nothing:
+    """Stands for every object but storages."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+
+    def append(self, item: Any) -> None:
+        """Ignore an item of a list."""
+
+    def add(self, item: Any) -> None:
+        """Ignore a member of a set."""
+
+    def __setitem__(self, key: Any, item: Any) -> None:
+        """Ignore an item of a dictionary."""
+
+
+class _Storage:
+    """Stands for a storage of ``count`` numbers."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+
+class _SizeReader(Reader):
+    """Checks the sizes of storages and tensors; ``records`` are the bytes that the file has for each storage."""
+
+    def __init__(self, file: BinaryIO, size: int, records: dict[str, int] | None = None) -> None:
+        super().__init__(file, size)
+        self.records, self.claimed = records, dict[str, int]()
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Nothing(name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, kind, key, _, count, *_ = pid
+        name = kind.name if isinstance(kind, _Nothing) else ""
+        if name not in BYTES or not isinstance(key, str) or not isinstance(count, int) or count < 0:
+            raise pickle.UnpicklingError(f"it has a storage of {shown(count)} numbers of type {shown(name)}")
+        self.claimed[key] = count * BYTES[name]
+        if self.claimed[key] > (self.size if self.records is None else self.records.get(key, 0)):
+            raise pickle.UnpicklingError(
+                f"it has too few numbers: {shown(count)} are announced for storage {shown(key)}"
+            )
+        return _Storage(count)
+
+    def call(self, function: Any, arguments: list[Any]) -> Any:
+        inside = [argument for argument in arguments if isinstance(argument, list)]
+        for candidate in (arguments, *inside):  # inside: of torch._utils._rebuild_from_type_v2
+            if len(candidate) >= 4 and isinstance(candidate[0], _Storage):
+                check_extent(candidate[0].count, *candidate[1:4])
+        return _Nothing()
+
+    def build(self, target: Any, state: Any) -> None:
+        """Ignore the state."""
+
+
+def read_tensors(path: Path) -> Any:
+    """Return the content of a file of ``torch.save``: dicts, lists, numbers, tensors, plain argparse namespaces.
+
+    Raises:
+        UserError: The file is damaged or hostile: it names what no checkpoint needs, is compressed, or has fewer
+            numbers than its tensors.
+    """
+    size = regular_file(path, REMEDY).stat().st_size
+    try:
+        with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+            if file.read(4) == b"PK\3\4":
+                _check_archive(file, size)
+            else:
+                check_sizes(file, size)
+            return weights_only(file)
+    except Exception as error:
+        raise refusal(path, error) from None
+
+
+def _check_archive(file: BinaryIO, size: int) -> None:
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if packed := [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
+            largest = max(packed, key=lambda entry: entry.file_size)
+            raise pickle.UnpicklingError(
+                f"{largest.filename} in it unpacks to {largest.file_size} bytes, but torch does not compress"
+            )
+        if sum(entry.file_size for entry in entries) > size:
+            raise pickle.UnpicklingError("its parts add up to more than the file")
+        named = {entry.filename: entry for entry in entries}
+        if len(named) != len(entries):
+            raise pickle.UnpicklingError("two of its parts have one name")
+        content = next((name for name in named if name.partition("/")[2] == "data.pkl"), None)
+        if content is None:
+            raise pickle.UnpicklingError("it has no data.pkl")
+        folder = content.partition("/")[0] + "/data/"
+        records = {name.removeprefix(folder): named[name].file_size for name in named if name.startswith(folder)}
+        pickled = archive.read(content)
+        _SizeReader(io.BytesIO(pickled), len(pickled), records).load()
+
+
+def check_sizes(file: BinaryIO, size: int) -> None:
+    """Check the sizes in a file of ``torch.save`` as it was before its version 1.6: five pickles, then the storages."""
+    file.seek(0)
+    claimed: dict[str, int] = {}
+    for _ in range(5):
+        reader = _SizeReader(file, size)
+        reader.load()
+        claimed |= reader.claimed
+    if sum(count + 8 for count in claimed.values()) > size - file.tell():
+        raise pickle.UnpicklingError("it has too few numbers: it ends before the last storage does")
+
+
+def weights_only(file: BinaryIO) -> Any:
+    """Return the content of a file of ``torch.save`` whose sizes have been checked."""
+    file.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about protocols: what cannot be read is refused
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def plain_names(weights: Any) -> Weights:
+    """Return weights by their names in the bare network, without the parts that wrappers such as compile add."""
+    if not isinstance(weights, dict) or not weights:
+        raise pickle.UnpicklingError("it has no weights")
+    found: Weights = {}
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise pickle.UnpicklingError(f"{shown(name)} among its weights is not a tensor")
+        plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if plain in found:
+            raise pickle.UnpicklingError(f"it has {shorten(plain, 80)} twice")
+        found[plain] = tensor
+    return found
