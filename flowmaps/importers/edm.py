@@ -173,9 +173,13 @@ def edm2(path: Path) -> Source:
 
 
 def _latents(encoder: Any) -> dict[str, Any]:
-    """Return the scaling of latents, if the network works on those: theirs are scale * (the VAE's output) + bias."""
+    """Return the facts about latents, if the network works on those: theirs are scale * (the VAE's output) + bias.
+
+    The VAE encodes pixels in [0, 1] and its output is read so, though it was trained on [-1, 1].
+    """
     if not isinstance(encoder, Record) or encoder.name != "StabilityVAEEncoder":
         return {}
     scale, bias = (encoder[name].value.flatten().astype(float) for name in ("scale", "bias"))
     shift = tuple((-bias / scale).tolist())
-    return {"vae": str(encoder.get("vae_name", "")), "latent_shift": shift, "latent_scale": tuple(scale.tolist())}
+    scaling = {"latent_shift": shift, "latent_scale": tuple(scale.tolist())}
+    return {"vae": str(encoder.get("vae_name", "")), "vae_range": (0.0, 1.0), **scaling}

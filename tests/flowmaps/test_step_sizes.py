@@ -100,7 +100,7 @@ def test_a_schedule_is_a_mapping_and_survives_json():
         ({"grids": {"2": [0, 0.5, 0.9]}}, "from 0 to 1"),
         ({"grids": {"2": [0, 0.7, 0.6, 1]}}, "increase"),
         ({"grids": {"3": [0, 0.5, 1]}}, "must be 4"),
-        ({"grids": {"2": [0, None, 1]}}, "schedule"),
+        ({"grids": {"2": [0, None, 1]}}, "list of numbers"),
         ({"grids": {"2": [0, float("nan"), 1]}}, "lie in"),
         ({"grids": 3}, "wrong type"),
         ({"colour": "red"}, "no field colour"),

@@ -19,6 +19,7 @@ from flowmaps.vae import Decoder, decode, fingerprint, moments, open_vae, reduct
 from samplers import uniform_times
 
 SHIFT, SCALE = (0.5, -1.0, 0.0, 2.0), (0.2, 0.5, 1.0, 0.3)
+INFO = FlowMapInfo((4, 8, 8), latent_shift=SHIFT, latent_scale=SCALE)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def checkpoint(vae_folder, tmp_path_factory):
     """A small model of latents, exported with its VAE."""
     fm = small("DiT", channels=4).eval()
     fm.info = replace(fm.info, vae="some/name", latent_shift=SHIFT, latent_scale=SCALE)
-    fm.decoder = Decoder(str(vae_folder), SHIFT, SCALE)
+    fm.decoder = Decoder(str(vae_folder), INFO)
     fm.open_decoder()
     fm.save_pretrained(folder := tmp_path_factory.mktemp("model") / "model")
     return folder
@@ -65,15 +66,15 @@ def test_moments_and_decoding_equal_the_vaes(vae_folder):
     assert torch.equal(made[:, 0], z.mean) and torch.equal(made[:, 1], z.std)
     x = (z.mean - torch.tensor(SHIFT)[:, None, None]) * torch.tensor(SCALE)[:, None, None]
     for batch in (1, 2, 8):
-        torch.testing.assert_close(decode(vae, x, SHIFT, SCALE, batch), theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(decode(vae, x, INFO, batch), theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision_and_tiles_decode_to_nearly_the_same(tmp_path):
     vae_folder = write_vae(tmp_path / "vae", sample_size=256)  # tiles of 256 pixels, 32 of the latents
     x = torch.randn(2, 4, 48, 48, generator=generator())
-    whole = Decoder(str(vae_folder), SHIFT, SCALE)(x)
-    rough = Decoder(str(vae_folder), SHIFT, SCALE, dtype=torch.bfloat16)(x)
-    tiled = Decoder(str(vae_folder), SHIFT, SCALE, tiling=True)
+    whole = Decoder(str(vae_folder), INFO)(x)
+    rough = Decoder(str(vae_folder), INFO, dtype=torch.bfloat16)(x)
+    tiled = Decoder(str(vae_folder), INFO, tiling=True)
     assert rough.dtype == torch.float32 and 0 < (rough - whole).std() < 0.03 * whole.std()
     assert 0 < (tiled(x) - whole).std() < 0.5 * whole.std()  # tiles have other group norms
 
@@ -83,7 +84,7 @@ def test_a_checkpoint_carries_its_vae(checkpoint, vae_folder):
     fm = FlowMap.from_pretrained(checkpoint)
     assert fm.info.latent_scale == SCALE and fm.decoder.vae is None  # opened when asked for
     x = torch.randn(3, 4, 8, 8, generator=generator())
-    expected = decode(open_vae(str(vae_folder)), x, SHIFT, SCALE)
+    expected = decode(open_vae(str(vae_folder)), x, INFO)
     torch.testing.assert_close(fm.decode(x), expected)
     assert (
         "vae" not in dict(fm.named_modules()) and fm.fingerprint() == FlowMap.from_pretrained(checkpoint).fingerprint()
@@ -148,7 +149,7 @@ def test_a_damaged_or_missing_vae_is_refused(change, reason, checkpoint, tmp_pat
 def test_a_vae_that_does_not_fit_is_refused(checkpoint, tmp_path):
     narrow = write_vae(tmp_path / "narrow", channels=3)
     with pytest.raises(UserError, match="latents of 3 channels, the model of 4"):
-        Decoder(str(narrow), SHIFT, SCALE).open()
+        Decoder(str(narrow), INFO).open()
     with pytest.raises(UserError, match="not a hub id"):
         open_vae("no/such/vae")
     assert vae_directory(checkpoint) == checkpoint / "vae" and vae_directory(tmp_path) is None

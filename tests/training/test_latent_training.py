@@ -77,7 +77,7 @@ def test_the_export_is_a_complete_pipeline(run, imagenet_root):
     pipe.set_progress_bar_config(disable=True)
     assert pipe(3, num_inference_steps=2).images[0].size == (64, 64)
     x = torch.randn(2, 4, 8, 8)
-    theirs = decode(open_vae(str(imagenet_root / "vae")), x, fm.info.latent_shift, fm.info.latent_scale)
+    theirs = decode(open_vae(str(imagenet_root / "vae")), x, fm.info)
     torch.testing.assert_close(fm.decode(x), theirs)
 
 
