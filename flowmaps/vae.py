@@ -6,7 +6,7 @@ The encoder takes and the decoder gives pixel values in the VAE's range: [-1, 1]
 """
 
 import hashlib
-import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from flowmaps.errors import UserError, blame
 from flowmaps.hub import from_hub
 from flowmaps.info import VAE_RANGE, FlowMapInfo
+from flowmaps.reading import read_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -30,10 +31,11 @@ def vae_directory(source: str | Path) -> Path | None:
     """Return the folder of the VAE in the directory ``source``: itself, vae/ or model/vae/; None if there is none."""
     for folder in (Path(source), Path(source) / "vae", Path(source) / "model" / "vae"):
         try:
-            if json.loads((folder / FILES[0]).read_bytes())["_class_name"] == "AutoencoderKL":
-                return folder
-        except (OSError, ValueError, KeyError, TypeError):
+            config = read_json(folder / FILES[0], "download it again")
+        except UserError:
             continue
+        if isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL":
+            return folder
     return None
 
 
@@ -68,7 +70,24 @@ def open_vae(source: str, dtype: torch.dtype = torch.float32) -> "AutoencoderKL"
             f"{folder} is not an intact AutoencoderKL ({reason}): download it again", field="vae", value=source
         ) from None
     opened: AutoencoderKL = vae.requires_grad_(False).eval()
+    with blame("vae", source):
+        _check_facts(opened)
     return opened
+
+
+def _check_facts(vae: "AutoencoderKL") -> None:
+    """Refuse a VAE that is not for colour images, or whose config has no scaling that can be inverted."""
+    inputs, outputs = vae.config.in_channels, vae.config.out_channels
+    if (inputs, outputs) != (3, 3):
+        raise UserError(f"takes and gives images of {inputs} and {outputs} channels, not of 3: choose another VAE")
+    wanted = vae.config.latent_channels
+    try:
+        shift, scale = scaling(vae)
+        fits = len(shift) == len(scale) == wanted and all(map(math.isfinite, (*shift, *scale))) and 0 not in scale
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        fits = False
+    if not fits:
+        raise UserError(f"its config.json has no scaling for {wanted} channels (scaling_factor, or latents_std): fix it")
 
 
 def scaling(vae: "AutoencoderKL") -> tuple[tuple[float, ...], tuple[float, ...]]:
