@@ -21,7 +21,9 @@ def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
-FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what the values of a field must be, of each step's in BY_STEPS
+FIELDS: dict[
+    str, tuple[str, Callable[[Any], bool]]
+] = {  # what the values of a field must be, of each step's in BY_STEPS
     **dict.fromkeys(("sampler", "cost", "checkpoint"), ("text", lambda value: isinstance(value, str))),
     **dict.fromkeys(("noises", "seed", "fine"), ("a whole number", _count)),
     "guidance": ("a number or null", lambda value: value is None or _number(value)),
@@ -137,7 +139,9 @@ class Schedule(Mapping[int, Tensor]):
             raise ValueError(f"a schedule has no field {unknown[0]}")
         for name in BY_STEPS & taken.keys():
             if not isinstance(taken[name], dict):
-                raise ValueError(f"a schedule's {name} is {str(taken[name])[:80]!r}, of the wrong type: expected a mapping")
+                raise ValueError(
+                    f"a schedule's {name} is {str(taken[name])[:80]!r}, of the wrong type: expected a mapping"
+                )
             taken[name] = {_steps(steps, name): value for steps, value in taken[name].items()}
         return cls(**taken)
 

@@ -87,7 +87,10 @@ class Encoder:
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Return moments [B, 2, C, h, w] float16 of uint8 images [B, 3, H, W]; with ``flip`` also of their mirrors."""
-        made = [moments(self.vae, from_uint8(x), self.vae_range).half().cpu() for x in [images] + [images.flip(-1)] * self.flip]
+        made = [
+            moments(self.vae, from_uint8(x), self.vae_range).half().cpu()
+            for x in [images] + [images.flip(-1)] * self.flip
+        ]
         if not all(bool(torch.isfinite(part).all()) for part in made):
             raise UserError("latents are not finite in float16: choose another VAE", field="vae", value=self.source)
         return made

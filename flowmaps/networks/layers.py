@@ -239,7 +239,9 @@ def check_sizes(config: Mapping[str, Any]) -> None:
     ):
         for name in names.split():
             if name in config and not (_whole(config[name]) and least <= config[name] <= most):
-                raise ValueError(f"{name}={shorten(repr(config[name]), 60)}: must be a whole number from {least} to {most}")
+                raise ValueError(
+                    f"{name}={shorten(repr(config[name]), 60)}: must be a whole number from {least} to {most}"
+                )
     if not 0 <= config.get("dropout", 0) < 1:
         raise ValueError(f"dropout={config['dropout']}: must be in [0, 1)")
 

@@ -173,7 +173,9 @@ def test_a_set_and_weights_for_different_ranges_of_the_vae_are_refused(latents, 
     assert fm.info.vae_range == (0.0, 1.0)
     fm.save_pretrained(tmp_path / "model")
     config.data.root, config.init_from = str(tmp_path / "old"), str(tmp_path / "model")
-    with pytest.raises(UserError, match=r"^init_from=.*pixels in 0 \.\. 1, the prepared set of one for -1 \.\. 1.*vae_range=0,1"):
+    with pytest.raises(
+        UserError, match=r"^init_from=.*pixels in 0 \.\. 1, the prepared set of one for -1 \.\. 1.*vae_range=0,1"
+    ):
         Trainer.build(config)
     config.init_from, config.teacher, config.data.label_dropout = "", config.init_from, 0.0
     with pytest.raises(UserError, match=r"^teacher=.*pixels in 0 \.\. 1"):
