@@ -1,7 +1,7 @@
 """ImageNet at 512 x 512 as latents of 64 x 64, EDM2-XXL (1.52 billion parameters), 1,000 classes.
 
 python scripts/prepare_data.py latents --src=ILSVRC/train --size=512 --vae=stabilityai/sd-vae-ft-mse \\
-    --out=data/imagenet512
+    --vae_range=0,1 --out=data/imagenet512
 python scripts/import_checkpoint.py --format=edm2 --src=edm2-img512-xxl-0939524-0.070.pkl --out=teachers/edm2-xxl
 torchrun --nproc_per_node=8 scripts/train.py --config=configs/imagenet512.py:cmt --workdir=runs/imagenet512
 python scripts/fid.py --checkpoint=runs/imagenet512/post_training --reference=img512.pkl --num=50000 --steps=1,2
@@ -19,7 +19,8 @@ post_training  16 million rows (125,000 steps of 128), consistency distillation 
 FID-50k after 28.8 million images, second-hand: 3.38 / 1.84 in 1 / 2 steps; the teacher's 1.81 takes 63 x 2 evaluations.
 Protocol as in EDM2: 50,000 samples, labels uniform, NVIDIA's Inception, its statistics of the training images in ADM's
 crop (img512.pkl, read as it is). No cost in GPU hours was found.
-The latents have the scaling of EDM2's own training. Not run by the authors of this package.
+The latents have the scaling of EDM2's own training, whose VAE takes and gives pixels in [0, 1] (--vae_range=0,1; a set
+that was made with another range is refused). Not run by the authors of this package.
 """
 
 from functools import partial

@@ -91,7 +91,7 @@ class FlowMap(nn.Module):
         from flowmaps.vae import Decoder  # needs diffusers, which `import flowmaps` does not load
 
         if self.decoder is None:
-            self.decoder = Decoder(self.info.vae, self.info.latent_shift, self.info.latent_scale)
+            self.decoder = Decoder(self.info.vae, self.info)
         self.decoder.open()
         return self.decoder
 
@@ -166,5 +166,5 @@ class FlowMap(nn.Module):
         except (UserError, TypeError) as error:
             raise UserError(f"{found.file}: {error}") from None
         if found.has_vae:
-            fm.decoder = Decoder(str(source), found.info.latent_shift, found.info.latent_scale)
+            fm.decoder = Decoder(str(source), found.info)
         return fm

@@ -1,13 +1,40 @@
 """Facts that travel with the weights of a flow map."""
 
+import math
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 from torch import Tensor
 
-from flowmaps.errors import UserError
+from flowmaps.errors import UserError, shorten
+from flowmaps.reading import parse
 from samplers import SAMPLERS, Schedule
+
+VAE_RANGE = (-1.0, 1.0)  # that Stable Diffusion's VAE was trained with
+MOST_CLASSES, LARGEST_SAMPLE = 1_000_000, 1 << 28  # bounds of what a file can claim: classes, numbers in one sample
+
+
+def check_vae_range(values: tuple[float, float]) -> tuple[float, float]:
+    """Return ``values`` if they can be the pixel values of black and white.
+
+    Raises:
+        UserError: They are not two different finite numbers in increasing order. The field is "vae_range".
+    """
+    if len(values) != 2 or not all(map(math.isfinite, values)) or not values[0] < values[1]:
+        given = ",".join(f"{value:g}" for value in values)
+        raise UserError("must be two increasing numbers, such as 0,1", field="vae_range", value=given)
+    return values
+
+
+BOUNDS = (  # field, least, most
+    ("num_classes", 0, MOST_CLASSES),
+    ("ema", 0, 1),
+    ("images_seen", 0, 1e18),
+    ("guidance", 0, 1e6),
+    ("guidance_max", 1, 1e6),
+    ("label_dropout", 0, 1),
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +50,7 @@ class FlowMapInfo:
         shape, num_classes, ...: The fields below; all have defaults.
 
     Raises:
-        UserError: ``kind`` is unknown, or the latent scaling does not have one number per channel.
+        UserError: A field is out of range, or the latent scaling does not have one number per channel.
 
     Example:
         >>> info = FlowMapInfo(shape=(1, 8, 8), num_classes=10, kind="drift")
@@ -44,6 +71,7 @@ class FlowMapInfo:
     t_range: tuple[float, float] = (0.0, 1.0)  # times for which the velocity was trained
     label_dropout: float = 0.0  # share of training rows without a label; 0: "no label" was never trained
     vae: str = ""  # of latents: directory or hub id of their VAE
+    vae_range: tuple[float, float] = VAE_RANGE  # of latents: the values of black and white that the VAE takes and gives
     latent_shift: tuple[float, ...] = ()  # of latents: a sample is scale (z - shift), one number per channel, see
     latent_scale: tuple[float, ...] = ()  # flowmaps.vae; empty: samples are images or points
     origin: dict[str, str] = field(default_factory=dict)  # of imported weights: format, sha256, license and the like
@@ -51,11 +79,28 @@ class FlowMapInfo:
     def __post_init__(self) -> None:
         if self.kind not in ("map", "drift", "consistency"):
             raise UserError("must be 'map', 'drift' or 'consistency'", field="kind", value=repr(self.kind))
+        if any(size < 1 for size in self.shape) or math.prod(self.shape) > LARGEST_SAMPLE:
+            raise UserError(f"must be sizes of at least 1, {LARGEST_SAMPLE:,} numbers at most", "shape", self.shape)
+        for name, least, most in BOUNDS:
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:  # NaN fails this too
+                raise UserError(f"must lie from {least:g} to {most:g}", field=name, value=value)
+        if not 0 <= self.t_range[0] < self.t_range[1] <= 1:
+            raise UserError("must be two increasing times in [0, 1]", field="t_range", value=self.t_range)
+        for sampler, schedule in self.schedules.items():
+            if sampler not in SAMPLERS or schedule.sampler not in ("", sampler):
+                raise UserError(f"has one of {schedule.sampler or 'a sampler'} for {sampler}", field="schedules")
+        check_vae_range(self.vae_range)
         channels = self.shape[0] if self.latent_scale and self.shape else 0
-        if (len(self.latent_scale), len(self.latent_shift)) != (channels, channels) or 0 in self.latent_scale:
+        numbers = (*self.latent_scale, *self.latent_shift)
+        if (
+            (len(self.latent_scale), len(self.latent_shift)) != (channels, channels)
+            or 0 in self.latent_scale
+            or not all(map(math.isfinite, numbers))
+        ):
             raise UserError(
-                f"latent_shift and latent_scale need one number for each of {channels} channels, and no scale may be "
-                f"0, got {self.latent_shift} and {self.latent_scale}"
+                f"latent_shift and latent_scale need one finite number for each of {channels} channels, and no scale "
+                f"may be 0, got {self.latent_shift} and {self.latent_scale}"
             )
 
     @property
@@ -71,6 +116,8 @@ class FlowMapInfo:
         """
         if weight is None:
             return
+        if not math.isfinite(weight):
+            self._refuse_guidance(weight, "must be finite")
         if self.guidance is not None:
             self._refuse_guidance(weight, f"guidance {self.guidance:g} is baked into this model: leave guidance out")
         if self.guidance_max is None:
@@ -130,31 +177,37 @@ class FlowMapInfo:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Rebuild from ``to_dict``, also of a newer version (lists become tuples again).
 
-        Facts unknown to this version that ``values["optional"]`` lists are ignored and named in a warning.
+        Facts unknown to this version that ``values["optional"]`` lists are ignored and named in a warning. Facts that
+        an earlier version did not know have their defaults. A checkpoint of latents from EDM2 must say the range of
+        its VAE: the versions that did not record it got it wrong.
 
         Raises:
-            UserError: Another fact is unknown, or one has the wrong type.
+            UserError: Another fact is unknown, or one has the wrong type or is out of range.
         """
-        optional = values.get("optional", ())
-        unknown = sorted(set(values) - {f.name for f in fields(cls)} - {"optional"})
+        where = "flow map facts"
+        plain: dict[str, Any] = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in parse(dict[str, Any], values, where).items()
+        }
+        optional = parse(list[str], plain.pop("optional", []), f"{where}: optional")
+        unknown = sorted(plain.keys() - {f.name for f in fields(cls)})
         if required := [name for name in unknown if name not in optional]:
-            raise UserError(f"unknown flow map facts {required}: the checkpoint is from a newer version of flowmaps")
+            raise UserError(
+                f"unknown flow map facts {shorten(required)}: the checkpoint is from a newer version of flowmaps"
+            )
         if unknown:
-            warnings.warn(f"ignored facts of a newer version of flowmaps: {', '.join(unknown)}", stacklevel=2)
-        known = {k: v for k, v in values.items() if k != "optional" and k not in unknown}
-        frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
-        try:
-            frozen["schedules"] = {k: Schedule.from_dict(v) for k, v in values.get("schedules", {}).items()}
-            info = cls(**frozen)
-            counts = (*info.shape, info.num_classes, info.images_seen)
-            if not all(isinstance(v, int) and v >= 0 for v in counts) or len(info.t_range) != 2:
-                raise TypeError("shape, num_classes, images_seen or t_range")
-            if not all(v is None or isinstance(v, (int, float)) for v in (info.guidance, info.guidance_max)):
-                raise TypeError("guidance or guidance_max")
-            if not all(isinstance(text, str) for item in [*info.origin.items(), (info.vae,)] for text in item):
-                raise TypeError("origin or vae")
-            if not all(isinstance(v, (int, float)) for v in (*info.latent_shift, *info.latent_scale)):
-                raise TypeError("latent_shift or latent_scale")
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"flow map facts of the wrong type: {error}") from None
+            ignored = shorten(", ".join(unknown))
+            warnings.warn(f"ignored facts of a newer version of flowmaps: {ignored}", stacklevel=2)
+        known = {name: value for name, value in plain.items() if name not in unknown}
+        schedules = {}
+        for sampler, schedule in parse(dict[str, Any], known.pop("schedules", {}), f"{where}: schedules").items():
+            try:
+                schedules[sampler] = Schedule.from_dict(schedule)
+            except ValueError as error:
+                raise UserError(f"{where}: schedules: {shorten(sampler, 60)}: {error}") from None
+        info = replace(parse(cls, known, where), schedules=schedules)
+        if info.latent_scale and info.origin.get("format") == "edm2" and "vae_range" not in known:
+            raise UserError(
+                "does not say the range of its VAE, lost by the version that imported it: import it again", "vae_range"
+            )
         return info

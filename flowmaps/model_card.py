@@ -52,7 +52,7 @@ def card(
         "base_std": f"{fm.base_std:g}",
         "average of the weights": info.ema or "none",
         "images seen": info.images_seen,
-        "stored step sizes": ", ".join(f"{k}: {', '.join(map(str, v))} steps" for k, v in info.schedules.items())
+        "stored step sizes": ", ".join(f"{k}: {', '.join(map(str, v))} steps" for k, v in info.schedules.items() if v)
         or "none",
         "weights": fm.fingerprint(),
         **info.origin,

@@ -147,7 +147,7 @@ class FlowMapPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 x = (callback_on_step_end(self, k, timestep, {"latents": x}) or {}).get("latents", x)
         if fm.info.latent_scale and output_type != "latent":
-            x = decode(self.vae, x, fm.info.latent_shift, fm.info.latent_scale, decode_batch)
+            x = decode(self.vae, x, fm.info, decode_batch)
         self.maybe_free_model_hooks()
         images: Any = x
         if output_type in ("pil", "np") and x.ndim != 4:

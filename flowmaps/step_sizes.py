@@ -1,15 +1,15 @@
 """Fit step sizes to a model: few steps of a sampler that end as close as possible to a fine solution."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowmaps.errors import UserError
+from flowmaps.errors import UserError, blame
 from flowmaps.flow_map import FlowMap
 from flowmaps.generate import check_sampling, guided_drift, guided_label, labels_for
+from flowmaps.reading import read_json
 from samplers import SAMPLERS, Schedule, Trajectory, heun, trajectory, uniform_times
 from samplers.bellman import Endpoints, errors, euler_endpoints, heun_endpoints, map_endpoints, solve_all, vjp_to_end
 from samplers.callables import Drift
@@ -36,6 +36,8 @@ ENDPOINTS: dict[str, Callable[[Any, Trajectory], Endpoints]] = {
     "map": map_endpoints,
 }
 NUM_PROBES = 4
+FINEST = 1024  # steps of a fine grid; the cost matrix is of this size
+UNFIT = f"step sizes are for the samplers {', '.join(FINE)} of a map or a drift"
 
 
 class FittedSchedule(NamedTuple):
@@ -86,15 +88,11 @@ def fit(
         >>> samples = generate(fm, schedule[4], n=16, seed=0, sampler="euler")
     """
     sampler = sampler or fm.info.sampler
-    fine = fine or FINE.get(sampler, 0)
-    if sampler not in FINE or fm.info.kind == "consistency":
-        raise UserError(f"step sizes are for the samplers {', '.join(FINE)} of a map or a drift", "sampler", sampler)
-    if cost not in COSTS:
-        raise UserError(f"choose one of {', '.join(COSTS)}", field="cost", value=cost)
+    check_choices(steps, None if fm.info.kind == "consistency" else sampler, cost, fine)
+    if fm.info.kind == "consistency":
+        raise UserError(UNFIT, "sampler", sampler)
     check_sampling(fm, sampler, guidance=guidance)
-    if not steps or min(steps) < 1 or max(steps) > fine:
-        counts = ",".join(map(str, steps))
-        raise UserError(f"must be from 1 to the {fine} steps of the fine grid", field="steps", value=counts)
+    fine = fine or FINE[sampler]
     total = costs(fm, sampler, (cost,), noises=noises, seed=seed, fine=fine, guidance=guidance, batch=batch)[cost]
     try:
         solved = solve_all(total, max(steps))
@@ -118,6 +116,20 @@ def fit(
         uniform_errors=uniform,
     )
     return FittedSchedule(schedule, total)
+
+
+def check_choices(steps: Sequence[int], sampler: str | None, cost: str, fine: int | None) -> None:
+    """Refuse arguments of ``fit`` that suit no model; ``sampler`` None is that of a model not known yet."""
+    if sampler is not None and sampler not in FINE:
+        raise UserError(UNFIT, "sampler", sampler)
+    if cost not in COSTS:
+        raise UserError(f"choose one of {', '.join(COSTS)}", field="cost", value=cost)
+    if fine is not None and not 1 <= fine <= FINEST:
+        raise UserError(f"must be from 1 to {FINEST} steps", field="fine", value=fine)
+    most = fine or (FINE[sampler] if sampler else max(FINE.values()))
+    if not steps or min(steps) < 1 or max(steps) > most or len(set(steps)) < len(steps):
+        counts = ",".join(map(str, steps))
+        raise UserError(f"must be different, from 1 to the {most} steps of the fine grid", "steps", counts)
 
 
 def costs(
@@ -197,13 +209,13 @@ def end_errors(
 
 def read_schedule(file: str) -> Schedule:
     """Read a schedule from a JSON file, the argument ``schedule`` of errors."""
-    try:
-        return Schedule.from_json(Path(file).read_bytes())
-    except OSError as error:
-        reason = f"{error.strerror}: give a file written by schedule.py"
-    except ValueError as error:
-        reason = f"not a schedule written by schedule.py: {error}"
-    raise UserError(reason, field="schedule", value=file)
+    remedy = "give a file written by schedule.py"
+    with blame("schedule", file):
+        values = read_json(file, remedy)
+        try:
+            return Schedule.from_dict(values)
+        except ValueError as error:
+            raise UserError(f"not a schedule ({error}): {remedy}") from None
 
 
 __all__ = ["COSTS", "FINE", "FittedSchedule", "Solution", "costs", "end_errors", "fine_solutions", "fit"]

@@ -2,10 +2,11 @@
 
 The map works on x = scale (z - shift), per channel, where z [B, C, h, w] is the output of the VAE's encoder; x then has
 the standard deviation that the network expects. Rombach et al. 2022 (arXiv 2112.10752) have shift 0 and scale 0.18215.
+The encoder takes and the decoder gives pixel values in the VAE's range: [-1, 1] as it was trained, or [0, 1] in EDM2.
 """
 
 import hashlib
-import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from flowmaps.errors import UserError, blame
 from flowmaps.hub import from_hub
+from flowmaps.info import VAE_RANGE, FlowMapInfo
+from flowmaps.reading import read_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -28,10 +31,11 @@ def vae_directory(source: str | Path) -> Path | None:
     """Return the folder of the VAE in the directory ``source``: itself, vae/ or model/vae/; None if there is none."""
     for folder in (Path(source), Path(source) / "vae", Path(source) / "model" / "vae"):
         try:
-            if json.loads((folder / FILES[0]).read_bytes())["_class_name"] == "AutoencoderKL":
-                return folder
-        except (OSError, ValueError, KeyError, TypeError):
+            config = read_json(folder / FILES[0], "download it again")
+        except UserError:
             continue
+        if isinstance(config, dict) and config.get("_class_name") == "AutoencoderKL":
+            return folder
     return None
 
 
@@ -66,7 +70,26 @@ def open_vae(source: str, dtype: torch.dtype = torch.float32) -> "AutoencoderKL"
             f"{folder} is not an intact AutoencoderKL ({reason}): download it again", field="vae", value=source
         ) from None
     opened: AutoencoderKL = vae.requires_grad_(False).eval()
+    with blame("vae", source):
+        _check_facts(opened)
     return opened
+
+
+def _check_facts(vae: "AutoencoderKL") -> None:
+    """Refuse a VAE that is not for colour images, or whose config has no scaling that can be inverted."""
+    inputs, outputs = vae.config.in_channels, vae.config.out_channels
+    if (inputs, outputs) != (3, 3):
+        raise UserError(f"takes and gives images of {inputs} and {outputs} channels, not of 3: choose another VAE")
+    wanted = vae.config.latent_channels
+    try:
+        shift, scale = scaling(vae)
+        fits = len(shift) == len(scale) == wanted and all(map(math.isfinite, (*shift, *scale))) and 0 not in scale
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"its config.json has no scaling for {wanted} channels (scaling_factor, or latents_std): fix it"
+        )
 
 
 def scaling(vae: "AutoencoderKL") -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -91,10 +114,17 @@ def fingerprint(vae: "AutoencoderKL") -> str:
     return digest.hexdigest()
 
 
+def middle_and_half(vae_range: tuple[float, float]) -> tuple[float, float]:
+    """Return (m, h) such that m + h y in ``vae_range`` stands for a pixel value y in [-1, 1]."""
+    low, high = vae_range
+    return (high + low) / 2, (high - low) / 2
+
+
 @torch.no_grad()
-def moments(vae: "AutoencoderKL", images: Tensor) -> Tensor:
+def moments(vae: "AutoencoderKL", images: Tensor, vae_range: tuple[float, float] = VAE_RANGE) -> Tensor:
     """Encode images [B, 3, H, W] in [-1, 1] as mean and standard deviation of z: [B, 2, C, h, w]."""
-    z: Any = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+    middle, half = middle_and_half(vae_range)
+    z: Any = vae.encode((middle + half * images).to(vae.device, vae.dtype)).latent_dist
     return torch.stack([z.mean, z.std], dim=1)
 
 
@@ -104,25 +134,26 @@ def channels(values: tuple[float, ...], like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode(
-    vae: "AutoencoderKL", x: Tensor, shift: tuple[float, ...], scale: tuple[float, ...], batch: int = 8
-) -> Tensor:
-    """Decode samples x [B, C, h, w] to float32 images [B, 3, H, W], about in [-1, 1], ``batch`` at a time."""
-    z = x.float() / channels(scale, x.float()) + channels(shift, x.float())
+def decode(vae: "AutoencoderKL", x: Tensor, info: FlowMapInfo, batch: int = 8) -> Tensor:
+    """Decode samples x [B, C, h, w] to float32 images [B, 3, H, W], about in [-1, 1], ``batch`` at a time.
+
+    ``info`` has the scaling of the latents and the range of the VAE.
+    """
+    z = x.float() / channels(info.latent_scale, x.float()) + channels(info.latent_shift, x.float())
+    middle, half = middle_and_half(info.vae_range)
     parts = [vae.decode(part.to(vae.device, vae.dtype)).sample for part in torch.split(z, batch)]
-    return torch.cat([part.float().to(x.device) for part in parts])
+    return torch.cat([((part.float() - middle) / half).to(x.device) for part in parts])
 
 
 @dataclass
 class Decoder:
     """Decodes a flow map's latents to images; the VAE at ``source`` (directory or hub id) is opened on first use.
 
-    ``tiling`` decodes an image in overlapping tiles, which takes less memory.
+    ``info`` is the flow map's. ``tiling`` decodes an image in overlapping tiles, which takes less memory.
     """
 
     source: str
-    shift: tuple[float, ...]
-    scale: tuple[float, ...]
+    info: FlowMapInfo
     dtype: torch.dtype = torch.float32
     batch: int = 8
     tiling: bool = False
@@ -138,9 +169,9 @@ class Decoder:
             if not self.source:
                 raise UserError("missing: this model makes latents, and its checkpoint names no VAE", field="vae")
             vae = open_vae(self.source, self.dtype)
-            if vae.config.latent_channels != len(self.scale):
+            if vae.config.latent_channels != len(self.info.latent_scale):
                 raise UserError(
-                    f"has latents of {vae.config.latent_channels} channels, the model of {len(self.scale)}",
+                    f"has latents of {vae.config.latent_channels} channels, the model of {len(self.info.latent_scale)}",
                     field="vae",
                     value=self.source,
                 )
@@ -151,7 +182,7 @@ class Decoder:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Decode samples x [B, C, h, w] to images [B, 3, H, W] on the device of x."""
-        return decode(self.open().to(x.device), x, self.shift, self.scale, self.batch)
+        return decode(self.open().to(x.device), x, self.info, self.batch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Decoder":
         return self  # the copy of a flow map for a teacher shares it

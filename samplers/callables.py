@@ -24,7 +24,7 @@ def intervals(x: Tensor, times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """
     grid = rounded(check_times(times), x).to(x.device, non_blocking=True)
     for s, t in pairwise(grid):
-        yield s.expand(len(x)), t.expand(len(x))
+        yield s.expand(x.shape[0]), t.expand(x.shape[0])
 
 
 def rounded(times: Tensor, x: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+MOST_STEPS = 100_000
+
 
 def uniform_times(steps: int) -> Tensor:
     """Return ``steps`` equal intervals from 0 (noise) to 1 (data): float64 tensor [steps + 1]."""
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps must be at least 1 and at most {MOST_STEPS:,}, got {steps}")
     return torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
 
 
@@ -16,8 +18,10 @@ def log_snr_times(steps: int, low: float, high: float) -> Tensor:
 
     On the linear path ln(t / (1 - t)) is the log signal-to-noise ratio up to a constant; 0 < low < high < 1.
     """
-    if steps < 1 or not 0 < low < high < 1:
-        raise ValueError(f"log_snr_times needs steps >= 1 and 0 < low < high < 1, got {steps}, {low} and {high}")
+    if not 1 <= steps <= MOST_STEPS or not 0 < low < high < 1:
+        raise ValueError(
+            f"log_snr_times needs 1 to {MOST_STEPS:,} steps and 0 < low < high < 1, got {steps}, {low} and {high}"
+        )
     ends = torch.tensor([low, high], dtype=torch.float64).logit()
     times = torch.lerp(ends[0], ends[1], torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)).sigmoid()
     times[0], times[-1] = low, high

@@ -1,16 +1,34 @@
 """Step sizes fitted to a model: time grids by number of steps, and how they were found."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from samplers.grids import check_times, uniform_times
+from samplers.grids import MOST_STEPS, check_times, uniform_times
 
 BY_STEPS = {"grids", "errors", "uniform_errors"}  # fields that are mappings from step counts
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # neither NaN
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+FIELDS: dict[
+    str, tuple[str, Callable[[Any], bool]]
+] = {  # what the values of a field must be, of each step's in BY_STEPS
+    **dict.fromkeys(("sampler", "cost", "checkpoint"), ("text", lambda value: isinstance(value, str))),
+    **dict.fromkeys(("noises", "seed", "fine"), ("a whole number", _count)),
+    "guidance": ("a number or null", lambda value: value is None or _number(value)),
+    **dict.fromkeys(("errors", "uniform_errors"), ("a number", _number)),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +41,7 @@ class Schedule(Mapping[int, Tensor]):
         grids: {steps: times}, each with ``steps + 1`` increasing times from 0 to 1.
 
     Raises:
-        ValueError: A grid has the wrong length or ends, or does not increase.
+        ValueError: A grid has the wrong length or ends, or does not increase, or a field has the wrong type.
 
     Example:
         >>> schedule = Schedule({2: (0, 0.7, 1)}, sampler="euler")
@@ -46,11 +64,19 @@ class Schedule(Mapping[int, Tensor]):
     def __post_init__(self) -> None:
         grids = {}
         for steps, times in self.grids.items():
-            grid = check_times(torch.as_tensor(times, dtype=torch.float64))
+            values = times.tolist() if isinstance(times, Tensor) else times
+            if not isinstance(values, (list, tuple)) or not all(map(_number, values)):
+                raise ValueError(f"times of {steps} steps must be a list of numbers, got {str(values)[:80]}")
+            grid = check_times(torch.tensor(values, dtype=torch.float64))
             if len(grid) != steps + 1 or grid[0] != 0 or grid[-1] != 1:
                 raise ValueError(f"times of {steps} steps must be {steps + 1}, from 0 to 1, got {grid.tolist()}")
             grids[steps] = tuple(grid.tolist())
         object.__setattr__(self, "grids", dict(sorted(grids.items())))
+        for name, (kind, fits) in FIELDS.items():
+            values = getattr(self, name)
+            for value in values.values() if name in BY_STEPS else [values]:
+                if not fits(value):
+                    raise ValueError(f"a schedule's {name} is {str(value)[:80]!r}, of the wrong type: expected {kind}")
 
     def __getitem__(self, steps: int) -> Tensor:
         return torch.tensor(self.grids[steps], dtype=torch.float64)
@@ -68,9 +94,15 @@ class Schedule(Mapping[int, Tensor]):
         return hash(self.to_json())
 
     def only(self, *steps: int) -> Self:
-        """Return the same schedule with only the grids for these numbers of steps."""
+        """Return the same schedule with only the grids for these numbers of steps; ValueError if one is missing."""
+        if missing := sorted(set(steps) - set(self.grids)):
+            raise ValueError(f"a schedule for {_listed(self.grids)} steps has no grid of {_listed(missing)}")
         kept = {name: {n: v for n, v in getattr(self, name).items() if n in steps} for name in BY_STEPS}
         return replace(self, **kept)  # type: ignore[arg-type]
+
+    def better(self) -> Self:
+        """Return the same schedule with only the grids that are known to beat equal steps."""
+        return self.only(*(n for n in self if self.errors.get(n, 0.0) < self.uniform_errors.get(n, 0.0)))
 
     def sigmas(self, steps: int) -> list[float]:
         """Return the ``sigmas`` that diffusers' ``set_timesteps`` takes: decreasing from 1 (noise), 0 implied."""
@@ -88,27 +120,39 @@ class Schedule(Mapping[int, Tensor]):
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """Rebuild from ``to_json``; ValueError if it is not a schedule."""
-        return cls.from_dict(json.loads(text))
+        try:
+            return cls.from_dict(json.loads(text))
+        except RecursionError:
+            raise ValueError("not a schedule: too deeply nested") from None
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Rebuild from plain values, whose keys may be text as in JSON; ValueError for an unknown field."""
-        if isinstance(values, dict):
-            values = {key: value for key, value in values.items() if key != "written_by"}  # of schedule.py --out
+        """Rebuild from plain values, whose keys may be text as in JSON.
+
+        Raises:
+            ValueError: A field is unknown, missing, or of the wrong type.
+        """
         if not isinstance(values, dict) or "grids" not in values:
             raise ValueError("not a schedule: it has no grids")
-        kinds = {f.name: f.type for f in fields(cls)}
-        if unknown := sorted(set(values) - set(kinds)):
-            raise ValueError(f"a schedule has no field {', '.join(map(str, unknown))}")
-        taken = dict(values)
-        try:
-            for name in BY_STEPS & set(taken):
-                taken[name] = {int(steps): value for steps, value in taken[name].items()}
-            for name, value in taken.items():
-                if kinds[name] in (str, int) and type(value) is not kinds[name]:
-                    raise TypeError(f"{name} is {value!r}")
-            if not isinstance(taken.get("guidance"), (int, float, type(None))):
-                raise TypeError(f"guidance is {taken['guidance']!r}")
-            return cls(**taken)
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"a schedule's field is of the wrong type: {error}") from None
+        taken = {name: value for name, value in values.items() if name != "written_by"}  # of a file
+        if unknown := sorted(str(name)[:40] for name in taken.keys() - {f.name for f in fields(cls)}):
+            raise ValueError(f"a schedule has no field {unknown[0]}")
+        for name in BY_STEPS & taken.keys():
+            if not isinstance(taken[name], dict):
+                raise ValueError(
+                    f"a schedule's {name} is {str(taken[name])[:80]!r}, of the wrong type: expected a mapping"
+                )
+            taken[name] = {_steps(steps, name): value for steps, value in taken[name].items()}
+        return cls(**taken)
+
+
+def _steps(key: Any, name: str) -> int:
+    """Return the number of steps that is a key of a mapping, of JSON too."""
+    text = str(key)[:40]
+    if isinstance(key, bool) or not (text.isascii() and text.isdigit()) or text[0] == "0" or int(text) > MOST_STEPS:
+        raise ValueError(f"a schedule's {name} has {text!r} for a number of steps from 1 to {MOST_STEPS:,}")
+    return int(text)
+
+
+def _listed(steps: Iterable[int]) -> str:
+    return ", ".join(map(str, steps))

@@ -160,8 +160,7 @@ def build_model(config: Config, data: DataSet) -> tuple[FlowMap, LogVariance | N
 
 def open_decoder(config: Config, data: Latents) -> Decoder:
     """Open the VAE of a run, which sample grids, scores and exports need."""
-    shift, scale = data.info["latent_shift"], data.info["latent_scale"]
-    decoder = Decoder(data.facts["vae"], shift, scale)
+    decoder = Decoder(data.facts["vae"], FlowMapInfo(data.shape, **data.info))
     with within("data"):
         decoder.open()
     if fingerprint(decoder.open()) != data.facts["vae_sha256"]:

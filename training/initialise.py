@@ -68,7 +68,15 @@ def init_from_checkpoint(config: Config, fm: FlowMap) -> str:
 
 
 def _check_latents(field: str, source: str, theirs: FlowMap, ours: FlowMap) -> None:
-    """Refuse weights for latents of another scaling."""
+    """Refuse weights for latents of another scaling, or of a VAE with another range."""
+    a, b = theirs.info.vae_range, ours.info.vae_range
+    if theirs.info.latent_scale and ours.info.latent_scale and a != b:
+        raise UserError(
+            f"has latents of a VAE for pixels in {a[0]:g} .. {a[1]:g}, the set of one for {b[0]:g} .. {b[1]:g}: "
+            f"prepare the images with vae_range={a[0]:g},{a[1]:g}",
+            field=field,
+            value=source,
+        )
     for name in ("latent_shift", "latent_scale"):
         a, b = (getattr(fm.info, name) for fm in (theirs, ours))
         if len(a) != len(b) or not all(

@@ -135,6 +135,6 @@ class SamplingFlags:
                 raise UserError("this model does not make latents, leave it out", field="vae", value=self.vae.value)
             return
         known = fm.decoder.source if fm.decoder else fm.info.vae
-        shift, scale, dtype = fm.info.latent_shift, fm.info.latent_scale, DTYPES[self.vae_dtype.value]
-        fm.decoder = Decoder(self.vae.value or known, shift, scale, dtype, self.vae_batch.value, self.vae_tiling.value)
+        dtype = DTYPES[self.vae_dtype.value]
+        fm.decoder = Decoder(self.vae.value or known, fm.info, dtype, self.vae_batch.value, self.vae_tiling.value)
         fm.open_decoder()

@@ -3,11 +3,13 @@
 python scripts/schedule.py --checkpoint=runs/digits-flow --steps=2,4,8 --out=schedule.json --plot=schedule.png
 python scripts/schedule.py --checkpoint=runs/digits --steps=2,4 --sampler=map --store
 
-Prints the error at data of the fitted grids and of equal steps, on other noise than the fit used; where equal steps are
-better, they are written instead. sample.py, fid.py and the pipeline use the step sizes stored in a checkpoint.
+Prints the error at data of the fitted grids and of equal steps, on other noise than the fit used, and with --reference
+the distances of samples by both. Where equal steps are as good, --out has equal steps and --store leaves the count out:
+sample.py, fid.py and the pipeline use the step sizes stored in a checkpoint, and equal steps for all other counts.
+A smaller error need not bring samples closer to data, so give --reference if there is one.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from absl import flags
@@ -22,19 +24,26 @@ OUT = flags.DEFINE_string("out", None, "JSON file for the schedule")
 STORE = flags.DEFINE_bool("store", False, "Store the schedule in the checkpoint")
 PLOT = flags.DEFINE_string("plot", None, "PNG file for the grids and the costs")
 SAMPLER = flags.DEFINE_string("sampler", None, "euler, heun or map; by default map for a map and euler for a drift")
-COST = flags.DEFINE_string("cost", "end", "How the error of a jump counts: end, end_root, local or local_root")
+COST_NAMES = ["end", "end_root", "local", "local_root"]  # of flowmaps.step_sizes.COSTS
+COST = flags.DEFINE_enum("cost", "end", COST_NAMES, "How the error of a jump counts")
+REFERENCE = flags.DEFINE_string("reference", None, "Keep only grids with a smaller distance to this, as in fid.py")
+NUM = flags.DEFINE_integer("num", 5000, "Samples for each distance", lower_bound=2)
 NOISES = flags.DEFINE_integer("noises", 256, "Number of paths to fit on", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 1, "Seed of their noise; use another seed for the samples that you score")
+SEED = flags.DEFINE_integer(
+    "seed", 1, "Seed of their noise (and this + 1 for distances); use another seed for the samples that you score"
+)
 FINE = flags.DEFINE_integer("fine", None, "Steps of the fine grid that the times are taken from", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance weight that will be sampled with", 1.0)
 BATCH = flags.DEFINE_integer("batch", 128, "Paths at a time", lower_bound=1)
-READS, WRITES = (CHECKPOINT,), (OUT, PLOT)
+READS, WRITES = (CHECKPOINT, REFERENCE), (OUT, PLOT)
 
 
 def main() -> None:
     checkpoint = required(CHECKPOINT, "runs/digits")
     if not (OUT.value or STORE.value):
         raise UserError("give --out=FILE.json, or --store to write the schedule into the checkpoint")
+    if STORE.value and not Path(checkpoint).is_dir():
+        raise UserError("needs a directory for --store: use --out=FILE.json", field="checkpoint", value=checkpoint)
     for name, file in (("out", OUT.value), ("plot", PLOT.value)):
         if file:
             with blame(name, file):
@@ -45,13 +54,17 @@ def main() -> None:
         raise UserError("give whole numbers, such as 2,4,8", field="steps", value=",".join(STEPS.value)) from None
 
     from flowmaps.distributed import pick_device
+    from flowmaps.evaluation import evaluate, open_reference
     from flowmaps.evaluation.record import table
     from flowmaps.evaluation.report import step_sizes
     from flowmaps.export import store_schedule
     from flowmaps.flow_map import FlowMap
     from flowmaps.images import write_png
-    from flowmaps.step_sizes import fit
+    from flowmaps.step_sizes import check_choices, fit
+    from samplers import Schedule
 
+    check_choices(steps, SAMPLER.value, COST.value, FINE.value)
+    reference = open_reference(REFERENCE.value) if REFERENCE.value else None
     fm = FlowMap.from_pretrained(checkpoint).to(pick_device())
     fitted = fit(
         fm,
@@ -65,15 +78,36 @@ def main() -> None:
         batch=BATCH.value,
     )
     schedule = fitted.schedule
-    rows = []
-    for count, times in schedule.items():
-        ours, equal = schedule.errors[count], schedule.uniform_errors[count]
-        kept = " ".join(f"{t:.3g}" for t in times.tolist()) if ours < equal else "equal steps"
-        rows.append({"steps": count, "error": ours, "error of equal steps": equal, "times": kept})
+    better, rows = schedule.better(), {}
+    for count in schedule:
+        errors = {"error": schedule.errors[count], "error of equal steps": schedule.uniform_errors[count]}
+        rows[count] = {"steps": count, **errors}
+    if reference and better:
+        record = evaluate(
+            fm,
+            reference,
+            steps=list(better),
+            num=NUM.value,
+            seeds=(SEED.value + 1,),
+            sampler=schedule.sampler,
+            schedule=(better, "uniform"),
+            guidance=GUIDANCE.value,
+        )
+        name, found = record["metric"], {(row["grid"], row["steps"]): row for row in record["results"]}
+        for count in better:
+            ours, equal = (found[grid, count][name] for grid in ("given", "uniform"))
+            rows[count] |= {name: ours, f"{name} of equal steps": equal}
+        better = better.only(*(n for n in better if rows[n][name] < rows[n][f"{name} of equal steps"]))
+    written = replace(schedule, grids={**Schedule.uniform(*schedule).grids, **better.grids})
+    for count, times in written.items():
+        kept = " ".join(f"{t:.3g}" for t in times.tolist()) if count in better else "equal steps"
+        rows[count]["times"] = kept
     if OUT.value:
-        write_json(Path(OUT.value), asdict(schedule))
+        write_json(Path(OUT.value), asdict(written))
     if STORE.value:
-        store_schedule(checkpoint, schedule)
+        store_schedule(checkpoint, better)
     if PLOT.value:
         write_png(step_sizes(fitted), Path(PLOT.value))
-    print(table(rows))
+    print(table(list(rows.values())))
+    if STORE.value:
+        print(f"stored for {', '.join(map(str, better)) or 'no'} steps; all other counts are sampled in equal steps")

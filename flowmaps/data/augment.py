@@ -49,8 +49,10 @@ def edm_augment(x: Tensor, probability: float, generator: torch.Generator) -> tu
     parameters = torch.stack([left_right, upside_down, scale, turn.cos() - 1, turn.sin(), *along, right, down], dim=1)
     x = _flipped(_flipped(x, left_right > 0, -1), upside_down > 0, -2)
     growth, strain = 2 ** (0.2 * scale), 2 ** (0.2 * stretch)
-    linear = _rotation(axis) @ torch.diag_embed(torch.stack([strain, 1 / strain], dim=1)) @ _rotation(-axis)
-    linear = linear @ _rotation(turn) * growth[:, None, None]  # scale and rotate first, then stretch, then shift
+    # Scale and turn first, then stretch, then shift. A turn is counter-clockwise and the axis is measured likewise,
+    # but rows count downwards, hence the signs.
+    linear = _rotation(-axis) @ torch.diag_embed(torch.stack([strain, 1 / strain], dim=1)) @ _rotation(axis)
+    linear = linear @ _rotation(-turn) * growth[:, None, None]
     shift = 2 * 0.125 * torch.stack([right, down], dim=1)  # an eighth of the image's width, which is 2
     return _moved(x, linear, shift, parameters[:, 2:].any(dim=1)), parameters
 
@@ -60,7 +62,7 @@ def _flipped(x: Tensor, chosen: Tensor, dim: int) -> Tensor:
 
 
 def _rotation(angle: Tensor) -> Tensor:
-    """Rotation matrices [B, 2, 2]."""
+    """Return matrices [B, 2, 2] for points (right, down): clockwise on the screen by ``angle``."""
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)
 

@@ -19,6 +19,7 @@ from flowmaps.data.loader import Loader
 from flowmaps.data.shards import start_writing, write_missing
 from flowmaps.errors import UserError, blame
 from flowmaps.images import from_uint8
+from flowmaps.info import VAE_RANGE, check_vae_range
 from flowmaps.vae import fingerprint, moments, reduction, scaling
 
 if TYPE_CHECKING:
@@ -57,17 +58,20 @@ class Crops:
 class Encoder:
     """Encodes images as latents.
 
-    ``source`` is the name that ``vae`` was opened by; ``flip`` encodes the mirror images too.
+    ``source`` is the name that ``vae`` was opened by; ``flip`` encodes the mirror images too; ``vae_range`` are the
+    values that stand for black and white.
     """
 
     vae: "AutoencoderKL"
     source: str
     flip: bool = False
+    vae_range: tuple[float, float] = VAE_RANGE
 
     def facts(self, size: int) -> dict[str, Any]:
         """Return the facts about the latents of images of ``size`` pixels, for the set's card."""
         if size % reduction(self.vae):
             raise UserError(f"must be a multiple of {reduction(self.vae)}, the VAE's reduction", "size", size)
+        check_vae_range(self.vae_range)
         side = size // reduction(self.vae)
         shift, scale = scaling(self.vae)
         return {
@@ -76,13 +80,17 @@ class Encoder:
             "flip": self.flip,
             "vae": self.source,
             "vae_sha256": fingerprint(self.vae),
+            "vae_range": list(self.vae_range),
             "latent_shift": list(shift),
             "latent_scale": list(scale),
         }
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Return moments [B, 2, C, h, w] float16 of uint8 images [B, 3, H, W]; with ``flip`` also of their mirrors."""
-        made = [moments(self.vae, from_uint8(x)).half().cpu() for x in [images] + [images.flip(-1)] * self.flip]
+        made = [
+            moments(self.vae, from_uint8(x), self.vae_range).half().cpu()
+            for x in [images] + [images.flip(-1)] * self.flip
+        ]
         if not all(bool(torch.isfinite(part).all()) for part in made):
             raise UserError("latents are not finite in float16: choose another VAE", field="vae", value=self.source)
         return made

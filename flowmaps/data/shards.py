@@ -23,6 +23,7 @@ from flowmaps.data.dataset import Batch, DataSet
 from flowmaps.distributed import processes
 from flowmaps.errors import UserError
 from flowmaps.files import sha256, write_file
+from flowmaps.info import VAE_RANGE  # of sets that do not say
 from flowmaps.vae import channels
 
 FORMAT = 3
@@ -146,7 +147,8 @@ class Latents(Shards):
     def info(self) -> dict[str, Any]:
         """The fields of ``FlowMapInfo`` that describe the latents."""
         shift, scale = (tuple(self.facts[name]) for name in ("latent_shift", "latent_scale"))
-        return {"vae": self.facts["vae"], "latent_shift": shift, "latent_scale": scale}
+        low, high = self.facts.get("vae_range", VAE_RANGE)
+        return {"vae": self.facts["vae"], "vae_range": (low, high), "latent_shift": shift, "latent_scale": scale}
 
     def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Draw one z = mean + std noise per row and scale it for the network: scale (z - shift), float32."""
@@ -173,7 +175,7 @@ def start_writing(out: Path, kind: str, facts: dict[str, Any], shards: int) -> l
         if other := sorted(file.name for file in out.glob("*.json") if file.name not in (card.name, "checksums.json")):
             raise UserError(f"has {other[0]}, another kind of set: choose a new directory", field="out", value=out)
         try:
-            stored = json.loads(card.read_text()) if card.exists() else facts
+            stored = {"vae_range": list(VAE_RANGE), **(json.loads(card.read_text()) if card.exists() else facts)}
             changed = [key for key in facts if stored[key] != facts[key]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{card} is damaged ({error}): choose a new directory", field="out", value=out) from None

@@ -247,7 +247,10 @@ def _edm2_block(name: str, blocks: dict[str, Record]) -> Record:
 
 
 def _latents(encoder: Any) -> dict[str, Any]:
-    """Return the scaling of latents, if the network works on those: theirs are scale * (the VAE's output) + bias."""
+    """Return the facts about latents, if the network works on those: theirs are scale * (the VAE's output) + bias.
+
+    The VAE encodes pixels in [0, 1] and its output is read so, though it was trained on [-1, 1].
+    """
     if encoder is None or (isinstance(encoder, Record) and encoder.name == "StandardRGBEncoder"):
         return {}
     if not isinstance(encoder, Record) or encoder.name != "StabilityVAEEncoder":
@@ -258,4 +261,5 @@ def _latents(encoder: Any) -> dict[str, Any]:
     vae, shift = encoder.get("vae_name", ""), tuple((-bias / scale).tolist())
     if not isinstance(vae, str):
         raise UnpicklingError(f"its encoder's vae_name is {shown(vae)}")
-    return {"vae": vae, "latent_shift": shift, "latent_scale": tuple(scale.tolist())}
+    scaling = {"latent_shift": shift, "latent_scale": tuple(scale.tolist())}
+    return {"vae": vae, "vae_range": (0.0, 1.0), **scaling}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flowmaps.networks.conditioning import TimeEmbedding
 from flowmaps.networks.interface import registered
-from flowmaps.networks.layers import Dropout, layer_norm, own_type, run, zero
+from flowmaps.networks.layers import Dropout, check_sizes, layer_norm, own_type, run, zero
 from flowmaps.networks.preconditioning import Preconditioned
 
 
@@ -98,15 +98,14 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
         base_std: float = 0.5,
     ) -> None:
         super().__init__()
-        if min(image_size, channels, patch, width, depth, heads) < 1 or not mlp_ratio > 0:
-            raise ValueError("image_size, channels, patch, width, depth, heads and mlp_ratio must be positive")
+        check_sizes(self.config)
+        if not 1 <= mlp_ratio * width <= 65_536 or image_size // patch > 1024:
+            raise ValueError("mlp_ratio must give 1 to 65,536 channels, and patch at most 1024 patches per side")
         if image_size % patch or width % heads or width % 4:
             raise ValueError(
                 f"image_size ({image_size}) must be divisible by patch ({patch}), width ({width}) by heads ({heads}) "
                 "and by 4"
             )
-        if not 0 <= dropout < 1 or min(num_classes, augment_dim) < 0:
-            raise ValueError("dropout must be in [0, 1), num_classes and augment_dim not negative")
         self.precondition(convention, base_std, data_std)
         self.patch, self.size = patch, image_size // patch
         self.gradient_checkpointing = False

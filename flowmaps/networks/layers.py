@@ -15,6 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flowmaps.errors import shorten
+from flowmaps.info import MOST_CLASSES
+
 
 @contextmanager
 def no_dropout(network: nn.Module) -> Iterator[None]:
@@ -225,17 +228,44 @@ def run_whole(network: Any, part: Callable[..., Any], *args: Any) -> Any:
     return run(network, inside, *args)
 
 
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """Refuse arguments ``config`` of a network that are out of range, before anything is allocated."""
+    for names, least, most in (
+        ("image_size patch", 1, 16_384),
+        ("channels width dim", 1, 65_536),
+        ("depth blocks heads", 1, 512),
+        ("num_classes", 0, MOST_CLASSES),
+        ("augment_dim fourier_features", 0, 65_536),
+    ):
+        for name in names.split():
+            if name in config and not (_whole(config[name]) and least <= config[name] <= most):
+                raise ValueError(
+                    f"{name}={shorten(repr(config[name]), 60)}: must be a whole number from {least} to {most}"
+                )
+    if not 0 <= config.get("dropout", 0) < 1:
+        raise ValueError(f"dropout={config['dropout']}: must be in [0, 1)")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_unet(config: Mapping[str, Any]) -> None:
     """Refuse arguments ``config`` of a network that no U-Net can have."""
+    check_sizes(config)
     image_size, mult, patch = config["image_size"], config["channel_mult"], config.get("patch", 1)
-    if not mult or min(image_size, config["channels"], config["width"], config["blocks"], patch, *mult) < 1:
-        raise ValueError("image_size, channels, width, channel_mult, blocks and patch must be at least 1")
-    if min(config["num_classes"], config["augment_dim"]) < 0 or not 0 <= config["dropout"] < 1:
-        raise ValueError("num_classes and augment_dim must not be negative, dropout must be in [0, 1)")
+    if not 1 <= len(mult) <= 16 or not all(_whole(m) and 1 <= m <= 1024 for m in mult):
+        raise ValueError(f"channel_mult={shorten(mult, 60)}: must be 1 to 16 whole numbers of at least 1")
     if config["width"] % 2:
         raise ValueError("width must be even")
     if image_size % (patch * 2 ** (len(mult) - 1)):
         raise ValueError(
             f"image_size {image_size} cannot be folded by patch={patch} and halved {len(mult) - 1} times: "
             "use fewer entries in channel_mult or another patch"
+        )
+    levels = [image_size // patch // 2**level for level in range(len(mult))]
+    if unknown := [size for size in config["attention_resolutions"] if size not in levels]:
+        raise ValueError(
+            f"attention_resolutions has {shorten(unknown[0], 60)}, which is not the resolution of a level: "
+            f"choose from {', '.join(map(str, levels))}, or leave it empty"
         )

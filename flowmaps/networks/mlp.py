@@ -7,6 +7,7 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
 from flowmaps.networks.interface import registered
+from flowmaps.networks.layers import check_sizes
 
 
 class MLP(ModelMixin, ConfigMixin):
@@ -28,8 +29,9 @@ class MLP(ModelMixin, ConfigMixin):
         fourier_scale: float = 2.5,
     ) -> None:
         super().__init__()
-        if min(dim, width, depth) < 1 or fourier_features < 0 or not data_std > 0:
-            raise ValueError("dim, width and depth must be at least 1, fourier_features at least 0, data_std positive")
+        check_sizes(self.config)
+        if not (0 < data_std < math.inf and 0 < fourier_scale < math.inf):
+            raise ValueError(f"data_std and fourier_scale must be positive, got {data_std} and {fourier_scale}")
         self.data_std = data_std
         self.projection: Tensor | None
         projection = torch.randn(fourier_features, dim) * fourier_scale if fourier_features else None

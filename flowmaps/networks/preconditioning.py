@@ -1,5 +1,7 @@
 """Input and output scaling of a network: this package's own, or that of the parametrisation its weights come from."""
 
+import math
+
 from torch import Tensor
 
 from flowmaps.parametrisations import PARAMETRISATIONS
@@ -18,7 +20,7 @@ class Preconditioned:
         """Set the scaling, in a network's constructor; an empty ``convention`` is the default."""
         if convention and convention not in PARAMETRISATIONS:
             raise ValueError(f"convention must be one of {', '.join(PARAMETRISATIONS)}, or empty, got {convention}")
-        if not (base_std > 0 and data_std > 0):
+        if not (0 < base_std < math.inf and 0 < data_std < math.inf):
             raise ValueError(f"base_std and data_std must be positive, got {base_std} and {data_std}")
         self.base_std, self.data_std = base_std, data_std
         self.parametrisation = PARAMETRISATIONS[convention] if convention else None

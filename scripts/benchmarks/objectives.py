@@ -149,8 +149,8 @@ def network_costs(name: str, rounds: int = 7, batch: int = 32) -> Iterator[tuple
     """Time and memory of ``loss_and_gradient`` for every objective at its own share of diagonal rows.
 
     With "+compile" behind the name, for flow matching and Lagrangian alone, eager and compiled; with "+bf16" under
-    autocast. Medians of interleaved rounds in one process: on the CPU of process time; on a GPU of wall time, all of them
-    compiled too.
+    autocast. Medians of interleaved rounds in one process: on the CPU of process time; on a GPU of wall time, all of
+    them compiled too.
     """
     network, *options = name.split("+")
     if unknown := set(options) - {"compile", "bf16"}:

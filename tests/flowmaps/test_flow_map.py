@@ -91,6 +91,57 @@ def test_optional_facts_of_a_newer_version_are_ignored_by_name_and_others_refuse
     assert "optional" not in FlowMapInfo().to_dict()
 
 
+FACTS = [
+    ({"shape": [1, 0, 8]}, "shape"),
+    ({"shape": [1, 8.0, 8]}, r"shape\[1\]"),
+    ({"shape": [1, 10**6, 10**6]}, "shape"),
+    ({"shape": 3}, "shape"),
+    ({"num_classes": 10**12}, "num_classes"),
+    ({"num_classes": True}, "num_classes"),
+    ({"num_classes": "ten"}, "num_classes"),
+    ({"kind": 1}, "kind"),
+    ({"kind": "jump"}, "kind"),
+    ({"data": None}, "data"),
+    ({"ema": "0.9"}, "ema"),
+    ({"ema": float("nan")}, "ema"),
+    ({"images_seen": -1}, "images_seen"),
+    ({"guidance": [2]}, "guidance"),
+    ({"guidance_max": 0.5}, "guidance_max"),
+    ({"schedules": 3}, "schedules"),
+    ({"schedules": {"eular": {"grids": {"1": [0, 1]}}}}, "schedules"),
+    ({"schedules": {"map": {"grids": {"1": [0, 1]}, "sampler": "euler"}}}, "schedules"),
+    ({"schedules": {"map": {"grids": {"1": [0, 2]}}}}, "schedules: map"),
+    ({"t_range": [0.5]}, "t_range"),
+    ({"t_range": [0.9, 0.1]}, "t_range"),
+    ({"t_range": [0.0, float("nan")]}, "t_range"),
+    ({"label_dropout": 2.0}, "label_dropout"),
+    ({"vae": 3}, "vae"),
+    ({"vae_range": [0, 1, 2]}, "vae_range"),
+    ({"vae_range": [1, 0]}, "vae_range"),
+    ({"shape": [1, 8, 8], "latent_shift": [0], "latent_scale": [float("inf")]}, "latent_scale"),
+    ({"shape": [1, 8, 8], "latent_shift": ["a"], "latent_scale": [1]}, "latent_shift"),
+    ({"origin": {"format": 3}}, "origin: format"),
+    ({"optional": "note"}, "optional"),
+    ([], "flow map facts"),
+    (None, "flow map facts"),
+]
+
+
+@pytest.mark.parametrize(("values", "reason"), FACTS)
+def test_facts_that_are_wrong_are_refused_by_name_in_one_line(values, reason):
+    with pytest.raises(UserError, match=reason) as error:
+        FlowMapInfo.from_dict(values)
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+def test_a_guidance_weight_must_be_finite():
+    info = FlowMapInfo(shape=(3,), label_dropout=0.1)
+    info.check_guidance(2.0, "euler")
+    for weight in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"guidance=(nan|inf): must be finite"):
+            info.check_guidance(weight, "euler")
+
+
 @pytest.mark.parametrize("kind", ["map", "drift", "consistency"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_sampler_is_refused_by_the_facts_in_the_table(kind, sampler):

@@ -100,19 +100,71 @@ def test_a_schedule_is_a_mapping_and_survives_json():
         ({"grids": {"2": [0, 0.5, 0.9]}}, "from 0 to 1"),
         ({"grids": {"2": [0, 0.7, 0.6, 1]}}, "increase"),
         ({"grids": {"3": [0, 0.5, 1]}}, "must be 4"),
-        ({"grids": {"2": [0, None, 1]}}, "schedule"),
+        ({"grids": {"2": [0, None, 1]}}, "list of numbers"),
         ({"grids": {"2": [0, float("nan"), 1]}}, "lie in"),
+        ({"grids": {"2": [0, True, 1]}}, "list of numbers"),
+        ({"grids": {"2": [0, 10**400, 1]}}, "list of numbers"),
+        ({"grids": {"2": "abc"}}, "list of numbers"),
+        ({"grids": {"two": [0, 0.5, 1]}}, "grids has 'two' for a number of steps"),
+        ({"grids": {"-1": []}}, "grids has '-1' for a number of steps"),
+        ({"grids": {"1e9": [0, 1]}}, "for a number of steps"),
+        ({"grids": {str(10**12): [0, 1]}}, "for a number of steps from 1 to 100,000"),
+        ({"grids": {"\u0662": [0, 0.5, 1]}}, "for a number of steps"),
         ({"grids": 3}, "wrong type"),
         ({"colour": "red"}, "no field colour"),
-        ({"noises": "many"}, "wrong type"),
-        ({"guidance": "much"}, "wrong type"),
+        ({"noises": "many"}, "noises is 'many', of the wrong type"),
+        ({"noises": True}, "noises"),
+        ({"noises": -1}, "noises"),
+        ({"seed": 2**64}, "seed"),
+        ({"sampler": ["euler"]}, "sampler"),
+        ({"checkpoint": None}, "checkpoint"),
+        ({"guidance": "much"}, "guidance is 'much', of the wrong type"),
+        ({"guidance": float("inf")}, "guidance"),
+        ({"errors": {"2": None}}, "errors"),
+        ({"errors": {"2": float("nan")}}, "errors"),
+        ({"errors": [1.0]}, "errors"),
+        ({"uniform_errors": {"x": 1.0}}, "uniform_errors has 'x'"),
     ],
 )
 def test_schedules_that_are_damaged_are_refused(change, reason):
     with pytest.raises(ValueError, match=reason):
         Schedule.from_json(json.dumps({**json.loads(SKEWED.to_json()), **change}))
-    with pytest.raises(ValueError):
-        Schedule.from_json("[]")
+    for text in ("[]", "{}", "null", "{", 100_000 * "["):
+        with pytest.raises(ValueError):
+            Schedule.from_json(text)
+
+
+def test_the_mark_of_a_file_is_no_field_and_a_step_count_that_is_missing_is_refused():
+    assert Schedule.from_dict({"written_by": "flowmaps", **json.loads(SKEWED.to_json())}) == SKEWED
+    with pytest.raises(ValueError, match="1, 2 steps has no grid of 3"):
+        SKEWED.only(2, 3)
+
+
+def test_only_grids_that_are_known_to_beat_equal_steps_are_kept():
+    known = replace(SKEWED, uniform_errors={1: 2.0, 2: 0.6})
+    assert list(known.better()) == [2] and list(SKEWED.better()) == []
+    schedule = fit(gaussian_map(), [2, 3, 8], sampler="euler", cost="local_root", noises=16, fine=24).schedule
+    better = [n for n in schedule if schedule.errors[n] < schedule.uniform_errors[n]]
+    assert list(schedule.better()) == better and all(not torch.equal(schedule[n], uniform_times(n)) for n in better)
+
+
+def test_a_grid_is_stored_only_if_its_distance_is_smaller_too(start, tmp_path):
+    model, file = tmp_path / "model", tmp_path / "schedule.json"
+    FlowMap.from_pretrained(start).save_pretrained(model)
+    store_schedule(model, replace(SKEWED, grids={7: uniform_times(7)}, errors={}))
+    done = run_script(
+        "scripts/schedule.py", f"--checkpoint={model}", "--steps=1,2,3,6", "--store", f"--out={file}", "--noises=4",
+        "--fine=6", "--reference=assets/references/digits.npz", "--num=100", check=True,
+    )  # fmt: skip
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[:6]]
+    assert header == ["steps", "error", "error of equal steps", "FD-digits", "FD-digits of equal steps", "times"]
+    expected = [int(n) for n, e, f, d, g, _ in rows if float(e) < float(f) and float(d or "inf") < float(g or 0)]
+    stored = FlowMap.from_pretrained(model).info.schedules["euler"]  # in the place of the one with 7 steps
+    assert list(stored) == expected and 1 not in expected and 6 not in expected  # those are equal steps
+    written = Schedule.from_json(file.read_text())
+    for n in (1, 2, 3, 6):
+        assert torch.equal(written[n], stored[n] if n in stored else uniform_times(n))
+    assert [row[-1] == "equal steps" for row in rows] == [n not in stored for n in (1, 2, 3, 6)]
 
 
 @pytest.mark.parametrize("scheduler", [FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler])
@@ -169,7 +221,8 @@ def test_script_writes_stores_and_draws_and_samples_follow(start, tmp_path):
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.width > 500
     schedule, fm = Schedule.from_json(file.read_text()), FlowMap.from_pretrained(model)
-    assert fm.info.schedules == {"euler": schedule} and schedule.checkpoint == fm.fingerprint()
+    assert fm.info.schedules == {"euler": schedule.better()} and schedule.checkpoint == fm.fingerprint()
+    assert 2 in schedule.better() and "stored for 2" in done.stdout
     file.write_text(replace(schedule, grids={2: (0, 0.9, 1)}, errors={}, uniform_errors={}).to_json())
     usual = ["scripts/sample.py", f"--checkpoint={model}", "--sampler=euler", "--num=4"]
     for flag in ("stored", "uniform", file):
@@ -204,6 +257,11 @@ def test_script_writes_stores_and_draws_and_samples_follow(start, tmp_path):
         (["--checkpoint=CHECKPOINT", "--out=x.json", "--sampler=map"], "no map to jump with"),
         (["--checkpoint=CHECKPOINT", "--out=x.json", "--cost=least"], "least"),
         (["--checkpoint=CHECKPOINT", "--out=/dev/null/x.json"], "--out"),
+        (["--checkpoint=nowhere", "--out=x.json", "--steps=2,2"], "--steps=2,2: must be different"),
+        (["--checkpoint=nowhere", "--out=x.json", "--sampler=heum"], "--sampler=heum"),
+        (["--checkpoint=nowhere", "--out=x.json", "--fine=9999999999"], "--fine=9999999999: must be from 1 to 1024"),
+        (["--checkpoint=owner/name", "--store"], "--checkpoint=owner/name: needs a directory for --store"),
+        (["--checkpoint=nowhere", "--out=x.json", "--reference=nowhere.npz"], "--reference=nowhere.npz"),
     ],
 )
 def test_mistakes_are_one_line(start, flags, reason):
@@ -213,7 +271,10 @@ def test_mistakes_are_one_line(start, flags, reason):
 
 def test_a_schedule_file_that_is_none_is_named(start, tmp_path):
     (tmp_path / "s.json").write_text('{"grids": {"2": [0, 0.6, 0.5, 1]}}')
-    for file, reason in (("s.json", "increase"), ("t.json", "No such file")):
+    (tmp_path / "deep.json").write_text(100_000 * "[" + 100_000 * "]")
+    (tmp_path / "long.json").write_text('{"grids": {"2": [0, 0.5, 1]}, "seed": ' + 10_000 * "9" + "}")
+    reasons = {"s.json": "increase", "t.json": "No such file", "deep.json": "deeply", "long.json": "digits"}
+    for file, reason in reasons.items():
         flags = [f"--checkpoint={start}", "--sampler=euler", "--steps=2", f"--schedule={tmp_path / file}"]
         done = run_script("scripts/sample.py", *flags, f"--out={tmp_path / 'out'}")
         assert done.returncode == 2 and reason in done.stderr and file in done.stderr and done.stderr.count("\n") == 1

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from flowmaps import FlowMap, UserError
 from flowmaps.data import open_dataset
 from flowmaps.pipeline import FlowMapPipeline
-from flowmaps.vae import decode, open_vae
+from flowmaps.vae import decode, moments, open_vae
 from training.config_rows import load_row
 from training.trainer import Trainer
 
@@ -77,7 +77,7 @@ def test_the_export_is_a_complete_pipeline(run, imagenet_root):
     pipe.set_progress_bar_config(disable=True)
     assert pipe(3, num_inference_steps=2).images[0].size == (64, 64)
     x = torch.randn(2, 4, 8, 8)
-    theirs = decode(open_vae(str(imagenet_root / "vae")), x, fm.info.latent_shift, fm.info.latent_scale)
+    theirs = decode(open_vae(str(imagenet_root / "vae")), x, fm.info)
     torch.testing.assert_close(fm.decode(x), theirs)
 
 
@@ -150,6 +150,46 @@ def test_weights_for_latents_of_another_scaling_are_refused(latents, tmp_path):
     config.data.latent_scale, config.data.label_dropout = (), 0.0
     with pytest.raises(UserError, match=r"teacher.* another scaling"):
         Trainer.build(config)
+
+
+def test_a_set_and_weights_for_different_ranges_of_the_vae_are_refused(latents, imagenet_root, tmp_path):
+    """A set that does not say was made for [-1, 1]; one for [0, 1] has other moments and trains weights that say so."""
+    flags = [f"--src={imagenet_root / 'train'}", f"--vae={imagenet_root / 'vae'}", "--size=64"]
+    run_script("scripts/prepare_data.py", "latents", *flags, "--vae_range=0,1", f"--out={tmp_path / 'set'}", check=True)
+    made = open_dataset("prepared", root=str(tmp_path / "set"))
+    pixels = open_dataset("prepared", root=str(imagenet_root / "imagenet64")).fetch(torch.tensor([0]))[0]
+    expected = moments(open_vae(str(imagenet_root / "vae")), pixels / 127.5 - 1, (0.0, 1.0))
+    torch.testing.assert_close(made.fetch(torch.tensor([0]))[0].float(), expected, rtol=2e-3, atol=1e-3)
+    refused = run_script("scripts/prepare_data.py", "latents", *flags, f"--out={tmp_path / 'set'}")
+    assert refused.returncode == 2 and "latents of another vae_range ([0.0, 1.0], now [-1.0, 1.0])" in refused.stderr
+    shutil.copytree(latents, tmp_path / "old")
+    card = json.loads((tmp_path / "old/latents.json").read_text())
+    del card["vae_range"]
+    (tmp_path / "old/latents.json").write_text(json.dumps(card))
+
+    config = load_row("configs/imagenet256.py", "lagrangian,smoke")
+    config.network.image_size, config.network.num_classes, config.data.root = 8, 32, str(tmp_path / "set")
+    fm = Trainer.build(config).averaged(0)
+    assert fm.info.vae_range == (0.0, 1.0)
+    fm.save_pretrained(tmp_path / "model")
+    config.data.root, config.init_from = str(tmp_path / "old"), str(tmp_path / "model")
+    with pytest.raises(
+        UserError, match=r"^init_from=.*pixels in 0 \.\. 1, the prepared set of one for -1 \.\. 1.*vae_range=0,1"
+    ):
+        Trainer.build(config)
+    config.init_from, config.teacher, config.data.label_dropout = "", config.init_from, 0.0
+    with pytest.raises(UserError, match=r"^teacher=.*pixels in 0 \.\. 1"):
+        Trainer.build(config)
+    config.data.root = str(tmp_path / "set")
+    Trainer.build(config)
+
+
+@pytest.mark.parametrize("given", ["1,0", "a,b"])
+def test_ranges_that_are_none_are_refused(given, imagenet_root, tmp_path):
+    flags = [f"--src={imagenet_root / 'train'}", f"--vae={imagenet_root / 'vae'}", f"--vae_range={given}"]
+    done = run_script("scripts/prepare_data.py", "latents", *flags, f"--out={tmp_path / 'set'}")
+    assert done.returncode == 2 and f"--vae_range={given}" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "set").exists()
 
 
 def test_another_vae_is_warned_of(latents, tmp_path, capsys):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, which help and mistakes need
 SRC = flags.DEFINE_string("src", None, "Folder or zip file of images, one folder per class")
 SIZE = flags.DEFINE_integer("size", None, "Pixels per side of the crops [64; latents: 256]", lower_bound=1)
 VAE = flags.DEFINE_string("vae", None, "AutoencoderKL that makes the latents: directory or hub id")
+VAE_RANGE = flags.DEFINE_list("vae_range", ["-1", "1"], "Values of black and white for the VAE; EDM2 has 0,1")
 FLIP = flags.DEFINE_bool("flip", False, "Add latents of the mirror images, as separate items")
 SKIP_CORRUPT = flags.DEFINE_bool("skip_corrupt", False, "Leave out files that are not intact images")
 WORKERS = flags.DEFINE_integer("workers", 0, "Processes that decode images", lower_bound=0)
@@ -69,9 +70,20 @@ def images(size: int, vae: str | None = None) -> None:
     from flowmaps.distributed import processes
     from flowmaps.vae import open_vae
 
-    encoder = Encoder(open_vae(vae).to(processes().device), vae, FLIP.value) if vae else None
+    values = vae_range()
+    encoder = Encoder(open_vae(vae).to(processes().device), vae, FLIP.value, values) if vae else None
     counts = {"shard": SHARD.value, "batch": BATCH.value, "workers": WORKERS.value}
     show(write_images(out, src, SIZE.value or size, encoder, skip_corrupt=SKIP_CORRUPT.value, **counts))
+
+
+def vae_range() -> tuple[float, float]:
+    from flowmaps.info import check_vae_range
+
+    try:
+        low, high = map(float, VAE_RANGE.value)
+    except ValueError:
+        raise UserError("give two numbers, such as 0,1", "vae_range", ",".join(VAE_RANGE.value)) from None
+    return check_vae_range((low, high))
 
 
 def output(path: str) -> Path:

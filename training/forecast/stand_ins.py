@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from flowmaps import FlowMap, UserError
+from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.data import DataSet, Latents, TrajectoryFiles
 from flowmaps.data.dataset import Batch
 from flowmaps.metrics.lpips import lpips, untrained
@@ -101,7 +101,7 @@ def stand_ins(config: Config, data: DataSet, runs: Mapping[str, Config]) -> Iter
         return Unread(fm.network, fm.interpolant_name, fm.base_std, fm.info).eval()
 
     def open_decoder(config: Config, data: Latents) -> Decoder:
-        return Decoder("", data.info["latent_shift"], data.info["latent_scale"])
+        return Decoder("", FlowMapInfo(data.shape, **data.info))
 
     found: dict[str, Any] = {
         "training.initialise.load_flow_map": load_flow_map,

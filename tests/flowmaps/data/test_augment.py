@@ -65,18 +65,62 @@ def test_a_quarter_turn_and_whole_pixel_shifts_are_exact():
     torch.testing.assert_close(moved[..., :-5, 3:], x[..., 5:, :-3], atol=1e-4, rtol=0)
 
 
-def test_rotation_comes_before_stretching(monkeypatch):
-    """EDM's order, with every draw given: a quarter turn, then wide and low."""
+def transform(parameters, sign):
+    """EDM's matrix (appendix F.2, table 6) for points (right, down, 1) of an image that spans [-1, 1]^2.
+
+    scale2d(2^(a2 / 5), 2^(a2 / 5)), then rotate2d(-a3), then rotate2d(a4), scale2d(2^(a5 / 5), 2^(-a5 / 5)) and
+    rotate2d(-a4), then a translation by (a6, a7) eighths of the image. Told are a2, (cos a3 - 1, sin a3),
+    a5 (cos a4, sin a4), a6 and a7. The ``sign`` of a5 is not told: (a5, a4) and (-a5, a4 + pi) look the same.
+    """
+
+    def scale(x, y):
+        return torch.diag(torch.tensor([x, y, 1.0]))
+
+    def rotate(angle):
+        cos, sin = math.cos(angle), math.sin(angle)
+        return torch.tensor([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1.0]])
+
+    a2, cosine, sine, x, y, a6, a7 = parameters[2:].tolist()
+    a3, a4, a5 = math.atan2(sine, cosine + 1), math.atan2(y, x), sign * math.hypot(x, y)
+    shift = torch.tensor([[1, 0, a6 / 4], [0, 1, a7 / 4], [0, 0, 1.0]])
+    stretch = rotate(-a4) @ scale(2 ** (a5 / 5), 2 ** (-a5 / 5)) @ rotate(a4)  # the first to act is on the right
+    return shift @ stretch @ rotate(-a3) @ scale(2 ** (a2 / 5), 2 ** (a2 / 5))
+
+
+def test_images_are_moved_as_the_parameters_say(monkeypatch):
+    """The matrix that a told parameter stands for is the one that is applied, with every draw and each alone."""
     seen = []
-    monkeypatch.setattr("flowmaps.data.augment._moved", lambda x, linear, *rest: seen.append(linear) or x)
-    # mirror | upside down: value, gate | scale gate | turn: angle, gate | stretch gate | axis: gate, angle | shift gate
-    draws = iter([0.9, 0.9, 0.9, 0.9, 0.75, 0.1, 0.1, 0.9, 0.5, 0.9])
-    monkeypatch.setattr(torch, "rand", lambda n, **options: torch.full((n,), next(draws)))
-    monkeypatch.setattr(torch, "randn", lambda n, **options: torch.full((n,), 5.0))
-    _, parameters = edm_augment(torch.zeros(1, 1, 4, 4), 0.5, stream())
-    stretch = torch.diag_embed(torch.tensor([[2.0, 0.5]]))
-    torch.testing.assert_close(seen[0], stretch @ _rotation(torch.tensor([math.pi / 2])))
-    torch.testing.assert_close(parameters[0], torch.tensor([0, 0, 0, -1.0, 1.0, 5.0, 0, 0, 0]), atol=1e-6, rtol=0)
+    monkeypatch.setattr("flowmaps.data.augment._moved", lambda x, *matrix: seen.append(matrix) or x)
+    for probability in (1.0, 0.12):
+        _, parameters = edm_augment(torch.zeros(200, 1, 4, 4), probability, stream())
+        linear, shift, _ = seen.pop()
+        made = torch.cat([linear, shift[:, :, None]], dim=2)
+        both = [torch.stack([transform(p, sign)[:2] for p in parameters]) - made for sign in (1, -1)]
+        off = torch.stack(both).abs().amax(dim=(2, 3))
+        assert off.min(dim=0).values.max() < 1e-5
+        assert 0.3 < (off[0] < off[1])[parameters[:, 5] != 0].float().mean() < 0.7
+
+
+@pytest.mark.parametrize("probability", [1.0, 0.12])
+def test_a_picture_known_everywhere_lands_where_the_parameters_say(probability):
+    """A picture is a function of the place: each pixel shows the place that it came from, to a hundredth."""
+    size = 64
+    ticks = (torch.arange(size) + 0.5) / size * 2 - 1
+    right, down = ticks.expand(size, size), ticks[:, None].expand(size, size)
+
+    def picture(right, down):
+        return 0.4 * torch.sin(3 * right + 1) + 0.4 * torch.cos(2 * down - right)
+
+    made, parameters = edm_augment(picture(right, down).expand(32, 1, size, size), probability, stream(3))
+    places = torch.stack([right, down, torch.ones(size, size)]).flatten(1)
+    for image, p in zip(made, parameters, strict=True):
+        off = []
+        for sign in (1, -1):
+            x, y, _ = transform(p, sign).inverse() @ places
+            inside = (x.abs() < 0.95) & (y.abs() < 0.95)
+            expected = picture(x * (1 - 2 * p[0]), y * (1 - 2 * p[1]))
+            off.append((image.flatten() - expected)[inside].abs().max())
+        assert min(off) < 0.01
 
 
 def test_scale_enlarges():

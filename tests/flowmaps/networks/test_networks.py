@@ -7,7 +7,8 @@ from helpers import generator
 from helpers.small_networks import IMAGES, LABELLED, SMALL, inputs, small
 
 from flowmaps import FlowMap
-from flowmaps.networks import MLP, NETWORKS, PRESETS, DiT, UNet, registered
+from flowmaps.networks import MLP, NETWORKS, PRESETS, DiT, EDM2UNet, UNet, registered
+from flowmaps.networks.conditioning import with_guidance
 from flowmaps.networks.dit import positions
 from flowmaps.networks.layers import normalise
 from flowmaps.objectives import OBJECTIVES, TrajectoryObjective
@@ -170,17 +171,76 @@ def test_checkpointed_gradients_are_the_same(name, objective):
     assert kept[1] < kept[0] / 2
 
 
-QUICK = ("EDM2UNet", "DiT qk_norm")
+QUICK = (("MLP", "none"), ("EDM2UNet", "labels"), ("DiT qk_norm", "rows"))
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in IMAGES]
+    ("name", "label"),
+    [
+        pytest.param(name, label, marks=[] if (name, label) in QUICK else [pytest.mark.slow])
+        for name in SMALL
+        for label in (("labels", "none", "rows") if name in LABELLED else ("none",))
+    ],
 )
-def test_an_exported_network_takes_any_batch(name):
+def test_an_exported_map_takes_any_batch(name, label):
+    """Through ``FlowMap``, with every kind of label: a batch that is frozen in the graph would fail here."""
     fm = small(name).eval()
     batch = torch.export.Dim("batch", min=2, max=64)
-    given = inputs(fm, 3)
-    shapes = [None if part is None else {0: batch} for part in given]
-    exported = torch.export.export(fm.network, given, dynamic_shapes=shapes).module()
-    others = inputs(fm, 5)
-    torch.testing.assert_close(exported(*others), fm.network(*others))
+
+    def given(n):
+        x, s, t, known = inputs(fm, n)
+        if label == "rows":
+            known = with_guidance(known, torch.linspace(1, 3, n), fm.info.num_classes)
+        return x, s, t, None if label == "none" else known
+
+    shapes = [None if part is None else {0: batch} for part in given(3)]
+    exported = torch.export.export(fm, given(3), dynamic_shapes=shapes)
+    for n in (2, 5):
+        torch.testing.assert_close(exported.module()(*given(n)), fm(*given(n)))
+
+
+def test_attention_at_a_resolution_that_no_level_has_is_refused():
+    """At 48 pixels the levels are 48, 24 and 12: attention at 16 would be left out without a word."""
+    for cls, options in ((UNet, {}), (UNet, {"patch": 2, "image_size": 96}), (EDM2UNet, {})):
+        made = {"image_size": 48, "width": 8, "channel_mult": (1, 1, 1), "blocks": 1, **options}
+        for wrong in ((16,), (24, 8), ("24",), "a"):
+            with pytest.raises(ValueError, match=r"attention_resolutions has .*choose from 48, 24, 12"):
+                cls(**made, attention_resolutions=wrong)
+        network = cls(**made, attention_resolutions=(24, 12))
+        assert {"attention"} <= {name.split(".")[-1] for name, _ in network.named_modules()} or network.down[2].heads
+
+
+BOUNDS = [
+    ("UNet", "num_classes", 10**12),
+    ("UNet", "num_classes", -1),
+    ("UNet", "image_size", 10**9),
+    ("UNet", "image_size", 8.0),
+    ("UNet", "blocks", 10**9),
+    ("UNet", "width", 10**9),
+    ("UNet", "channel_mult", ()),
+    ("UNet", "channel_mult", (1, 0)),
+    ("UNet", "channel_mult", 100 * (1,)),
+    ("UNet", "channel_mult", (1, 10**9)),
+    ("UNet", "dropout", 1.0),
+    ("UNet", "data_std", float("inf")),
+    ("UNet", "variant", "samll"),
+    ("UNet", "convention", "edn"),
+    ("EDM2UNet", "num_classes", 10**12),
+    ("EDM2UNet", "augment_dim", 10**12),
+    ("DiT", "image_size", 10**9),
+    ("DiT", "image_size", 16_384),
+    ("DiT", "num_classes", 10**12),
+    ("DiT", "depth", 10**9),
+    ("DiT", "mlp_ratio", float("nan")),
+    ("DiT", "mlp_ratio", 1e9),
+    ("MLP", "depth", 10**9),
+    ("MLP", "fourier_features", 10**12),
+    ("MLP", "fourier_scale", float("nan")),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "value"), BOUNDS)
+def test_options_out_of_range_are_refused_by_name_before_anything_is_allocated(name, option, value):
+    cls, options = SMALL[name]
+    with pytest.raises(ValueError, match="patch at most" if value == 16_384 else option):
+        cls(**{**options, option: value})
