@@ -21,10 +21,10 @@ def test_files_hold_all_batches(sizes, channels, tmp_path):
     x = torch.rand(120, channels, 4, 6) * 2 - 1
     shown = write_samples(batches(x, sizes), tmp_path, 2)
     with np.load(tmp_path / "samples-2.npz", allow_pickle=False) as archive:
-        assert archive.files == ["samples", "label"]
-        assert (archive["samples"] == to_uint8(x).movedim(1, -1).numpy()).all()
+        assert archive.files == ["arr_0", "label", "written_by"]
+        assert (archive["arr_0"] == to_uint8(x).movedim(1, -1).numpy()).all()
         assert (archive["label"] == np.concatenate([np.arange(n) for n in sizes])).all()
-        for i, picture in enumerate(archive["samples"]):
+        for i, picture in enumerate(archive["arr_0"]):
             with Image.open(tmp_path / "steps-2" / f"{i:06d}.png") as image:
                 assert (np.asarray(image).reshape(picture.shape) == picture).all()
     assert torch.equal(shown, x[: len(shown)]) and len(shown) >= 16
@@ -35,7 +35,7 @@ def test_points_have_no_pictures(tmp_path):
     x = torch.randn(50, 2)
     assert torch.equal(write_samples(((part, None) for part in x.split(20)), tmp_path, 1), x)
     with np.load(tmp_path / "samples-1.npz", allow_pickle=False) as archive:
-        assert archive.files == ["samples"] and (archive["samples"] == x.numpy()).all()
+        assert archive.files == ["arr_0", "written_by"] and (archive["arr_0"] == x.numpy()).all()
     assert [path.name for path in tmp_path.iterdir()] == ["samples-1.npz"]
 
 
