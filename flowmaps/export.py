@@ -111,6 +111,8 @@ def save(
         raise UserError(
             f"{type(network).__name__} cannot be saved: derive it from diffusers' ModelMixin and ConfigMixin"
         )
+    if any("_orig_mod." in name for name in network.state_dict()):
+        raise UserError("a part of the network is wrapped by torch.compile: use its method compile(), or save without")
     version = {"_diffusers_version": diffusers.__version__}
     values = {
         "_class_name": "FlowMapPipeline",

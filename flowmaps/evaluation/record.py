@@ -12,6 +12,7 @@ from flowmaps import FlowMap
 from flowmaps.distributed import pick_device
 from flowmaps.errors import UserError
 from flowmaps.evaluation.references import Reference
+from flowmaps.files import WRITTEN_BY
 from flowmaps.markdown import markdown_table
 from flowmaps.reading import parse, read_json
 from flowmaps.vae import fingerprint
@@ -87,6 +88,7 @@ def read_record(file: str | Path) -> Record:
     except UserError as error:
         reason = f"not a record of fid.py --json ({error}): write it again"
         raise UserError(reason, field="record", value=file) from None
+    found.pop(WRITTEN_BY, None)
     return found
 
 

@@ -272,10 +272,10 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
         UserError: The features are not comparable (extractor, weights, image size), or there are fewer than 2 samples.
     """
     check_comparable(a, b)
-    distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * _cross_trace(a, b)
-    if not bool(torch.isfinite(distance)):
-        raise UserError("the Fréchet distance is not finite: the features are too large")
-    return max(float(distance), 0.0)
+    apart = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()
+    if not float(apart) < LARGEST_SQUARE:
+        raise UserError(f"features of size {float(apart) ** 0.5:.0e} have no distance: they must be finite and smaller")
+    return max(float(apart - 2 * _cross_trace(a, b)), 0.0)
 
 
 def check_comparable(a: FeatureStats, b: FeatureStats) -> None:
