@@ -12,26 +12,28 @@ pipeline are built on it.
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
-from flowmaps.errors import UserError, blame
+from flowmaps.errors import UserError, blame, shorten
 from flowmaps.files import WRITER, WRITTEN_BY, Layout, new_directory, writable_directory, write_file
 from flowmaps.hub import from_hub
 from flowmaps.info import FlowMapInfo
 from flowmaps.networks import NETWORKS
+from flowmaps.reading import parse, read_json
+from flowmaps.tensors import check_shapes, read_header, read_tensors
 from samplers import Schedule
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+T = TypeVar("T")
 INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = (INDEX, "scheduler/*.json", "network/*.json", f"network/{WEIGHTS}")
@@ -45,6 +47,29 @@ MODEL = Layout(
 )
 SIGNATURE = f"<!-- {WRITTEN_BY}: {WRITER}, sha256 "
 SCHEDULER = {"num_train_timesteps": 1000, "shift": 1.0}  # the defaults of diffusers' FlowMapEulerDiscreteScheduler
+REMEDY = "export or download it again"
+LAYERS = ("blocks", "depth")  # of a network's config: numbers of layers, which cannot be more than its tensors
+SPARE = 1 << 26  # numbers that a network may hold beyond those of its file, such as tables of positions
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The schema of model_index.json without what diffusers adds (names that begin with _)."""
+
+    interpolant: str
+    base_std: float
+    info: dict[str, Any]
+    network: tuple[str, str]
+    scheduler: tuple[str, str]
+    vae: tuple[str | None, str | None] = (None, None)
+
+
+@dataclass(frozen=True)
+class _Scheduler:
+    """The schema of scheduler_config.json."""
+
+    num_train_timesteps: int
+    shift: float
 
 
 class Exported(NamedTuple):
@@ -86,6 +111,8 @@ def save(
         raise UserError(
             f"{type(network).__name__} cannot be saved: derive it from diffusers' ModelMixin and ConfigMixin"
         )
+    if any("_orig_mod." in name for name in network.state_dict()):
+        raise UserError("a part of the network is wrapped by torch.compile: use its method compile(), or save without")
     version = {"_diffusers_version": diffusers.__version__}
     values = {
         "_class_name": "FlowMapPipeline",
@@ -97,8 +124,8 @@ def save(
         "scheduler": ["flowmaps.pipeline", "FlowMapScheduler"],
         "vae": [None, None] if vae is None else ["diffusers", type(vae).__name__],
     }
-    check_card(directory)
     with new_directory(directory, MODEL) as folder:
+        check_card(directory)
         network.save_pretrained(folder / "network")
         if vae is not None:
             vae.save_pretrained(folder / "vae")
@@ -110,11 +137,16 @@ def save(
             (folder / "README.md").write_text(_signed(readme))
 
 
-def check_output(out: str) -> Path:
-    """Check, before any work, that ``out`` is new or an exported directory, to be replaced; return its path."""
+def check_output(out: str, source: str = "") -> Path:
+    """Check, before any work, that ``out`` is new or an exported directory, to be replaced; return its path.
+
+    It must not be what is exported from ``source``, such as model/ of a run.
+    """
     with blame("out", out):
         MODEL.check(Path(out))
         check_card(Path(out))
+        if source and Path(out).exists() and Path(out).resolve() == _exported_directory(Path(source)).resolve():
+            raise UserError("is the checkpoint itself, which would be lost: choose another directory")
         return writable_directory(Path(out))
 
 
@@ -138,6 +170,7 @@ def store_schedule(source: str | Path, schedule: Schedule) -> None:
         raise UserError(f"{source} is not a directory: a schedule is stored in a directory, or written to a file")
     path = _exported_directory(Path(source)) / INDEX
     index = _read_json(path)
+    FlowMapInfo.from_dict(_parse(_Index, index, path).info)
     index["info"]["schedules"] = {**index["info"].get("schedules", {}), schedule.sampler: asdict(schedule)}
     write_file(path, _json(index), check=False)
 
@@ -163,51 +196,66 @@ def load(source: str | Path, network_class: type[nn.Module] | None = None) -> Ex
     """
     directory = Path(source)
     directory = _exported_directory(directory if directory.is_dir() else from_hub(str(source), FILES))
-    index = _read_json(directory / INDEX)
-    network = _load_network(directory, _network_class(directory / INDEX, index.get("network"), network_class))
+    file = directory / INDEX
+    index = _parse(_Index, _read_json(file), file)
+    scheduler = directory / "scheduler" / "scheduler_config.json"
+    if scheduler.exists() and vars(_parse(_Scheduler, _read_json(scheduler), scheduler)) != SCHEDULER:
+        raise UserError(f"{scheduler} must have {SCHEDULER}, which flowmaps writes: {REMEDY}")
     try:
-        info = FlowMapInfo.from_dict(index["info"])
-        interpolant, base_std = index["interpolant"], index["base_std"]
-    except KeyError as error:
-        raise UserError(f"{directory}/{INDEX} has no {error}: not a flow map written by flowmaps") from None
+        info = FlowMapInfo.from_dict(index.info)
     except (UserError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory}/{INDEX}: {error}") from None
-    has_vae = bool(info.latent_scale and isinstance(index.get("vae"), list) and index["vae"][1])
-    return Exported(network, interpolant, base_std, info, has_vae, directory / INDEX)
+        raise UserError(f"{file}: {error}") from None
+    network = _load_network(directory, _network_class(file, index.network, network_class))
+    if reason := _misfit(info, getattr(network, "config", {})):
+        raise UserError(f"{file}: {reason}: {REMEDY}")
+    return Exported(network, index.interpolant, index.base_std, info, bool(info.latent_scale and index.vae[1]), file)
 
 
-def _network_class(file: Path, component: Any, given: type[nn.Module] | None) -> type[nn.Module]:
+def _misfit(info: FlowMapInfo, config: Any) -> str:
+    """Return what the facts ``info``, where they are known, and the network's config contradict each other in."""
+    shape, classes = info.shape, config.get("num_classes", info.num_classes)
+    if info.num_classes and classes != info.num_classes:
+        return f"num_classes is {info.num_classes:,}, that of the network is {classes:,}"
+    for name, sides in (("dim", 1), ("channels", 3)):
+        if name in config and shape and (len(shape) != sides or shape[0] != config[name]):
+            return f"shape is {list(shape)}, the network's {name} is {config[name]}"
+    if len(shape) == 3 and "image_size" in config and {*shape[1:]} != {config["image_size"]}:
+        return f"shape is {list(shape)}, the network's image_size is {config['image_size']}"
+    return ""
+
+
+def _network_class(file: Path, component: tuple[str, str], given: type[nn.Module] | None) -> type[nn.Module]:
     """Return the class that ``component``, i.e. [module, class name], names; nothing is imported by its name."""
     known: dict[str, type[nn.Module]] = {given.__name__: given} if given else dict(NETWORKS)
-    if not isinstance(component, list) or len(component) != 2 or str(component[1]) not in known:
+    if component[1] not in known:
         remedy = "" if given else "; if the network class is yours, pass it as network_class"
-        raise UserError(f"{file}: network is {component}, expected one of {', '.join(known)}{remedy}")
+        raise UserError(f"{file}: network is {shorten(component)}, expected one of {', '.join(known)}{remedy}")
     return known[component[1]]
 
 
 def _load_network(directory: Path, network_class: type[nn.Module]) -> nn.Module:
+    """Build the network that the config describes, once it is known to be that of the weights."""
     file, weights = directory / "network" / "config.json", directory / "network" / WEIGHTS
     config = {k: v for k, v in _read_json(file).items() if not k.startswith("_")}
+    if not weights.exists():
+        raise UserError(f"{weights} is missing: the checkpoint is incomplete")
+    shapes, _ = read_header(weights, REMEDY)
+    layers = [len(v) if isinstance(v, list) else v for k, v in config.items() if k in LAYERS or isinstance(v, list)]
     try:
-        with torch.device("meta"):  # costs nothing, however large a hostile config is
-            expected = {k: list(v.shape) for k, v in network_class(**config).state_dict().items()}
-    except Exception as error:  # anything can be wrong with the arguments in a file
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} does not describe a {network_class.__name__}: {reason}") from None
-    try:
-        with safe_open(weights, "pt") as opened:
-            found = {k: opened.get_slice(k).get_shape() for k in opened.keys()}  # not a dict
-        if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
-            raise RuntimeError(f"{wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
+        if any(isinstance(count, int) and count > max(len(shapes), 64) for count in layers):
+            raise ValueError(f"it has more layers than {weights.name} has tensors")
+        with torch.device("meta"):  # costs nothing, however wide a hostile config is
+            planned = network_class(**config)
+        numbers = sum(t.numel() for t in chain(planned.parameters(), planned.buffers()))
+        check_shapes(planned, shapes, weights, file)
+        if numbers > weights.stat().st_size + SPARE:
+            raise ValueError(f"it has more numbers than {weights.name}")
         network = network_class(**config)
-        network.load_state_dict(load_file(weights))
-    except FileNotFoundError:
-        raise UserError(f"{weights} is missing: the checkpoint is incomplete") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights} is damaged ({error}): export or download it again") from None
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{weights} does not fit {file}: {reason}") from None
+    except Exception as error:  # anything can be wrong with the arguments in a file
+        if isinstance(error, UserError) and WEIGHTS in error.message:
+            raise
+        raise UserError(f"{file} does not describe a {network_class.__name__}: {shorten(error)}") from None
+    network.load_state_dict(read_tensors(weights, REMEDY))
     return network
 
 
@@ -216,14 +264,13 @@ def _json(values: dict[str, Any]) -> bytes:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: give the directory that save_pretrained or train.py (model/) wrote"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): export or download it again") from None
+    if not path.exists():
+        raise UserError(f"{path} is missing: give the directory that save_pretrained or train.py (model/) wrote")
+    values = read_json(path, REMEDY)
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object")
+        raise UserError(f"{path} must hold a JSON object: {REMEDY}")
     return values
+
+
+def _parse(kind: type[T], values: dict[str, Any], path: Path) -> T:
+    return parse(kind, {name: value for name, value in values.items() if not name.startswith("_")}, str(path))

@@ -16,10 +16,11 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flowmaps.errors import UserError
@@ -43,15 +44,21 @@ class Layout:
         """Refuse a ``path`` that exists and holds what flowmaps did not write there."""
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise UserError(f"{path} is not a directory: choose another name")
-        files = [file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
-        if not files:
-            return
-        if not (path / self.sign).is_file() or self.mark not in _ends(path / self.sign):
+        if Path.cwd().is_relative_to(path.resolve()):
+            raise UserError(f"{path} is the current directory, or has it inside: give the name of a new directory")
+        files: list[Path] = []
+        folders: list[Path] = []
+        for entry in path.rglob("*"):
+            (folders if entry.is_dir() and not entry.is_symlink() else files).append(entry)
+        if files and not ((path / self.sign).is_file() and self.mark in _ends(path / self.sign)):
             raise UserError(f"{path} has files that flowmaps did not write ({files[0].name}): choose another directory")
-        for file in files:
-            name = file.relative_to(path).as_posix()
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.names):
-                raise UserError(f"{path} has a file that flowmaps did not write ({name}): move it, or choose another")
+        above = [parent.as_posix() for pattern in self.names for parent in PurePosixPath(pattern).parents]
+        for kind, entries, patterns in (("file", files, self.names), ("folder", folders, above)):
+            for name in (entry.relative_to(path).as_posix() for entry in entries):
+                if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                    raise UserError(
+                        f"{path} has a {kind} that flowmaps did not write ({name}): move it, or choose another"
+                    )
 
 
 def is_ours(path: Path) -> bool:
@@ -157,6 +164,37 @@ def new_directory(path: Path, layout: Layout) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+@contextmanager
+def lock_later(directory: Path, seconds: float = 60) -> Iterator[Callable[[], None]]:
+    """Yield a function that takes the lock of ``directory``, which other processes' writers hold for moments.
+
+    It is held until the block ends, and the system drops it however the process ends. Without locks on that system,
+    and if it is not free within ``seconds``, the block goes on without it.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(directory, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield lambda: None
+        return
+
+    def acquire() -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:
+                return None
+
+    try:
+        yield acquire
+    finally:
+        os.close(descriptor)
+
+
 def _exchange(new: Path, path: Path) -> None:
     """Put ``new`` in the place of ``path``, which becomes ``new`` if it exists; atomically on Linux."""
     if not path.exists():
@@ -170,7 +208,7 @@ def _exchange(new: Path, path: Path) -> None:
 
 
 def _old(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
+    return path.parent / f".{path.name}.old"
 
 
 def _swap(a: Path, b: Path) -> bool:
@@ -192,7 +230,7 @@ def _temporary(path: Path) -> Path:
         pid = leftover.name.split("-")[2]
         if pid.isdigit() and not _runs(int(pid)):
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-    return path.with_name(f".flowmaps-{host}-{os.getpid()}-{next(_numbers)}.tmp")
+    return path.parent / f".flowmaps-{host}-{os.getpid()}-{next(_numbers)}.tmp"
 
 
 def _runs(pid: int) -> bool:
@@ -219,7 +257,7 @@ def writable_directory(path: Path) -> Path:
     if not existing.is_dir():
         raise UserError(f"{existing} is not a directory: choose another path")
     try:
-        probe = _temporary(existing / path.name)
+        probe = _temporary(existing / "x")
         probe.touch()
         probe.unlink()
         (path / "x").exists()  # a name that is too long

@@ -111,10 +111,14 @@ class FlowMap(nn.Module):
         return self.base_std * rows.to(parameter.device, parameter.dtype, non_blocking=True)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 over the network's config and its weights by name, which records and schedules quote."""
+        """Return the SHA-256 over the network's config and its weights by name, which records and schedules quote.
+
+        It is the same for a network that torch.compile has wrapped, entirely or in parts.
+        """
         config = {k: v for k, v in getattr(self.network, "config", {}).items() if not k.startswith("_")}
         digest = hashlib.sha256(json.dumps([config, self.interpolant_name, self.base_std], sort_keys=True).encode())
-        for name, tensor in sorted(self.network.state_dict().items()):
+        tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in self.network.state_dict().items()}
+        for name, tensor in sorted(tensors.items()):
             digest.update(
                 name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
             )

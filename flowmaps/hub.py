@@ -1,9 +1,10 @@
 """Download files of a repository on the Hugging Face hub, and upload a folder when asked."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import create_repo, snapshot_download, upload_folder
+from huggingface_hub import constants, create_repo, get_token, snapshot_download, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from flowmaps.errors import UserError
@@ -22,6 +23,16 @@ def from_hub(hub_id: str, files: Sequence[str], field: str = "") -> Path:
         first = str(error).strip().split("\n")[0]
         reason = f"no directory {hub_id}, and nothing of that name on the hub: {first}"
     raise UserError(reason, field=field, value=hub_id if field else None)
+
+
+def check_upload(hub_id: str) -> None:
+    """Refuse, before any work, a hub id that is not owner/name, and an upload without a token or offline."""
+    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", hub_id):
+        raise UserError("not a hub id (owner/name)", "push_to_hub", hub_id)
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set: unset it", "push_to_hub", hub_id)
+    if not get_token():
+        raise UserError("there is no token to upload with: `hf auth login`", "push_to_hub", hub_id)
 
 
 def to_hub(folder: Path, hub_id: str) -> str:

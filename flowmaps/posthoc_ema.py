@@ -15,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.files import write_file
+from flowmaps.tensors import read_header, read_tensors
 
 WIDEST = 12**-0.5  # relative width of a power-function average of tau^0: the plain mean of all steps
+REMEDY = "delete it to use the other snapshots"
 Profile = tuple[float, float]  # (t, width): when the average was taken, and its relative standard deviation
 
 
@@ -68,9 +69,17 @@ def list_snapshots(workdir: Path) -> list[Path]:
 
 
 def reconstruct(workdir: Path, width: float) -> dict[str, Tensor]:
-    """Return the average of relative ``width``, in (0, WIDEST), at the last snapshot of the run in ``workdir``."""
+    """Return the average of relative ``width``, in (0, WIDEST), at the last snapshot of the run in ``workdir``.
+
+    Raises:
+        UserError: A snapshot is damaged, or of other parameters than the first.
+    """
     files = list_snapshots(workdir)
-    profiles = [(path, profile) for path in files for profile in _profiles(path)]
+    shapes = [_shapes(path) for path in files]
+    for path, found in zip(files, shapes, strict=True):
+        if any(parameters != next(iter(shapes[0].values())) for parameters in found.values()):
+            raise _damaged(path, f"its parameters are not those of {files[0].name}")
+    profiles = [(path, (_step(path), width)) for path, found in zip(files, shapes, strict=True) for width in found]
     step = max(profile[0] for _, profile in profiles)
     shares = coefficients([profile for _, profile in profiles], (step, width))
     average: dict[str, Tensor] = {}
@@ -86,34 +95,37 @@ def reconstruct(workdir: Path, width: float) -> dict[str, Tensor]:
     return {k: v.float() if v.is_floating_point() else v for k, v in average.items()}
 
 
-def _profiles(path: Path) -> list[Profile]:
-    """Read the profiles in a snapshot from its header."""
-    try:
-        with safe_open(path, "pt") as file:
-            widths = sorted({float(key.partition("/")[0]) for key in file.keys()})
-            return [(int(file.metadata()["step"]), width) for width in widths]
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise _damaged(path, str(error)) from None
+def _shapes(path: Path) -> dict[float, dict[str, tuple[int, ...]]]:
+    """Read from a snapshot's header the shapes of its parameters, by width and name."""
+    shapes, facts = read_header(path, REMEDY)
+    found: dict[float, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        kept, _, name = key.partition("/")
+        if not re.fullmatch(r"0?\.\d{1,20}", kept) or not 0 < float(kept) < WIDEST or str(float(kept)) != kept:
+            raise _damaged(path, f"it has a tensor {key!r}, which has no width")
+        found.setdefault(float(kept), {})[name] = shape
+    if not found or not _step(path) or facts.get("step") != str(_step(path)):
+        raise _damaged(path, f"it says step {facts.get('step')}")
+    return found
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.partition("-")[2])
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            digest = file.metadata()["sha256"]
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise _damaged(path, str(error)) from None
-    if _digest(tensors) != digest:
+    tensors = read_tensors(path, REMEDY)
+    if _digest(tensors) != read_header(path, REMEDY)[1].get("sha256"):
         raise _damaged(path, "its checksum differs")
     return tensors
 
 
 def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} is damaged ({reason}): delete it to use the other snapshots")
+    return UserError(f"{path} is damaged ({reason}): {REMEDY}")
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
-        digest.update(name.encode() + value.numpy().tobytes())
+        digest.update(name.encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -55,6 +55,14 @@ def read_bytes(path: str | Path, remedy: str = "give another path", largest: int
         raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
 
 
+def read_text(path: str | Path, remedy: str) -> str:
+    """Return the content of a text file in UTF-8."""
+    try:
+        return read_bytes(path, remedy).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error}): {remedy}") from None
+
+
 def parse_json(text: str | bytes, where: str, remedy: str) -> Any:
     """Return the value of a JSON text without NaN and infinities; errors name ``where`` and end with ``remedy``."""
     try:

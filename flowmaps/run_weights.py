@@ -1,20 +1,30 @@
 """Weights inside a run directory: checkpoints, their moving averages, and averages reconstructed afterwards."""
 
-import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.files import sha256
 from flowmaps.flow_map import FlowMap
 from flowmaps.posthoc_ema import WIDEST, list_snapshots, reconstruct
+from flowmaps.reading import parse, read_json
+from flowmaps.tensors import read_tensors
 
 FORMAT = 1  # of a checkpoint's directory
+
+
+@dataclass(frozen=True)
+class _State:
+    """The entries that state.json of each checkpoint has; training adds others."""
+
+    format: int
+    step: int
+    images_seen: int
+    files: dict[str, str]  # SHA-256 by name
 
 
 def list_checkpoints(workdir: Path) -> list[Path]:
@@ -30,21 +40,25 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Ten
         UserError: A file is missing or damaged; the message names it.
     """
     remedy = f"delete {path} to resume from the checkpoint before it"
+    file = path / "state.json"
+    state = read_json(file, remedy)
+    names = {f.name for f in fields(_State)}
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        files, version = dict(state["files"]), state["format"]
-        if path.name != f"step-{state['step']:08d}":
-            raise ValueError(f"it says step {state['step']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}/state.json is missing or damaged ({error}): {remedy}") from None
-    if version != FORMAT:
-        raise UserError(f"{path} has checkpoint format {version}, this version reads {FORMAT}")
+        entries = parse(dict[str, Any], state, str(file))
+        known = parse(_State, {name: value for name, value in entries.items() if name in names}, str(file))
+    except UserError as error:
+        raise UserError(f"{error}: {remedy}") from None
+    if known.format != FORMAT:
+        raise UserError(f"{path} has checkpoint format {known.format}, this version reads {FORMAT}")
+    if path.name != f"step-{known.step:08d}":
+        raise UserError(f"{file} is damaged (it says step {known.step}): {remedy}")
     tensors = {}
-    for name, digest in files.items():
-        file = path / name
-        if not file.is_file() or sha256(file) != digest:
-            raise UserError(f"{file} is missing or damaged (its checksum differs): {remedy}")
-        tensors[name.removesuffix(".safetensors")] = load_file(file)
+    for name, digest in known.files.items():
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise UserError(f"{file} is damaged ({name!r} is not the name of a file of tensors): {remedy}")
+        if not (path / name).is_file() or sha256(path / name) != digest:
+            raise UserError(f"{path / name} is missing or damaged (its checksum differs): {remedy}")
+        tensors[name.removesuffix(".safetensors")] = read_tensors(path / name, remedy)
     return state, tensors
 
 
@@ -62,9 +76,11 @@ def run_weights(run: str, which: str) -> dict[str, Tensor]:
     found = list_checkpoints(Path(run))
     if not found:
         raise UserError(f"{run} is not a run with checkpoints: leave it out", field="ema", value=which)
+    if which != "raw" and not re.fullmatch(r"0?\.\d{1,12}", which):
+        raise UserError("give the decay of an average or a width, such as 0.999, or raw", field="ema", value=which)
     tensors = read_checkpoint(found[-1])[1]
-    name = "network" if which == "raw" else f"ema-{which}"
-    width = float(which) if re.fullmatch(r"0?\.\d+", which) else 0.0
+    width = 0.0 if which == "raw" else float(which)
+    name = "network" if which == "raw" else f"ema-{width}"
     if name not in tensors and 0 < width < WIDEST and list_snapshots(Path(run)):
         tensors[name] = reconstruct(Path(run), width)
     if name not in tensors:

@@ -21,6 +21,7 @@ Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n a
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from absl import flags
 
 from flowmaps.cli.run import run
 from flowmaps.errors import UserError, blame
-from flowmaps.files import check_new_file, write_json
+from flowmaps.files import check_new_file, to_json
 
 SUITE = flags.DEFINE_string(
     "suite",
@@ -46,7 +47,7 @@ CPU_MINUTES = flags.DEFINE_float("cpu_minutes", None, "Process time to train for
 NUM = flags.DEFINE_integer(
     "num", None, "Samples to score: 32768 points, 2000 images or (fid) 512 by default; of folders: files", lower_bound=2
 )
-THREADS = flags.DEFINE_integer("threads", None, "Threads that torch may use", lower_bound=1)
+THREADS = flags.DEFINE_integer("threads", None, "Threads that torch may use", 1, 4096)
 JSON = flags.DEFINE_string("json", None, "File for the records, written after each one; those in it are not run again")
 PLOT = flags.DEFINE_string("plot", None, "PNG file for the scores against the number of steps, or of images")
 WRITES = (JSON, PLOT)
@@ -55,7 +56,7 @@ WRITES = (JSON, PLOT)
 def main() -> None:
     import torch
     from benchmarks.speed import machine
-    from benchmarks.suites import PLOTTED, SUITES, Arguments, markdown, plot, stored_records
+    from benchmarks.suites import PLOTTED, SUITES, Arguments, add_record, markdown, plot, stored_records
 
     from flowmaps.images import write_png
 
@@ -69,7 +70,7 @@ def main() -> None:
     rows = rows if ROWS.value is None else ROWS.value
     if not seeds or not rows:
         raise UserError(f"--seeds={','.join(SEEDS.value)} --rows={','.join(rows)}: give integers and rows")
-    if (SUITE.value == "learning") != bool(rates) or not all(rate > 0 for rate in rates):
+    if (SUITE.value == "learning") != bool(rates) or not all(0 < rate < math.inf for rate in rates):
         raise UserError(f"--rates={','.join(RATES.value)}: positive numbers, only for --suite=learning")
     if PLOT.value and (SUITE.value not in PLOTTED or not PLOT.value.endswith(".png")):
         raise UserError(f"--plot={PLOT.value}: a .png file, for --suite={', '.join(PLOTTED)}")
@@ -85,10 +86,9 @@ def main() -> None:
     where = machine()
     for record in records_of(Arguments(list(rows), seeds, **budget, rates=rates, done=done)):
         records.append({**record, "machine": where})
-        print(json.dumps(records[-1]), flush=True)
-        if JSON.value:
-            content = {"suite": SUITE.value, "budget": budget, "records": records}
-            write_json(Path(JSON.value), content)
+        if JSON.value:  # before it is printed, and together with what other processes have written there
+            records = add_record(JSON.value, SUITE.value, budget, records[-1])
+        print(json.dumps(json.loads(to_json(records[-1]))), flush=True)
     if PLOT.value:
         write_png(plot(records, SUITE.value), Path(PLOT.value))
     print(markdown(records, SUITE.value))

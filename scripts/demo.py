@@ -13,6 +13,8 @@ from absl import flags
 
 from flowmaps import UserError
 from flowmaps.cli.run import run
+from flowmaps.errors import blame
+from flowmaps.files import check_new_file
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory to write to; finished runs in it are reused")
 STEPS = flags.DEFINE_integer("steps", 500, "Training steps of each model", lower_bound=1)
@@ -37,6 +39,9 @@ def main() -> None:
     from training.loop import train
 
     workdir = Path(WORKDIR.value)
+    with blame("workdir", workdir):
+        for name in ("grid.png", "distance.png", "report.html"):
+            check_new_file(workdir / name)
     models, configs = {}, {}
     for name, row in (("flow map", "lagrangian"), ("Euler", "flow_matching")):
         config = configs[row] = load_row(CONFIG, row)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from flowmaps.cli.run import required, run
-from flowmaps.files import check_new_file, write_file
+from flowmaps.errors import blame
+from flowmaps.files import WRITER, WRITTEN_BY, check_new_file, write_file
 
 if TYPE_CHECKING:
     from flowmaps.data.dataset import DataSet
@@ -21,6 +22,7 @@ DATA = flags.DEFINE_enum("data", None, ["digits", "fashion_mnist"], "Data set", 
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
 OUT = flags.DEFINE_string("out", None, "Weight file to write (.safetensors)")
 EPOCHS = flags.DEFINE_integer("epochs", 60, "Passes over the training split", lower_bound=1)
+WRITES = (OUT,)
 SEED = flags.DEFINE_integer("seed", 0, "Initialisation, order and shifts")
 BATCH = 128
 
@@ -48,7 +50,9 @@ def main() -> None:
     from flowmaps.images import from_uint8
     from flowmaps.metrics.extractors import CLASSIFIERS, Classifier
 
-    data, out = required(DATA, "digits"), check_new_file(Path(required(OUT, "digits.safetensors")))
+    data, out = required(DATA, "digits"), Path(required(OUT, "digits.safetensors"))
+    with blame("out", out):
+        check_new_file(out)
     train, heldout = (open_dataset(data, split, root=ROOT.value) for split in ("train", "heldout"))
     torch.manual_seed(SEED.value)
     network, order = Classifier(**CLASSIFIERS[data]), ShuffledOrder(len(train), SEED.value)
@@ -67,7 +71,8 @@ def main() -> None:
         schedule.step()
         if (step + 1) % max(1, steps // 10) == 0:
             print(f"step {step + 1}/{steps} loss {loss.item():.3f} held-out accuracy {accuracy(network, heldout):.4f}")
-    write_file(out, save({k: v.contiguous() for k, v in network.eval().state_dict().items()}))
+    weights = {k: v.contiguous() for k, v in network.eval().state_dict().items()}
+    write_file(out, save(weights, {WRITTEN_BY: WRITER}))
     print(f"{out}: held-out accuracy {accuracy(network, heldout):.4f}")
 
 

@@ -8,8 +8,6 @@ python scripts/export.py --checkpoint=runs/digits --out=exported/digits --push_t
 --ema=0.05 needs snapshots: a run with --config.ema_widths=0.05,0.1. It writes a diffusers pipeline directory.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from flowmaps.cli.run import required
@@ -31,19 +29,24 @@ READS, WRITES = (CHECKPOINT, HOW, RESULTS), (OUT,)
 def main() -> None:
     checkpoint, target = required(CHECKPOINT, "runs/digits"), required(OUT, "exported/digits")
 
-    from flowmaps.evaluation.gate import read_record
+    from flowmaps.evaluation.record import read_record
     from flowmaps.export import check_output
     from flowmaps.flow_map import FlowMap
+    from flowmaps.hub import check_upload, to_hub
     from flowmaps.model_card import card
+    from flowmaps.reading import read_text
     from flowmaps.run_weights import take_weights
 
-    out, records = check_output(target), []
+    out, records = check_output(target, checkpoint), []
+    if HUB.value is not None:
+        check_upload(HUB.value)
     for file in RESULTS.value:
         with blame("results", file):
             records.append(read_record(file))
-    if HOW.value is not None and not Path(HOW.value).is_file():
-        raise UserError("no such file", field="how", value=HOW.value)
-    how = Path(HOW.value).read_text() if HOW.value is not None else ""
+    how = ""
+    if HOW.value is not None:
+        with blame("how", HOW.value):
+            how = read_text(HOW.value, "give a Markdown file")
     fm = FlowMap.from_pretrained(checkpoint)
     if EMA.value is not None:
         take_weights(fm, checkpoint, EMA.value)
@@ -54,6 +57,4 @@ def main() -> None:
     fm.save_pretrained(out, card(fm, NAME.value or HUB.value or target, LICENSE.value, records, how))
     print(f"{out}: {weights[:12]}, ema {fm.info.ema or 'none'}, {fm.info.images_seen} images seen")
     if HUB.value is not None:
-        from flowmaps.hub import to_hub
-
         print(to_hub(out, HUB.value))

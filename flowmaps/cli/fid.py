@@ -9,14 +9,12 @@ Exit code: 0 scored and within the limits, 1 a limit exceeded, 2 not scored.
 """
 
 import os
-from pathlib import Path
 
 from absl import flags
 
 from flowmaps.cli.run import required
 from flowmaps.cli.sampling_flags import SamplingFlags
 from flowmaps.errors import UserError, blame
-from flowmaps.files import check_new_file, writable_directory
 
 SAMPLING = SamplingFlags(num=50_000, several=True)
 SAMPLES = flags.DEFINE_string("samples", None, "Folder or .npz of images to score, instead of --checkpoint")
@@ -26,14 +24,26 @@ WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor")
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
 METRICS = flags.DEFINE_list("metrics", [], "fid; on inception also kid, is, prc; kl for points [fid, for points kl]")
 KID = flags.DEFINE_integer("kid_subset", 1000, "Images in each of KID's subsets", lower_bound=2)
-REPEATS = flags.DEFINE_integer("repeats", 1, "Samplings, with consecutive seeds: mean and spread", lower_bound=1)
-MAX_FID = flags.DEFINE_float("max_fid", None, "Exit with 1 if any distance is above this")
+REPEATS = flags.DEFINE_integer("repeats", 1, "Samplings, with consecutive seeds: mean and spread", 1, 1000)
+MAX_FID = flags.DEFINE_float("max_fid", None, "Exit with 1 if any distance is above this", lower_bound=0.0)
 MAX_REGRESSION = flags.DEFINE_string("max_regression", None, "Exit with 1 if any distance is above that in this record")
-TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "By how much: 0.05 is 5 percent", lower_bound=0.0)
+TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "By how much: 0.05 is 5 percent, 1 is twice as much", 0.0, 1.0)
 JSON = flags.DEFINE_string("json", None, "File for the record")
 JUNIT = flags.DEFINE_string("junit", None, "File for the verdicts as JUnit XML")
 MEMORISATION = flags.DEFINE_bool("memorisation", False, "Floor and nearest-neighbour distances (small data sets)")
-READS, WRITES = (SAMPLING.checkpoint, SAMPLES, REFERENCE, WEIGHTS, MAX_REGRESSION), (JSON, JUNIT)
+READS, WRITES = (*SAMPLING.reads, SAMPLES, REFERENCE, WEIGHTS, MAX_REGRESSION), (JSON, JUNIT)
+
+
+def _check_idle_flags() -> None:
+    """Refuse flags that would have no effect, most of all on a gate."""
+    if SAMPLES.value:
+        for flag in (*SAMPLING.all(), REPEATS):
+            if flag.present:
+                raise UserError("needs --checkpoint, not --samples: leave it out", flag.name, flag.value)
+    if TOLERANCE.present and not MAX_REGRESSION.value:
+        raise UserError("needs --max_regression: give it, or leave this out", "tolerance", TOLERANCE.value)
+    if KID.present and "kid" not in METRICS.value:
+        raise UserError("needs kid among --metrics: add it, or leave this out", "kid_subset", KID.value)
 
 
 def main() -> int:
@@ -41,23 +51,25 @@ def main() -> int:
     if (SAMPLING.checkpoint.value is None) == (SAMPLES.value is None):
         raise UserError("give either --checkpoint or --samples")
     reference = required(REFERENCE, "digits:heldout")
+    _check_idle_flags()
 
+    from flowmaps.data.registry import check_source
     from flowmaps.distributed import team
     from flowmaps.evaluation import evaluate, gate, open_reference
     from flowmaps.evaluation.references import built_in, open_images
-    from flowmaps.metrics.scores import distance_of, needs_reference_features
+    from flowmaps.metrics.extractors import check_extractor
+    from flowmaps.metrics.scores import check_names, distance_of, needs_reference_features
 
     if MEMORISATION.value and not built_in(reference):
         raise UserError("--memorisation needs a data set with a held-out split, e.g. --reference=digits:heldout")
-    if SAMPLES.value and REPEATS.value > 1:
-        raise UserError("--repeats needs --checkpoint")
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
-    for flag, file in (("json", JSON.value), ("junit", JUNIT.value)):
-        if file:
-            with blame(flag, file):
-                check_new_file(Path(file))
-    if summary:
-        writable_directory(Path(summary).parent)  # it is appended to
+    gate.check_outputs(JSON.value, JUNIT.value, summary)
+    check_extractor(EXTRACTOR.value, WEIGHTS.value)
+    check_names(METRICS.value)
+    for name, source in (("reference", reference), ("samples", SAMPLES.value)):
+        if source:
+            with blame(name, source):
+                check_source(source)
     limits = gate.Limits.read(MAX_FID.value, MAX_REGRESSION.value, TOLERANCE.value)
     everyone, keep = team(), needs_reference_features(METRICS.value)
     images = open_images(SAMPLES.value, ROOT.value, everyone) if SAMPLES.value else SAMPLING.load()

@@ -24,7 +24,7 @@ from flowmaps.files import check_new_file, writable_directory
 SAMPLING = SamplingFlags(num=64)
 OUT = flags.DEFINE_string("out", None, "Directory to write to")
 BESIDE = flags.DEFINE_enum("beside", None, SAMPLER_NAMES, "Sampler to compare with in grid.png, in equal steps")
-READS, WRITES = (SAMPLING.checkpoint,), (OUT,)
+READS, WRITES = SAMPLING.reads, (OUT,)
 
 
 def main() -> None:
@@ -39,18 +39,18 @@ def main() -> None:
     from flowmaps.images import COLUMNS, hstack, sample_grid, to_pil, write_png
     from flowmaps.run_weights import take_weights
 
+    with blame("out", directory):
+        out = writable_directory(directory)
+        for count in SAMPLING.counts():
+            PICTURES.check(out / f"steps-{count}")
+            check_new_file(out / f"samples-{count}.npz")
+        check_new_file(out / "grid.png")
     fm = SAMPLING.load()
     settings = SAMPLING.settings(fm)
     guided: dict[str, Any] = {name: getattr(SAMPLING, name).value for name in ("label", "guidance", "gamma")}
     others = []
     if BESIDE.value:
         others = sampling_settings(fm, SAMPLING.counts(), [BESIDE.value], ["uniform"], **guided)
-    with blame("out", directory):
-        out = writable_directory(directory)
-        for setting in settings:
-            PICTURES.check(out / f"steps-{setting.steps}")
-            check_new_file(out / f"samples-{setting.steps}.npz")
-        check_new_file(out / "grid.png")
     for ema in SAMPLING.ema.value:  # at most one
         take_weights(fm, SAMPLING.checkpoint.value or "", ema)
 

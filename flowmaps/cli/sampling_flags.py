@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -62,15 +62,25 @@ class SamplingFlags:
         self.vae_dtype = flags.DEFINE_enum("vae_dtype", "float32", DTYPE_NAMES, "Precision of the VAE")
         self.vae_batch = flags.DEFINE_integer("vae_batch", 8, "Latents decoded at a time", lower_bound=1)
         self.vae_tiling = flags.DEFINE_bool("vae_tiling", False, "Decode in overlapping tiles: less memory")
-        self.batch = flags.DEFINE_integer("batch", 500, "Samples at a time", lower_bound=1)
+        self.batch = flags.DEFINE_integer("batch", 500, "Samples at a time", 1, 1_000_000)
+
+        self.reads = (self.checkpoint, self.schedule, self.vae)
+
+    def all(self) -> "list[flags.FlagHolder[Any]]":
+        """Return all flags defined here."""
+        return [flag for flag in vars(self).values() if isinstance(flag, flags.FlagHolder)]
 
     def counts(self) -> list[int]:
         """Return the step counts of ``--steps``."""
+        from flowmaps.evaluation.settings import check_choices
+
+        given = ",".join(self.steps.value)
         try:
-            return [int(value) for value in self.steps.value]
+            counts = [int(value) for value in self.steps.value]
         except ValueError:
-            given = ",".join(self.steps.value)
             raise UserError("give different whole numbers of at least 1", field="steps", value=given) from None
+        check_choices(counts, self.sampler.value, self.schedule.value)
+        return counts
 
     def load(self) -> "FlowMap":
         """Open the flow map of ``--checkpoint``, on the accelerator if there is one, and check all flags against it."""
@@ -96,9 +106,11 @@ class SamplingFlags:
 
     def _check(self) -> None:
         """Refuse what needs no checkpoint to be refused."""
-        from flowmaps.evaluation.settings import check_choices
+        from flowmaps.step_sizes import read_schedule
 
-        check_choices(self.counts(), self.sampler.value, self.schedule.value)
+        self.counts()
+        for file in set(self.schedule.value) - {"stored", "uniform"}:
+            read_schedule(file)
         if len(set(self.ema.value)) < len(self.ema.value):
             raise UserError("give different ones", field="ema", value=",".join(self.ema.value))
         for flag in (self.sampler, self.schedule, self.ema):

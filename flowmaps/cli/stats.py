@@ -13,12 +13,12 @@ from flowmaps.errors import blame
 from flowmaps.files import check_new_file
 
 DATA = flags.DEFINE_string("data", None, "Data set NAME[:split], folder or zip of images, or .npz of images")
-OUT = flags.DEFINE_string("out", None, "Statistics file to write (.npz)")
+OUT = flags.DEFINE_string("out", None, "Statistics file to write, an .npz whatever its name")
 EXTRACTOR = flags.DEFINE_string("extractor", None, "Feature extractor; by default the data set's own, else inception")
 WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor")
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
 DOWNLOAD = flags.DEFINE_bool("download", False, "Fetch the data set's files into --root first")
-SIZE = flags.DEFINE_integer("size", None, "Crop and resize the images of a folder or zip to this", lower_bound=1)
+SIZE = flags.DEFINE_integer("size", None, "Crop and resize the images of a folder or zip to this", 1, 4096)
 FEATURES = flags.DEFINE_bool("features", False, "Also keep the features, for KID, precision and recall (large)")
 SKIP_CORRUPT = flags.DEFINE_bool("skip_corrupt", False, "Leave out files that are not complete images")
 READS, WRITES = (DATA, WEIGHTS), (OUT,)
@@ -32,17 +32,20 @@ def main() -> None:
     from flowmaps.data.registry import check_source
     from flowmaps.distributed import pick_device, team
     from flowmaps.evaluation.references import built_in, cached_stats, open_for_scoring, pick_extractor
+    from flowmaps.metrics.extractors import check_extractor
 
+    # Flags first, then the images, and the extractor last: its weights may have to be downloaded.
     with blame("data", data):
         check_source(data)
     with blame("out", out):
         check_new_file(out)
-    extractor = pick_extractor(EXTRACTOR.value, WEIGHTS.value, data, pick_device())
+    check_extractor(EXTRACTOR.value, WEIGHTS.value)
     everyone = team()
     if DOWNLOAD.value and not everyone.rank:
         download(built_in(data) or data, ROOT.value)
     everyone.barrier()
     images = open_for_scoring(data, ROOT.value, SIZE.value, SKIP_CORRUPT.value, everyone)
+    extractor = pick_extractor(EXTRACTOR.value, WEIGHTS.value, data, pick_device())
     stats = cached_stats(images, extractor, FEATURES.value, everyone)
     if not everyone.rank:
         stats.save(out)

@@ -1,6 +1,7 @@
 """The gate for CI: limits, a comparison with an earlier record, and reports that CI systems read."""
 
-import json
+import math
+import os
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
@@ -9,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from flowmaps.errors import UserError, blame
-from flowmaps.evaluation.record import Record, Row, table
-from flowmaps.files import WRITER, WRITTEN_BY, write_file, write_json
+from flowmaps.evaluation.record import ROW_KEY, Record, Row, read_record, table
+from flowmaps.files import WRITER, WRITTEN_BY, check_new_file, writable_directory, write_file, write_json
 
-# What two records must agree in before their distances can be compared, and what identifies a row.
+# What two records must agree in before their distances can be compared.
 PROTOCOL = ("metric", "extractor", "num", "seeds", "label", "guidance", "gamma")
-ROW_KEY = ("ema", "sampler", "grid", "steps")
 
 
 @dataclass(frozen=True)
@@ -26,33 +26,28 @@ class Verdict:
     reasons: tuple[str, ...] = ()
 
 
-def read_record(file: str | Path) -> Record:
-    """Read a record with distances that ``fid.py --json`` wrote.
-
-    Raises:
-        UserError: The file is missing or is something else.
-    """
-    try:
-        found: Record = json.loads(Path(file).read_bytes())
-        _ = {fact: found[fact] for fact in PROTOCOL}, [row[found["metric"]] + 0.0 for row in found["results"]]
-        _ = [found["reference"][known] for known in ("content", "sha256")]
-    except OSError as error:
-        reason = f"{error.strerror}: give a file that fid.py --json wrote"
-        raise UserError(reason, field="record", value=file) from None
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"not a record of fid.py --json ({error!r}): write it again"
-        raise UserError(reason, field="record", value=file) from None
-    return found
-
-
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a distance: ``max_fid``, and (1 + ``tolerance``) times the distance in the record ``file``."""
+    """The limits of a distance: ``max_fid``, and (1 + ``tolerance``) times the distance in the record ``file``.
+
+    Raises:
+        UserError: A limit is not a finite number of at least 0, or the record is that of a run that failed its gate.
+    """
 
     max_fid: float | None = None
     file: str = ""
     tolerance: float = 0.0
     baseline: Record | None = None
+
+    def __post_init__(self) -> None:
+        for field, value in (("max_fid", self.max_fid), ("tolerance", self.tolerance)):
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UserError("must be a number of at least 0", field=field, value=value)
+        if self.baseline is not None and self.baseline.get("failed"):
+            raise self._refusal(
+                f"was written by a run that failed its gate ({self.baseline['failed'][0]}): give the record that this "
+                "run was compared with, or accept these scores by writing the record again without a limit"
+            )
 
     @classmethod
     def read(cls, max_fid: float | None, file: str | None, tolerance: float) -> "Limits":
@@ -125,18 +120,45 @@ def name(row: Row) -> str:
     return f"{row['sampler']}, {row['steps']} step{'s' * (row['steps'] > 1)}, {row['grid']}{average}"
 
 
+def check_outputs(json_file: str | None, junit_file: str | None, page: str | None) -> None:
+    """Refuse, before any work, files that ``finish`` could not write, or that are something else of flowmaps."""
+    for field, file, is_kind in (("json", json_file, _is_record), ("junit", junit_file, _is_junit)):
+        if file:
+            with blame(field, file):
+                target = check_new_file(Path(file))
+                if target.exists() and target.stat().st_size and not is_kind(target):
+                    raise UserError("is another kind of file that flowmaps wrote: choose another name")
+    if page:
+        writable_directory(Path(page).parent)  # it is appended to
+        if Path(page).exists() and not (Path(page).is_file() and os.access(page, os.W_OK)):
+            raise UserError(
+                f"GITHUB_STEP_SUMMARY={page} is not a file that can be written: set it to another, or unset it"
+            )
+
+
+def _is_record(file: Path) -> bool:
+    try:
+        return bool(read_record(file))
+    except UserError:
+        return False
+
+
+def _is_junit(file: Path) -> bool:
+    return b"<testsuites" in file.read_bytes()[:1000]
+
+
 def finish(report: Record, limits: Limits, json_file: str | None, junit_file: str | None, page: str | None) -> int:
     """Print the results, write the files and return the exit code; the Markdown file ``page`` is appended to."""
     verdicts = limits.judge(report)
-    if json_file:
-        write_json(Path(json_file), report)
+    failed = failures(verdicts)
+    if json_file:  # of a failed run too, but marked, so that it never becomes a baseline, whatever it is copied to
+        write_json(Path(json_file), report | ({"failed": failed} if failed else {}))
     if junit_file:
         write_file(Path(junit_file), junit(report, verdicts))
     if page:
         with Path(page).open("a") as file:
             file.write(summary(report, verdicts))
     print(table(report["results"]))  # once everything is on the disk
-    failed = failures(verdicts)
     if failed:
         print(f"gate failed: {'; '.join(failed)}", file=sys.stderr)
     return int(bool(failed))

@@ -2,18 +2,103 @@
 
 import platform
 import sys
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import flowmaps
 from flowmaps import FlowMap
 from flowmaps.distributed import pick_device
+from flowmaps.errors import UserError
 from flowmaps.evaluation.references import Reference
+from flowmaps.files import WRITTEN_BY
 from flowmaps.markdown import markdown_table
+from flowmaps.reading import parse, read_json
 from flowmaps.vae import fingerprint
 
 Row = dict[str, Any]
 Record = dict[str, Any]
+ROW_KEY = ("ema", "sampler", "grid", "steps")  # what identifies a row
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The schema of a record's ``reference``."""
+
+    data: str
+    split: str
+    size: str
+    crop: str
+    content: str
+    weights: str
+    n: int | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The schema of a record in a file."""
+
+    metric: str
+    extractor: dict[str, str]
+    reference: _Reference
+    model: dict[str, Any]
+    source: str
+    num: int
+    seeds: list[int]
+    label: int | None
+    guidance: float | None
+    gamma: float | None
+    command: str
+    device: str
+    versions: dict[str, str]
+    results: list[Row]
+    failed: list[str] = field(default_factory=list)  # reasons why the run that wrote it failed its gate
+    written_by: str = ""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The schema of a row of ``results`` without its scores; a row of images has only scores."""
+
+    ema: float | None = None
+    sampler: str = ""
+    grid: str = ""
+    steps: int = 0
+    nfe: int = 0
+    weights: str = ""
+    times: list[float] = field(default_factory=list)
+    spread: dict[str, float] = field(default_factory=dict)
+    repeats: list[dict[str, float]] = field(default_factory=list)
+
+
+def read_record(file: str | Path) -> Record:
+    """Read a record with finite scores that ``fid.py --json`` wrote.
+
+    Raises:
+        UserError: The file is missing, damaged or something else; the field is "record".
+    """
+    try:
+        found: Record = read_json(file, "give a file that fid.py --json wrote")
+        record = parse(_Record, found, "it")
+        keys = [_check_row(row, record.metric, f"results[{i}]") for i, row in enumerate(record.results)]
+        if not keys or len(set(keys)) < len(keys):
+            raise UserError("results has no rows, or two rows of the same name")
+    except UserError as error:
+        reason = f"not a record of fid.py --json ({error}): write it again"
+        raise UserError(reason, field="record", value=file) from None
+    found.pop(WRITTEN_BY, None)
+    return found
+
+
+def _check_row(row: Row, metric: str, where: str) -> tuple[Any, ...]:
+    known = {f.name for f in fields(_Row)}
+    facts = parse(_Row, {name: value for name, value in row.items() if name in known}, where)
+    scores = parse(dict[str, float], {name: value for name, value in row.items() if name not in known}, where)
+    if not scores.get(metric, -1) >= 0:
+        raise UserError(f"{where}: {metric} is missing or negative")
+    return tuple(getattr(facts, name) for name in ROW_KEY)
 
 
 def describe(reference: Reference, fm: FlowMap | None, facts: dict[str, Any]) -> Record:

@@ -18,9 +18,9 @@ from flowmaps.data import ArrayData, DataSet, Latents, iterate, open_dataset
 from flowmaps.data.registry import builtin_name, check_source
 from flowmaps.distributed import ALONE, Team, pick_device
 from flowmaps.errors import UserError, blame
-from flowmaps.files import cache_directory, new_file
+from flowmaps.files import cache_directory
 from flowmaps.metrics import FeatureStats
-from flowmaps.metrics.extractors import EXTRACTORS, INCEPTION_HASH, Extractor, load_extractor
+from flowmaps.metrics.extractors import EXTRACTORS, INCEPTION_HASH, Extractor, check_extractor, load_extractor
 from flowmaps.metrics.memorisation import Memorisation, memorisation
 from flowmaps.metrics.stats import REMEDY, frechet_distance
 from flowmaps.reading import npz_shapes
@@ -75,11 +75,14 @@ def open_reference(
     if isinstance(source, FeatureStats):
         return Reference(source, _extractor_of(source, "statistics", extractor, weights, device))
     source = str(source)
+    check_extractor(extractor, weights)
     with blame("reference", source):
         check_source(source)
-    shapes = npz_shapes(source, REMEDY) if Path(source).is_file() and source.endswith(".npz") else {}
-    only_images = "mu" not in shapes and {"samples", "arr_0"} & shapes.keys()
-    if only_images or not source.endswith((".npz", ".pkl")):
+    path, names = Path(source), set[str]()
+    is_archive = path.is_file() and path.suffix != ".zip"
+    if is_archive and path.suffix != ".pkl":
+        names = set(npz_shapes(source, REMEDY))
+    if not is_archive or ("mu" not in names and {"samples", "arr_0"} & names):
         images = open_for_scoring(source, root, team=team)  # refused before an extractor is downloaded
         chosen = pick_extractor(extractor, weights, source, device)
         return Reference(cached_stats(images, chosen, keep, team), chosen, built_in(source))
@@ -92,7 +95,7 @@ def open_reference(
             "not torch-fidelity's port of it",
             file=sys.stderr,
         )
-    if keep and "arr_0" in shapes:  # ADM's moments are of the complete data set, its images a part of it
+    if keep and "arr_0" in names:  # ADM's moments are of the complete data set, its images a part of it
         images = open_for_scoring(source, root)
         stats.features = cached_stats(images, chosen, keep, team).features
     return Reference(stats, chosen)
@@ -139,8 +142,7 @@ def cached_stats(images: DataSet, extractor: Extractor, keep: bool = False, team
     stats.origin = replace(stats.origin, content=content)
     if not team.rank:
         try:
-            with new_file(file, check=False) as beside:
-                stats.save(beside)
+            stats.save(file, check=False)
         except OSError:  # the cache is optional: without it the next call computes again
             pass
     return stats

@@ -6,6 +6,8 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowmaps.errors import UserError
-from flowmaps.files import WRITER, WRITTEN_BY, Layout, new_directory, new_file
+from flowmaps.files import WRITER, WRITTEN_BY, Layout, lock_later, new_directory, new_file
 from flowmaps.flow_map import FlowMap
 from flowmaps.generate import generate
 from flowmaps.images import COLUMNS, png, sample_grid, to_pil, to_uint8
@@ -29,28 +31,34 @@ GRID = 8192  # samples that a grid may need: a point cloud takes many
 def write_samples(batches: Iterable[tuple[Tensor, Tensor | None]], out: Path, count: int) -> Tensor:
     """Write the samples of one step count as they are made, to steps-N/*.png and samples-N.npz.
 
-    A folder of an earlier call is replaced, so that it never holds a mix. Points have no pictures. Memory does not grow
-    with the number of samples. Returns the first ones, as many as a grid shows.
+    A folder of an earlier call is replaced, so that it never holds a mix; of two calls at a time the last one's files
+    stay. Points have no pictures. Memory does not grow with the number of samples. Returns the first ones, as many as a
+    grid shows.
     """
     shown: list[Tensor] = []
     labels: list[Tensor] = []
     pictures: list[Future[None]] = []
     done = 0
+    made = iter(batches)
+    first = next(made)
+    has_pictures = first[0].ndim == 4
+    out.mkdir(parents=True, exist_ok=True)
     with (
-        new_directory(out / f"steps-{count}", PICTURES) as folder,
+        lock_later(out) as lock,
+        new_directory(out / f"steps-{count}", PICTURES) if has_pictures else nullcontext(out) as folder,
         new_file(out / f"samples-{count}.npz") as archive,
         tempfile.TemporaryFile(dir=out) as rows,
         ThreadPoolExecutor() as pool,
     ):
-        for x, label in batches:
+        for x, label in chain([first], made):
             if not bool(torch.isfinite(x).all()):
                 raise UserError(f"the model's samples in {count} steps hold NaN or infinity: nothing is written")
             x = x.cpu()
-            if done < (COLUMNS if x.ndim == 4 else GRID):
+            if done < (COLUMNS if has_pictures else GRID):
                 shown.append(x)
             for picture in pictures:  # of the batch before, so that no more than two are in memory
                 picture.result()
-            if x.ndim == 4:
+            if has_pictures:
                 x = to_uint8(x)
                 pictures = [pool.submit(_save, image, folder / f"{done + i:06d}.png") for i, image in enumerate(x)]
                 x = x.movedim(1, -1).contiguous()
@@ -60,15 +68,14 @@ def write_samples(batches: Iterable[tuple[Tensor, Tensor | None]], out: Path, co
         for picture in pictures:
             picture.result()
         with zipfile.ZipFile(archive, "w") as file:
-            with file.open("samples.npy", "w", force_zip64=True) as target:
+            with file.open("arr_0.npy", "w", force_zip64=True) as target:  # the name that ADM's evaluator reads
                 rows.seek(0)
                 shutil.copyfileobj(rows, target)
             arrays = {"label": torch.cat(labels).numpy()} if labels else {}
             for name, array in {**arrays, WRITTEN_BY: np.array(WRITER)}.items():
                 with file.open(f"{name}.npy", "w") as target:
                     np.lib.format.write_array(target, array)
-    if not pictures:
-        (out / f"steps-{count}").rmdir()
+        lock()  # so that pictures and archive are of one call
     return torch.cat(shown)
 
 

@@ -12,6 +12,8 @@ from flowmaps.generate import check_sampling, labels_for
 from flowmaps.step_sizes import read_schedule
 from samplers import SAMPLERS, Schedule, uniform_times
 
+MOST_STEPS = 100_000
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -51,9 +53,10 @@ def check_choices(
     steps: Sequence[int], samplers: Sequence[str], schedules: Sequence[str | Schedule] = ("stored",)
 ) -> None:
     """Refuse choices that no model allows, such as a step count of 0 or an unknown sampler."""
-    if not steps or min(steps) < 1 or len(set(steps)) < len(steps):
+    if not steps or min(steps) < 1 or max(steps) > MOST_STEPS or len(set(steps)) < len(steps):
         given = ",".join(map(str, steps))
-        raise UserError("give different whole numbers of at least 1", field="steps", value=given)
+        reason = f"give different whole numbers from 1 to {MOST_STEPS:,}"
+        raise UserError(reason, field="steps", value=given)
     for field, values in (("sampler", samplers), ("schedule", schedules)):
         if not values or len(set(values)) < len(values):
             raise UserError("give at least one, all different", field=field, value=",".join(map(str, values)))

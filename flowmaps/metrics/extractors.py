@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import flowmaps
-from flowmaps.errors import UserError
+from flowmaps.errors import UserError, shorten
 from flowmaps.files import sha256
 from flowmaps.images import from_uint8
 from flowmaps.metrics.stats import INCEPTION_DIM, FeatureStats, Origin, pixels
+from flowmaps.tensors import check_shapes, read_header, read_tensors
 
 INCEPTION_BATCH = {"cpu": 16}  # images of 299 x 299 at a time: more are slower (docs/metrics.md) and take memory
 INCEPTION_HASH = "6726825d"  # first digits of the SHA-256 of the weights that torch-fidelity releases
@@ -125,10 +124,10 @@ def _classifier(name: str, weights: Path | None, device: torch.device) -> Extrac
     file, options = weights or extractor_file(name), CLASSIFIERS[name]
     network = Classifier(**options)
     try:
-        network.load_state_dict(load_file(file))
-    except (SafetensorError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"not a weight file of {name!r}: {reason}", field="weights", value=file) from None
+        check_shapes(network, read_header(file, "give another file")[0], file, f"the extractor {name}")
+        network.load_state_dict(read_tensors(file, "give another file"))
+    except UserError as error:
+        raise UserError(f"not a weight file of {name!r}: {error}", field="weights", value=file) from None
     network.to(device).eval().requires_grad_(False)
     shape = (options["channels"], options["size"], options["size"])
 
@@ -145,6 +144,8 @@ def _inception(name: str, weights: Path | None, device: torch.device) -> Extract
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     from torch_fidelity.utils import create_feature_extractor
 
+    from flowmaps.importers.pickles import read_tensors as read_pickled
+
     file = weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if not file.is_file() and weights is None:
         try:
@@ -158,12 +159,12 @@ def _inception(name: str, weights: Path | None, device: torch.device) -> Extract
                 f"fetch {URL_INCEPTION_V3} where there is a network and pass its file as weights"
             ) from None
     try:  # torch-fidelity would unpickle anything, so refuse everything but tensors first
-        torch.load(file, weights_only=True, map_location="cpu")
+        read_pickled(file)
         network: Any = create_feature_extractor(
             "inception-v3-compat", ["2048"], cuda=False, feature_extractor_weights_path=str(file), verbose=False
         )
     except Exception as error:  # torch.load and load_state_dict raise a dozen types on a wrong file
-        reason = " ".join(str(error).split())[:200]
+        reason = error.message if isinstance(error, UserError) else shorten(error)
         raise UserError(
             f"not an Inception weight file of torch-fidelity: {reason}", field="weights", value=file
         ) from None
@@ -210,8 +211,13 @@ def load_extractor(name: str, weights: str | Path | None = None, device: torch.d
     Raises:
         UserError: The extractor is unknown, or the weight file is missing or not one of this extractor.
     """
-    if name not in EXTRACTORS:
+    check_extractor(name, weights)
+    return EXTRACTORS[name](name, None if weights is None else Path(weights), torch.device(device))
+
+
+def check_extractor(name: str | None, weights: str | Path | None = None) -> None:
+    """Refuse, before any work, an unknown extractor and a weight file that is not there; ``name`` None is any."""
+    if name is not None and name not in EXTRACTORS:
         raise UserError(f"choose one of {', '.join(EXTRACTORS)}", field="extractor", value=name)
     if weights is not None and not Path(weights).is_file():
         raise UserError("no such file", field="weights", value=weights)
-    return EXTRACTORS[name](name, None if weights is None else Path(weights), torch.device(device))

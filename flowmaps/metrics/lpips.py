@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowmaps.errors import UserError
+from flowmaps.errors import UserError, shorten
 
 LEAST_SIZE = 16  # pixels: the network halves four times
 CHANNELS = (64, 128, 256, 512, 512)  # of the features that are compared
@@ -106,13 +106,15 @@ def untrained() -> _Lpips:
 
 
 def _network(vgg: Path, linear: Path) -> _Lpips:
+    from flowmaps.importers.pickles import read_tensors
+
     network = untrained()
     try:
-        weights = torch.load(vgg, map_location="cpu", weights_only=True)
+        weights = read_tensors(vgg)
         network.vgg.load_state_dict({k.removeprefix("features."): v for k, v in weights.items() if "features." in k})
-        weights = torch.load(linear, map_location="cpu", weights_only=True)
+        weights = read_tensors(linear)
         network.linear.load_state_dict({k[3:].replace("model.1.", ""): v for k, v in weights.items()})
-    except Exception as error:  # torch.load and load_state_dict raise a dozen types on a wrong file
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # load_state_dict raises a dozen types on a wrong file
+        reason = error.message if isinstance(error, UserError) else shorten(error)
         raise UserError(f"{vgg} and {linear.name} are not LPIPS weights of version 0.1: {reason}") from None
     return network

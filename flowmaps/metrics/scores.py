@@ -117,11 +117,16 @@ def needs_reference_features(metrics: Sequence[str]) -> bool:
     return any(METRICS[name].reference_features for name in metrics if name in METRICS)
 
 
+def check_names(metrics: Sequence[str]) -> None:
+    """Refuse unknown or repeated metrics; none at all means the default one."""
+    if len(set(metrics)) < len(metrics) or not set(metrics) <= set(METRICS):
+        raise UserError(f"give different ones of {', '.join(METRICS)}", field="metrics", value=",".join(metrics))
+
+
 def check_metrics(metrics: Sequence[str], extractor: Extractor, num: int, kid_subset: int = KID_SUBSET) -> None:
     """Refuse metrics that ``num`` images and this extractor cannot give."""
     given, extractor_name = ",".join(metrics), extractor.origin.extractor
-    if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= set(METRICS):
-        raise UserError(f"give different ones of {', '.join(METRICS)}", field="metrics", value=given)
+    check_names(metrics or ("",))
     kinds = {"points"} if extractor_name == POINTS else {"images", "inception"} if extractor.logits else {"images"}
     allowed = [name for name, metric in METRICS.items() if metric.of in kinds]
     if not set(metrics) <= set(allowed):

@@ -11,12 +11,13 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from flowmaps.errors import UserError
+from flowmaps.errors import UserError, shorten
 from flowmaps.files import WRITER, WRITTEN_BY, write_file
-from flowmaps.reading import npz_shapes, read_npz
+from flowmaps.reading import npz_shapes, read_npz, regular_file
 
 INCEPTION_DIM = 2048
-REMEDY = "make reference statistics with stats.py"
+REMEDY, AGAIN = "make reference statistics with stats.py", "make it again with stats.py"
+LARGEST_N, LARGEST_SQUARE = 1 << 53, 1e100  # of samples, and of a feature's square
 
 
 @dataclass(frozen=True)
@@ -123,15 +124,18 @@ class FeatureStats:
         self.mean.add_(delta, alpha=n / total)
         self.n = total
 
-    def save(self, path: str | Path) -> None:
-        """Write an ``.npz``: mu [dim], sigma [dim, dim] (as in EDM's reference files), n, the origin, kept features."""
+    def save(self, path: str | Path, check: bool = True) -> None:
+        """Write an ``.npz``: mu [dim], sigma [dim, dim] (as in EDM's reference files), n, the origin, kept features.
+
+        ``check``: refuse to replace a file that flowmaps did not write.
+        """
         arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.cov.numpy(), "n": self.n, **vars(self.origin)}
         arrays[WRITTEN_BY] = WRITER
         if self.features is not None:
             arrays["features"] = self.features.numpy()
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
-        write_file(Path(path), buffer.getvalue())
+        write_file(Path(path), buffer.getvalue(), check)
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStats":
@@ -154,25 +158,28 @@ class FeatureStats:
                 f"{path} has mu of shape {shapes['mu']} and does not name its extractor: published files have "
                 f"{INCEPTION_DIM} features of Inception; {REMEDY}"
             )
+        dim = shapes["mu"][0] if len(shapes["mu"]) == 1 else 0
+        if not dim or shapes["sigma"] != (dim, dim):
+            raise UserError(f"{path}: mu of shape {shapes['mu']} and sigma of shape {shapes['sigma']} do not fit")
         values = read_npz(path, REMEDY, {*wanted, "features"}) if pickled is None else pickled
-        try:
-            mu, sigma = (torch.tensor(values[key], dtype=torch.float64) for key in ("mu", "sigma"))
-            n = int(values["n"]) if own else None
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: mu, sigma and n must be numbers ({error}): make it again with stats.py") from None
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-            raise UserError(f"{path}: mu of shape {tuple(mu.shape)} and sigma of shape {tuple(sigma.shape)} do not fit")
-        if not bool(torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
-            raise UserError(f"{path} holds NaN or infinity: make it again with stats.py")
-        if (n is not None and n < 2) or not torch.allclose(sigma, sigma.T) or bool((sigma.diagonal() < 0).any()):
-            raise UserError(f"{path}: sigma is not a covariance of n = {n} samples: make it again with stats.py")
-        stats = cls(len(mu), Origin(**{key: str(values[key]) for key in FACTS}) if own else _published(path, shapes))
-        stats.n, stats.mean = n, mu
-        stats.scatter = sigma if n is None else sigma * (n - 1)
+        if wrong := [key for key in ("mu", "sigma") if values[key].dtype.kind not in "fiu"]:
+            raise UserError(f"{path}: {wrong[0]} must be numbers, it is {values[wrong[0]].dtype}: {AGAIN}")
+        if wrong := [key for key in FACTS if own and (values[key].ndim or values[key].dtype.kind != "U")]:
+            raise UserError(f"{path}: {wrong[0]} must be one text: {AGAIN}")
+        mu, sigma = (torch.tensor(values[key], dtype=torch.float64) for key in ("mu", "sigma"))
+        precision = np.finfo(values["sigma"].dtype).eps if values["sigma"].dtype.kind == "f" else 0.0
+        if reason := not_moments(mu, sigma, float(precision)):
+            raise UserError(f"{path}: {reason}: {AGAIN}")
+        n = values["n"] if own else None
+        if n is not None and (n.ndim or n.dtype.kind not in "iu" or not 2 <= n <= LARGEST_N):
+            raise UserError(f"{path}: n must be a whole number of at least 2, it is {shorten(n, 40)}: {AGAIN}")
+        stats = cls(dim, Origin(**{key: str(values[key]) for key in FACTS}) if own else _published(path, shapes))
+        stats.n, stats.mean = None if n is None else int(n), mu
+        stats.scatter = sigma if stats.n is None else sigma * (stats.n - 1)
         if own and "features" in values:
             features = values["features"]
-            if features.shape != (n, len(mu)) or features.dtype != np.float32 or not np.isfinite(features).all():
-                raise UserError(f"{path}: features must be {n} x {len(mu)} finite numbers: make it again with stats.py")
+            if features.shape != (n, dim) or features.dtype != np.float32 or not np.isfinite(features).all():
+                raise UserError(f"{path}: features must be {n} x {dim} finite numbers: {AGAIN}")
             stats.features = torch.from_numpy(features)
         return stats
 
@@ -181,12 +188,33 @@ class FeatureStats:
         return hashlib.sha256(self.mean.numpy().tobytes() + self.cov.numpy().tobytes()).hexdigest()
 
 
+def not_moments(mu: Tensor, sigma: Tensor, precision: float = 0.0) -> str:
+    """Return why ``mu`` [dim] and ``sigma`` [dim, dim] are not a mean and a covariance; empty if they are.
+
+    A covariance is symmetric and has no eigenvalue below zero, to rounding: that of float64 and of ``precision``, the
+    relative one of the numbers as they were stored, in moments of this size, whose difference it is.
+    """
+    if not bool(torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
+        return "mu or sigma holds NaN or infinity"
+    scale = float(sigma.norm() + mu.norm() ** 2)  # at least the largest eigenvalue
+    if not scale < LARGEST_SQUARE:
+        return f"mu or sigma is as large as {scale:.0e}"
+    rounding = max(len(mu) * max(precision, torch.finfo(torch.float64).eps) * scale, 1e-300)
+    if bool((sigma - sigma.T).abs().max() > rounding):
+        return "sigma is not a covariance: it is not symmetric"
+    shifted = (sigma + sigma.T) / 2 + rounding * torch.eye(len(mu), dtype=torch.float64)
+    if int(torch.linalg.cholesky_ex(shifted).info):
+        return "sigma is not a covariance: it has a negative eigenvalue"
+    return ""
+
+
 def _moments_in_pickle(path: Path) -> dict[str, Any]:
     from flowmaps.importers.pickles import read_objects
 
+    regular_file(path, REMEDY)
     try:
         moments = read_objects(path)["fid"]
-        return {key: moments[key].value for key in ("mu", "sigma")}
+        return {key: np.asarray(moments[key].value) for key in ("mu", "sigma")}
     except (UserError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is missing, damaged or not a file of EDM2's reference statistics: {REMEDY}") from None
 
@@ -244,8 +272,10 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
         UserError: The features are not comparable (extractor, weights, image size), or there are fewer than 2 samples.
     """
     check_comparable(a, b)
-    distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * _cross_trace(a, b)
-    return max(float(distance), 0.0)
+    apart = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()
+    if not float(apart) < LARGEST_SQUARE:
+        raise UserError(f"features of size {float(apart) ** 0.5:.0e} have no distance: they must be finite and smaller")
+    return max(float(apart - 2 * _cross_trace(a, b)), 0.0)
 
 
 def check_comparable(a: FeatureStats, b: FeatureStats) -> None:

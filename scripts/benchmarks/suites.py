@@ -1,7 +1,7 @@
 """The suites of benchmark.py: train rows of a config with several seeds, score them, make a table."""
 
 import itertools
-import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -22,11 +22,14 @@ from benchmarks.scoring import fid_costs
 from benchmarks.speed import ema_times, layout_times, resume_times, sample_times, step_times
 from flowmaps import FlowMap, UserError
 from flowmaps.data import open_dataset
+from flowmaps.errors import blame
 from flowmaps.evaluation import evaluate, open_reference
 from flowmaps.evaluation.report import EVALUATIONS, lines
 from flowmaps.evaluation.samples import samples
+from flowmaps.files import lock_later, write_json
 from flowmaps.markdown import markdown_table
 from flowmaps.metrics import board_kl, sliced_w2
+from flowmaps.reading import parse, read_json
 from training.config import Config
 from training.config_rows import load_row
 from training.trainer import Trainer
@@ -198,16 +201,44 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
 
 def stored_records(file: str, suite: str, budget: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the records of an earlier call with the same suite and budget; none if the file does not exist yet."""
-    if not Path(file).exists():
+    if not Path(file).exists() or not Path(file).stat().st_size:
         return []
-    try:
-        stored = json.loads(Path(file).read_text())
-        records: list[dict[str, Any]] = stored["records"]
-        same = (stored["suite"], stored["budget"]) == (suite, budget)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--json={file} is not a file of this script: choose another") from None
-    if not same:
-        raise UserError(f"--json={file} has records of another suite or budget: choose another file")
+    with blame("json", file):
+        stored = parse(_Stored, read_json(file, "choose another file"), file)
+        for i, record in enumerate(stored.records):
+            facts = parse(_Facts, {name: record.get(name) for name in ("row", "seed", "scores")}, f"records[{i}]")
+            record["scores"] = {name: math.nan if value is None else value for name, value in facts.scores.items()}
+        if (stored.suite, stored.budget) != (suite, budget):
+            raise UserError("has records of another suite or budget: choose another file")
+    return stored.records
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The schema of a file of records."""
+
+    suite: str
+    budget: dict[str, float | None]
+    records: list[dict[str, Any]]
+    written_by: str = ""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What every record has; the rest depends on the suite."""
+
+    row: str
+    seed: int
+    scores: dict[str, float | None]
+
+
+def add_record(file: str, suite: str, budget: dict[str, Any], record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Add ``record`` to a file, whatever other processes add to it meanwhile, and return all that it now has."""
+    with lock_later(Path(file).parent) as lock:
+        lock()
+        stored, mine = stored_records(file, suite, budget), (record["row"], record["seed"])
+        records = [*(r for r in stored if (r["row"], r["seed"]) != mine), record]
+        write_json(Path(file), {"suite": suite, "budget": budget, "records": records})
     return records
 
 

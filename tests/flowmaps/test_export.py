@@ -10,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
-from flowmaps.export import MODEL
+from flowmaps.export import MODEL, check_output
 from flowmaps.files import new_directory
 from flowmaps.networks import MLP, UNet
 from flowmaps.pipeline import FlowMapPipeline
@@ -180,6 +180,59 @@ def test_a_kill_between_the_two_renames_is_repaired(saved):
     assert FlowMap.from_pretrained(path).info == fm.info
 
 
+@pytest.mark.parametrize("name", ["keep.txt", "network/notes.md", "src/", ".git/config", "network/old/"])
+@pytest.mark.parametrize("first", [False, True])
+def test_an_export_into_a_directory_of_the_users_deletes_nothing(tmp_path, name, first):
+    """A project folder, or an export to which something was added."""
+    target = tmp_path / "model"
+    if first:
+        build().save_pretrained(target)
+    mine = target / name
+    (mine if name.endswith("/") else mine.parent).mkdir(parents=True, exist_ok=True)
+    if not name.endswith("/"):
+        mine.write_text("mine")
+    before = sorted(target.rglob("*"))
+    for write in (build().save_pretrained, lambda path: check_output(str(path))):
+        with pytest.raises(UserError, match="flowmaps did not write"):
+            write(target)
+    assert sorted(target.rglob("*")) == before and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("target", [".", "..", "../here", "model/.."])
+def test_an_export_does_not_replace_the_current_directory(tmp_path, monkeypatch, target):
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    (tmp_path / "here" / "model").rmdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if target == "model/..":
+        (tmp_path / "here" / "model").mkdir()
+    with pytest.raises(UserError, match="current directory"):
+        build().save_pretrained(target)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_an_edited_card_is_kept(tmp_path):
+    build().save_pretrained(tmp_path / "model", "# Card")
+    build().save_pretrained(tmp_path / "model", "# Another")
+    card = tmp_path / "model" / "README.md"
+    card.write_text(card.read_text() + "\nMy own notes.\n")
+    with pytest.raises(UserError, match=r"README\.md was edited by hand"):
+        build().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model"
+    path.rename(path.with_name(".model.old"))  # where a kill leaves it
+    with pytest.raises(UserError, match=r"README\.md was edited by hand"):
+        build().save_pretrained(path)
+    assert "My own notes." in card.read_text() and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_export_does_not_replace_what_it_is_made_from(saved):
+    run = saved[1].parent
+    check_output(str(run / "other"), str(run))
+    for out in (run / "model", run / "model" / ".." / "model"):
+        for source in (run, run / "model"):
+            with pytest.raises(UserError, match="is the checkpoint itself"):
+                check_output(str(out), str(source))
+
+
 def break_truncate(path):
     (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-100])
     return WEIGHTS
@@ -213,6 +266,11 @@ def edit(path, file, **changes):
     return file
 
 
+def facts(path, **changes):
+    index = json.loads((path / "model_index.json").read_text())
+    return edit(path, "model_index.json", info=index["info"] | changes)
+
+
 DAMAGE = [
     break_truncate,
     break_empty,
@@ -230,6 +288,26 @@ DAMAGE = [
     lambda path: edit(path, "model_index.json", info={"schedules": 3}),
     lambda path: edit(path, "model_index.json", info={"shape": 3, "num_classes": "ten"}),
     lambda path: edit(path, "model_index.json", network=["a", []]),
+    lambda path: edit(path, "model_index.json", network=["a", "UNet", "b"]),
+    lambda path: edit(path, "model_index.json", vae=["diffusers"]),
+    lambda path: edit(path, "model_index.json", vae=3),
+    lambda path: edit(path, "model_index.json", scheduler="delete"),
+    lambda path: edit(path, "model_index.json", interpolant=None),
+    lambda path: edit(path, "model_index.json", base_std=True),
+    lambda path: edit(path, "model_index.json", colour=1),
+    lambda path: edit(path, "scheduler/scheduler_config.json", shift=3.0),
+    lambda path: edit(path, "scheduler/scheduler_config.json", shift="delete"),
+    lambda path: edit(path, "scheduler/scheduler_config.json", num_train_timesteps="many"),
+    lambda path: [(path / "scheduler/scheduler_config.json").write_text("[" * 9999), "scheduler_config.json"][1],
+    lambda path: [(path / "model_index.json").write_text("[" * 100_000), "model_index.json"][1],
+    lambda path: [(path / "network/config.json").write_text('{"width": 1' + "0" * 9999 + "}"), "config.json"][1],
+    lambda path: facts(path, num_classes=10**12),
+    lambda path: facts(path, shape=[3, 8, 8]),
+    lambda path: facts(path, shape=[1, 8, 16]),
+    lambda path: facts(path, shape=[1]),
+    lambda path: edit(path, "network/config.json", blocks=10**9),
+    lambda path: edit(path, "network/config.json", channel_mult=[1] * 10**6),
+    lambda path: edit(path, "network/config.json", image_size=10**9),
     lambda path: edit(path, "network/config.json", width=10_000_000),
     lambda path: edit(path, "network/config.json", patch=0),
     lambda path: edit(path, "network/config.json", data_std=None),

@@ -6,6 +6,7 @@ from helpers import CASES, gaussian_data, gaussian_map
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.generate import check_sampling
+from flowmaps.networks import MLP
 from flowmaps.rng import generator
 from samplers import SAMPLERS, Schedule, euler, rollout, uniform_times
 
@@ -161,3 +162,24 @@ def test_unknown_samplers_and_those_of_the_linear_path_are_refused():
     check_sampling(gaussian_map("linear"), "dpm_solver")
     with pytest.raises(UserError, match="sampler=dpm_solver: is for the linear path only"):
         check_sampling(gaussian_map("trigonometric"), "dpm_solver")
+
+
+@pytest.mark.parametrize("part", ["network", "layer", "in place"])
+def test_the_fingerprint_of_a_compiled_network_is_that_of_the_network(tmp_path, part):
+    """Wrapping renames the weights; nothing is compiled before the first call."""
+    fm = FlowMap(MLP(width=8, depth=2), info=FlowMapInfo(shape=(2,)))
+    before = fm.fingerprint()
+    if part == "network":
+        fm.network = torch.compile(fm.network)
+    elif part == "layer":
+        name, layer = next(iter(fm.network.named_children()))
+        setattr(fm.network, name, torch.compile(layer))
+    else:
+        fm.network.compile()
+    assert fm.fingerprint() == before
+    if part == "layer":
+        with pytest.raises(UserError, match="compile"):
+            fm.save_pretrained(tmp_path / "model")
+    else:
+        fm.save_pretrained(tmp_path / "model")
+        assert FlowMap.from_pretrained(tmp_path / "model").fingerprint() == before

@@ -7,7 +7,7 @@ from helpers import run_script
 from huggingface_hub import ModelCard
 
 from flowmaps import FlowMap, UserError
-from flowmaps.hub import to_hub
+from flowmaps.hub import check_upload, to_hub
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,12 @@ def test_what_cannot_be_on_a_card(run, tmp_path):
         ([f"--results={tmp_path}/bad.json"], "bad.json: not a record"),
         ([f"--results={run}/fid.json", "--ema=raw"], "weights other than those"),
         ([f"--how={tmp_path}/none.md"], "--how"),
+        (["--push_to_hub=abc"], "--push_to_hub=abc: not a hub id"),
+        ([f"--out={run}/model"], "the checkpoint itself"),
     ):
         done = run_script("scripts/export.py", f"--checkpoint={run}", f"--out={tmp_path}/out", *flags)
         assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1
-        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out").exists() and (run / "model").exists()
 
 
 def test_upload_is_by_flag_alone(run, tmp_path, monkeypatch):
@@ -62,6 +64,14 @@ def test_upload_is_by_flag_alone(run, tmp_path, monkeypatch):
     assert [name for name, _ in calls] == ["create", "upload"] and calls[1][1]["folder_path"] == tmp_path
     monkeypatch.undo()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for hub_id, reason in (
+        ("me/model", "offline|token"),
+        ("abc", "owner/name"),
+        ("a/b/c", "owner/name"),
+        ("", "owner"),
+    ):
+        with pytest.raises(UserError, match=f"push_to_hub={hub_id}.*({reason})"):
+            check_upload(hub_id)
     for hub_id in ("me/model", "not an id"):
         with pytest.raises(UserError, match=f"push_to_hub={hub_id}") as error:
             to_hub(tmp_path, hub_id)

@@ -207,7 +207,7 @@ def test_a_map_has_a_schedule_of_its_own():
 
 
 def samples(out, count):
-    return np.load(out / f"samples-{count}.npz")["samples"]
+    return np.load(out / f"samples-{count}.npz")["arr_0"]
 
 
 def test_script_writes_stores_and_draws_and_samples_follow(start, tmp_path):

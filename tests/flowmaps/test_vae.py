@@ -117,12 +117,12 @@ def test_sample_py_with_the_stored_and_another_vae(checkpoint, vae_folder, tmp_p
     run_script("scripts/sample.py", *flags, f"--out={tmp_path / 'a'}", check=True)
     fm = FlowMap.from_pretrained(checkpoint)
     x, _ = next(generate(fm, uniform_times(1), 6, seed=0))
-    made = np.load(tmp_path / "a/samples-1.npz")["samples"]
+    made = np.load(tmp_path / "a/samples-1.npz")["arr_0"]
     expected = to_uint8(fm.decode(x)).movedim(1, -1).numpy().astype(int)
     assert made.shape == (6, 64, 64, 3) and np.abs(made - expected).max() <= 1
     other = write_vae(tmp_path / "other", levels=3)
     run_script("scripts/sample.py", *flags, f"--vae={other}", f"--out={tmp_path / 'b'}", check=True)
-    assert np.load(tmp_path / "b/samples-1.npz")["samples"].shape == (6, 32, 32, 3)
+    assert np.load(tmp_path / "b/samples-1.npz")["arr_0"].shape == (6, 32, 32, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """The suites of benchmark.py whose records the documents quote: they run, and do not run again what is there."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from helpers import run_script
+from helpers import ROOT, run_script
 
 
 def run(file, *flags):
@@ -79,3 +82,26 @@ def test_folders(tmp_path):
 def test_unknown_rows_are_named(suite):
     done = run_script("scripts/benchmark.py", f"--suite={suite}", "--rows=moon")
     assert done.returncode == 2 and "--rows=moon" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_three_processes_write_records_into_one_file(tmp_path):
+    """None of them is lost, and a process that starts again finds all."""
+    code = (
+        "import sys; sys.path.insert(0, 'scripts'); from benchmarks.suites import add_record\n"
+        "for seed in range(20): add_record(sys.argv[1], 's', {'num': 3}, {'row': sys.argv[2], 'seed': seed, "
+        "'scores': {'FD@1': float('nan')}})"
+    )
+    file = str(tmp_path / "r.json")
+    options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    started = [subprocess.Popen([sys.executable, "-c", code, file, row], **options) for row in "abc"]
+    assert [process.wait(timeout=300) for process in started] == [0, 0, 0]
+    records = json.loads((tmp_path / "r.json").read_text())["records"]
+    assert sorted((r["row"], r["seed"]) for r in records) == [(row, seed) for row in "abc" for seed in range(20)]
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize("content", ["{", '{"suite": 3}', '{"suite": "step", "budget": {}, "records": [1]}'])
+def test_a_file_that_is_not_of_records_is_refused(tmp_path, content):
+    (tmp_path / "r.json").write_text(content.replace("{", '{"written_by": "flowmaps", ', 1))
+    done = run_script("scripts/benchmark.py", "--suite=step", f"--json={tmp_path}/r.json")
+    assert done.returncode == 2 and "--json=" in done.stderr and done.stderr.count("\n") == 1

@@ -56,7 +56,7 @@ def test_samples_are_decoded_and_scored(run, imagenet_root, tmp_path):
     flags = [f"--checkpoint={run}", "--steps=2", "--num=8"]
     run_script("scripts/sample.py", *flags, f"--out={tmp_path}", check=True)
     made = np.load(tmp_path / "samples-2.npz")
-    assert made["samples"].shape == (8, 64, 64, 3) and made["label"].tolist() == list(range(8))
+    assert made["arr_0"].shape == (8, 64, 64, 3) and made["label"].tolist() == list(range(8))
     weights = f"--weights={write_inception(tmp_path / 'inception.pth')}"
     reference = ["--extractor=inception", weights, f"--out={tmp_path / 'reference.npz'}"]
     with small_inception(tmp_path):

@@ -118,12 +118,12 @@ def test_sample_writes_what_it_says(tmp_path, runs):
     run_script(*command, f"--out={tmp_path}/a", check=True)
     run_script(*command, f"--out={tmp_path}/b", "--batch=5", check=True)
     archive = np.load(tmp_path / "a" / "samples-2.npz")
-    assert archive["samples"].shape == (12, 8, 8, 1) and archive["samples"].dtype == np.uint8
+    assert archive["arr_0"].shape == (12, 8, 8, 1) and archive["samples"].dtype == np.uint8
     assert archive["label"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    again = np.load(tmp_path / "b" / "samples-2.npz")["samples"]
-    assert np.abs(archive["samples"].astype(int) - again).max() <= 1  # the batch size does not matter
+    again = np.load(tmp_path / "b" / "samples-2.npz")["arr_0"]
+    assert np.abs(archive["arr_0"].astype(int) - again).max() <= 1  # the batch size does not matter
     image = Image.open(tmp_path / "a" / "steps-2" / "000007.png")
-    assert np.array_equal(np.asarray(image), archive["samples"][7, :, :, 0])
+    assert np.array_equal(np.asarray(image), archive["arr_0"][7, :, :, 0])
     assert len(list((tmp_path / "a" / "steps-1").iterdir())) == 12 and (tmp_path / "a" / "grid.png").is_file()
 
 
@@ -143,7 +143,7 @@ def test_another_sampler_beside(tmp_path, runs):
 def test_sample_points_and_one_class(tmp_path, runs):
     points = ["--sampler=euler", "--steps=3", "--num=50", f"--out={tmp_path}/points"]
     run_script("scripts/sample.py", f"--checkpoint={runs}/drift", *points, check=True)
-    assert np.load(tmp_path / "points" / "samples-3.npz")["samples"].shape == (50, 2)
+    assert np.load(tmp_path / "points" / "samples-3.npz")["arr_0"].shape == (50, 2)
     threes = ["--label=3", "--steps=1", "--num=4", f"--out={tmp_path}/threes"]
     run_script("scripts/sample.py", f"--checkpoint={runs}/map", *threes, check=True)
     assert np.load(tmp_path / "threes" / "samples-1.npz")["label"].tolist() == [3, 3, 3, 3]
@@ -184,7 +184,7 @@ def test_cifar10_dry_run_train_resume_sample(tmp_path, cifar):
     assert {"event": "resume", "step": 20} in rows and rows[-1]["step"] == 25
     flags = [f"--checkpoint={tmp_path}/run", "--steps=1,4", "--num=4", f"--out={tmp_path}/out"]
     run_script("scripts/sample.py", *flags, check=True)
-    assert np.load(tmp_path / "out" / "samples-4.npz")["samples"].shape == (4, 32, 32, 3)
+    assert np.load(tmp_path / "out" / "samples-4.npz")["arr_0"].shape == (4, 32, 32, 3)
     with Image.open(tmp_path / "out" / "steps-1" / "000000.png") as image:
         assert image.mode == "RGB"
 

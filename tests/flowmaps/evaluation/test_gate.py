@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -14,7 +15,9 @@ import yaml
 from helpers import ROOT, run_script, run_two
 
 from flowmaps import FlowMap, UserError
-from flowmaps.evaluation.gate import Limits, finish, junit, summary
+from flowmaps.evaluation.gate import Limits, check_outputs, finish, junit, summary
+from flowmaps.evaluation.record import read_record
+from flowmaps.files import write_json
 
 TRAIN = [
     "--config=configs/digits.py:lagrangian",
@@ -166,6 +169,108 @@ def test_limits_at_their_edges(place, tmp_path):
     assert "passed" in summary(baseline, Limits().judge(baseline))
     with pytest.raises(UserError, match="not a record"):
         Limits.read(None, str(tmp_path / "a.xml"), 0.0)
+
+
+RECORD = ROOT / "assets/results/digits-map.json"
+
+
+def put(name, value):
+    """A change of a record: ``value`` in place of results.0.times, say; "delete" removes it."""
+
+    def change(record):
+        *path, last = name.split(".")
+        for key in path:
+            record = record[int(key) if key.isdigit() else key]
+        if value == "delete":
+            record.pop(last)
+        else:
+            record[last] = value
+
+    return change
+
+
+DAMAGE = {
+    "NaN": (put("results.0.FD-digits", float("nan")), "NaN"),
+    "infinity": (put("results.0.FD-digits", float("inf")), "Infinity"),
+    "null": (put("results.0.FD-digits", None), r"results\[0\]: FD-digits is null|expected float"),
+    "text": (put("results.0.FD-digits", "1.3"), "FD-digits"),
+    "negative": (put("results.0.FD-digits", -1.0), "negative"),
+    "without a score": (put("results.0.FD-digits", "delete"), "missing or negative"),
+    "another score": (put("results.0.KID", None), "KID"),
+    "no rows": (put("results", []), "no rows"),
+    "rows twice": (lambda record: record["results"].append(record["results"][0]), "two rows"),
+    "rows of a number": (put("results", 3), "results"),
+    "times": (put("results.0.times", "all"), "times"),
+    "steps": (put("results.0.steps", 1.5), "steps"),
+    "seeds": (put("seeds", {}), "seeds"),
+    "reference": (put("reference.n", "many"), "reference: n"),
+    "unknown": (put("reference.colour", 1), "colour"),
+    "device": (put("device", "delete"), "device"),
+}
+
+
+@pytest.mark.parametrize(("change", "named"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_record_is_refused_by_the_part(tmp_path, change, named):
+    record = json.loads(RECORD.read_text())
+    change(record)
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=named) as error:
+        read_record(tmp_path / "r.json")
+    assert error.value.field == "record" and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "assets/results").glob("*.json")), ids=lambda file: file.stem)
+def test_shipped_records_are_read(file):
+    assert read_record(file)["results"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("name", ["max_fid", "tolerance"])
+def test_limits_that_limit_nothing(name, value):
+    with pytest.raises(UserError, match=f"^{name}="):
+        Limits(**{name: value})
+
+
+@pytest.mark.parametrize("way", ["copy", "move", "link", "hard link"])
+def test_the_record_of_a_failed_run_never_becomes_a_baseline(tmp_path, way):
+    """However it gets to the baseline's place; scored again without a limit, it may."""
+    report = json.loads(RECORD.read_text())
+    limits = Limits(max_fid=0.1)
+    assert finish(report, limits, str(tmp_path / "new.json"), None, None) == 1
+    new, base = tmp_path / "new.json", tmp_path / "base.json"
+    {"copy": shutil.copy, "move": shutil.move, "link": os.symlink, "hard link": os.link}[way](new, base)
+    with pytest.raises(UserError, match=r"a run that failed its gate .*max_fid=0\.1"):
+        Limits.read(None, str(base), 0.05)
+    assert finish(report, Limits(), str(base), None, None) == 0
+    assert Limits.read(None, str(base), 0.05).baseline["results"] == report["results"]
+
+
+def test_outputs_that_are_something_else_of_flowmaps(tmp_path):
+    """A config, a statistics file or a verdict is not replaced by a record, nor a record by a verdict."""
+    write_json(tmp_path / "config.json", {"steps": 3})
+    finish(json.loads(RECORD.read_text()), Limits(), str(tmp_path / "r.json"), str(tmp_path / "v.xml"), None)
+    check_outputs(str(tmp_path / "r.json"), str(tmp_path / "v.xml"), None)
+    for json_file, junit_file in (("config.json", None), ("v.xml", None), (None, "r.json"), (None, "config.json")):
+        files = [file and str(tmp_path / file) for file in (json_file, junit_file)]
+        with pytest.raises(UserError, match="another kind of file"):
+            check_outputs(*files, None)
+    with pytest.raises(UserError, match="GITHUB_STEP_SUMMARY"):
+        check_outputs(None, None, str(tmp_path))
+
+
+IDLE = {
+    "tolerance": ["--tolerance=0.1", "--max_fid=3"],
+    "kid_subset": ["--kid_subset=10"],
+    "num": ["--num=10"],
+    "sampler": ["--sampler=euler"],
+    "repeats": ["--repeats=2"],
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), IDLE.items(), ids=IDLE)
+def test_a_flag_that_applies_to_nothing_is_refused(name, arguments):
+    done = run_script("scripts/fid.py", "--samples=none.npz", "--reference=digits", *arguments)
+    assert done.returncode == 2 and f"--{name}=" in done.stderr and "needs" in done.stderr
 
 
 @pytest.mark.slow

@@ -264,7 +264,7 @@ def test_the_script_from_file_to_samples(tmp_path):
     for solver in ("euler", "heun"):
         arguments = (f"--checkpoint={out}", f"--sampler={solver}", "--steps=2", "--num=4", f"--out={tmp_path}/{solver}")
         assert run_script("scripts/sample.py", *arguments).returncode == 0
-        assert np.load(tmp_path / solver / "samples-2.npz")["samples"].shape == (4, 16, 16, 3)
+        assert np.load(tmp_path / solver / "samples-2.npz")["arr_0"].shape == (4, 16, 16, 3)
     refused = run_script("scripts/sample.py", f"--checkpoint={out}", "--steps=2", f"--out={tmp_path}/map")
     assert refused.returncode == 2 and "drift" in refused.stderr
     form = hostile("shell in a pickle", tmp_path / "bad.pkl", tmp_path / "ran")

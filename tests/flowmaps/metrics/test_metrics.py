@@ -165,6 +165,16 @@ def test_broken_statistics_are_refused_by_name(tmp_path):
         "nan": good | {"mu": np.full(3, np.nan)},
         "asymmetric": good | {"sigma": np.array([[1.0, 0.5, 0], [0, 1, 0], [0, 0, 1]])},
         "negative": good | {"sigma": -np.eye(3)},
+        "indefinite": good | {"sigma": np.array([[1.0, 2, 0], [2, 1, 0], [0, 0, 1]])},
+        "slightly": good | {"sigma": np.diag([1.0, 1, -1e-9])},
+        "complex": good | {"sigma": np.eye(3) + 0j},
+        "huge": good | {"mu": np.full(3, 1e80)},
+        "empty": good | {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
+        "flat": good | {"mu": np.zeros((3, 1))},
+        "fraction": good | {"n": 2.5},
+        "several": good | {"n": np.array([10, 10])},
+        "endless": good | {"n": 2**60},
+        "number": good | {"extractor": 3},
         "words": good | {"n": "many"},
         "none": good | {"n": 0},
         "strings": good | {"mu": np.array(["a", "b", "c"])},
@@ -184,6 +194,33 @@ def test_broken_statistics_are_refused_by_name(tmp_path):
             FeatureStats.load(file)
     with pytest.raises(UserError, match=r"gone\.npz"):
         FeatureStats.load(tmp_path / "gone.npz")
+
+
+@pytest.mark.parametrize("stored", [np.float64, np.float32])
+def test_a_covariance_with_errors_of_rounding_alone_is_read(tmp_path, stored):
+    """From sums, as EDM's fid.py keeps them: features that never change get a variance such as -1e-17."""
+    f = torch.rand(1000, 64, generator=torch.Generator().manual_seed(0)).double()
+    f[:, :8] = f[0, :8]
+    mu = sum(part.sum(0) for part in f.split(64)) / 1000
+    sigma = (sum(part.T @ part for part in f.split(64)) - 1000 * mu.outer(mu)) / 999
+    sigma[0, 0] = -1e-17
+    origin = dict.fromkeys(vars(Origin()), "")
+    np.savez(tmp_path / "s.npz", mu=mu.numpy(), sigma=sigma.numpy().astype(stored), n=1000, **origin)
+    loaded = FeatureStats.load(tmp_path / "s.npz")
+    assert frechet_distance(loaded, FeatureStats(64).update(f)) == pytest.approx(0, abs=1e-4)
+
+
+def test_statistics_are_read_whatever_their_name(tmp_path):
+    stats = FeatureStats(4, Origin(extractor="digits")).update(random_features(50, 4))
+    stats.save(tmp_path / "held")
+    assert FeatureStats.load(tmp_path / "held").sha256() == stats.sha256()
+    assert [path.name for path in tmp_path.iterdir()] == ["held"]
+
+
+def test_a_distance_that_is_not_finite_is_refused():
+    a, b = (FeatureStats(2).update(scale * random_features(9, 2).double()) for scale in (1, 1e200))
+    with pytest.raises(UserError, match="have no distance"):
+        frechet_distance(a, b)
 
 
 def test_nan_features_and_too_few_samples_are_refused():
