@@ -11,6 +11,7 @@ A smaller error need not bring samples closer to data, so give --reference if th
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -78,7 +79,8 @@ def main() -> None:
         batch=BATCH.value,
     )
     schedule = fitted.schedule
-    better, rows = schedule.better(), {}
+    better = schedule.better()
+    rows: dict[int, dict[str, Any]] = {}
     for count in schedule:
         errors = {"error": schedule.errors[count], "error of equal steps": schedule.uniform_errors[count]}
         rows[count] = {"steps": count, **errors}

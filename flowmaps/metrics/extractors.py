@@ -144,7 +144,7 @@ def _inception(name: str, weights: Path | None, device: torch.device) -> Extract
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     from torch_fidelity.utils import create_feature_extractor
 
-    from flowmaps.importers.pickles import read_tensors as read_pickled
+    from flowmaps.importers.torch_files import read_tensors as read_pickled
 
     file = weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if not file.is_file() and weights is None:

@@ -106,7 +106,7 @@ def untrained() -> _Lpips:
 
 
 def _network(vgg: Path, linear: Path) -> _Lpips:
-    from flowmaps.importers.pickles import read_tensors
+    from flowmaps.importers.torch_files import read_tensors
 
     network = untrained()
     try:
