@@ -44,6 +44,7 @@ class Layout:
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise UserError(f"{path} is not a directory: choose another name")
         files = [file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
+        files = [file for file in files if not fnmatch.fnmatchcase(file.name, ".flowmaps-*.tmp")]  # being written
         if not files:
             return
         if not (path / self.sign).is_file() or self.mark not in _ends(path / self.sign):
