@@ -49,6 +49,8 @@ class Layout:
         files: list[Path] = []
         folders: list[Path] = []
         for entry in path.rglob("*"):
+            if fnmatch.fnmatchcase(entry.name, ".flowmaps-*.tmp"):  # being written
+                continue
             (folders if entry.is_dir() and not entry.is_symlink() else files).append(entry)
         if files and not ((path / self.sign).is_file() and self.mark in _ends(path / self.sign)):
             raise UserError(f"{path} has files that flowmaps did not write ({files[0].name}): choose another directory")

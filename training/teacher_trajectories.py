@@ -13,12 +13,14 @@ from torch import Tensor
 
 from flowmaps import FlowMap
 from flowmaps.data import DataSet, ShuffledOrder, TrajectoryFiles, as_samples
-from flowmaps.data.shards import start_writing, write_missing
+from flowmaps.data.shard_writing import check_directory, check_shard, start_writing, write_missing
 from flowmaps.errors import UserError, blame, within
 from flowmaps.objectives import TrajectoryObjective
 from flowmaps.rng import generator
 from samplers import SAMPLERS, Trajectory, check_times, log_snr_times, trajectory, uniform_times
 from training.config import Config, Grid, Start, Trajectories, class_name
+
+MOST_STEPS = 10_000
 
 
 def trajectory_times(options: Trajectories) -> Tensor:
@@ -29,8 +31,8 @@ def trajectory_times(options: Trajectories) -> Tensor:
     """
     low, high = options.low, options.high
     for name in ("steps", "substeps"):
-        if getattr(options, name) < 1:
-            raise UserError("must be at least 1", field=name, value=getattr(options, name))
+        if not 1 <= getattr(options, name) <= MOST_STEPS:
+            raise UserError(f"must lie in 1 .. {MOST_STEPS:,}", field=name, value=getattr(options, name))
     if bool(options.times) != (options.grid is Grid.given):
         raise UserError("times requires grid=given, and grid=given requires times", field="times")
     if options.grid is Grid.given:
@@ -145,16 +147,16 @@ def _check_files(config: Config, fm: FlowMap, teacher: FlowMap | None, stored: T
     if teacher is not None:
         ours["teacher"] = teacher.fingerprint()
     for name, value in ours.items():
-        if theirs[name] != value:
-            raise UserError(f"has {name} {theirs[name]}, this run {value}", **where)
+        if theirs.get(name) != value:
+            raise UserError(f"has {name} {theirs.get(name)}, this run {value}", **where)
     for name, value in to_dict(config.trajectories).items():
-        made = stored.facts["made"][name]
+        made = stored.facts["made"].get(name)
         if made != value:
             raise UserError(f"was made with {name}={made}, this run has trajectories.{name}={value}", **where)
 
 
 def write_trajectories(
-    out: Path,
+    out: str | Path,
     solver: TrajectorySolver,
     num: int,
     seed: int,
@@ -184,6 +186,8 @@ def write_trajectories(
             finite.
     """
     teacher, options = solver.teacher, solver.options
+    check_directory(Path(out), "trajectories")
+    check_shard(shard, 4 * (options.steps + 1) * math.prod(teacher.info.shape))
     if (data is None) == (options.start is Start.data):
         raise UserError("start=data requires data, and data requires start=data", "start", options.start.name)
     classes = teacher.info.num_classes
@@ -207,8 +211,7 @@ def write_trajectories(
         "times": trajectory_times(options).tolist(),
         "made": to_dict(options),
     }
-    total = math.ceil(num / shard)
-    missing = start_writing(out, "trajectories", facts, total)
+    writing = start_writing(out, "trajectories", facts, math.ceil(num / shard))
     order = ShuffledOrder(len(data), seed) if data is not None else None
     device = next(teacher.parameters()).device
 
@@ -230,7 +233,7 @@ def write_trajectories(
             labels += [] if label is None else [label.cpu()]
         return {"states": torch.cat(states).contiguous()} | ({"label": torch.cat(labels)} if labels else {}), []
 
-    yield from write_missing(out, total, missing, make)
+    yield from write_missing(writing, make)
 
 
 def _noise(seed: int, first: int, device: torch.device, shape: tuple[int, ...]) -> Tensor:

@@ -4,24 +4,43 @@ import os
 import stat
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from flowmaps.errors import UserError
+from flowmaps.reading import regular_file
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 LABELS = "dataset.json"  # {"labels": [["00000/img00000000.png", 6], ...]}, as EDM and StyleGAN prepare data
 READ_ERRORS = (OSError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+LARGEST_FILE = 1 << 28  # bytes of an image file or of the labels
+SYSTEM_FOLDERS = {  # of network drives, macOS and Windows, with copies and thumbnails of the images beside them
+    "@eadir",
+    "@recently-snapshot",
+    "@recycle",
+    "@sharebin",
+    "@tmp",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "__macosx",
+    "lost+found",
+    "recycler",
+    "system volume information",
+}
+
+
+def is_hidden(name: str) -> bool:
+    """Tell hidden files and folders, and those of the system, by a name without slashes."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
 def _is_image(name: str) -> bool:
-    """Tell images by their suffix; the shadow files that macOS adds to folders and zip files do not count."""
-    file = name.rpartition("/")[2]
-    stem, _, suffix = file.rpartition(".")
-    shadow = file.startswith("._") or "/__MACOSX/" in f"/{name}"
-    return bool(stem) and f".{suffix.lower()}" in SUFFIXES and not shadow
+    stem, _, suffix = name.rpartition("/")[2].rpartition(".")
+    return bool(stem) and f".{suffix.lower()}" in SUFFIXES
 
 
 class FileSource(Protocol):
@@ -31,10 +50,13 @@ class FileSource(Protocol):
     def root(self) -> Path: ...
 
     def listing(self) -> tuple[dict[str, str], list[str]]:
-        """Return the image files, each with its size and time, which reveal a change, and the names of all others."""
+        """Return the image files, each with what reveals a change of it, and the names of all others.
+
+        Hidden folders and those of the system are among the others, without what is in them.
+        """
 
     def read(self, name: str) -> bytes:
-        """Return the content of one file."""
+        """Return the content of one file of at most ``LARGEST_FILE`` bytes."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +66,7 @@ class Folder:
     root: Path
 
     def listing(self) -> tuple[dict[str, str], list[str]]:
+        """Return images with their sizes and times."""
         found: dict[str, str] = {}
         left_out: list[str] = []
         self._walk("", (os.path.realpath(self.root),), found, left_out)
@@ -64,7 +87,9 @@ class Folder:
             except OSError:
                 left_out.append(f"{name} (a broken link or not a file)")
                 continue
-            if stat.S_ISDIR(seen.st_mode):
+            if is_hidden(entry.name):
+                left_out.append(f"{name} (hidden)")
+            elif stat.S_ISDIR(seen.st_mode):
                 real = os.path.realpath(entry.path)
                 if real in above:
                     left_out.append(f"{name} (a link back to {real})")
@@ -72,14 +97,29 @@ class Folder:
                     self._walk(f"{name}/", (*above, real), found, left_out)
             elif not stat.S_ISREG(seen.st_mode):
                 left_out.append(f"{name} (a broken link or not a file)")
-            elif _is_image(name):
+            elif _is_image(entry.name):
                 found[name] = f"{seen.st_size} {seen.st_mtime_ns}"
             elif entry.name != LABELS:
                 left_out.append(name)
 
     def read(self, name: str) -> bytes:
-        with open(f"{self.root}/{name}", "rb", buffering=0) as file:  # noqa: PTH123 (a Path takes as long as the read)
-            return file.readall()
+        file = os.open(f"{self.root}/{name}", os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would be waited for
+        try:
+            seen = os.fstat(file)
+            if not stat.S_ISREG(seen.st_mode):
+                raise IsADirectoryError if stat.S_ISDIR(seen.st_mode) else OSError("a pipe or a device, not a file")
+            _check_size(seen.st_size)
+            content = os.read(file, seen.st_size + 1)
+            while len(content) < seen.st_size and (more := os.read(file, seen.st_size - len(content))):
+                content += more
+            return content
+        finally:
+            os.close(file)
+
+
+def _check_size(size: int) -> None:
+    if size > LARGEST_FILE:
+        raise RuntimeError(f"{size:,} bytes, more than {LARGEST_FILE:,}")
 
 
 @dataclass(frozen=True)
@@ -97,21 +137,39 @@ class Zip:
     def _archive(self) -> zipfile.ZipFile:
         if os.getpid() not in self._open:
             try:
-                self._open[os.getpid()] = zipfile.ZipFile(self.root)
-            except (OSError, zipfile.BadZipFile) as error:
+                self._open[os.getpid()] = zipfile.ZipFile(regular_file(self.root))
+            except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+                if isinstance(error, UserError):
+                    raise
                 raise UserError(f"{self.root} is not a readable zip file ({error}): create it again") from None
         return self._open[os.getpid()]
 
     def listing(self) -> tuple[dict[str, str], list[str]]:
+        """Return images with their sizes and checksums, and the zip file's own size and time."""
         seen = self.root.stat()
         found: dict[str, str] = {}
-        left_out = []
+        left_out: dict[str, None] = {}  # a hidden folder once
         for entry in sorted((e for e in self._archive().infolist() if not e.is_dir()), key=lambda e: e.filename):
-            if _is_image(entry.filename):
-                found[entry.filename] = f"{entry.file_size} {seen.st_size} {seen.st_mtime_ns}"
-            elif PurePosixPath(entry.filename).name != LABELS:
-                left_out.append(entry.filename)
-        return found, left_out
+            name = entry.filename
+            if hidden := _hidden_part(name.split("/")):
+                left_out[f"{hidden} (hidden)"] = None
+            elif _is_image(name):
+                found[name] = f"{entry.file_size} {entry.CRC:08x} {seen.st_size} {seen.st_mtime_ns}"
+            elif PurePosixPath(name).name != LABELS:
+                left_out[name] = None
+        return found, list(left_out)
 
     def read(self, name: str) -> bytes:
-        return self._archive().read(name)
+        archive = self._archive()
+        _check_size(archive.getinfo(name).file_size)
+        return archive.read(name)
+
+
+def _hidden_part(parts: Iterable[str]) -> str:
+    """Return the path up to its first hidden part, or "" without one."""
+    above = ""
+    for part in parts:
+        if is_hidden(part):
+            return above + part
+        above += f"{part}/"
+    return ""

@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flowmaps.data.dataset import Batch, DataSet
+from flowmaps.data.dataset import MOST_CLASSES, Batch, DataSet
 from flowmaps.data.file_source import LABELS, READ_ERRORS, SUFFIXES, FileSource, Folder, Zip
 from flowmaps.data.image_check import check_images, some
-from flowmaps.data.image_io import BadImage, Pixels, area_center_crop, decode, in_threads, with_channels
-from flowmaps.errors import UserError
+from flowmaps.data.image_io import (
+    LARGEST_SIDE,
+    BadImage,
+    Pixels,
+    area_center_crop,
+    decode,
+    in_threads,
+    with_channels,
+)
+from flowmaps.errors import UserError, shorten
+from flowmaps.reading import parse_json, regular_file
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class ImageFiles(DataSet):
     label: Tensor | None = None
     classes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()  # in the source but not in the data set, with reasons
+    sha256: str = ""  # over the contents of the files in order
 
     def __len__(self) -> int:
         return len(self.names)
@@ -66,16 +76,14 @@ class ImageFiles(DataSet):
         return f"{self.source.root}/{self.names[item]}"
 
     def digest(self) -> str:
-        """Return a SHA-256 over names and labels in order."""
+        """Return a SHA-256 over names, labels and contents of the files in order."""
         labels = None if self.label is None else self.label.tolist()
-        return hashlib.sha256(json.dumps([self.names, labels, self.classes, self.shape]).encode()).hexdigest()
+        facts = [self.names, labels, self.classes, self.shape, self.sha256]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def content(self) -> str:
-        """Return a SHA-256 over the files' bytes in order, channels and size; reads all files and decodes none."""
-        digest = hashlib.sha256(json.dumps([self.channels, self.size]).encode())
-        for name in self.names:
-            digest.update(hashlib.sha256(self.source.read(name)).digest())
-        return digest.hexdigest()
+        """Return a SHA-256 over the files' contents in order, channels and size."""
+        return hashlib.sha256(json.dumps([self.channels, self.size, self.sha256]).encode()).hexdigest()
 
     def fetch(self, index: Tensor) -> Batch:
         names = [self.names[i] for i in index.tolist()]
@@ -91,17 +99,21 @@ class ImageFiles(DataSet):
         return torch.from_numpy(x), None if self.label is None else self.label[index]
 
 
-def open_images(root: Path, size: int | None = None, skip_corrupt: bool = False) -> ImageFiles:
+def open_images(root: str | Path, size: int | None = None, skip_corrupt: bool = False) -> ImageFiles:
     """Open the images under a folder or in a zip file; each is decoded once to check that it is intact.
 
     Labels come from dataset.json if it exists, else from the names of the first folders that differ, in alphabetical
-    order; there are none if an image lies outside such a folder. Files left out are named on stderr.
+    order; there are none if an image lies outside such a folder. Files left out, also hidden ones and the folders of
+    the system, are named on stderr.
 
     Raises:
         UserError: Some files are not intact images, and ``skip_corrupt`` is off; the message names them.
     """
+    if size is not None and not 1 <= size <= LARGEST_SIDE:
+        raise UserError(f"must lie in 1 .. {LARGEST_SIDE:,}", field="size", value=size)
     source, found, left_out = find_images(root)
-    bad, channels = check_images(source, found)
+    checked = check_images(source, found)
+    bad = checked.bad
     if bad and not skip_corrupt:
         raise UserError(
             f"{root} has {len(bad)} files that are not intact images: {some(bad)}: repair or remove them, or set "
@@ -110,36 +122,54 @@ def open_images(root: Path, size: int | None = None, skip_corrupt: bool = False)
     names = [name for name in found if name not in bad]
     if not names:
         raise UserError(f"{root} has no intact image: {some(bad)}")
-    left_out = [*(f"{name} ({reason})" for name, reason in bad.items()), *_summary(left_out)]
+    left_out = [*(f"{shorten(name)} ({reason})" for name, reason in bad.items()), *summary(left_out)]
     if left_out:
         tqdm.write(f"{root}: {len(names)} images; left out: {', '.join(left_out)}", file=sys.stderr)
     label, classes = find_labels(source, names)
-    return ImageFiles(source, names, channels, size, label, classes, tuple(left_out))
+    return ImageFiles(source, names, checked.channels, size, label, classes, tuple(left_out), checked.sha256)
 
 
-def find_images(root: Path) -> tuple[FileSource, dict[str, str], list[str]]:
+def find_images(root: str | Path) -> tuple[FileSource, dict[str, str], list[str]]:
     """Return the folder or zip file ``root``, its image files and its other files; none of them is read."""
+    root = Path(root)
     if not root.exists():
         raise UserError("no such folder or zip file of images", field="root", value=root)
-    source: FileSource = Folder(root) if root.is_dir() else Zip(root)
+    source: FileSource = Folder(root) if root.is_dir() else Zip(regular_file(root))
     found, left_out = source.listing()
     if not found:
-        raise UserError(f"{root} has no images ({', '.join(sorted(SUFFIXES))})")
+        others = f"; left out: {', '.join(summary(left_out))}" if left_out else ""
+        raise UserError(f"{root} has no images ({', '.join(sorted(SUFFIXES))}){others}")
     return source, found, left_out
 
 
 def find_labels(source: FileSource, names: list[str]) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Return labels int64 [n] of the images ``names`` and the names of the classes; (None, ()) without labels."""
+    """Return labels int64 [n] of the images ``names`` and the names of the classes; (None, ()) without labels.
+
+    Classes without an image are named on stderr.
+    """
     label, classes = _labels(source, names)
-    return None if label is None else torch.tensor([label[name] for name in names]), classes
+    if label is None:
+        return None, classes
+    numbers = torch.tensor([label[name] for name in names])
+    if empty := [name for name, count in zip(classes, numbers.bincount().tolist(), strict=True) if not count]:
+        shown = ", ".join(empty[:20]) + (f" and {len(empty) - 20} more" if len(empty) > 20 else "")
+        tqdm.write(f"{source.root}: classes without an image: {shown}", file=sys.stderr)
+    return numbers, classes
 
 
-def _summary(other: list[str], most: int = 20) -> list[str]:
-    """Describe the files that are not images: by name, or as counts by suffix if there are many."""
-    if len(other) <= most:
-        return [name if name.endswith(")") else f"{name} (not an image by its suffix)" for name in other]
-    suffixes = Counter(PurePosixPath(name).suffix or "no suffix" for name in other)
-    return [f"{count} files with {suffix}" for suffix, count in suffixes.most_common(most)]
+def summary(others: list[str], most: int = 20) -> list[str]:
+    """Describe what is left out: each that has a reason, and the other files by name, or as counts by suffix.
+
+    At most ``most`` of each kind are listed.
+    """
+    reasons = [shorten(name) for name in others if name.endswith(")")]
+    names = [shorten(name) for name in others if not name.endswith(")")]
+    if len(names) <= most:
+        shown = [f"{name} (not an image by its suffix)" for name in names]
+    else:
+        suffixes = Counter(PurePosixPath(name).suffix or "no suffix" for name in names)
+        shown = [f"{count} files with {suffix}" for suffix, count in suffixes.most_common(most)]
+    return reasons[:most] + [f"{len(reasons) - most} more of that kind"] * (len(reasons) > most) + shown
 
 
 def _labels(source: FileSource, names: list[str]) -> tuple[dict[str, int] | None, tuple[str, ...]]:
@@ -174,14 +204,18 @@ def _listed_labels(
 ) -> tuple[dict[str, int] | None, tuple[str, ...]]:
     """Return the labels that a dataset.json has for ``names``, which it lists without ``prefix``."""
     try:
-        listed = json.loads(content)["labels"]
+        listed = parse_json(content, file, "create it again")["labels"]
         if listed is None:
             return None, ()
         known = {prefix + str(name): value for name, value in listed}
         label = {name: known[name] for name in names}
         for name, value in label.items():
-            if type(value) is not int or not 0 <= value < 1_000_000:
-                raise ValueError(f"{value!r} of {name} is not an integer from 0 on")
+            if type(value) is not int or not 0 <= value < MOST_CLASSES:
+                raise ValueError(f"{value!r} of {name} is not an integer from 0 on, below {MOST_CLASSES:,}")
+        if (first := min(label.values())) > 0:
+            raise ValueError(f"the labels begin at {first}, so that class 0 has no image: count from 0")
+    except UserError:
+        raise
     except (ValueError, TypeError, KeyError) as error:
         reason = f"nothing for {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(

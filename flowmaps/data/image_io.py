@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 Pixels = NDArray[np.uint8]  # [height, width, 1 or 3]
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "PPM")  # of the suffixes; Pillow has others, which start programs
+LARGEST_IMAGE, LARGEST_SIDE = 1 << 26, 1 << 13  # pixels of an image, also while it is resized, and of a crop's side
+ORIENTED = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # where Pillow finds a rotation mark
 Result = TypeVar("Result")
 
 
@@ -19,31 +22,54 @@ class BadImage(ValueError):
     """The bytes are not an intact image; the message says why."""
 
 
-def decode(content: bytes, upright: bool = True, thumbnail: bool = False) -> Pixels:
-    """Decode an image file to uint8 [H, W, C]; C = 1 for grey, else 3.
+def decode(content: bytes, upright: bool = True) -> Pixels:
+    """Decode an image file of one of the ``FORMATS`` to uint8 [H, W, C]; C = 1 for grey, else 3.
 
     ``upright`` applies the EXIF orientation. 16-bit grey is scaled to 8 bits, CMYK and palettes become RGB,
-    transparency is put over white. ``thumbnail`` gives an eighth of a JPEG's height and width: all of the file is
-    read, so that damage is found as at full size, in half of the time.
+    transparency is put over white.
+
+    Raises:
+        BadImage: The file is not an intact image, or has more than ``LARGEST_IMAGE`` pixels.
     """
+    return _decode(content, to_pixels, upright)
+
+
+def inspect(content: bytes) -> int:
+    """Return the channels, 1 or 3, of an image file; what ``decode`` refuses is refused.
+
+    JPEGs are decoded at an eighth of their height and width: all of the file is read, so that damage is found as at
+    full size, in half of the time.
+    """
+    return _decode(content, _channels, upright=True, small=True)
+
+
+def _decode(content: bytes, use: Callable[[Image.Image], Result], upright: bool, small: bool = False) -> Result:
     if not content:
         raise BadImage("the file is empty")
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if thumbnail:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > LARGEST_IMAGE:
+                raise BadImage(f"{image.width} x {image.height} pixels, more than {LARGEST_IMAGE:,}")
+            if small:
                 image.draft(None, (1, 1))  # of effect on JPEG alone
             image.load()
             if image.mode == "I" and image.format != "PPM":  # 16-bit PNG and TIFF have other modes
                 raise BadImage("pixels of 32 bits")
-            if upright:
+            if upright and (image.format == "TIFF" or not ORIENTED.isdisjoint(image.info)):
                 ImageOps.exif_transpose(image, in_place=True)
-            return to_pixels(image)
+            return use(image)
     except UnidentifiedImageError:
         raise BadImage("not an image") from None
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # a hostile file can raise anything: OSError, SyntaxError, struct.error, a bomb, ...
         raise BadImage(str(error) or type(error).__name__) from None
+
+
+def _channels(image: Image.Image) -> int:
+    if image.mode in ("L", "RGB") and not image.has_transparency_data:  # nothing to convert that could fail
+        return 1 if image.mode == "L" else 3
+    return int(to_pixels(image).shape[-1])
 
 
 def to_pixels(image: Image.Image) -> Pixels:
@@ -100,6 +126,8 @@ def adm_center_crop(pixels: Pixels, size: int) -> Pixels:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     ratio = size / min(image.size)
+    if image.width * image.height * ratio**2 > LARGEST_IMAGE:
+        raise BadImage(f"{pixels.shape[1]} x {pixels.shape[0]} pixels are too narrow to be resized to {size}")
     image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.atleast_3d(np.asarray(image))[top : top + size, left : left + size]

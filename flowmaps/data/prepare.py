@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from flowmaps.data.file_source import READ_ERRORS, FileSource
-from flowmaps.data.image_folder import find_images, find_labels
-from flowmaps.data.image_io import BadImage, adm_center_crop, decode, with_channels
+from flowmaps.data.image_folder import find_images, find_labels, summary
+from flowmaps.data.image_io import LARGEST_SIDE, BadImage, adm_center_crop, decode, with_channels
 from flowmaps.data.loader import Loader
-from flowmaps.data.shards import start_writing, write_missing
+from flowmaps.data.shard_writing import check_directory, check_shard, start_writing, write_missing
+from flowmaps.distributed import processes
 from flowmaps.errors import UserError, blame
 from flowmaps.images import from_uint8
 from flowmaps.info import VAE_RANGE, check_vae_range
@@ -41,6 +44,7 @@ class Crops:
         for i in index.tolist():
             try:
                 pixels = with_channels(decode(self.source.read(self.names[i]), upright=False), 3)
+                made = np.array(adm_center_crop(pixels, self.size))
             except (BadImage, *READ_ERRORS) as error:
                 if self.skip_corrupt:
                     continue
@@ -48,10 +52,10 @@ class Crops:
                     f"{self.source.root}: {self.names[i]} is not an intact image ({error}): repair it, or set "
                     "skip_corrupt to leave such files out"
                 ) from None
-            images.append(torch.from_numpy(np.array(adm_center_crop(pixels, self.size))))
+            images.append(torch.from_numpy(made))
             intact.append(i)
-        made = torch.stack(images) if images else torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
-        return made.permute(0, 3, 1, 2).contiguous(), torch.tensor(intact, dtype=torch.int64)
+        x = torch.stack(images) if images else torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
+        return x.permute(0, 3, 1, 2).contiguous(), torch.tensor(intact, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,8 @@ class Encoder:
 
 
 def write_images(
-    out: Path,
-    root: Path,
+    out: str | Path,
+    root: str | Path,
     size: int,
     encoder: Encoder | None = None,
     *,
@@ -114,7 +118,7 @@ def write_images(
         root: Folder or zip file of images, labelled as ``open_images`` labels them.
         size: Pixels per side of the crops.
         encoder: Write the latents that it makes instead of the crops.
-        shard: Images per file, less those left out; their mirror images come on top.
+        shard: Images per file, less those left out; their mirror images come on top. A file is made in memory.
         batch: Images per call of the encoder.
         workers: Processes that decode images.
         skip_corrupt: Leave out files that are not intact images instead of refusing them.
@@ -123,10 +127,17 @@ def write_images(
         (shards made, shards to make) by this process, first before any work and then after each shard.
 
     Raises:
-        UserError: An image is damaged, ``out`` holds another set, or ``size`` does not fit the VAE.
+        UserError: An image is damaged, ``out`` holds anything else, or ``size`` does not fit the VAE.
     """
+    if not 1 <= size <= LARGEST_SIDE:
+        raise UserError(f"must lie in 1 .. {LARGEST_SIDE:,}", field="size", value=size)
+    check_shard(shard, 3 * size**2)
+    kind = "images" if encoder is None else "latents"
+    check_directory(Path(out), kind)
     with blame("src", root):
-        source, found, _ = find_images(root)
+        source, found, left_out = find_images(root)
+    if left_out and processes().is_main_process:
+        tqdm.write(f"{root}: {len(found)} images; left out: {', '.join(summary(left_out))}", file=sys.stderr)
     names = list(found)
     label, classes = find_labels(source, names)
     listing = json.dumps([names, None if label is None else label.tolist()])
@@ -138,11 +149,11 @@ def write_images(
         "classes": list(classes),
         "crop": "adm",
         "files": hashlib.sha256(listing.encode()).hexdigest(),
+        "sources": hashlib.sha256(json.dumps([*found.values()]).encode()).hexdigest(),
     }
-    total = math.ceil(len(names) / shard)
-    missing = start_writing(out, "images" if encoder is None else "latents", facts, total)
-    numbers = {number: torch.arange(number * shard, min((number + 1) * shard, len(names))) for number in missing}
-    batches = [part for number in missing for part in torch.split(numbers[number], batch)]
+    writing = start_writing(out, kind, facts, math.ceil(len(names) / shard))
+    numbers = {n: torch.arange(n * shard, min((n + 1) * shard, len(names))) for n in writing.missing}
+    batches = [part for items in numbers.values() for part in torch.split(items, batch)]
     loader = Loader(
         Crops(source, names, size, skip_corrupt),
         lambda k: batches[k] if k < len(batches) else torch.empty(0, dtype=torch.int64),
@@ -165,7 +176,8 @@ def write_images(
         tensors = {"images" if encoder is None else "moments": made}
         if label is not None:
             tensors["label"] = label[rows].repeat(len(parts[0]))
-        left_out = sorted(set(numbers[number].tolist()) - set(rows.tolist()))
-        return tensors, [names[i] for i in left_out]
+        damaged = sorted(set(numbers[number].tolist()) - set(rows.tolist()))
+        return tensors, [names[i] for i in damaged]
 
-    yield from write_missing(out, total, missing, make)
+    with loader.watched():
+        yield from write_missing(writing, make)

@@ -118,9 +118,9 @@ def test_files_of_trajectories_that_start_from_data(start, tmp_path):
     [
         (["trajectories", "--out=x"], "--teacher: missing"),
         (["trajectories", "--teacher=nowhere", "--out=x"], "nowhere"),
-        (["trajectories", "--teacher=x", "--out=x", "--solver=rk4"], "euler, heun, dpm_solver"),
-        (["trajectories", "--teacher=x", "--out=x", "--start=data"], "--low"),
-        (["trajectories", "--teacher=x", "--out=x", "--grid=given", "--times=0,b"], "--times=0,b"),
+        (["trajectories", "--teacher=x", "--out=y", "--solver=rk4"], "euler, heun, dpm_solver"),
+        (["trajectories", "--teacher=x", "--out=y", "--start=data"], "--low"),
+        (["trajectories", "--teacher=x", "--out=y", "--grid=given", "--times=0,b"], "--times=0,b"),
         (["walks"], "trajectories"),
         ([], "trajectories"),
     ],

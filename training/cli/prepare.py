@@ -32,7 +32,7 @@ VAE = flags.DEFINE_string("vae", None, "AutoencoderKL that makes the latents: di
 VAE_RANGE = flags.DEFINE_list("vae_range", ["-1", "1"], "Values of black and white for the VAE; EDM2 has 0,1")
 FLIP = flags.DEFINE_bool("flip", False, "Add latents of the mirror images, as separate items")
 SKIP_CORRUPT = flags.DEFINE_bool("skip_corrupt", False, "Leave out files that are not intact images")
-WORKERS = flags.DEFINE_integer("workers", 0, "Processes that decode images", lower_bound=0)
+WORKERS = flags.DEFINE_integer("workers", 0, "Processes that decode images", lower_bound=0, upper_bound=1024)
 TEACHER = flags.DEFINE_string("teacher", None, "Checkpoint whose drift is solved")
 OUT = flags.DEFINE_string("out", None, "Directory for the files; a set that was started there is completed")
 NUM = flags.DEFINE_integer("num", 8192, "Trajectories", lower_bound=1)
@@ -67,10 +67,12 @@ def images(size: int, vae: str | None = None) -> None:
     out = output(required(OUT, "data/imagenet"))
 
     from flowmaps.data.prepare import Encoder, write_images
+    from flowmaps.data.shard_writing import check_directory
     from flowmaps.distributed import processes
     from flowmaps.vae import open_vae
 
-    values = vae_range()
+    kind, values = "latents" if vae else "images", vae_range()
+    check_directory(out, kind)
     encoder = Encoder(open_vae(vae).to(processes().device), vae, FLIP.value, values) if vae else None
     counts = {"shard": SHARD.value, "batch": BATCH.value, "workers": WORKERS.value}
     show(write_images(out, src, SIZE.value or size, encoder, skip_corrupt=SKIP_CORRUPT.value, **counts))
@@ -122,14 +124,16 @@ def from_flags() -> "Trajectories":
 
 
 def trajectories() -> None:
-    name, path = required(TEACHER, "runs/digits-flow"), required(OUT, "data/walks")
+    name, out = required(TEACHER, "runs/digits-flow"), output(required(OUT, "data/walks"))
 
     from flowmaps.data import open_dataset
+    from flowmaps.data.shard_writing import check_directory
     from flowmaps.distributed import processes
     from flowmaps.flow_map import FlowMap
     from training.teacher_trajectories import TrajectorySolver, write_trajectories
 
     options = from_flags()
+    check_directory(out, "trajectories")
     with blame("teacher", name):
         teacher = FlowMap.from_pretrained(name)
         if teacher.info.kind == "consistency":
@@ -137,7 +141,7 @@ def trajectories() -> None:
     size = teacher.info.shape[-1] if len(teacher.info.shape) == 3 else None
     data = open_dataset(DATA.value, root=ROOT.value, size=size) if DATA.value else None
     solver = TrajectorySolver(teacher.to(processes().device), options)
-    show(write_trajectories(output(path), solver, NUM.value, SEED.value, BATCH.value, SHARD.value, data))
+    show(write_trajectories(out, solver, NUM.value, SEED.value, BATCH.value, SHARD.value, data))
 
 
 COMMANDS = {"imagenet": lambda: images(64), "latents": latents, "trajectories": trajectories}

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from PIL import Image
 from flowmaps import UserError
 from flowmaps.data import open_dataset, open_images
 from flowmaps.data.file_source import Folder
-from flowmaps.data.image_io import decode
+from flowmaps.data.image_io import inspect
 
 
 def test_every_kind_of_image_is_used_and_everything_else_is_named(tmp_path, capfd):
@@ -133,11 +132,11 @@ def count_looks(monkeypatch):
     """A list that grows by each image that is checked."""
     looks = []
 
-    def look(content, **options):
+    def look(content):
         looks.append(1)
-        return decode(content, **options)
+        return inspect(content)
 
-    monkeypatch.setattr("flowmaps.data.image_check.decode", look)
+    monkeypatch.setattr("flowmaps.data.image_check.inspect", look)
     return looks
 
 
@@ -145,7 +144,19 @@ def test_a_folder_is_listed_as_pathlib_sees_it(tmp_path):
     """Order, links, shadows, odd names: the listing equals one by definition, from three looks at each path."""
     png = encoded(photograph(0), "png")
     names = ["b.png", "a/z.PNG", "a/.png", "a-b/x.png", "a.png", "A/x.jpeg", "a/b/c.tif", "._a.png", "a/..png"]
-    names += ["__MACOSX/x.png", "a/__MACOSX.png", "x.txt", "a/dataset.json", "dataset.json", "a/é.png", "noext", "png"]
+    names += [
+        "__MACOSX/x.png",
+        "a/@eaDir/x.png",
+        ".thumbnails/x.png",
+        "a/.ipynb_checkpoints/z.png",
+        "a/__MACOSX.png",
+        "x.txt",
+        "a/dataset.json",
+        "dataset.json",
+        "a/é.png",
+        "noext",
+        "png",
+    ]
     root = write_folder(tmp_path / "all", dict.fromkeys(names, png))
     (root / "empty").mkdir()
     (root / "link.png").symlink_to(root / "b.png")
@@ -159,10 +170,11 @@ def test_a_folder_is_listed_as_pathlib_sees_it(tmp_path):
     def walk(folder, above):
         for path in sorted(folder.iterdir()):
             name, real = path.relative_to(root).as_posix(), os.path.realpath(path)
-            shadow = path.name.startswith("._") or "__MACOSX" in PurePosixPath(name).parts
-            if path.is_dir() and real not in above:
+            if path.name.startswith(".") or path.name in ("__MACOSX", "@eaDir"):
+                left_out.append(name)
+            elif path.is_dir() and real not in above:
                 walk(path, (*above, real))
-            elif path.is_file() and path.suffix.lower() in (".png", ".jpeg", ".tif") and not shadow:
+            elif path.is_file() and path.suffix.lower() in (".png", ".jpeg", ".tif"):
                 found[name] = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
             elif path.name != "dataset.json":
                 left_out.append(name)
@@ -220,15 +232,16 @@ def test_files_that_macos_adds_to_a_zip_are_neither_images_nor_classes(tmp_path)
     files = {f"pets/{kind}/{i}.png": encoded(photograph(i), "png") for i, kind in enumerate(("cat", "dog"))}
     shadows = {f"__MACOSX/pets/{kind}/._{i}.png": b"shadow" for i, kind in enumerate(("cat", "dog"))}
     data = open_images(write_zip(tmp_path / "a.zip", files | shadows | {"pets/cat/._0.png": b"x"}), 8)
-    assert data.classes == ("cat", "dog") and data.label.tolist() == [0, 1] and len(data.left_out) == 3
+    assert data.classes == ("cat", "dog") and data.label.tolist() == [0, 1]
+    assert data.left_out == ("__MACOSX (hidden)", "pets/cat/._0.png (hidden)")
 
 
 def test_dataset_json_in_the_top_folder_of_a_zip(tmp_path):
     files = {f"0000{i}/img.png": encoded(photograph(i), "png") for i in range(2)}
-    labels = {"labels": [[name, 1] for name in files]}
+    labels = {"labels": [[name, 1 - i] for i, name in enumerate(files)]}
     path = write_zip(tmp_path / "a.zip", files | {"dataset.json": json.dumps(labels).encode()}, top="ds/")
     data = open_images(path, 8)
-    assert data.label.tolist() == [1, 1] and not data.left_out
+    assert data.label.tolist() == [1, 0] and not data.left_out
 
 
 def test_labels_of_used_images_must_be_integers(tmp_path):

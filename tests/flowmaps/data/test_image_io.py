@@ -9,7 +9,7 @@ import pytest
 from helpers.makers import encoded, photograph, zoo
 from PIL import Image, ImageOps
 
-from flowmaps.data.image_io import BadImage, area_center_crop, decode, in_threads, shares, with_channels
+from flowmaps.data.image_io import BadImage, area_center_crop, decode, in_threads, inspect, shares, with_channels
 
 
 def test_pixels_of_each_mode():
@@ -68,16 +68,20 @@ def damaged(content, r):
         yield bytes(changed)
 
 
-def verdict(content, **options):
+def verdict(content, look):
     try:
-        return decode(content, **options).shape[-1]
+        return look(content)
     except BadImage:
         return None
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_thumbnail_shows_the_same_damage():
+def test_a_look_at_a_file_shows_the_damage_that_decoding_it_shows(monkeypatch):
     """The check of a folder decodes JPEGs at an eighth: the same files are intact, with the same channels."""
+
+    def whole(content):
+        return decode(content).shape[-1]
+
     kinds = ({}, {"progressive": True}, {"subsampling": 0, "optimize": True}, {"restart_marker_blocks": 2})
     r, seen = random.Random(0), {None: 0, 1: 0, 3: 0}
     for height, width in ((40, 53), (9, 130)):
@@ -85,14 +89,18 @@ def test_a_thumbnail_shows_the_same_damage():
             for kind in kinds:
                 content = encoded(photograph(0, height, width).convert(mode), "jpg", **kind)
                 for changed in (content, *damaged(content, r)):
-                    expected = verdict(changed)
-                    assert verdict(changed, thumbnail=True) == expected
+                    expected = verdict(changed, whole)
+                    assert verdict(changed, inspect) == expected
                     seen[expected] += 1
     assert min(seen.values()) > 50
     good, bad = zoo()
     for content in (good | bad).values():
-        assert verdict(content, thumbnail=True) == verdict(content)
-    assert decode(encoded(photograph(0, 80, 60), "jpg"), thumbnail=True).shape == (10, 8, 3)
+        assert verdict(content, inspect) == verdict(content, whole)
+    sizes = []
+    monkeypatch.setattr(
+        "flowmaps.data.image_io.to_pixels", lambda image: sizes.append(image.size) or np.zeros((1, 1, 3))
+    )
+    assert inspect(encoded(photograph(0, 80, 60).convert("CMYK"), "jpg")) == 3 and sizes == [(8, 10)]
 
 
 def exact_mean(pixels, size):

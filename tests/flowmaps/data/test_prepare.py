@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from flowmaps import UserError
 from flowmaps.data import Latents, Loader, PreparedImages, ShuffledOrder, as_samples, open_dataset
 from flowmaps.data.image_io import adm_center_crop, decode
-from flowmaps.data.shards import start_writing, write_missing
+from flowmaps.data.shard_writing import start_writing, write_missing
 from flowmaps.images import from_uint8
 from flowmaps.vae import moments, open_vae
 
@@ -289,7 +289,7 @@ def test_memory_stays_flat_over_epochs(tmp_path):
     def make(number):
         return {"moments": torch.randn(rows, 2, 4, 32, 32), "label": torch.arange(rows) % 10}, []  # float32: 64 MiB
 
-    list(write_missing(tmp_path, shards, start_writing(tmp_path, "latents", facts, shards), make))
+    list(write_missing(start_writing(tmp_path, "latents", facts, shards), make))
     data = open_dataset("prepared", root=str(tmp_path))
     loader = Loader(data, lambda k: ShuffledOrder(len(data), 0).indices(64 * k, 64), workers=0)
 
