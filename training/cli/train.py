@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from flowmaps.cli.run import required
 from flowmaps.errors import UserError, blame
 from flowmaps.files import check_new_file, writable_directory, write_json
+from training.cli import config_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,7 +30,7 @@ class Memory(flags.ArgumentParser[Any]):
         return {"true": 80.0, "false": None}[argument] if argument in ("true", "false") else float(argument)
 
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "File and row: configs/digits.py:lagrangian[,smoke]")
+CONFIG = config_file.define("File and row: configs/digits.py:lagrangian[,smoke]")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is resumed")
 STAGE = flags.DEFINE_string(
     "stage", "", "The only stage of a chain to train; the stages that it starts from must exist"
