@@ -20,6 +20,7 @@ from flowmaps.metrics import FeatureStats
 
 ON_CPU = not torch.accelerator.is_available()  # without an accelerator, accelerate joins processes only on request
 T = TypeVar("T")
+HALF_AN_HOUR, LONGEST = 1800.0, 1e6  # seconds
 _limits: dict[str, float] = {}  # "seconds" of ``join``
 
 
@@ -28,14 +29,16 @@ def processes() -> PartialState:
     return PartialState(cpu=ON_CPU)
 
 
-def join(timeout: float) -> "Team":
+def join(timeout: Any) -> "Team":
     """Join the processes, each of which then waits for the others for ``timeout`` seconds at most, and return the team.
 
-    Only the first call of a process, with this function or ``processes``, sets the limit.
+    The first call sets the limit, if ``processes`` was not called before. A timeout that is not a positive number
+    counts as half an hour, so that the mistake is reported by all processes.
     """
     if not PartialState._shared_state:
-        _limits["seconds"] = timeout
-    PartialState(cpu=ON_CPU, timeout=timedelta(seconds=timeout))
+        sound = isinstance(timeout, (int, float)) and 0 < timeout <= LONGEST
+        _limits["seconds"] = timeout if sound else HALF_AN_HOUR
+        PartialState(cpu=ON_CPU, timeout=timedelta(seconds=_limits["seconds"]))
     return team()
 
 
@@ -160,6 +163,7 @@ def team() -> Team:
 
 ERROR, ENDED = "flowmaps/error", "flowmaps/ended"  # keys of the store that the processes share
 LINGER = 10.0  # seconds for which a process that ends by an error waits for the others to read it
+POLL = 0.05  # seconds between two looks
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
 
 
@@ -197,8 +201,10 @@ def settle(error: Exception, refused: UserError | None) -> UserError | None:
             torch.distributed.destroy_process_group()  # now the others' collectives fail
         until, ended = time.monotonic() + LINGER, store.add(ENDED, 1)
         while ended < size and time.monotonic() < until:
-            time.sleep(0.05)
+            time.sleep(POLL)
             ended = store.add(ENDED, 0)
+        if rank == 0:
+            time.sleep(4 * POLL)  # it may keep the store, in which the others look once more
     return refused or (UserError("another process ended: see what it says") if lost else None)
 
 

@@ -29,7 +29,7 @@ def run_chain(chain: Chain, workdir: str | Path, only: str = "") -> list[dict[st
     stages = placed(chain, workdir)
     if only and only not in stages:
         raise UserError(f"choose one of {', '.join(stages)}", field="stage", value=only)
-    team = join(max(config.timeout for config in stages.values()))
+    team = join(next(iter(stages.values())).timeout)
     configs = {"config": {name: config.to_dict() for name, config in stages.items()}}
     team.check_same({"workdir": str(workdir), "stage": only, **named(configs)})
     records, main = [], processes().is_main_process

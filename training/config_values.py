@@ -90,11 +90,11 @@ def fits(hint: Any, value: Any) -> bool:
         kinds = args[:1] * len(value) if args[-1:] == (...,) else args
         return len(kinds) == len(value) and all(map(fits, kinds, value))
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     kind = origin or hint
-    if getattr(kind, "_is_protocol", False) or kind is Callable:
+    if kind in (Any, Callable) or getattr(kind, "_is_protocol", False):
         return True
     return not isinstance(kind, type) or isinstance(value, kind)
 

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -39,6 +40,8 @@ def run(command: ModuleType) -> NoReturn:
     """
     script = Path(sys.argv[0]).name
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")  # torch's own, at the first jvp
+    if "WORLD_SIZE" in os.environ:  # a process that another one left would print the stack of torch's C++ code
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.stdout, sys.stderr = (_Terminal.around(stream) for stream in (sys.stdout, sys.stderr))
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
         print(usage(command.__doc__ or ""))
@@ -63,6 +66,8 @@ def run(command: ModuleType) -> NoReturn:
         sys.stdout.flush()
         sys.exit(code)
     except Stopped as stopped:
+        for number in (signal.SIGINT, signal.SIGTERM):  # all is written: another one need not be shown
+            signal.signal(number, signal.SIG_IGN)
         print(f"{script}: {stopped}", file=sys.stderr)
         sys.exit(0)
     except KeyboardInterrupt:
