@@ -193,7 +193,7 @@ def settle(error: Exception, refused: UserError | None) -> UserError | None:
             refused = _published(store)
         elif waited := re.search(r"timed? ?out.*?(\d+) ?ms", text, re.IGNORECASE):
             reason = (
-                f"another process did not answer for {int(waited[1]) / 1000:g} s: it was stopped, or needs more time"
+                f"a process did not answer for {int(waited[1]) / 1000:g} s: it was stopped, or needs more time"
             )
             refused = UserError(reason, "config.timeout", _limits["seconds"]) if _limits else UserError(reason)
             _publish(store, refused)
