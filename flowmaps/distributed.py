@@ -1,24 +1,45 @@
-"""The processes that torchrun or accelerate started, and how they share work."""
+"""The processes that torchrun or accelerate started, how they share work, and how an error of one ends all."""
 
+import contextlib
+import json
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather, pad_across_processes, reduce
+from accelerate.utils import broadcast_object_list, gather, gather_object, pad_across_processes, reduce
 from torch import Tensor
 
+from flowmaps.errors import UserError, shorten
 from flowmaps.metrics import FeatureStats
 
 ON_CPU = not torch.accelerator.is_available()  # without an accelerator, accelerate joins processes only on request
 T = TypeVar("T")
+HALF_AN_HOUR, LONGEST = 1800.0, 1e6  # seconds
+_limits: dict[str, float] = {}  # "seconds" of ``join``
 
 
 def processes() -> PartialState:
     """The state of all processes: how many there are, the rank of this one, barriers."""
     return PartialState(cpu=ON_CPU)
+
+
+def join(timeout: Any) -> "Team":
+    """Join the processes, each of which then waits for the others for ``timeout`` seconds at most, and return the team.
+
+    The first call sets the limit, if ``processes`` was not called before. A timeout that is not a positive number
+    counts as half an hour, so that the mistake is reported by all processes.
+    """
+    if not PartialState._shared_state:
+        sound = isinstance(timeout, (int, float)) and 0 < timeout <= LONGEST
+        _limits["seconds"] = timeout if sound else HALF_AN_HOUR
+        PartialState(cpu=ON_CPU, timeout=timedelta(seconds=_limits["seconds"]))
+    return team()
 
 
 def pick_device() -> torch.device:
@@ -48,6 +69,17 @@ class Team:
         if self.size > 1:
             broadcast_object_list(values)
         return values[0]
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Refuse, in every process, values that are not the same in all of them; the error's field is their name."""
+        if self.size == 1:
+            return
+        first, *others = gather_object([values])
+        for rank, theirs in enumerate(others, start=1):
+            for name in dict.fromkeys((*first, *theirs)):
+                a, b = (shorten(of.get(name, "nothing"), 60) for of in (first, theirs))
+                if first.get(name) != theirs.get(name):
+                    raise UserError(f"is {a} in process 0 and {b} in process {rank}: give all the same", field=name)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -127,3 +159,60 @@ def team() -> Team:
     """Return the team of all processes."""
     state = processes()
     return Team(state.process_index, state.num_processes)
+
+
+ERROR, ENDED = "flowmaps/error", "flowmaps/ended"  # keys of the store that the processes share
+LINGER = 10.0  # seconds for which a process that ends by an error waits for the others to read it
+POLL = 0.05  # seconds between two looks
+LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
+
+
+def settle(error: Exception, refused: UserError | None) -> UserError | None:
+    """End the work of a process with others that ``error`` ends, and return the line to show, None for a bug.
+
+    The first error goes to all processes: their collectives fail, and they show the same line.
+
+    Args:
+        error: What ended this process.
+        refused: The line for it, None if it is not a mistake of the user.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        unmet = isinstance(error, torch.distributed.DistError)
+        return UserError(f"the processes did not meet ({shorten(error)}): start all of them") if unmet else refused
+    if torch.distributed.get_world_size() == 1:
+        return refused
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    store = torch.distributed.distributed_c10d._get_default_store()
+    text = str(error)
+    lost = refused is None and isinstance(error, RuntimeError) and bool(LOST.search(text))
+    with contextlib.suppress(RuntimeError):  # the process that keeps the store may be gone
+        if not lost:
+            line = refused or UserError(f"process {rank} failed ({type(error).__name__}: {shorten(error)})")
+            _publish(store, line)
+        elif store.check([ERROR]):
+            refused = _published(store)
+        elif waited := re.search(r"timed? ?out.*?(\d+) ?ms", text, re.IGNORECASE):
+            reason = (
+                f"a process did not answer for {int(waited[1]) / 1000:g} s: it was stopped, or needs more time"
+            )
+            refused = UserError(reason, "config.timeout", _limits["seconds"]) if _limits else UserError(reason)
+            _publish(store, refused)
+        if torch.distributed.get_backend() == "gloo":  # NCCL might wait for what it began
+            torch.distributed.destroy_process_group()  # now the others' collectives fail
+        until, ended = time.monotonic() + LINGER, store.add(ENDED, 1)
+        while ended < size and time.monotonic() < until:
+            time.sleep(POLL)
+            ended = store.add(ENDED, 0)
+        if rank == 0:
+            time.sleep(4 * POLL)  # it may keep the store, in which the others look once more
+    return refused or (UserError("another process ended: see what it says") if lost else None)
+
+
+def _publish(store: Any, line: UserError) -> None:
+    store.compare_set(
+        ERROR, "", json.dumps([line.message, line.field, None if line.value is None else str(line.value)])
+    )
+
+
+def _published(store: Any) -> UserError:
+    return UserError(*json.loads(store.get(ERROR)))

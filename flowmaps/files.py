@@ -101,7 +101,7 @@ def write_json(path: Path, values: Any) -> None:
 
 def to_json(values: Any) -> bytes:
     """Return marked JSON: "written_by" in the object, or in the first one of a list."""
-    values = _finite(values)
+    values = finite(values)
     objects = [values] if isinstance(values, dict) else values
     if objects and isinstance(objects[0], dict):
         objects = [{WRITTEN_BY: WRITER, **objects[0]}, *objects[1:]]
@@ -109,11 +109,12 @@ def to_json(values: Any) -> bytes:
     return (json.dumps(marked, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return JSON values with null in place of the numbers that JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,6 +1,5 @@
 """Keep the best model of a run by a score that is computed during training."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from flowmaps.evaluation.samples import sample_batches
 from flowmaps.metrics import board_kl, sliced_w2
 from flowmaps.metrics.extractors import EXTRACTORS, METRIC_OF, POINTS, load_extractor
 from samplers import uniform_times
+from training.checkpoint import read_state
 from training.config import Best
 
 EXTRACTOR_OF = {METRIC_OF.get(name, f"FD-{name}"): name for name in EXTRACTORS if name != POINTS}
@@ -96,7 +96,7 @@ class BestModel:
     def best_score(self, workdir: Path) -> float:
         """Return the score of the run's checkpoints/best; infinity if there is none that was scored in the same way."""
         try:
-            state = json.loads((workdir / "checkpoints" / "best" / "state.json").read_text())
-            return float(state["score"]) if state["judge"] == self.facts else math.inf
-        except (OSError, ValueError, KeyError, TypeError):
+            state = read_state(workdir / "checkpoints" / "best")
+        except UserError:
             return math.inf
+        return state.score if state.score is not None and state.judge == self.facts else math.inf

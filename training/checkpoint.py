@@ -7,8 +7,7 @@
 No random state is stored: every draw is keyed by the step (flowmaps.rng).
 """
 
-import json
-import shutil
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,52 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowmaps import FlowMap
-from flowmaps.errors import UserError
+from flowmaps.errors import UserError, shorten
 from flowmaps.export import MODEL
-from flowmaps.files import Layout, new_directory, sha256
-from flowmaps.run_weights import FORMAT, list_checkpoints, read_checkpoint
+from flowmaps.files import Layout, new_directory, sha256, to_json
+from flowmaps.reading import parse, read_json
+from flowmaps.run_weights import FORMAT, read_checkpoint
 from training.ema import EMA
 from training.fsdp import gather_to_cpu, shard_like
 from training.loss_module import LossModule
 
+PARTS = ("network", "weight", "optimizer", "ema-*")
 CHECKPOINT = Layout(
-    "state.json", b'"images_seen"', ("state.json", "*.safetensors", *(f"model/{name}" for name in MODEL.names))
+    "state.json",
+    b'"images_seen"',
+    ("state.json", *(f"{part}.safetensors" for part in PARTS), *(f"model/{name}" for name in MODEL.names)),
 )
+
+
+@dataclass
+class State:
+    """The entries of state.json."""
+
+    step: int
+    images_seen: int
+    norms: tuple[float, ...] = ()  # ``Spikes``; none in a checkpoint from before the detector existed
+    shards: int | None = None  # parts of a global batch
+    threads: int | None = None  # of torch, on the CPU
+    score: float | None = None  # of checkpoints/best, with the next
+    judge: dict[str, Any] | None = None  # what gave the score
+    origin: dict[str, str] = field(default_factory=dict)  # ``Trainer.origin``, whose entries stand among the others
+
+
+def read_state(path: Path) -> State:
+    """Return the entries of state.json of the checkpoint ``path``."""
+    remedy = f"delete {path} to resume from the checkpoint before it"
+    return _state(path, read_json(path / "state.json", remedy))
+
+
+def _state(path: Path, values: Any) -> State:
+    where, known = f"{path}/state.json", {f.name for f in fields(State)} - {"origin"}
+    try:
+        values = parse(dict[str, Any], values, where)
+        rest = {key: v for key, v in values.items() if key not in (*known, "format", "files", "written_by")}
+        origin = parse(dict[str, str], rest, where)
+        return parse(State, {key: v for key, v in values.items() if key in known} | {"origin": origin}, where)
+    except UserError as error:
+        raise UserError(f"{error}: delete {path} to resume from the checkpoint before it") from None
 
 
 def save_checkpoint(
@@ -61,20 +95,15 @@ def save_checkpoint(
         for name, part in tensors.items():
             save_file(part, directory / f"{name}.safetensors")
         files = {file.name: sha256(file) for file in sorted(directory.iterdir())}
-        (directory / "state.json").write_text(json.dumps({"format": FORMAT, **state, "files": files}, indent=2))
+        (directory / "state.json").write_bytes(to_json({"format": FORMAT, **state, "files": files}))
         if model is not None:
             model.save_pretrained(directory / "model")
 
 
-def prune_checkpoints(workdir: Path, keep: int) -> None:
-    """Delete all but the last ``keep`` checkpoints; the best one is neither counted nor deleted."""
-    for old in list_checkpoints(workdir)[:-keep]:
-        shutil.rmtree(old)
-
-
-def load_checkpoint(path: Path, module: LossModule, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Any]:
+def load_checkpoint(path: Path, module: LossModule, optimizer: torch.optim.Optimizer, ema: EMA) -> State:
     """Restore ``module``, ``optimizer`` and ``ema`` in place, and return state.json."""
-    state, tensors = read_checkpoint(path)
+    values, tensors = read_checkpoint(path)
+    state = _state(path, values)
     wanted = {"network", "optimizer", *(f"ema-{name}" for name in ema.state_dict())}
     wanted |= {"weight"} if module.weight is not None else set()
     if wanted != set(tensors):
@@ -85,9 +114,8 @@ def load_checkpoint(path: Path, module: LossModule, optimizer: torch.optim.Optim
             _restore(module.weight, tensors["weight"])
         ema.load_state_dict({name: tensors[f"ema-{name}"] for name in ema.state_dict()})
         _restore_optimizer(optimizer, tensors["optimizer"])
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not fit this config ({reason}): use a new workdir") from None
+    except (RuntimeError, KeyError, IndexError, ValueError, TypeError) as error:
+        raise UserError(f"{path} does not fit this config ({shorten(error)}): use a new workdir") from None
     return state
 
 

@@ -36,6 +36,7 @@ from training.config_sections import (
     Weight,
     may_change,
 )
+from training.config_values import check_values
 from training.network_section import NetworkSection, network, preset
 
 __all__ = [
@@ -111,6 +112,7 @@ class Config:
     shard: bool = may_change(False)  # shard weights, optimiser and averages over the processes (FSDP2) instead of DDP
     ema: tuple[float, ...] = (0.999,)  # decays of averages kept side by side; the first is sampled and exported
     ema_widths: tuple[float, ...] = ()  # of power-function averages; their snapshots give any width afterwards
+    timeout: int = may_change(1800)  # seconds that a process waits for the others
     snapshot_every: int = may_change(1000)
     log_every: int = may_change(50)
     sample_every: int = may_change(500)
@@ -120,12 +122,13 @@ class Config:
     best: Best = field(default_factory=Best)
 
     def validate(self) -> None:
-        """Check everything that the types do not express.
+        """Check everything, types first (``check_values``, which tidies them too).
 
         Raises:
             UserError: A field has a wrong value or two fields contradict each other; its ``field`` is relative to the
                 config, such as "optim.lr".
         """
+        check_values(self)
         self._check_ranges()
         self._check_optional_parts()
         self._check_averages()
@@ -135,7 +138,7 @@ class Config:
         for least, names in (
             (0, "data.workers optim.warmup optim.weight_decay lora"),
             (1, "steps batch accumulate log_every sample_every checkpoint_every snapshot_every keep"),
-            (1, "best.steps best.every optim.decay_start"),
+            (1, "best.steps best.every optim.decay_start timeout"),
             (2, "best.num"),
         ):
             for name in names.split():
@@ -159,6 +162,9 @@ class Config:
             raise UserError(f"choose one of {', '.join(INTERPOLANTS)}", field="interpolant", value=self.interpolant)
         if self.lora and not self.init_from:
             raise UserError("needs a base model: set init_from", field="lora", value=self.lora)
+        for name in ("init_ema", "init_fresh"):
+            if getattr(self, name) and not self.init_from:
+                raise UserError("has no effect without init_from", field=name)
         if self.derivative_precision is DerivativePrecision.tf32 and not self.tf32 and self.precision is Precision.fp32:
             raise UserError(
                 "needs tf32=True or precision=bf16: one switch rules all float32 products of a backward pass",

@@ -52,6 +52,7 @@ def dry_run(config: Config, batch: int = 4, out: Path | None = None) -> tuple[di
 
 
 def _dry_run(config: Config, batch: int, out: Path | None) -> tuple[dict[str, Any], Image.Image]:
+    config.validate()
     number = processes().num_processes
     micro_batch = micro_batch_size(config, number)
     objective = build_objective(config)

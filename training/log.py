@@ -1,7 +1,7 @@
 """The log of a run: JSON lines in log.jsonl, progress on the terminal, and TensorBoard files."""
 
 import json
-import math
+import re
 import sys
 import time
 from collections import defaultdict
@@ -15,7 +15,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flowmaps.files import write_file
+from flowmaps.files import finite, write_file
+from flowmaps.reading import parse, parse_json, read_bytes
+
+LARGEST = 4 << 30  # bytes of a log; a line has some 300
 
 
 class Log:
@@ -29,8 +32,8 @@ class Log:
         self.enabled, self.steps = enabled, steps
         self.file = None
         if enabled:
-            kept = _rows_until(workdir / "log.jsonl", start)
-            write_file(workdir / "log.jsonl", kept.encode(), check=False)
+            rows = [row for row in read_log(workdir / "log.jsonl") if row["step"] <= start] if start else []
+            write_file(workdir / "log.jsonl", b"".join(map(_line, rows)), check=False)
             self.file = (workdir / "log.jsonl").open("a", buffering=1)
         self.board = _tensorboard(workdir, start) if enabled else None
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (enabled and sys.stderr.isatty()))
@@ -71,7 +74,7 @@ class Log:
 
     def score(self, step: int, name: str, value: float) -> None:
         """Log a score of the model after ``step`` steps."""
-        self._write({"step": step, name: value if math.isfinite(value) else None})
+        self._write({"step": step, name: value})
         self._plot(step, {name: value})
         self.say(f"step {step}/{self.steps} {name}={value:.4g}")
 
@@ -99,12 +102,16 @@ class Log:
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.file:
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(_line(row).decode())
 
     def say(self, line: str) -> None:
         """Show a line to whoever watches the run; it is not kept."""
         if self.enabled:
             tqdm.write(line, file=sys.stderr)
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return (json.dumps(finite(row), allow_nan=False) + "\n").encode()
 
 
 def _tensorboard(workdir: Path, start: int) -> Any:
@@ -116,15 +123,22 @@ def _tensorboard(workdir: Path, start: int) -> Any:
     return SummaryWriter(workdir / "tb", purge_step=start + 1)
 
 
-def _rows_until(path: Path, step: int) -> str:
-    """Return the lines of a log up to ``step``; a resumed run drops what was logged after its checkpoint."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    kept = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the kill cut the last line
-            continue
-        if row["step"] <= step and step:
-            kept.append(line + "\n")
-    return "".join(kept)
+NO_JSON = re.compile(r"-?\bInfinity\b|\bNaN\b")  # numbers of a log that an earlier version wrote
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a log.jsonl, each with its "step"; a last line that a kill cut is left out.
+
+    Raises:
+        UserError: The file, or one of its lines, is not what a run writes; the message names the line.
+    """
+    remedy = "remove the line, or use a new workdir"
+    *lines, _ = read_bytes(path, "use a new workdir", LARGEST).decode(errors="replace").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        values = parse_json(NO_JSON.sub("null", line), where, remedy)
+        row = parse(dict[str, bool | int | float | str | None], values, where)
+        parse(int, row.get("step"), f"{where}: step")
+        rows.append(row)
+    return rows

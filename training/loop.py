@@ -1,30 +1,27 @@
 """The training loop."""
 
-import dataclasses
-import json
-import shutil
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from flowmaps import FlowMap, UserError, jvp_attention
 from flowmaps.derivatives import tf32_products
-from flowmaps.distributed import team
+from flowmaps.distributed import join, processes, team
 from flowmaps.errors import Stopped, blame, within
 from flowmaps.evaluation.samples import grid_image
-from flowmaps.files import writable_directory, write_file
+from flowmaps.files import to_json, write_file
+from flowmaps.images import png
 from flowmaps.run_weights import list_checkpoints
 from training.best import BestModel
-from training.checkpoint import load_checkpoint
-from training.config import Config, Decay, plain
+from training.checkpoint import State, load_checkpoint
+from training.config import Config
 from training.log import Log
 from training.precision import advice
-from training.run_directory import disk_errors, run_lock
+from training.run_directory import check_run_directory, check_same_config, disk_errors, remove_stale, run_lock
+from training.stop import Stop
 from training.trainer import Trainer
 
 
@@ -45,67 +42,85 @@ def train(config: Config, workdir: str | Path, data: Any = None) -> FlowMap:
         The flow map with averaged weights, in eval mode.
 
     Raises:
-        UserError: The config is inconsistent or differs from that of the run in ``workdir``, a file is missing or
-            damaged, or another process trains there.
+        UserError: The config is inconsistent or differs from that of the run in ``workdir``, ``workdir`` is not a run
+            but has files that a run would replace, a file is missing or damaged, or another process trains there.
         Stopped: SIGTERM or Ctrl-C arrived; a checkpoint has been written.
+        KeyboardInterrupt: Another one arrived meanwhile.
 
     Example:
         >>> unet = network(UNet, image_size=32, channels=3, num_classes=10)
         >>> fm = train(Config(unet, Lagrangian(), steps=10_000), "runs/mine", data=my_dataset)
         >>> fm.save_pretrained("mine")
     """
-    return train_section(config, Path(workdir), data, "config")
+    team = join(config.timeout)
+    team.check_same({"workdir": str(workdir), **named({"config": config.to_dict()})})
+    with Stop() as stop:
+        return train_section(config, Path(workdir), data, "config", stop)
 
 
-def train_section(config: Config, workdir: Path, data: Any, section: str) -> FlowMap:
+def named(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= named(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def train_section(config: Config, workdir: Path, data: Any, section: str, stop: Stop) -> FlowMap:
     """Train as ``train`` does; errors call the config ``section``, such as "config.mid_training" in a chain."""
+    main = processes().is_main_process
+    if main:
+        with blame("workdir", workdir):
+            check_run_directory(workdir)
     with within(section):
         trainer = Trainer.build(config, data)
+        team().check_same(trainer.origin())
         judge = None
         if config.best.metric:
             judge = BestModel(config.best, trainer.data, config.seed, trainer.accelerator.device, team())
-    main = trainer.accelerator.is_main_process
     with ExitStack() as stack:
         if main:
             stack.enter_context(disk_errors(workdir))
-            with blame("workdir", workdir):
-                writable_directory(workdir).mkdir(parents=True, exist_ok=True)
+            workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(run_lock(workdir))
         stack.enter_context(within(section))
         stack.enter_context(tf32_products(config.tf32))
         stack.enter_context(_timed_convolutions())
         stack.enter_context(trainer.loader.watched())
-        done = _train(config, workdir, trainer, judge, main)
+        done = _train(config, workdir, trainer, judge, stop, main)
     return trainer.averaged(done)
 
 
-def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | None, main: bool) -> int:
+def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | None, stop: Stop, main: bool) -> int:
     """Run the loop of ``train`` and return the number of steps done."""
-    done, state = 0, {}
+    done, state = 0, State(0, 0)
     if checkpoints := list_checkpoints(workdir):
-        _check_same_config(config, workdir / "config.json")
+        check_same_config(config, workdir / "config.json")
         state = load_checkpoint(checkpoints[-1], trainer.module, trainer.optimizer, trainer.ema)
-        done = state["step"]
-        trainer.spikes.load_state_dict(state)
+        done = state.step
+        trainer.spikes.norms = list(state.norms)
         trainer.refresh_teacher()
         for name, digest in trainer.origin().items():
-            if state.get(name, "") != digest:
+            if state.origin.get(name, "") != digest:
                 raise UserError(
                     f"has changed since the run in {workdir} started: restore it or use a new workdir",
                     field=name,
                 )
     elif main:
-        for stale in ("checkpoints/best", "snapshots"):  # of a run that left no checkpoint
-            shutil.rmtree(workdir / stale, ignore_errors=True)
+        remove_stale(workdir)
     if main:
         facts = {**config.to_dict(), "origin": trainer.origin()}
-        write_file(workdir / "config.json", json.dumps(facts, indent=2).encode(), check=False)
-    with _Stop() as stop, closing(Log(workdir, config.steps, done, enabled=main)) as log:
+        write_file(workdir / "config.json", to_json(facts), check=False)
+    with closing(Log(workdir, config.steps, done, enabled=main)) as log:
         last = done >= config.steps
         if done and not last:
             log.event("resume", step=done)
-            if state.get("shards") != trainer.parts():
-                log.event("shards", step=done, before=state.get("shards"), now=trainer.parts())
+            for name, before, now in (
+                ("shards", state.shards, trainer.parts()),
+                ("threads", state.threads, torch.get_num_threads()),
+            ):
+                if before is not None and before != now:
+                    log.event(name, step=done, before=before, now=now)
         for line in advice(config, trainer.module.objective, trainer.accelerator.device):
             log.say(f"note: {line}")
         jvp_attention.notes.clear()
@@ -129,8 +144,7 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | N
                     model = trainer.averaged(done)
                     if main:
                         picture = grid_image(model, config.sample_steps, config.seed)
-                        (workdir / "samples").mkdir(exist_ok=True)
-                        picture.save(workdir / "samples" / f"step-{done:08d}.png")
+                        write_file(workdir / "samples" / f"step-{done:08d}.png", png(picture), check=False)
                         log.picture(done, picture)
                 if config.ema_widths and (done == config.steps or done % config.snapshot_every == 0):
                     trainer.snapshot(workdir, done)
@@ -165,66 +179,3 @@ def _timed_convolutions() -> Iterator[None]:
         yield
     finally:
         cudnn.benchmark = before
-
-
-class _Stop:
-    """Record SIGTERM or SIGINT in ``asked``, for the loop to stop between two steps.
-
-    The first signal restores the previous handlers, so that a second Ctrl-C stops at once.
-    """
-
-    def __enter__(self) -> "_Stop":
-        self.asked = ""
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number).name
-        self.__exit__()
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def _check_same_config(config: Config, path: Path) -> None:
-    """Refuse to resume a run whose config.json would have made other steps."""
-    try:
-        stored = json.loads(path.read_text())
-        stored.pop("origin", None)  # compared with the checkpoint's
-        stored = _with_defaults(stored, _defaults(config))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): cannot tell whether the run is the same") from None
-    allowed = config.resumable_fields()
-    if config.optim.decay in (Decay.constant, Decay.inverse_sqrt):  # the others depend on the number of steps
-        allowed.add("steps")
-    changed = [key for key in _differences(stored, config.to_dict()) if key not in allowed]
-    if changed:
-        raise UserError(f"differs from the run in {path.parent}: use its value or a new workdir", field=changed[0])
-
-
-def _defaults(section: Any) -> dict[str, Any]:
-    """Return the defaults of a section's fields, which stand in for fields that an older config.json does not have."""
-    found = {}
-    for f in dataclasses.fields(section):
-        value = getattr(section, f.name)
-        if dataclasses.is_dataclass(value):
-            found[f.name] = _defaults(value)
-        elif f.init and f.default is not dataclasses.MISSING:
-            found[f.name] = plain(f.default)
-    return found
-
-
-def _with_defaults(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    found = defaults | stored
-    nested = {k: _with_defaults(found[k], v) for k, v in defaults.items() if isinstance(v, dict) and k in stored}
-    return found | nested
-
-
-def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Return the dotted keys at which two JSON values differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            d for k in sorted(a.keys() | b.keys()) for d in _differences(a.get(k), b.get(k), f"{prefix}.{k}".strip("."))
-        ]
-    return [] if a == b else [prefix]

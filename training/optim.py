@@ -52,14 +52,6 @@ class Spikes:
         self.norms = list(norms)  # latest last
         self.count = 0  # spikes since the start or resume
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """Return the entries of a checkpoint's state.json."""
-        return {"norms": self.norms}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the window; a checkpoint from before the detector existed has none."""
-        self.norms = list(state.get("norms", ()))
-
     def is_spike(self, norm: float, factor: float) -> bool:
         """Return whether ``norm`` exceeds ``factor`` times the median of the full window before it, and record it.
 

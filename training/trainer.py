@@ -37,7 +37,7 @@ from training.build import (
     micro_batch_size,
     open_decoder,
 )
-from training.checkpoint import prune_checkpoints, save_checkpoint
+from training.checkpoint import save_checkpoint
 from training.config import Config, build_objective
 from training.ema import EMA, meta_copy
 from training.fsdp import full_tensor, gather_to_cpu, shard
@@ -45,6 +45,7 @@ from training.lora import merge_lora
 from training.loss_module import LossModule
 from training.optim import Spikes, build_optimizer, learning_rate
 from training.precision import StepPrecision, derivative_error, step_precision
+from training.run_directory import prune_checkpoints
 from training.teacher_trajectories import TrajectorySource, build_trajectory_source
 
 
@@ -291,8 +292,8 @@ class Trainer:
 
     def checkpoint(self, path: Path, done: int, model: FlowMap | None = None, **facts: Any) -> None:
         """Write the state after ``done`` steps to ``path``, together with the export of ``model`` if given."""
-        state = {**facts, **self.origin(), **self.spikes.state_dict(), "shards": self.parts()}
-        state = {"step": done, "images_seen": done * self.config.batch, **state}
+        state = {"step": done, "images_seen": done * self.config.batch, "norms": self.spikes.norms, **facts}
+        state |= {"shards": self.parts(), "threads": torch.get_num_threads(), **self.origin()}
         writes = self.accelerator.is_main_process
         save_checkpoint(path, state, self.module, self.optimizer, self.ema, model, writes)
 

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -39,12 +40,13 @@ def run(command: ModuleType) -> NoReturn:
     """
     script = Path(sys.argv[0]).name
     warnings.filterwarnings("ignore", message=".*torch.jit.script.*")  # torch's own, at the first jvp
+    if "WORLD_SIZE" in os.environ:  # a process that another one left would print the stack of torch's C++ code
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.stdout, sys.stderr = (_Terminal.around(stream) for stream in (sys.stdout, sys.stderr))
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
         print(usage(command.__doc__ or ""))
         sys.exit(0)
     try:
-        _check_config_file(sys.argv)
         rest = flags.FLAGS(sys.argv)[1:]
         main = getattr(command, "main", None)
         if main is None:
@@ -64,15 +66,27 @@ def run(command: ModuleType) -> NoReturn:
         sys.stdout.flush()
         sys.exit(code)
     except Stopped as stopped:
+        for number in (signal.SIGINT, signal.SIGTERM):  # all is written: another one need not be shown
+            signal.signal(number, signal.SIG_IGN)
         print(f"{script}: {stopped}", file=sys.stderr)
         sys.exit(0)
     except KeyboardInterrupt:
         _interrupted(script)
     except Exception as error:
-        if refused := explain(error):
+        if refused := _settled(error):
             fail(script, refused)
         traceback.print_exc()  # a bug must not look like a failed gate
         sys.exit(3)
+
+
+def _settled(error: Exception) -> UserError | None:
+    """Return ``explain(error)``, in several processes the line of the one that failed first."""
+    refused = explain(error)
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return refused
+    from flowmaps.distributed import settle
+
+    return settle(error, refused)
 
 
 def explain(error: BaseException) -> UserError | None:
@@ -199,23 +213,5 @@ def fail(script: str, error: BaseException) -> NoReturn:
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, UserError) and error.field:
         message = f"--{message}"
-    if "Traceback (most recent call last)" in message:  # ml_collections quotes what a config file raised
-        message = message.strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
-    if unknown := re.match(r"Field (\w+) not found on dataclass .*?(\w+)'>", message):
-        flag = next((a for a in sys.argv if a.partition("=")[0].endswith(f".{unknown[1]}")), unknown[1])
-        section = unknown[2].removesuffix("Section")
-        message = f"{flag.partition('=')[0]}: {section} has no such field; config.json of a run lists them all"
     print(f"{script}: error: {shorten(message, LONGEST_LINE)}", file=sys.stderr)
     sys.exit(2)
-
-
-def _check_config_file(argv: list[str]) -> None:
-    """ml_collections lets a missing config file pass until it is used, then exits with code 0."""
-    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, _, value = flag.lstrip("-").partition("=")
-        if flag.startswith("-") and name == "config":
-            path = Path((value or following).split(":")[0])
-            if not path.is_file():
-                raise UserError(
-                    f"--config={path}: no such file; configs are in configs/, e.g. configs/digits.py:lagrangian"
-                )

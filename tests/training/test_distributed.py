@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -188,3 +189,62 @@ def test_compiled_equals_eager(row, drift):
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
     for name, value in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], value, rtol=1e-5, atol=1e-5)
+
+
+class Two:
+    """Two processes of train.py that need no launcher, so that each has its own flags, exit code and output."""
+
+    def __init__(self, *flags):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "scripts/train.py", *own],
+                cwd=ROOT,
+                env={**os.environ, **common, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, own in enumerate(flags)
+        ]
+
+    def ended(self, rank, limit=90):
+        """Return the exit code and the lines that are not of the log."""
+        error = self.processes[rank].communicate(timeout=limit)[1]
+        return self.processes[rank].returncode, [x for x in error.splitlines() if not x.startswith(("step", "note"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        (["--config.batch=32"], "--config.batch: is 16 in process 0 and 32 in process 1"),
+        (["--config.steps=0"], "--config.steps: is 4 in process 0 and 0 in process 1"),
+        (["--config=configs/digits.py:pipeline,smoke"], " in process 0 and nothing in process 1"),
+        ([], "has log.jsonl, which no run of flowmaps wrote"),  # which the first process alone finds
+    ],
+)
+def test_a_mistake_of_one_process_is_the_same_line_in_both(tmp_path, others, said):
+    flags = [DIGITS, f"--workdir={tmp_path}", "--config.steps=4"]
+    theirs = [others[0], flags[1]] if others and others[0].startswith("--config=") else [*flags, *others]
+    if not others:
+        (tmp_path / "log.jsonl").write_text("mine")
+    two = Two(flags, theirs)
+    found = [two.ended(rank) for rank in (0, 1)]
+    assert found[0] == found[1] and found[0][0] == 2 and len(found[0][1]) == 1, found
+    assert said in found[0][1][0] and [path.name for path in tmp_path.iterdir()] == ["log.jsonl"] * (not others)
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_answer_is_waited_for_no_longer_than_the_timeout(tmp_path):
+    flags = [DIGITS, f"--workdir={tmp_path}", "--config.steps=100000", "--config.timeout=3"]
+    two = Two(flags, flags)
+    while two.processes[0].poll() is None and not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.1)
+    two.processes[1].send_signal(signal.SIGSTOP)
+    code, lines = two.ended(0)
+    two.processes[1].send_signal(signal.SIGCONT)
+    assert code == 2 and len(lines) == 1 and "--config.timeout=3: a process did not answer for 3 s" in lines[0], lines
+    assert two.ended(1)[0] == 2

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +19,14 @@ from helpers.runs import assert_same, tiny, weights
 from flowmaps import UserError
 from flowmaps.data import Loader, open_images
 from flowmaps.data.shards import PreparedImages
+from flowmaps.files import to_json
 from flowmaps.run_weights import list_checkpoints
+from training.checkpoint import read_state
+from training.log import Log, read_log
 from training.loop import train
 from training.optim import WINDOW, Spikes
-from training.run_directory import run_lock
+from training.run_directory import prune_checkpoints, run_lock
+from training.stop import Stop
 from training.trainer import Trainer
 
 
@@ -158,3 +164,168 @@ def test_another_number_of_shards_is_logged(tmp_path):
     train(tiny(accumulate=2), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {"event": "shards", "step": 3, "before": 1, "now": 2} in rows
+
+
+PLANTED = {  # what a user may have under the names that a run writes
+    "config.json": '{"mine": 1}',
+    "log.jsonl": "mine",
+    "model/notes.txt": "mine",
+    "samples/step-00000006.png": "mine",
+    "checkpoints/step-00000001/state.json": '{"mine": 1}',
+    "checkpoints/best/mine.txt": "mine",
+    "snapshots/step-00000001.safetensors": "mine",
+    "tb/events": "mine",
+    ".lock": "mine",
+}
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.is_file() and p.read_bytes() for p in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_directory_that_is_not_a_run_is_refused_before_any_work_and_nothing_changes(tmp_path, name, monkeypatch):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(PLANTED[name])
+    before = content(tmp_path)
+    monkeypatch.setattr(Trainer, "build", None)  # no work
+    with pytest.raises(UserError, match=re.escape(name.partition("/")[0])) as caught:
+        train(tiny(), tmp_path)
+    assert caught.value.field == "workdir" and content(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [".lock", "config.json", "log.jsonl", "model", "samples", "checkpoints", "tb"])
+@pytest.mark.parametrize("finished", [False, True], ids=["new", "run"])
+def test_a_directory_in_place_of_a_file_and_the_reverse_are_refused_by_name(tmp_path, name, finished):
+    path = tmp_path / name
+    if finished:
+        (tmp_path / "config.json").write_bytes(to_json({"steps": 1}))
+        path.unlink(missing_ok=True)
+    path.mkdir() if "." in name else path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))} is not a (file|directory)"):
+        train(tiny(), tmp_path)
+
+
+def test_a_run_replaces_its_own_files_and_keeps_those_of_the_user(tmp_path):
+    """After the loss of all checkpoints it starts anew; prunes and stale deletions leave what no run wrote."""
+    config = tiny(ema=(0.9999,), ema_widths=(0.05, 0.1), snapshot_every=3, steps=6, keep=1)
+    train(config, tmp_path)
+    mine = [tmp_path / "snapshots/mine.safetensors", tmp_path / "notes.txt", tmp_path / "samples/mine.png"]
+    mine += [list_checkpoints(tmp_path)[-1] / "mine.txt", list_checkpoints(tmp_path)[-1] / "mine.safetensors"]
+    for file in mine:
+        file.write_text("mine")
+    for file in ("state.json", "network.safetensors"):
+        (list_checkpoints(tmp_path)[-1] / file).unlink()
+    (tmp_path / "checkpoints/step-00000006").rename(tmp_path / "checkpoints/kept")
+    mine = [Path(str(file).replace("step-00000006", "kept")) for file in mine]
+    train(config, tmp_path)
+    assert all(file.read_text() == "mine" for file in mine)
+    note = list_checkpoints(tmp_path)[0] / "note.txt"
+    note.write_text("mine")
+    shutil.copytree(list_checkpoints(tmp_path)[-1], tmp_path / "checkpoints/step-00000009")
+    prune_checkpoints(tmp_path, 1)
+    assert note.read_text() == "mine" and len(list_checkpoints(tmp_path)) == 2
+    note.unlink()
+    prune_checkpoints(tmp_path, 1)
+    assert len(list_checkpoints(tmp_path)) == 1
+
+
+def test_a_run_from_before_files_were_marked_resumes(tmp_path):
+    train(tiny(), tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored.pop("written_by") == "flowmaps"
+    (tmp_path / "config.json").write_text(json.dumps(stored, indent=2))
+    shutil.rmtree(list_checkpoints(tmp_path)[-1])
+    (tmp_path / "log.jsonl").write_text('{"step": 2, "loss": NaN, "x": -Infinity}\n{"step": 4}\n{"step": 5, "lo')
+    train(tiny(), tmp_path)
+    assert read_log(tmp_path / "log.jsonl")[0] == {"step": 2, "loss": None, "x": None}
+    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [2, 3, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("log.jsonl", '{"step": 2}\n5\n', r"log\.jsonl, line 2 is 5"),
+        ("log.jsonl", '{"loss": 2}\n', r"log\.jsonl, line 1: step is None"),
+        ("log.jsonl", '{"step": 1, "a": [1]}\n', r"log\.jsonl, line 1: a is"),
+        ("log.jsonl", "[" * 9999 + "\n", r"log\.jsonl, line 1 is not readable JSON \(too deeply nested"),
+        ("log.jsonl", '{"step": ' + "9" * 9999 + "}\n", r"log\.jsonl, line 1 is not readable JSON"),
+        ("config.json", "[1]", r"config\.json is \[1\], expected dict"),
+        ("config.json", '{"origin": [1]}', r"config\.json: origin is"),
+        ("config.json", '{"optim": 3}', r"differs from the run"),
+        ("config.json", "", r"config\.json is not readable JSON"),
+        ("state.json", "null", r"state\.json"),
+        ("state.json", '{"norms": "x"}', r"state\.json: norms is 'x'.*: delete .*step-00000003"),
+        ("state.json", '{"shards": "x"}', r"state\.json: shards is 'x'"),
+        ("state.json", '{"teacher": 3}', r"state\.json: teacher is 3"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_refused_by_name(tmp_path, file, text, said):
+    train(tiny(), tmp_path)
+    shutil.rmtree(list_checkpoints(tmp_path)[-1])
+    path = tmp_path / file if file != "state.json" else list_checkpoints(tmp_path)[-1] / file
+    if text.startswith('{"') and file == "state.json":
+        text = json.dumps({**json.loads(path.read_text()), **json.loads(text)})
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        train(tiny(), tmp_path)
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path):
+    log = Log(tmp_path, 1, 0)
+    log.add({"loss": torch.tensor(float("inf")), "x": torch.tensor(float("nan"))})
+    log.interval(1, 1, lr=1.0)
+    log.score(1, "W2@1", float("inf"))
+    log.close()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] is rows[0]["x"] is rows[1]["W2@1"] is None and rows == read_log(tmp_path / "log.jsonl")
+
+
+def test_another_number_of_threads_is_logged(tmp_path):
+    threads = torch.get_num_threads()
+    train(tiny(), tmp_path)
+    shutil.rmtree(list_checkpoints(tmp_path)[-1])
+    torch.set_num_threads(threads + 1)
+    try:
+        train(tiny(), tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert {"event": "threads", "step": 3, "before": threads, "now": threads + 1} in read_log(tmp_path / "log.jsonl")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_ends_at_once(number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), Stop() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.asked == signal.Signals(number).name
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["lagrangian", "pipeline"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_signals_to_train(tmp_path, row, times):
+    """One: a checkpoint and exit code 0. Two: one line and exit code 130; the last checkpoint stays."""
+    stage = "pre_training." * (row == "pipeline")
+    flags = [f"--config=configs/digits.py:{row},smoke", f"--workdir={tmp_path}"]
+    flags += [f"--config.{stage}{name}" for name in ("steps=100000", "sample_every=100000", "checkpoint_every=1")]
+    run = tmp_path / "pre_training" if row == "pipeline" else tmp_path
+    process = subprocess.Popen(
+        [sys.executable, "scripts/train.py", *flags],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list_checkpoints(run):
+        time.sleep(0.05)
+    for number in (signal.SIGINT, signal.SIGTERM)[:times]:  # two of one number could be merged
+        process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == (0 if times == 1 else 130), error
+    assert "Traceback" not in error
+    last = error.strip().splitlines()[-1]
+    assert "stopped by SIGINT at step" in last if times == 1 else last == "train.py: interrupted"
+    assert read_state(list_checkpoints(run)[-1]).step >= 1 and not list(tmp_path.rglob("*.tmp"))

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from flowmaps.cli.run import required
 from flowmaps.errors import UserError, blame
-from flowmaps.files import check_new_file, writable_directory, write_json
+from flowmaps.files import check_new_file, write_json
+from training.cli import config_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,7 +30,7 @@ class Memory(flags.ArgumentParser[Any]):
         return {"true": 80.0, "false": None}[argument] if argument in ("true", "false") else float(argument)
 
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "File and row: configs/digits.py:lagrangian[,smoke]")
+CONFIG = config_file.define("File and row: configs/digits.py:lagrangian[,smoke]")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is resumed")
 STAGE = flags.DEFINE_string(
     "stage", "", "The only stage of a chain to train; the stages that it starts from must exist"
@@ -53,58 +53,75 @@ JSON = flags.DEFINE_string("json", None, "File for the forecast as a list of rec
 def main() -> None:
     if CONFIG.value is None:
         raise UserError("missing, e.g. --config=configs/digits.py:lagrangian", field="config")
-    config, tries = CONFIG.value, "forecast" if FORECAST.value is not None else "dry run" if DRY_RUN.value else ""
-    workdir = "" if tries else required(WORKDIR, "runs/digits")
+    config = CONFIG.value
+    workdir = "" if DRY_RUN.value or FORECAST.value is not None else required(WORKDIR, "runs/digits")
 
-    from flowmaps.distributed import processes
+    if FORECAST.value is not None:
+        show_forecast(config)
+        return
+
+    from flowmaps.distributed import join
     from training.chain import run_chain, table
     from training.config_rows import Chain
     from training.dry_run import dry_run, dry_run_chain
     from training.loop import train
 
-    if STAGE.value and (tries or not isinstance(config, Chain)):
-        reason = f"a {tries} tries all stages" if tries else "this row is one run, not a chain"
-        raise UserError(f"{reason}, leave it out", field="stage", value=STAGE.value)
-    if FORECAST.value is not None:
-        show_forecast(config)
-    elif DRY_RUN.value:
+    stages = config.stages() if isinstance(config, Chain) else {"": config}
+    main = join(next(iter(stages.values())).timeout).rank == 0
+    if STAGE.value and (DRY_RUN.value or not isinstance(config, Chain)):
+        raise _stage_refused(chain=isinstance(config, Chain))
+    if DRY_RUN.value:
+        pictures = {stage: grid_file(stage) for stage in stages} if main and WORKDIR.value is not None else {}
         for stage, facts, picture in dry_run_chain(config) if isinstance(config, Chain) else [("", *dry_run(config))]:
-            show(stage, facts, picture)
+            if main:
+                show(stage, facts, picture, pictures.get(stage))
     elif isinstance(config, Chain):
         records = run_chain(config, workdir, STAGE.value)
-        if processes().is_main_process:
+        if main:
             print(table(records))
     else:
         train(config, workdir)
 
 
+def _stage_refused(chain: bool) -> UserError:
+    reason = "a forecast or a dry run tries all stages" if chain else "this row is one run, not a chain"
+    return UserError(f"{reason}: leave it out", field="stage", value=STAGE.value)
+
+
 def show_forecast(config: Any) -> None:
     """Print the forecast of a run or of each stage of a chain, and write it to --json."""
+    from training.config_rows import Chain
     from training.forecast.report import forecasts, lines
 
+    if STAGE.value:
+        raise _stage_refused(chain=isinstance(config, Chain))
     gpus = int(os.environ.get("WORLD_SIZE", 1)) if GPUS.value is None else GPUS.value
     if int(os.environ.get("RANK", 0)):
         return  # the first process prints it
+    if JSON.value is not None:
+        with blame("json", JSON.value):
+            check_new_file(Path(JSON.value))
     records = []
     for stage, record in forecasts(config, FORECAST.value, gpus, MFU.value):
         records.append({"stage": stage, **record})
         for line in lines(record):
             print(f"{stage} {line}".strip(), flush=True)
     if JSON.value is not None:
-        with blame("json", JSON.value):
-            check_new_file(Path(JSON.value))
         write_json(Path(JSON.value), records)
 
 
-def show(stage: str, facts: dict[str, Any], picture: "Image.Image") -> None:
-    """Print the facts of a dry run and save its picture to --workdir."""
+def grid_file(stage: str) -> Path:
+    """Return the file in --workdir for the picture of a dry run, after a look at what is there."""
+    with blame("workdir", WORKDIR.value):
+        return check_new_file(Path(WORKDIR.value or "") / f"dry-run{'-' * bool(stage)}{stage}.png")
+
+
+def show(stage: str, facts: dict[str, Any], picture: "Image.Image", file: Path | None) -> None:
+    """Save the picture of a dry run to ``file``, if any, and print its facts."""
     from flowmaps.images import write_png
 
+    if file is not None:
+        write_png(picture, file)
+        facts = {**facts, "grid": file}
     for name, fact in facts.items():
         print(f"{stage} {name}: {fact}".strip())
-    if WORKDIR.value is not None:
-        with blame("workdir", WORKDIR.value):
-            directory = writable_directory(Path(WORKDIR.value))
-        path = directory / f"dry-run{'-' * bool(stage)}{stage}.png"
-        write_png(picture, path)
-        print(f"{stage} grid: {path}".strip())
