@@ -138,7 +138,7 @@ def test_a_guidance_weight_must_be_finite():
     info = FlowMapInfo(shape=(3,), label_dropout=0.1)
     info.check_guidance(2.0, "euler")
     for weight in (float("nan"), float("inf")):
-        with pytest.raises(UserError, match="guidance=(nan|inf): must be finite"):
+        with pytest.raises(UserError, match=r"guidance=(nan|inf): must be finite"):
             info.check_guidance(weight, "euler")
 
 
