@@ -4,9 +4,11 @@ python scripts/train.py --config=configs/folder.py:lagrangian --config.data.root
 python scripts/train.py --config=configs/folder.py:lagrangian --config.data.root=my/images --workdir=runs/mine
 python scripts/train.py --config=configs/folder.py:lagrangian --config.data.name=zip --config.data.root=my.zip ...
 
-Class-conditional with --config.network.num_classes=N (sub-folders or dataset.json; --dry_run lists the classes); other
-sizes with --config.network.image_size=N, grey images with --config.network.channels=1. The settings are those of
-Boffi et al. 2025 for CelebA-64 (arXiv 2505.18825, table 3) at a learning rate for this U-Net; not yet run by us.
+Class-conditional with --config.network.num_classes=N (sub-folders or dataset.json; --dry_run lists the classes), grey
+images with --config.network.channels=1. Other sizes with --config.network.image_size=N, a multiple of 8, and attention
+at resolutions that they have: 128 pixels with --config.network.attention_resolutions=32,16, 48 with 12,6.
+The settings are those of Boffi et al. 2025 for CelebA-64 (arXiv 2505.18825, table 3) at a learning rate for this U-Net;
+not yet run by us.
 
 from_edm2 is for ImageNet in 1,000 sub-folders: it starts from edm2-img64-s, imported to teachers/edm2 (docs/teachers.md
 says how); with ",taught" it also distils its drift.

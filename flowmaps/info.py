@@ -207,7 +207,5 @@ class FlowMapInfo:
                 raise UserError(f"{where}: schedules: {shorten(sampler, 60)}: {error}") from None
         info = replace(parse(cls, known, where), schedules=schedules)
         if info.latent_scale and info.origin.get("format") == "edm2" and "vae_range" not in known:
-            raise UserError(
-                "does not say the range of its VAE, lost by the version that imported it: import it again", "vae_range"
-            )
+            raise UserError("missing, lost by the version that imported this from EDM2: import it again", "vae_range")
         return info

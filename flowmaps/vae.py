@@ -87,9 +87,7 @@ def _check_facts(vae: "AutoencoderKL") -> None:
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         fits = False
     if not fits:
-        raise UserError(
-            f"its config.json has no scaling for {wanted} channels (scaling_factor, or latents_std): fix it"
-        )
+        raise UserError(f"its config.json has no scaling (scaling_factor, latents_std) for {wanted} channels: fix it")
 
 
 def scaling(vae: "AutoencoderKL") -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -21,9 +21,7 @@ def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
-FIELDS: dict[
-    str, tuple[str, Callable[[Any], bool]]
-] = {  # what the values of a field must be, of each step's in BY_STEPS
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what a value must be; in BY_STEPS each step's
     **dict.fromkeys(("sampler", "cost", "checkpoint"), ("text", lambda value: isinstance(value, str))),
     **dict.fromkeys(("noises", "seed", "fine"), ("a whole number", _count)),
     "guidance": ("a number or null", lambda value: value is None or _number(value)),

@@ -72,8 +72,8 @@ def _check_latents(field: str, source: str, theirs: FlowMap, ours: FlowMap) -> N
     a, b = theirs.info.vae_range, ours.info.vae_range
     if theirs.info.latent_scale and ours.info.latent_scale and a != b:
         raise UserError(
-            f"has latents of a VAE for pixels in {a[0]:g} .. {a[1]:g}, the set of one for {b[0]:g} .. {b[1]:g}: "
-            f"prepare the images with vae_range={a[0]:g},{a[1]:g}",
+            f"has latents of a VAE for pixels in {a[0]:g} .. {a[1]:g}, the prepared set of one for {b[0]:g} .. "
+            f"{b[1]:g}: prepare the images with vae_range={a[0]:g},{a[1]:g}",
             field=field,
             value=source,
         )

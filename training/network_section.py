@@ -51,7 +51,9 @@ def network(cls: Callable[P, nn.Module], *args: P.args, **options: P.kwargs) -> 
     Raises:
         UserError: The constructor does not have one of the options, or an option without default is missing.
     """
-    made = _section_class(typing.cast(type[nn.Module], cls))
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        raise UserError(f"must be a class of networks, such as {', '.join(NETWORKS)}", field="network", value=cls)
+    made = _section_class(cls)
     try:
         given = inspect.signature(cls).bind(*args, **options).arguments
     except TypeError as error:
@@ -71,7 +73,13 @@ def _section_class(cls: type[nn.Module]) -> type[NetworkSection]:
 
 
 def preset(name: str, **changes: Any) -> NetworkSection:
-    """Describe the network ``name`` of ``flowmaps.networks.PRESETS``, with ``changes`` to its arguments."""
+    """Describe the network ``name`` of ``flowmaps.networks.PRESETS``, with ``changes`` to its arguments.
+
+    Raises:
+        UserError: There is no such preset, or the network does not have one of the options.
+    """
+    if name not in PRESETS:
+        raise UserError(f"choose one of {', '.join(PRESETS)}", field="preset", value=name)
     found = PRESETS[name]
     cls: Callable[..., nn.Module] = NETWORKS[found.network]
     return network(cls, **{**found.options, **changes})

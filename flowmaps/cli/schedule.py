@@ -79,8 +79,7 @@ def main() -> None:
         batch=BATCH.value,
     )
     schedule = fitted.schedule
-    better = schedule.better()
-    rows: dict[int, dict[str, Any]] = {}
+    better, rows = schedule.better(), dict[int, dict[str, Any]]()
     for count in schedule:
         errors = {"error": schedule.errors[count], "error of equal steps": schedule.uniform_errors[count]}
         rows[count] = {"steps": count, **errors}
@@ -96,14 +95,15 @@ def main() -> None:
             guidance=GUIDANCE.value,
         )
         name, found = record["metric"], {(row["grid"], row["steps"]): row for row in record["results"]}
-        for count in better:
-            ours, equal = (found[grid, count][name] for grid in ("given", "uniform"))
-            rows[count] |= {name: ours, f"{name} of equal steps": equal}
-        better = better.only(*(n for n in better if rows[n][name] < rows[n][f"{name} of equal steps"]))
+        equal = f"{name} of equal steps"
+        for count, row in rows.items():
+            scored = (found[grid, count][name] if count in better else "" for grid in ("given", "uniform"))
+            row |= dict(zip((name, equal), scored, strict=True))
+        better = better.only(*(n for n in better if rows[n][name] < rows[n][equal]))
     written = replace(schedule, grids={**Schedule.uniform(*schedule).grids, **better.grids})
     for count, times in written.items():
         kept = " ".join(f"{t:.3g}" for t in times.tolist()) if count in better else "equal steps"
-        rows[count]["times"] = kept
+        rows[count]["grid"] = kept  # the table leaves out "times"
     if OUT.value:
         write_json(Path(OUT.value), asdict(written))
     if STORE.value:

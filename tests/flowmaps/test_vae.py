@@ -218,7 +218,7 @@ def test_what_checkpoints_without_the_range_mean(checkpoint):
     values = FlowMap.from_pretrained(checkpoint).info.to_dict()
     del values["vae_range"]
     assert FlowMapInfo.from_dict(values).vae_range == (-1.0, 1.0)
-    with pytest.raises(UserError, match=r"^vae_range: does not say .* import it again"):
+    with pytest.raises(UserError, match=r"^vae_range: missing.* import it again"):
         FlowMapInfo.from_dict({**values, "origin": {"format": "edm2"}})
 
 

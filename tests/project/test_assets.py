@@ -44,6 +44,14 @@ def test_card_records_and_reference_belong_to_the_weights(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_stored_step_sizes_score_better_than_equal_ones(name):
+    fm, metric = FlowMap.from_pretrained(ASSETS / name), records(name)["stored"]["metric"]
+    for sampler, schedule in fm.info.schedules.items():
+        stored, equal = distances(name, "stored", sampler, metric), distances(name, sampler, sampler, metric)
+        assert stored.keys() == set(schedule) and all(stored[steps] < equal[steps] for steps in schedule)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_readme_repeats_the_table_of_the_card(name):
     [table] = re.findall(r"\n(\| steps \|.*?)\n\n", (ASSETS / name / "README.md").read_text(), re.DOTALL)
     assert table in (ROOT / "README.md").read_text()
@@ -57,7 +65,6 @@ def test_pipeline_makes_the_samples_of_rollout(name):
     x, label = fm.noise(4, seed=0), torch.arange(4) if fm.info.num_classes else None
     for steps in (1, 2, 4, 8):
         stored, uniform = fm.info.times("map", steps), uniform_times(steps)
-        assert (stored is None) == (steps == 1)
         for times, how in (
             (uniform, {"sigmas": (1 - uniform[:-1]).tolist()}),
             (stored, {"num_inference_steps": steps}),

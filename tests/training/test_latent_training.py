@@ -174,7 +174,7 @@ def test_a_set_and_weights_for_different_ranges_of_the_vae_are_refused(latents, 
     fm.save_pretrained(tmp_path / "model")
     config.data.root, config.init_from = str(tmp_path / "old"), str(tmp_path / "model")
     with pytest.raises(
-        UserError, match=r"^init_from=.*pixels in 0 \.\. 1, the prepared set of one for -1 \.\. 1.*vae_range=0,1"
+        UserError, match=r"^init_from=.*in 0 \.\. 1, the prepared set of one for -1 \.\. 1.*vae_range=0,1"
     ):
         Trainer.build(config)
     config.init_from, config.teacher, config.data.label_dropout = "", config.init_from, 0.0
