@@ -41,7 +41,7 @@ def _check_idle_flags() -> None:
             if flag.present:
                 raise UserError("needs --checkpoint, not --samples: leave it out", flag.name, flag.value)
     if TOLERANCE.present and not MAX_REGRESSION.value:
-        raise UserError("needs --max_regression: give it, or leave this out", "tolerance", TOLERANCE.value)
+        raise UserError("needs --max_regression: add it, or leave this out", "tolerance", TOLERANCE.value)
     if KID.present and "kid" not in METRICS.value:
         raise UserError("needs kid among --metrics: add it, or leave this out", "kid_subset", KID.value)
 

@@ -4,8 +4,8 @@ python scripts/sample.py --checkpoint=runs/digits --steps=1,2,4,8 --num=64 --see
 python scripts/sample.py --checkpoint=runs/digits --steps=64 --num=64 --out=samples --sampler=euler --label=3
 python scripts/sample.py --checkpoint=assets/fashion_mnist --steps=1,2,4,8 --num=10 --out=samples --beside=euler
 
-Writes steps-N/000000.png ..., samples-N.npz (uint8 [n, h, w, c] and labels; points: float32 [n, dim]) and grid.png, one
-row per step count; --beside adds the same noise carried by another sampler, on the right.
+Writes steps-N/000000.png ..., samples-N.npz (arr_0: uint8 [n, h, w, c], points float32 [n, dim]; label) and grid.png,
+one row per step count; --beside adds the same noise carried by another sampler, on the right.
 """
 
 import sys
@@ -39,9 +39,10 @@ def main() -> None:
     from flowmaps.images import COLUMNS, hstack, sample_grid, to_pil, write_png
     from flowmaps.run_weights import take_weights
 
+    counts = SAMPLING.counts()
     with blame("out", directory):
         out = writable_directory(directory)
-        for count in SAMPLING.counts():
+        for count in counts:
             PICTURES.check(out / f"steps-{count}")
             check_new_file(out / f"samples-{count}.npz")
         check_new_file(out / "grid.png")
@@ -50,7 +51,7 @@ def main() -> None:
     guided: dict[str, Any] = {name: getattr(SAMPLING, name).value for name in ("label", "guidance", "gamma")}
     others = []
     if BESIDE.value:
-        others = sampling_settings(fm, SAMPLING.counts(), [BESIDE.value], ["uniform"], **guided)
+        others = sampling_settings(fm, counts, [BESIDE.value], ["uniform"], **guided)
     for ema in SAMPLING.ema.value:  # at most one
         take_weights(fm, SAMPLING.checkpoint.value or "", ema)
 

@@ -118,7 +118,7 @@ def test_sample_writes_what_it_says(tmp_path, runs):
     run_script(*command, f"--out={tmp_path}/a", check=True)
     run_script(*command, f"--out={tmp_path}/b", "--batch=5", check=True)
     archive = np.load(tmp_path / "a" / "samples-2.npz")
-    assert archive["arr_0"].shape == (12, 8, 8, 1) and archive["samples"].dtype == np.uint8
+    assert archive["arr_0"].shape == (12, 8, 8, 1) and archive["arr_0"].dtype == np.uint8
     assert archive["label"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     again = np.load(tmp_path / "b" / "samples-2.npz")["arr_0"]
     assert np.abs(archive["arr_0"].astype(int) - again).max() <= 1  # the batch size does not matter

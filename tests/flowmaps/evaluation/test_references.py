@@ -1,6 +1,7 @@
 """References: published files as they are, refusals in one line, and statistics that are computed once."""
 
 import json
+import os
 import pickle
 import shutil
 
@@ -243,3 +244,38 @@ def test_batch_norms_folded_into_convolutions_change_nothing(tmp_path):
         fold_batch_norms(layer)
         torch.testing.assert_close(layer(x), before, rtol=1e-12, atol=1e-12)
         assert isinstance(layer.bn, torch.nn.Identity)
+
+
+ORDER = {  # cheap refusals come before the extractor's weights, which may have to be downloaded
+    "no such data": (["stats.py", "--data=MISSING", "--out={tmp}/a.npz"], "--data=MISSING"),
+    "no images": (["stats.py", "--data={tmp}/none", "--out={tmp}/a.npz"], "has no images"),
+    "file of the user": (["stats.py", "--data={tmp}/none", "--out={tmp}/mine"], "--out="),
+    "no such extractor": (["stats.py", "--data={tmp}/none", "--out={tmp}/a", "--extractor=vgg"], "--extractor=vgg"),
+    "no such weights": (["stats.py", "--data={tmp}/none", "--out={tmp}/a", "--weights={tmp}/w"], "--weights="),
+    "size": (["stats.py", "--data={tmp}/none", "--out={tmp}/a", "--size=100000"], "--size=100000"),
+    "metrics": (["fid.py", "--samples={tmp}/none", "--reference={tmp}/none", "--metrics=fd"], "--metrics=fd"),
+    "a pipe": (["fid.py", "--samples=digits", "--reference={tmp}/pipe.npz"], "pipe.npz is a pipe"),
+    "a pickled pipe": (["fid.py", "--samples=digits", "--reference={tmp}/pipe.pkl"], "pipe.pkl is a pipe"),
+    "steps": (["sample.py", "--checkpoint={tmp}/none", "--out={tmp}/o", "--steps=1000000000"], "--steps=1000000000"),
+    "out": (["sample.py", "--checkpoint={tmp}/none", "--out={tmp}/mine"], "--out="),
+}
+
+
+@pytest.mark.parametrize(("arguments", "named"), ORDER.values(), ids=ORDER)
+def test_cheap_refusals_come_first(tmp_path, arguments, named):
+    (tmp_path / "none").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    for name in ("pipe.npz", "pipe.pkl"):
+        os.mkfifo(tmp_path / name)
+    before = sorted(tmp_path.rglob("*"))
+    script, *flags = (argument.format(tmp=tmp_path) for argument in arguments)
+    done = run_script(f"scripts/{script}", *flags)
+    assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_reference_of_any_name(tmp_path):
+    """What stats.py --out=held writes, fid.py --reference=held reads; sample.py's archive is images."""
+    stats = cached_stats(open_dataset("digits", "heldout"), load_extractor("digits"))
+    stats.save(tmp_path / "held")
+    assert open_reference(tmp_path / "held").stats.sha256() == stats.sha256()
