@@ -192,9 +192,7 @@ def settle(error: Exception, refused: UserError | None) -> UserError | None:
         elif store.check([ERROR]):
             refused = _published(store)
         elif waited := re.search(r"timed? ?out.*?(\d+) ?ms", text, re.IGNORECASE):
-            reason = (
-                f"a process did not answer for {int(waited[1]) / 1000:g} s: it was stopped, or needs more time"
-            )
+            reason = f"a process did not answer for {int(waited[1]) / 1000:g} s: it was stopped, or needs more time"
             refused = UserError(reason, "config.timeout", _limits["seconds"]) if _limits else UserError(reason)
             _publish(store, refused)
         if torch.distributed.get_backend() == "gloo":  # NCCL might wait for what it began
