@@ -46,8 +46,8 @@ def main() -> int:
     mistake = ""
     if not args.parts or set(args.parts) - set("abcd") or len(set(args.parts)) < len(args.parts):
         mistake = f"--parts={args.parts}: choose from a, b, c and d, each once"
-    elif not args.minutes > 0:
-        mistake = f"--minutes={args.minutes:g}: must be positive"
+    elif not 0 < args.minutes <= 10_000:
+        mistake = f"--minutes={args.minutes:g}: must be positive, and at most 10,000"
     elif args.device == "cpu" and not args.smoke:
         mistake = "--device=cpu: add --smoke, the networks of a GPU take hours on a CPU"
     elif args.device == "cuda" and not has_gpu():
@@ -62,7 +62,12 @@ def main() -> int:
     except ModuleNotFoundError as error:
         print(f"error: {sys.executable} has no {error.name}: install it or add it to PYTHONPATH", file=sys.stderr)
         return 2
-    return run(Call(args.parts, Path(args.out).resolve(), 60 * args.minutes, Path(args.data).resolve(), args.smoke))
+    out, data = (Path(os.path.expanduser(path)).resolve() for path in (args.out, args.data))  # noqa: PTH111
+    try:
+        return run(Call(args.parts, out, 60 * args.minutes, data, args.smoke))
+    except OSError as error:
+        print(f"error: {error.filename or out}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ def train(config: Config, workdir: str | Path, data: Any = None) -> FlowMap:
     """Train the run in ``workdir``, or resume it.
 
     The run writes config.json, log.jsonl, samples/, checkpoints/ and model/. If ``workdir`` has a checkpoint, the run
-    resumes from it and ends with bit for bit the weights of an uninterrupted run (on a GPU: to the determinism of its
-    kernels). Several processes, as torchrun starts them, share each step; a checkpoint does not depend on their number.
+    resumes from it and ends with bit for bit the weights of an uninterrupted run (on a CPU with the same number of
+    threads, on a GPU to the determinism of its kernels). Several processes, as torchrun starts them, share each step; a
+    checkpoint does not depend on their number.
 
     Args:
         config: What to train; see ``Config``. A resumed run must have the same, up to fields such as ``log_every``.

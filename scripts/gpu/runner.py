@@ -1,19 +1,22 @@
 """Run the parts, each in a separate process, and keep what they report in OUT/gpu.json."""
 
 import importlib.util
-import json
 import platform
+import re
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flowmaps import UserError
-from flowmaps.files import writable_directory, write_json
+from flowmaps.errors import shorten
+from flowmaps.export import MODEL
+from flowmaps.files import WRITER, check_new_file, writable_directory, write_json
+from flowmaps.reading import parse, read_json
 from gpu.process import ROOT, PartProcess
 
 SHARES = {"a": 50, "b": 50, "c": 65, "d": 35}  # of the time that the remaining parts have
@@ -31,6 +34,22 @@ class Call:
 
 
 @dataclass
+class Content:
+    """The values in gpu.json."""
+
+    run: str
+    calls: list[dict[str, Any]]
+    results: dict[str, dict[str, dict[str, Any]]]  # by part and item; each has a "status"
+    left: dict[str, list[str]]
+    written_by: str = WRITER
+
+    def __post_init__(self) -> None:
+        for part in self.results.values():
+            for name, result in part.items():
+                parse(str, result.get("status"), f"{shorten(name, 60)}: status")
+
+
+@dataclass
 class Results:
     """The content of gpu.json, written after every change."""
 
@@ -40,13 +59,14 @@ class Results:
     @classmethod
     def open(cls, file: Path) -> "Results":
         content = {"run": uuid.uuid4().hex[:8], "calls": [], "results": {}, "left": {}}
-        if file.exists():
-            try:
-                content = json.loads(file.read_text())
-                if not {"run", "calls", "results", "left"} <= content.keys():
-                    raise ValueError("other keys")
-            except (ValueError, AttributeError):
-                raise UserError(f"{file} is not a file of this script: choose another --out") from None
+        if check_new_file(file).exists():
+            remedy = "choose another --out"
+            found = parse(Content, read_json(file, remedy), str(file))
+            if not re.fullmatch("[0-9a-f]{8}", found.run):  # it names a directory
+                raise UserError(f"{file}: run is {shorten(found.run, 60)!r}: {remedy}")
+            content = asdict(found)
+        check_new_file(file.with_name("log.json"))
+        MODEL.check(file.with_name("model"))
         return cls(file, content)
 
     def write(self) -> None:

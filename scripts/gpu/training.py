@@ -1,6 +1,5 @@
 """Part d: train configs/fashion_mnist.py:lagrangian in bf16 for the time that is left, and score it."""
 
-import json
 import shutil
 import statistics
 import tempfile
@@ -17,11 +16,15 @@ from flowmaps import FlowMap, UserError
 from flowmaps.data import DataSet, open_dataset
 from flowmaps.distributed import pick_device
 from flowmaps.evaluation import evaluate
+from flowmaps.files import write_json
+from flowmaps.reading import parse
 from gpu.made_up import ITEMS, data_for
 from gpu.order import Item, Order, Unavailable
 from gpu.rows import load
 from training.config import Config, Precision
+from training.log import read_log
 from training.loop import train
+from training.run_directory import is_run, read_config
 from training.trainer import Trainer
 
 RESERVE = 45.0  # seconds for scoring
@@ -57,7 +60,7 @@ def training(order: Order) -> dict[str, Any]:
     folder = workdir(order)
     begun = folder / "config.json"
     if begun.exists():
-        config.steps = json.loads(begun.read_text())["steps"]
+        config.steps = parse(int, read_config(begun).get("steps"), f"{begun}: steps")
     elif not order.smoke:
         config.steps = int(0.9 * (order.seconds_left() - RESERVE) / seconds_per_step(config, data))
         if config.steps < config.log_every:
@@ -70,10 +73,11 @@ def training(order: Order) -> dict[str, Any]:
     model = train(config, folder, data)
     seconds = time.perf_counter() - start
     out = Path(order.out)
-    shutil.copy(folder / "log.jsonl", out / "log.jsonl")
+    rows = read_log(folder / "log.jsonl")
+    write_json(out / "log.json", rows)
     model.network.half()  # 13 MB instead of 26
     model.save_pretrained(out / "model")
-    rates = [row["images_per_second"] for row in map(json.loads, (out / "log.jsonl").open()) if "loss" in row]
+    rates = [row["images_per_second"] for row in rows if row.get("images_per_second")]
     return {
         "steps": config.steps,
         "batch": config.batch,
@@ -109,6 +113,7 @@ def scoring(order: Order) -> dict[str, Any]:
             record = evaluate(fm, reference, extractor="fashion_mnist", **options)
     else:
         record = evaluate(fm, "fashion_mnist:heldout", **options)
-    shutil.rmtree(workdir(order), ignore_errors=True)
+    if is_run(workdir(order)):
+        shutil.rmtree(workdir(order), ignore_errors=True)
     scores = {f"{record['metric']}, {row['steps']} steps": row[record["metric"]] for row in record["results"]}
     return {**scores, "samples": options["num"], "scoring_seconds": time.perf_counter() - start}

@@ -14,6 +14,8 @@ from gpu.order import Item, Order, Unavailable
 from gpu.runner import Call, run
 from helpers import ROOT, run_script
 
+from flowmaps.files import to_json
+
 # The process of a part, without any package; its second item takes SECOND seconds, or dies if that is negative.
 PROCESS = """
 import os, sys, time
@@ -111,10 +113,24 @@ def test_a_part_without_time_to_begin_is_left(call):
     assert code == 0 and content["left"] == {"b": ["all"], "c": ["all"]}
 
 
-def test_another_file_is_not_overwritten(call, tmp_path, capsys):
-    (tmp_path / "gpu.json").write_text("{}")
+RESULTS = {"run": "0123abcd", "calls": [], "results": {}, "left": {}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{}", "flowmaps did not write it"),
+        (to_json({"run": 3}), "is missing"),
+        (to_json(RESULTS | {"run": "../../home"}), "run is '../../home'"),
+        (to_json(RESULTS | {"results": {"a": {"b": {}}}}), "b: status is None"),
+        (b'{"written_by": "flowmaps"' + b"[" * 9999, "not readable JSON"),
+    ],
+)
+def test_another_file_is_not_overwritten(content, said, call, tmp_path, capsys):
+    (tmp_path / "gpu.json").write_bytes(content)
     assert run(Call("b", tmp_path, 60, tmp_path, smoke=True)) == 2
-    assert (tmp_path / "gpu.json").read_text() == "{}" and capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert (tmp_path / "gpu.json").read_bytes() == content and said in error and error.count("\n") == 1
 
 
 def absent(error):

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,10 @@ from flowmaps.data import Loader, open_images
 from flowmaps.data.shards import PreparedImages
 from flowmaps.files import to_json
 from flowmaps.run_weights import list_checkpoints
-from training.checkpoint import read_state
-from training.log import Log, read_log
+from training.log import read_log
 from training.loop import train
 from training.optim import WINDOW, Spikes
 from training.run_directory import prune_checkpoints, run_lock
-from training.stop import Stop
 from training.trainer import Trainer
 
 
@@ -269,63 +266,3 @@ def test_a_damaged_file_of_a_run_is_refused_by_name(tmp_path, file, text, said):
     path.write_text(text)
     with pytest.raises(UserError, match=said):
         train(tiny(), tmp_path)
-
-
-def test_numbers_that_json_lacks_are_null(tmp_path):
-    log = Log(tmp_path, 1, 0)
-    log.add({"loss": torch.tensor(float("inf")), "x": torch.tensor(float("nan"))})
-    log.interval(1, 1, lr=1.0)
-    log.score(1, "W2@1", float("inf"))
-    log.close()
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert rows[0]["loss"] is rows[0]["x"] is rows[1]["W2@1"] is None and rows == read_log(tmp_path / "log.jsonl")
-
-
-def test_another_number_of_threads_is_logged(tmp_path):
-    threads = torch.get_num_threads()
-    train(tiny(), tmp_path)
-    shutil.rmtree(list_checkpoints(tmp_path)[-1])
-    torch.set_num_threads(threads + 1)
-    try:
-        train(tiny(), tmp_path)
-    finally:
-        torch.set_num_threads(threads)
-    assert {"event": "threads", "step": 3, "before": threads, "now": threads + 1} in read_log(tmp_path / "log.jsonl")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_ends_at_once(number):
-    before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt), Stop() as stop:
-        os.kill(os.getpid(), number)
-        assert stop.asked == signal.Signals(number).name
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(number) is before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("row", ["lagrangian", "pipeline"])
-@pytest.mark.parametrize("times", [1, 2])
-def test_signals_to_train(tmp_path, row, times):
-    """One: a checkpoint and exit code 0. Two: one line and exit code 130; the last checkpoint stays."""
-    stage = "pre_training." * (row == "pipeline")
-    flags = [f"--config=configs/digits.py:{row},smoke", f"--workdir={tmp_path}"]
-    flags += [f"--config.{stage}{name}" for name in ("steps=100000", "sample_every=100000", "checkpoint_every=1")]
-    run = tmp_path / "pre_training" if row == "pipeline" else tmp_path
-    process = subprocess.Popen(
-        [sys.executable, "scripts/train.py", *flags],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while process.poll() is None and not list_checkpoints(run):
-        time.sleep(0.05)
-    for number in (signal.SIGINT, signal.SIGTERM)[:times]:  # two of one number could be merged
-        process.send_signal(number)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == (0 if times == 1 else 130), error
-    assert "Traceback" not in error
-    last = error.strip().splitlines()[-1]
-    assert "stopped by SIGINT at step" in last if times == 1 else last == "train.py: interrupted"
-    assert read_state(list_checkpoints(run)[-1]).step >= 1 and not list(tmp_path.rglob("*.tmp"))
