@@ -11,8 +11,7 @@ from flowmaps.flow_map import FlowMap
 from flowmaps.generate import check_sampling, labels_for
 from flowmaps.step_sizes import read_schedule
 from samplers import SAMPLERS, Schedule, uniform_times
-
-MOST_STEPS = 100_000
+from samplers.grids import MOST_STEPS
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def picture(path):
 
 def arrays(path):
     with np.load(path) as found:
-        assert len(found["samples"]) and all(len(found[name]) >= 0 for name in found.files if found[name].ndim)
+        assert len(found["arr_0"]) and all(len(found[name]) >= 0 for name in found.files if found[name].ndim)
 
 
 def pictures(path):
@@ -84,7 +84,7 @@ def prepared(name, out):
 
 
 def check(out, readers):
-    """Read every output that is there, under a name of its own."""
+    """Read every output that is there."""
     for pattern, read in readers.items():
         for path in out.glob(pattern):
             read(path)
