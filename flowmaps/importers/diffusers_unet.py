@@ -89,7 +89,7 @@ def diffusers_unet(path: Path, options: Options) -> Source:
         raise Unsupported(f"its {', '.join(CHOICES)} are {kind}, and only {' or '.join(map(str, KINDS))} are known")
     predicted = options.settle("prediction", _check_schedule(path, folder), "noise")
     if predicted != "noise":
-        raise Unsupported(f"its prediction is {predicted}, and only noise has a reading here")
+        raise Unsupported(f"its prediction is {predicted}, and this package reads only noise")
     w, file = _weights(folder)
     widths, each, levels = config.block_out_channels, config.layers_per_block, len(config.block_out_channels)
     sizes = {config.sample_size} if isinstance(config.sample_size, int) else set(config.sample_size or ())

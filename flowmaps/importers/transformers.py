@@ -53,7 +53,7 @@ def sit(path: Path, options: Options) -> Source:
     predicted = options.settle("prediction", predicted, "velocity")
     for name, value, known in (("path", form, PATHS_HERE), ("prediction", predicted, ("velocity",))):
         if value not in known:
-            raise Unsupported(f"its {name} is {value}, and only {' and '.join(known)} have a reading here")
+            raise Unsupported(f"its {name} is {value}, and this package reads only {' and '.join(known)}")
     source = _transformer(weights, args, "velocity", options)
     source.interpolant = form
     if turned:
