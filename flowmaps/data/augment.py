@@ -49,8 +49,8 @@ def edm_augment(x: Tensor, probability: float, generator: torch.Generator) -> tu
     parameters = torch.stack([left_right, upside_down, scale, turn.cos() - 1, turn.sin(), *along, right, down], dim=1)
     x = _flipped(_flipped(x, left_right > 0, -1), upside_down > 0, -2)
     growth, strain = 2 ** (0.2 * scale), 2 ** (0.2 * stretch)
-    # Scale and turn first, then stretch, then shift. A turn is counter-clockwise and the axis is measured likewise,
-    # but rows count downwards, hence the signs.
+    # Scale and turn first, then stretch, then shift. The angles of turn and axis are counter-clockwise, but rows count
+    # downwards, hence the signs.
     linear = _rotation(-axis) @ torch.diag_embed(torch.stack([strain, 1 / strain], dim=1)) @ _rotation(axis)
     linear = linear @ _rotation(-turn) * growth[:, None, None]
     shift = 2 * 0.125 * torch.stack([right, down], dim=1)  # an eighth of the image's width, which is 2

@@ -159,7 +159,7 @@ FLAGS = {
     | {"samples", "reference", "max_fid", "json", "memorisation", "metrics", "kid_subset"}
     | {"repeats", "max_regression", "tolerance", "junit"},
     "schedule.py": {"checkpoint", "steps", "out", "store", "plot", "sampler", "cost", "noises", "seed", "fine"}
-    | {"guidance", "batch"},
+    | {"guidance", "batch", "reference", "num"},
     "train_extractor.py": {"data", "root", "out", "epochs", "seed"},
     "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
     "demo.py": {"workdir", "steps", "num"},
@@ -167,7 +167,7 @@ FLAGS = {
     "export.py": {"checkpoint", "ema", "out", "name", "license", "results", "how", "push_to_hub"},
     "import_checkpoint.py": {"format", "src", "out", "image_size", "heads", "prediction", "path"},
     "prepare_data.py": {"teacher", "out", "num", "solver", "steps", "substeps", "grid", "low", "high", "times", "start"}
-    | {"data", "root", "seed", "batch", "shard", "src", "size", "vae", "flip", "skip_corrupt", "workers"},
+    | {"data", "root", "seed", "batch", "shard", "src", "size", "vae", "vae_range", "flip", "skip_corrupt", "workers"},
 }
 
 
