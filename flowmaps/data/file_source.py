@@ -17,7 +17,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", "
 LABELS = "dataset.json"  # {"labels": [["00000/img00000000.png", 6], ...]}, as EDM and StyleGAN prepare data
 READ_ERRORS = (OSError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 LARGEST_FILE = 1 << 28  # bytes of an image file or of the labels
-SYSTEM_FOLDERS = {  # of network drives, macOS and Windows, with copies and thumbnails of the images beside them
+SYSTEM_FOLDERS = {  # of network drives, macOS and Windows, for deleted files, copies and thumbnails
     "@eadir",
     "@recently-snapshot",
     "@recycle",

@@ -19,7 +19,7 @@ SMALL = 16_000  # bytes of a file on average: below, threads wait for each other
 
 @dataclass(frozen=True)
 class Check:
-    """What all images of a source were found to be."""
+    """Result of the check of all images of a source."""
 
     bad: dict[str, str]  # files that are not intact images, with the reasons
     channels: int  # of the others: 1 if all are grey, else 3

@@ -1,5 +1,6 @@
 """Images in a folder or a zip file: listed, checked once, labelled, and decoded on demand."""
 
+import errno
 import hashlib
 import json
 import sys
@@ -65,6 +66,8 @@ class ImageFiles(DataSet):
         try:
             pixels = with_channels(decode(self.source.read(name)), self.channels)
         except (BadImage, *READ_ERRORS) as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # not the file's fault
+                raise
             raise UserError(
                 f"{self.source.root}: {name} is now unreadable ({error}) although it passed the check at start-up: "
                 "restore it"

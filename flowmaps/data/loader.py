@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flowmaps.data.dataset import Batch
-from flowmaps.data.read_ahead import Fetches, ReadAhead
+from flowmaps.data.read_ahead import SETTING, Fetches, ReadAhead
 from flowmaps.errors import UserError
 from flowmaps.rng import generator
 
@@ -55,7 +55,7 @@ class Loader:
 
     def __init__(self, data: Fetches, indices: Callable[[int], Tensor], workers: int, pin: bool = False) -> None:
         if not 0 <= workers <= MOST_WORKERS:
-            raise UserError(f"must lie in 0 .. {MOST_WORKERS}", field="workers", value=workers)
+            raise UserError(f"workers={workers} must lie in 0 .. {MOST_WORKERS} {SETTING}")
         self.data, self.indices, self.workers, self.pin = data, indices, workers, pin
         self._next = -1
         self._ahead: ReadAhead | None = None

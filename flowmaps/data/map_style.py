@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowmaps.data.dataset import Batch, DataSet
+from flowmaps.data.dataset import MOST_CLASSES, Batch, DataSet
 from flowmaps.data.image_io import to_pixels
 from flowmaps.errors import UserError
 
@@ -48,7 +48,8 @@ def as_dataset(data: Any, num_classes: int | None = None) -> DataSet:
             [C, H, W], all of one shape, or a point, float32 [dim]. label is an integer from 0 on. A ``DataSet`` is
             returned as it is. Items must be the same at every visit: random augmentation belongs in the config
             (``data.flip``, ``data.augment``).
-        num_classes: Number of classes; by default the largest label + 1, or 0 without labels.
+        num_classes: Number of classes; by default the largest label + 1, or 0 without labels. Needed if no item has
+            the label 0.
 
     Returns:
         A ``DataSet``. All items are read once here, for their check and for the digest (SHA-256 over items and
@@ -70,6 +71,7 @@ def as_dataset(data: Any, num_classes: int | None = None) -> DataSet:
             f"data must be a map-style dataset with at least one item (__len__, __getitem__), got {type(data).__name__}"
         )
     (first, first_label), digest, classes = _read(data, 0), hashlib.sha256(), 0
+    smallest = first_label
     for i in range(len(data)):
         x, label = _read(data, i)
         if x.shape != first.shape or x.dtype != first.dtype:
@@ -77,9 +79,12 @@ def as_dataset(data: Any, num_classes: int | None = None) -> DataSet:
         if (label is None) != (first_label is None):
             raise UserError(f"item {i} has {'no' if label is None else 'a'} label, unlike item 0: label all or none")
         digest.update(f"{tuple(x.shape)} {label} ".encode() + x.contiguous().numpy().tobytes())
-        classes = max(classes, 0 if label is None else label + 1)
+        if label is not None and smallest is not None:
+            classes, smallest = max(classes, label + 1), min(smallest, label)
     if num_classes is not None and num_classes < classes:
         raise UserError(f"the largest label is {classes - 1}", field="num_classes", value=num_classes)
+    if num_classes is None and smallest:
+        raise UserError(f"the labels begin at {smallest}, so class 0 has no item: count from 0, or pass num_classes")
     return MapStyleData(data, digest.hexdigest(), tuple(first.shape), classes if num_classes is None else num_classes)
 
 
@@ -103,8 +108,8 @@ def _read(items: Any, i: int) -> tuple[Tensor, int | None]:
         number = operator.index(label)
     except TypeError:
         raise UserError(f"the label of item {i} is {label!r}: give an integer from 0 on") from None
-    if number < 0:
-        raise UserError(f"the label of item {i} is {number}: give an integer from 0 on")
+    if not 0 <= number < MOST_CLASSES:
+        raise UserError(f"the label of item {i} is {number}: give an integer from 0 on, below {MOST_CLASSES:,}")
     return x, number
 
 

@@ -149,7 +149,7 @@ def write_images(
         "classes": list(classes),
         "crop": "adm",
         "files": hashlib.sha256(listing.encode()).hexdigest(),
-        "sources": hashlib.sha256(json.dumps([*found.values()]).encode()).hexdigest(),
+        "sources": [_sources([*found.values()][i : i + shard]) for i in range(0, len(names), shard)],
     }
     writing = start_writing(out, kind, facts, math.ceil(len(names) / shard))
     numbers = {n: torch.arange(n * shard, min((n + 1) * shard, len(names))) for n in writing.missing}
@@ -181,3 +181,7 @@ def write_images(
 
     with loader.watched():
         yield from write_missing(writing, make)
+
+
+def _sources(states: list[str]) -> str:
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()

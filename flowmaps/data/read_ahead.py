@@ -24,6 +24,7 @@ from flowmaps.data.dataset import Batch
 from flowmaps.errors import UserError, shorten
 
 AHEAD = 4  # batches per worker that are asked for before they are needed
+SETTING = "(data.workers in a config)"
 PATIENCE = 600  # seconds that a worker may take to read one item
 
 
@@ -72,10 +73,8 @@ class ReadAhead:
         except OSError as error:  # of descriptors, processes, memory
             self.close()
             raise UserError(
-                f"the system does not let them start ({error.strerror}): try fewer, or raise its limits on open files "
-                "and processes (ulimit -n, ulimit -u)",
-                field="workers",
-                value=workers,
+                f"{workers} data workers cannot start ({error.strerror}): set fewer {SETTING}, or raise the system's "
+                "limits on open files and processes (ulimit -n, ulimit -u)"
             ) from None
 
     def take(self, k: int) -> Batch:
@@ -84,12 +83,15 @@ class ReadAhead:
         patience = PATIENCE
         while k not in self._rows:
             if not self._busy:
-                raise IndexError(f"there is no batch {k}")
+                raise IndexError(f"no batch {k}")
             before = [*self._held]
             if not self._exchange(k, timeout=1):
                 patience = PATIENCE if before != [*self._held] else patience - 1
             if patience <= 0:
-                raise UserError(f"no data worker has read an item for {PATIENCE} seconds{self._files(self._busy)}")
+                raise UserError(
+                    f"no data worker has read an item for {PATIENCE} seconds{self._files(self._busy)}: does the disk "
+                    f"answer? Without workers {SETTING} its own error is seen"
+                )
         return self._rows.pop(k)
 
     def _exchange(self, k: int, timeout: float) -> bool:
@@ -137,7 +139,7 @@ class ReadAhead:
         reason = "stopped" if code is None else f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
         return UserError(
             f"a data worker ended{self._files([worker])} ({reason}): out of memory, or a damaged file? Try fewer "
-            f"workers than workers={self.workers}"
+            f"than workers={self.workers} {SETTING}"
         )
 
     def _files(self, workers: Any) -> str:
@@ -197,13 +199,14 @@ def _read(data: Fetches, items: list[int], held: Any, me: int) -> Batch:
 
 def _portable(error: Exception) -> Exception:
     """Return ``error``, or if it cannot be sent to another process, one that says the same."""
-    if not isinstance(error, UserError | OSError):
-        error.add_note("".join(traceback.format_exception(error)))
+    made = error
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # its class has its own constructor, or what it carries cannot be pickled
-        return RuntimeError(f"{type(error).__name__}: {shorten(error)}")
-    return error
+        made = RuntimeError(f"{type(error).__name__}: {shorten(error)}")
+    if not isinstance(error, UserError | OSError):
+        made.add_note("".join(traceback.format_exception(error)))
+    return made
 
 
 def _bytes(x: Tensor) -> memoryview:

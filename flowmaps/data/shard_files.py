@@ -53,7 +53,7 @@ class ImageFacts(Facts):
     classes: list[str] = field(default_factory=list)
     crop: str = "none"
     files: str = ""  # SHA-256 over names and labels of the pictures
-    sources: str = ""  # SHA-256 over their sizes and times
+    sources: list[str] = field(default_factory=list)  # by shard, SHA-256 over their sizes and times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ FACTS: dict[str, type[Facts]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """What checksums.json says of one shard."""
+    """One shard in checksums.json."""
 
     rows: int
     bytes: int
@@ -116,7 +116,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Signature:
-    """What the header of a shard says of it."""
+    """The metadata in the header of a shard."""
 
     written_by: str
     facts: str  # ``identity`` of the set's facts

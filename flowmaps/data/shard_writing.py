@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,11 @@ def check_shard(rows: int, each: int) -> None:
 def start_writing(out: str | Path, kind: str, facts: dict[str, Any], shards: int) -> Writing:
     """Start or resume writing the set of ``kind`` that ``facts`` describe, in ``shards`` files.
 
-    A shard that does not have its checksum is made again.
+    A shard that does not have its checksum is made again, and before the set is complete, one whose pictures have
+    changed since it was made.
 
     Raises:
-        UserError: ``out`` holds a different set, or anything else.
+        UserError: ``out`` holds a different set, or anything else; or pictures of a complete set have changed.
     """
     out, state = Path(out), processes()
     if not 1 <= shards <= MOST_SHARDS:
@@ -74,11 +76,16 @@ def start_writing(out: str | Path, kind: str, facts: dict[str, Any], shards: int
     check_directory(out, kind)
     with blame("out", out):
         stored = read_facts(card, kind, NEW) if card.exists() else facts
-        if changed := next((name for name in facts if stored.get(name) != facts[name]), None):
-            if changed == "sources":
-                raise UserError(f"has {kind} of pictures that have changed since, in size or time: {NEW}")
+        if changed := next((name for name in facts if name != "sources" and stored.get(name) != facts[name]), None):
             raise UserError(f"has {kind} of another {changed} ({stored.get(changed)}, now {facts[changed]}): {NEW}")
-    if state.is_local_main_process and not card.exists():
+        sources = zip_longest(stored.get("sources", []), facts.get("sources", []))
+        stale = [number for number, (old, new) in enumerate(sources) if old != new]
+        if stale and (out / CHECKSUMS).exists():
+            raise UserError(f"has {kind} of pictures that have changed since, in size or time: {NEW}")
+    if state.is_local_main_process and (stale or not card.exists()):
+        for file in (out / shard_name(number) for number in stale):
+            if _intact(file, facts, None):
+                file.unlink()
         write_json(card, facts)
     state.wait_for_everyone()  # before a process writes a shard, which another would find without a card
     entries: list[Entry] = []

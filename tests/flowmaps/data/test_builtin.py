@@ -1,7 +1,12 @@
+import gzip
+import os
 import pickle
 import shutil
+import struct
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.makers import encoded, photograph, write_cifar10, write_fashion_mnist, write_folder
@@ -95,6 +100,52 @@ def test_cifar10_executes_no_pickle_and_names_damaged_files(tmp_path):
     file.unlink()
     with pytest.raises(UserError, match=r"^root=.*data\.download"):
         open_dataset("cifar10", root=str(tmp_path))
+
+
+def packed_zeros(path):
+    with gzip.open(path, "wb") as file:
+        file.write(struct.pack(">BBBBIII", 0, 0, 8, 3, 10**6, 28, 28))
+        file.writelines(bytes(1 << 20) for _ in range(100))
+
+
+@pytest.mark.parametrize("way", ["pipe", "device", "directory", "large"])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("cifar10", "cifar-10-batches-py/data_batch_3"), ("fashion_mnist", "FashionMNIST/raw/train-images-idx3-ubyte.gz")],
+)
+def test_only_files_of_a_sensible_size_are_read(tmp_path, name, file, way):
+    write_cifar10(tmp_path), write_fashion_mnist(tmp_path)
+    (path := tmp_path / file).unlink()
+    if way == "pipe":
+        os.mkfifo(path)
+    elif way == "device":
+        path.symlink_to("/dev/zero")
+    elif way == "directory":
+        path.mkdir()
+    elif name == "fashion_mnist":
+        packed_zeros(path)
+    else:
+        with path.open("wb") as sparse:
+            sparse.truncate(1 << 40)
+    with pytest.raises(UserError, match=Path(file).stem) as caught:
+        open_dataset(name, root=str(tmp_path))
+    assert "download the data set again" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_array_of_any_size_in_a_pickle_allocates_nothing(tmp_path):
+    class Array:
+        def __reduce__(self):
+            return np._core.multiarray._reconstruct, (np.ndarray, (1 << 33,), b"b")
+
+    write_cifar10(tmp_path)
+    (tmp_path / "cifar-10-batches-py/data_batch_3").write_bytes(pickle.dumps({"data": Array(), "labels": [0]}))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="data_batch_3 is damaged"):
+            open_dataset("cifar10", root=str(tmp_path))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()
 
 
 def test_download_offline_is_one_clear_message(tmp_path, monkeypatch):

@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import struct
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from flowmaps import UserError
 from flowmaps.data import open_dataset, open_images
 from flowmaps.data.file_source import Folder
 from flowmaps.data.image_io import inspect
+from flowmaps.data.prepare import write_images
 
 
 def test_every_kind_of_image_is_used_and_everything_else_is_named(tmp_path, capfd):
@@ -265,6 +269,141 @@ def test_a_repaired_zip_is_checked_again(tmp_path):
             open_images(path, 8)
         path.write_bytes(whole)
         assert len(open_images(path, 8)) == 2
+
+
+def test_a_path_may_be_text(tmp_path):
+    root = write_folder(tmp_path / "i", {"a.png": encoded(photograph(0), "png")})
+    assert (
+        open_images(str(root), 8).digest() == open_images(root, 8).digest() == open_dataset(str(root), size=8).digest()
+    )
+
+
+FOREIGN = {
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 12\n%%EndComments\nshowpage\n%%EOF\n",
+    "gif": encoded(photograph(0).quantize(8), "gif"),
+    "pcx": encoded(photograph(0), "pcx"),
+    "ico": encoded(photograph(0), "ico"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "JPEG", "tif"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_only_the_formats_of_the_suffixes_are_read(tmp_path, monkeypatch, kind, suffix):
+    """Pillow chooses a reader by content, and the one of EPS starts Ghostscript."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("Ghostscript was started"))
+    files = {f"a.{suffix}": FOREIGN[kind], "b.png": encoded(photograph(1), "png")}
+    for root in (write_folder(tmp_path / "i", files), write_zip(tmp_path / "i.zip", files)):
+        with pytest.raises(UserError, match=rf"1 files .* a\.{suffix} \(not an image\)"):
+            open_images(root, 8)
+        with pytest.raises(UserError, match=rf"a\.{suffix} is not an intact image \(not an image\)"):
+            list(write_images(tmp_path / f"out-{root.name}", root, 8))
+
+
+def png_header(width, height):
+    """A PNG file that claims a size and has pixels for none of it."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99))))
+    body = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.parametrize("size", [(10**8, 1), (1, 10**8), (10**4, 10**4), (2**31 - 1, 2**31 - 1), (8193, 8192)])
+def test_sizes_are_compared_with_a_limit_before_anything_is_allocated(tmp_path, size):
+    root = write_folder(tmp_path, {"a.png": png_header(*size), "b.png": encoded(photograph(1), "png")})
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"1 files .* a\.png \(.* pixels"):
+            open_images(root, 8)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(UserError, match="size=100000: must lie in"):
+        open_images(root, 100_000)
+
+
+def test_a_narrow_picture_is_not_blown_up(tmp_path):
+    root = write_folder(tmp_path, {"a.png": encoded(Image.new("L", (30_000, 1)), "png")})
+    with pytest.raises(UserError, match=r"a\.png is not an intact image \(30000 x 1 pixels are too narrow"):
+        list(write_images(tmp_path / "out", root, 64))
+    assert open_images(root, 64).fetch(torch.tensor([0]))[0].shape == (1, 1, 64, 64)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_files_too_large_are_not_read(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr("flowmaps.data.file_source.LARGEST_FILE", 5000)
+    files = {"a.png": bytes(5001), "b.png": encoded(photograph(1), "png")}
+    root = write_zip(tmp_path / "a.zip", files) if packed else write_folder(tmp_path / "a", files)
+    with pytest.raises(UserError, match=r"1 files .* a\.png \('?5,001 bytes, more than 5,000"):
+        open_images(root, 8)
+
+
+@pytest.mark.parametrize("way", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["dataset.json", "x.png", "all.zip"])
+def test_pipes_and_devices_are_not_read(tmp_path, name, way):
+    root = write_folder(tmp_path / "i", {f"{i}.png": encoded(photograph(i), "png") for i in range(2)})
+    os.mkfifo(root / name) if way == "pipe" else (root / name).symlink_to("/dev/zero")
+    if name == "x.png":
+        assert open_images(root, 8).left_out == ("x.png (a broken link or not a file)",)
+    else:
+        with pytest.raises(UserError, match=name + r".*a pipe or a device, not a file"):
+            open_images(root / name if name == "all.zip" else root, 8)
+
+
+def test_a_picture_that_becomes_a_pipe_is_not_waited_for(tmp_path):
+    data = open_images(write_folder(tmp_path, {"0.png": encoded(photograph(0), "png")}), 8)
+    (tmp_path / "0.png").unlink()
+    os.mkfifo(tmp_path / "0.png")
+    with pytest.raises(UserError, match=r"0\.png is now unreadable \(a pipe"):
+        data.fetch(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_other_pictures_under_the_same_names_are_other_data_and_copies_are_not(tmp_path, packed):
+    def make(name, *seeds):
+        files = {f"{i}.png": encoded(photograph(seed), "png") for i, seed in enumerate(seeds)}
+        root = write_zip(tmp_path / f"{name}.zip", files) if packed else write_folder(tmp_path / name, files)
+        return open_images(root, 8)
+
+    first, copy = make("a", 0, 1, 2), make("b", 0, 1, 2)
+    assert first.digest() == copy.digest() and first.content() == copy.content()
+    for other in (make("a", 0, 1, 3), make("a", 1, 0, 2)):
+        assert other.digest() != first.digest() and other.content() != first.content()
+
+
+def labelled(root, labels):
+    files = {f"{i}.png": encoded(photograph(i), "png") for i in range(len(labels))}
+    listed = {"labels": [[f"{i}.png", label] for i, label in enumerate(labels)]}
+    return write_folder(root, files | {"dataset.json": json.dumps(listed).encode()})
+
+
+def test_classes_without_an_image(tmp_path, capfd):
+    """Labels counted from 1 would make one; gaps are named."""
+    with pytest.raises(UserError, match=r"dataset\.json .* begin at 1, so that class 0 has no image: count from 0"):
+        open_images(labelled(tmp_path, [1, 2, 1]), 8)
+    assert open_images(labelled(tmp_path, [0, 4, 2]), 8).num_classes == 5
+    assert "classes without an image: 1, 3\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"labels": [["0.png", 1' + 10_000 * b"0" + b"]]}", b"\xff\xfe"])
+def test_hostile_labels_are_one_line(tmp_path, content):
+    root = write_folder(tmp_path, {"0.png": encoded(photograph(0), "png"), "dataset.json": content})
+    with pytest.raises(UserError, match=r"dataset\.json is not readable JSON") as caught:
+        open_images(root, 8)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_hidden_folders_are_named_beside_many_other_files(tmp_path, capfd):
+    files = dict.fromkeys([f"{i}.txt" for i in range(30)] + ["b/@eaDir/0.png", "b/0\n.bak"], b"x")
+    root = write_folder(tmp_path, files | {f"{c}/0.png": encoded(photograph(0), "png") for c in "ab"})
+    data = open_images(root, 8)
+    assert (
+        data.classes == ("a", "b") and data.left_out[0] == "b/@eaDir (hidden)" and "30 files with .txt" in data.left_out
+    )
+    assert capfd.readouterr().err.count("\n") == 1
+    list(write_images(tmp_path / "out", root / "b", 8))
+    assert "@eaDir (hidden)" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"has no images .*left out: \.a\.png \(hidden\)"):
+        open_images(write_folder(tmp_path / "none", {".a.png": b"x"}), 8)
 
 
 def test_many_foreign_files_are_counted_by_suffix(tmp_path):

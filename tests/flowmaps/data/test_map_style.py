@@ -89,6 +89,7 @@ def test_data_sets_are_returned_as_they_are():
 def test_classes_may_be_more_than_there_are_labels():
     data = TensorDataset(torch.zeros(4, 2), torch.arange(4))
     assert as_dataset(data, num_classes=10).num_classes == 10
+    assert as_dataset([(PIXELS, 1), (PIXELS, 2)], num_classes=3).num_classes == 3
     with pytest.raises(UserError, match="num_classes=3: the largest label is 3"):
         as_dataset(data, num_classes=3)
 
@@ -110,6 +111,8 @@ PIXELS = torch.zeros(1, 4, 4, dtype=torch.uint8)
         ([(PIXELS, "cat")], "label of item 0 is 'cat'"),
         ([(PIXELS, 0.5)], r"label of item 0 is 0\.5"),
         ([(PIXELS, -1)], "label of item 0 is -1"),
+        ([(PIXELS, 10**12)], "label of item 0 is 1000000000000"),
+        ([(PIXELS, 2), (PIXELS, 1)], "begin at 1, so class 0 has no item: count from 0, or pass num_classes"),
     ],
 )  # fmt: skip
 def test_anything_else_is_refused_in_one_line(data, reason):
