@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
+from absl import flags
 from helpers import ROOT, run_script
 from helpers.runs import tiny
 
@@ -126,7 +127,7 @@ def test_a_config_file_may_have_a_colon_and_a_tilde_in_its_path(tmp_path, monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     assert _split(f"{folder}/c.py:row,x:y") == (folder / "c.py", ["row,x:y"])
     assert _split("~/a:b/c.py") == (folder / "c.py", [])
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(flags.Error, match=r"^--config=.*d\.py:row: no such file"):
         _split(f"{folder}/d.py:row")
 
 
@@ -152,11 +153,11 @@ FLAGS = {
 
 @pytest.mark.parametrize("name", [*FILES, *FLAGS])
 def test_mistakes_are_one_line(name, tmp_path):
-    file, flags = f"{ROOT}/configs/checkerboard.py:lagrangian,smoke", [name]
+    file, given = f"{ROOT}/configs/checkerboard.py:lagrangian,smoke", [name]
     if name in FILES:
         (tmp_path / "c.py").write_text(FILES[name][0])
-        file, flags = f"{tmp_path}/c.py:x", []
-    done = run_script("scripts/train.py", f"--config={file}", *flags, "--dry_run")
+        file, given = f"{tmp_path}/c.py:x", []
+    done = run_script("scripts/train.py", f"--config={file}", *given, "--dry_run")
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == 1 and not done.stdout, done.stderr
     assert re.search(FILES[name][1] if name in FILES else FLAGS[name], lines[0]), lines[0]

@@ -27,15 +27,15 @@ class ConfigFile(flags.ArgumentParser[Any]):
         try:
             module = _load(file)
             made = module.get_config(*row)
-        except UserError:
-            raise
+        except UserError as error:
+            raise flags.Error(str(error)) from None  # to which absl adds nothing
         except Exception as error:
             while error.__cause__ is not None and not isinstance(error, SyntaxError):
                 error = error.__cause__  # type: ignore[assignment]
             reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{file} cannot be used as a config ({shorten(reason)}{_line(error, file)})") from None
+            raise flags.Error(f"{file} cannot be used as a config ({shorten(reason)}{_line(error, file)})") from None
         if not isinstance(made, _kinds()):
-            raise UserError(f"get_config of {file} returns {shorten(repr(made), 60)}, not a Config or a Chain")
+            raise flags.Error(f"get_config of {file} returns {shorten(repr(made), 60)}, not a Config or a Chain")
         _check_names(made)
         _register_tuples(made)
         return made
@@ -86,7 +86,9 @@ def _split(argument: str) -> tuple[Path, list[str]]:
     for end in (*ends, len(expanded)):
         if os.path.isfile(expanded[:end]):  # noqa: PTH113 (Path.is_file can raise)
             return Path(expanded[:end]), [expanded[end + 1 :]] if end < len(expanded) else []
-    raise UserError("no such file; configs are in configs/, e.g. configs/digits.py:lagrangian")
+    raise flags.Error(
+        f"--config={shorten(argument)}: no such file; configs are in configs/, e.g. configs/digits.py:lagrangian"
+    )
 
 
 def _load(file: Path) -> Any:
