@@ -38,7 +38,7 @@ def _check_idle_flags() -> None:
     """Refuse flags that would have no effect, most of all on a gate."""
     if SAMPLES.value:
         for flag in (*SAMPLING.all(), REPEATS):
-            if flag.present:
+            if flag.present and flag is not SAMPLING.batch:  # also of images that are read
                 raise UserError("needs --checkpoint, not --samples: leave it out", flag.name, flag.value)
     if TOLERANCE.present and not MAX_REGRESSION.value:
         raise UserError("needs --max_regression: add it, or leave this out", "tolerance", TOLERANCE.value)

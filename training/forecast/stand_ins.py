@@ -15,6 +15,7 @@ from torch import Tensor
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.data import DataSet, Latents, TrajectoryFiles
 from flowmaps.data.dataset import Batch
+from flowmaps.info import VAE_RANGE
 from flowmaps.metrics.lpips import lpips, untrained
 from flowmaps.vae import Decoder
 from training.build import build_flow_map, scaled
@@ -82,7 +83,7 @@ def data_of(config: Config) -> DataSet:
     shape = (net.channels, net.image_size, net.image_size)
     if config.data.name != "prepared" or net.channels == 3:
         return Shapes(shape, classes)
-    scaling = {"latent_shift": net.channels * (0.0,), "latent_scale": net.channels * (1.0,)}
+    scaling = {"latent_shift": net.channels * (0.0,), "latent_scale": net.channels * (1.0,), "vae_range": VAE_RANGE}
     return scaled(config, LatentShapes(Path(), {"shape": shape, "num_classes": classes, "vae": "", **scaling}, [ITEMS]))
 
 
