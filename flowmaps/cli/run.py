@@ -57,7 +57,7 @@ def run(command: ModuleType) -> NoReturn:
             raise UserError(f"unexpected argument {rest[0]!r}: flags look like --name=value")
         _check_values()
         _check_paths(getattr(command, "READS", ()), getattr(command, "WRITES", ()))
-    except (flags.Error, UserError, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         fail(script, error)
     except KeyboardInterrupt:
         _interrupted(script)
@@ -135,7 +135,10 @@ def _listed(value: Any) -> list[str]:
 
 def _check_values() -> None:
     """Refuse numbers out of all proportion and empty texts, and replace ~ by the home directory."""
-    for name, flag in _own_flags():
+    for flag in _own_flags():
+        name = flag.name
+        if name.startswith("config"):
+            continue  # checked with the config
         value, longest = flag.value, LARGEST_SEED if name == "seed" else LARGEST
         if isinstance(value, (int, float)) and not abs(value) <= longest:
             raise UserError(f"must be a number of at most {longest:,}", field=name, value=value)
@@ -145,11 +148,11 @@ def _check_values() -> None:
             flag.value = os.path.expanduser(value)  # noqa: PTH111 (Path.expanduser can raise)
 
 
-def _own_flags() -> Iterator[tuple[str, Any]]:
-    """Yield name and flag, but for absl's own flags and those of a config."""
+def _own_flags() -> Iterator[Any]:
+    """Yield the flags that are not absl's own."""
     for module, found in flags.FLAGS.flags_by_module_dict().items():
         if not module.startswith(("absl", "ml_collections")):
-            yield from ((flag.name, flag) for flag in found if not flag.name.startswith("config"))
+            yield from found
 
 
 class _Terminal(io.TextIOBase):
@@ -199,11 +202,9 @@ def required(flag: flags.FlagHolder[str | None], example: str) -> str:
 
 def usage(doc: str) -> str:
     """Return the command's docstring and its flags, absl's own left out."""
-    ours = {m: f for m, f in flags.FLAGS.flags_by_module_dict().items() if not m.startswith(("absl", "ml_collections"))}
     lines = [
         f"  --{flag.name}  {flag.help}" + (f" [{flag.default_as_str}]" if flag.default is not None else "")
-        for of_module in ours.values()
-        for flag in of_module
+        for flag in _own_flags()
     ]
     return f"{doc.strip()}\n\nFlags:\n" + "\n".join(sorted(lines))
 

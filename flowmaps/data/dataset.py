@@ -6,7 +6,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-MOST_CLASSES = 1_000_000
 Batch = tuple[Tensor, Tensor | None]  # items [b, ...] as they are stored, and their labels int64 [b] or None
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flowmaps.data.dataset import MOST_CLASSES, Batch, DataSet
+from flowmaps.data.dataset import Batch, DataSet
 from flowmaps.data.file_source import LABELS, READ_ERRORS, SUFFIXES, FileSource, Folder, Zip
 from flowmaps.data.image_check import check_images, some
 from flowmaps.data.image_io import (
@@ -26,6 +26,7 @@ from flowmaps.data.image_io import (
     with_channels,
 )
 from flowmaps.errors import UserError, shorten
+from flowmaps.info import MOST_CLASSES
 from flowmaps.reading import parse_json, regular_file
 
 

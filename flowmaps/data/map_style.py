@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowmaps.data.dataset import MOST_CLASSES, Batch, DataSet
+from flowmaps.data.dataset import Batch, DataSet
 from flowmaps.data.image_io import to_pixels
 from flowmaps.errors import UserError
+from flowmaps.info import MOST_CLASSES
 
 
 @dataclass(frozen=True)

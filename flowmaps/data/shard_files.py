@@ -15,15 +15,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from flowmaps.data.dataset import MOST_CLASSES
 from flowmaps.errors import UserError
 from flowmaps.files import WRITTEN_BY, cache_directory, sha256
-from flowmaps.info import VAE_RANGE
+from flowmaps.info import LARGEST_SAMPLE, MOST_CLASSES, VAE_RANGE
 from flowmaps.reading import parse, parse_json, read_json
 
 FORMAT = 4
 CHECKSUMS = "checksums.json"
-MOST_SHARDS, LARGEST_ITEM = 100_000, 1 << 28  # shards of a set, and numbers in a sample
+MOST_SHARDS = 100_000
 
 
 def shard_name(number: int) -> str:
@@ -42,8 +41,10 @@ class Facts:
     written_by: str = ""
 
     def __post_init__(self) -> None:
-        if not self.shape or min(self.shape) < 1 or math.prod(self.shape) > LARGEST_ITEM:
-            raise UserError(f"shape is {list(self.shape)}, expected sizes of at least 1 and together {LARGEST_ITEM:,}")
+        if not self.shape or min(self.shape) < 1 or math.prod(self.shape) > LARGEST_SAMPLE:
+            raise UserError(
+                f"shape is {list(self.shape)}, expected sizes of at least 1 and together {LARGEST_SAMPLE:,}"
+            )
         if not 0 <= self.num_classes <= MOST_CLASSES:
             raise UserError(f"num_classes is {self.num_classes}, expected 0 .. {MOST_CLASSES:,}")
 

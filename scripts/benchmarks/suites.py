@@ -225,7 +225,7 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What every record has; the rest depends on the suite."""
+    """The fields that every record has; the others depend on the suite."""
 
     row: str
     seed: int
