@@ -76,7 +76,14 @@ def _ends(path: Path) -> bytes:
 
 
 def check_new_file(path: Path) -> Path:
-    """Check, before any work, that ``write_file`` may write ``path``; return it with links followed."""
+    """Check, before any work, that ``write_file`` may and can write ``path``; return it with links followed."""
+    target = _replaceable(path)
+    writable_directory(target.parent)
+    return target
+
+
+def _replaceable(path: Path) -> Path:
+    """Return ``path`` with links followed; refuse one that exists and is not a writable file of flowmaps' own."""
     if path.is_dir():
         raise UserError(f"{path} is a directory: give a file name")
     target = path.resolve()
@@ -84,7 +91,6 @@ def check_new_file(path: Path) -> Path:
         raise UserError(f"{path} exists and flowmaps did not write it: choose another name or remove it")
     if target.exists() and not os.access(target, os.W_OK):
         raise UserError(f"{path} is read-only: choose another name")
-    writable_directory(target.parent)
     return target
 
 
@@ -130,7 +136,7 @@ def new_file(path: Path, check: bool = True) -> Iterator[Path]:
     Raises:
         UserError: There is a file that flowmaps did not write.
     """
-    target = check_new_file(path) if check else path
+    target = _replaceable(path) if check else path
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = _temporary(target)
     try:

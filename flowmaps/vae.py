@@ -18,7 +18,8 @@ from torch import Tensor
 from flowmaps.errors import UserError, blame
 from flowmaps.hub import from_hub
 from flowmaps.info import VAE_RANGE, FlowMapInfo
-from flowmaps.reading import read_json
+from flowmaps.reading import parse, read_json
+from flowmaps.tensors import read_header
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -56,9 +57,8 @@ def open_vae(source: str, dtype: torch.dtype = torch.float32) -> "AutoencoderKL"
         folder = vae_directory(source if Path(source).is_dir() else from_hub(source, wanted))
         if folder is None:
             raise UserError("no AutoencoderKL there (config.json of that class, or vae/ with one)")
+        _check_claims(folder)
     try:
-        if not (folder / FILES[1]).is_file():
-            raise FileNotFoundError(f"no {FILES[1]}")
         vae, found = AutoencoderKL.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
@@ -73,6 +73,19 @@ def open_vae(source: str, dtype: torch.dtype = torch.float32) -> "AutoencoderKL"
     with blame("vae", source):
         _check_facts(opened)
     return opened
+
+
+def _check_claims(folder: Path) -> None:
+    """Refuse a config that asks for more layers or channels than the file of weights has, before any is made."""
+    remedy = "download it again"
+    shapes, config = read_header(folder / FILES[1], remedy)[0], read_json(folder / FILES[0], remedy)
+    where = f"{folder / FILES[0]}: "
+    channels = parse(tuple[int, ...], config.get("block_out_channels", []), f"{where}block_out_channels")
+    layers = parse(int, config.get("layers_per_block", 1), f"{where}layers_per_block")
+    latent = parse(int, config.get("latent_channels", 1), f"{where}latent_channels")
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    if max(latent, *channels, 0) > largest or len(channels) * layers > len(shapes):
+        raise UserError(f"{where}asks for more layers or channels than {FILES[1]} has: {remedy}")
 
 
 def _check_facts(vae: "AutoencoderKL") -> None:
