@@ -55,7 +55,7 @@ def main() -> None:
         raise UserError("give whole numbers, such as 2,4,8", field="steps", value=",".join(STEPS.value)) from None
 
     from flowmaps.distributed import pick_device
-    from flowmaps.evaluation import evaluate, open_reference
+    from flowmaps.evaluation import check_scorable, evaluate, open_reference
     from flowmaps.evaluation.record import table
     from flowmaps.evaluation.report import step_sizes
     from flowmaps.export import store_schedule
@@ -67,6 +67,9 @@ def main() -> None:
     check_choices(steps, SAMPLER.value, COST.value, FINE.value)
     reference = open_reference(REFERENCE.value) if REFERENCE.value else None
     fm = FlowMap.from_pretrained(checkpoint).to(pick_device())
+    if reference:
+        with blame("reference", REFERENCE.value):
+            check_scorable(fm, reference, NUM.value)
     fitted = fit(
         fm,
         steps,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from flowmaps.errors import UserError
 from flowmaps.reading import regular_file
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 LABELS = "dataset.json"  # {"labels": [["00000/img00000000.png", 6], ...]}, as EDM and StyleGAN prepare data
 READ_ERRORS = (OSError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 LARGEST_FILE = 1 << 28  # bytes of an image file or of the labels
@@ -39,8 +39,8 @@ def is_hidden(name: str) -> bool:
 
 
 def _is_image(name: str) -> bool:
-    stem, _, suffix = name.rpartition("/")[2].rpartition(".")
-    return bool(stem) and f".{suffix.lower()}" in SUFFIXES
+    """Tell images by the suffix; a name that is hidden, such as .png, must have been left out before."""
+    return name.lower().endswith(SUFFIXES)
 
 
 class FileSource(Protocol):

@@ -142,7 +142,7 @@ def find_images(root: str | Path) -> tuple[FileSource, dict[str, str], list[str]
     found, left_out = source.listing()
     if not found:
         others = f"; left out: {', '.join(summary(left_out))}" if left_out else ""
-        raise UserError(f"{root} has no images ({', '.join(sorted(SUFFIXES))}){others}")
+        raise UserError(f"{root} has no images ({', '.join(SUFFIXES)}){others}")
     return source, found, left_out
 
 

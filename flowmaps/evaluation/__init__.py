@@ -4,7 +4,7 @@ Usable from Python, from the command line and while training; everything that tu
 belongs here, and nothing about flags or training.
 """
 
-from flowmaps.evaluation.evaluate import evaluate
+from flowmaps.evaluation.evaluate import check_scorable, evaluate
 from flowmaps.evaluation.references import Reference, open_reference
 
-__all__ = ["Reference", "evaluate", "open_reference"]
+__all__ = ["Reference", "check_scorable", "evaluate", "open_reference"]

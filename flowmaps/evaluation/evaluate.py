@@ -166,6 +166,12 @@ def evaluate(
     return {} if team.rank else record | {"results": rows}
 
 
+def check_scorable(fm: FlowMap, reference: Reference, num: int) -> None:
+    """Refuse a model of which ``reference`` could not score ``num`` samples by its distance, before any work."""
+    shape = () if fm.info.latent_scale else fm.info.shape
+    _check(reference, [distance_of(reference.extractor)], num, shape, KID_SUBSET, False, ALONE)
+
+
 Samplings = Iterator[tuple[Row, list[Iterable[Tensor]]]]  # facts of a row, and for each seed this process's batches
 
 

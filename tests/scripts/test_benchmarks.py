@@ -84,6 +84,7 @@ def test_unknown_rows_are_named(suite):
     assert done.returncode == 2 and "--rows=moon" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_three_processes_write_records_into_one_file(tmp_path):
     """None of them is lost, and a process that starts again finds all."""
     code = (

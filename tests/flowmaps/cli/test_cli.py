@@ -264,7 +264,7 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_polite_stop_writes_a_checkpoint_and_exits_0(tmp_path, number):
     process = start_training(tmp_path, "--config.checkpoint_every=7")
     wait_for_checkpoint(tmp_path, process)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.objectives import LIVE, RELATIVES
+from helpers.objectives import LIVE
 
 from configs.checkerboard import base
 from flowmaps.data.builtin import ArrayData
@@ -78,7 +78,7 @@ def one_euler_step(points):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in (*RELATIVES, "mean_flow", "consistency") else ())
+        pytest.param(name, marks=() if name == "lagrangian" else pytest.mark.slow)
         for name in LIVE
         if OBJECTIVES[name]().kind != "drift"
     ],
