@@ -45,6 +45,8 @@ def main() -> None:
         raise UserError("give --out=FILE.json, or --store to write the schedule into the checkpoint")
     if STORE.value and not Path(checkpoint).is_dir():
         raise UserError("needs a directory for --store: use --out=FILE.json", field="checkpoint", value=checkpoint)
+    if PLOT.value and Path(PLOT.value).suffix.lower() != ".png":
+        raise UserError("must end in .png, the format that is written", field="plot", value=PLOT.value)
     for name, file in (("out", OUT.value), ("plot", PLOT.value)):
         if file:
             with blame(name, file):

@@ -263,6 +263,7 @@ def test_script_writes_stores_and_draws_and_samples_follow(tmp_path):
         (["--checkpoint=CHECKPOINT", "--out=x.json", "--sampler=map"], "no map to jump with"),
         (["--checkpoint=CHECKPOINT", "--out=x.json", "--cost=least"], "least"),
         (["--checkpoint=CHECKPOINT", "--out=/dev/null/x.json"], "--out"),
+        (["--checkpoint=nowhere", "--out=x.json", "--plot=plot"], "--plot=plot: must end in .png"),
         (["--checkpoint=nowhere", "--out=x.json", "--steps=2,2"], "--steps=2,2: must be different"),
         (["--checkpoint=nowhere", "--out=x.json", "--sampler=heum"], "--sampler=heum"),
         (["--checkpoint=nowhere", "--out=x.json", "--fine=99999"], "--fine=99999: must be from 1 to 1024"),
