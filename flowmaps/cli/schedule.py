@@ -31,7 +31,10 @@ REFERENCE = flags.DEFINE_string("reference", None, "Keep only grids with a small
 NUM = flags.DEFINE_integer("num", 5000, "Samples for each distance", lower_bound=2)
 NOISES = flags.DEFINE_integer("noises", 256, "Number of paths to fit on", lower_bound=1)
 SEED = flags.DEFINE_integer(
-    "seed", 1, "Seed of their noise (and this + 1 for distances); use another seed for the samples that you score"
+    "seed",
+    1,
+    "Seed of their noise (and this + 1 for distances); use another seed for the samples that you score",
+    lower_bound=0,
 )
 FINE = flags.DEFINE_integer("fine", None, "Steps of the fine grid that the times are taken from", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance weight that will be sampled with", 1.0)
