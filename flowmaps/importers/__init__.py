@@ -9,6 +9,7 @@ from flowmaps.errors import UserError
 from flowmaps.files import sha256
 from flowmaps.flow_map import FlowMap
 from flowmaps.importers.build import Options, Source, build
+from flowmaps.importers.diffusers_dit import diffusers_dit
 from flowmaps.importers.diffusers_unet import diffusers_unet
 from flowmaps.importers.edm import edm, edm2
 from flowmaps.importers.inert import refusal
@@ -32,8 +33,10 @@ FORMATS = {
     "sit": Format(sit, "see the publisher of the weights", ("heads", "prediction", "path")),
     "rectified_flow": Format(rectified_flow, "see the publisher of the weights", ("image_size",)),
     "diffusers_unet": Format(diffusers_unet, "see the model card of the weights", ("image_size", "prediction")),
+    "diffusers_dit": Format(diffusers_dit, "see the model card of the weights", ("prediction",)),
 }
 PREDICTIONS = {"velocity": "velocity", "v": "velocity", "noise": "noise", "epsilon": "noise", "score": "score"}
+PREDICTIONS |= {"v_prediction": "velocity", "data": "data", "sample": "data"}
 PATHS = {"linear": "linear", "trigonometric": "trigonometric", "gvp": "trigonometric", "vp": "vp"}
 
 
@@ -76,10 +79,10 @@ def import_checkpoint(
         raise UserError("no such file or directory", field="src", value=src)
     try:
         source = chosen.read(src, options)
-        fm, weights = build(source), source.file or src
+        fm, files = build(source), source.files or (src,)
     except Exception as error:  # a foreign file can raise anything
         raise refusal(src, error) from None
-    facts = {"format": format, "sha256": sha256(weights), "license": chosen.license}
+    facts = {"format": format, "sha256": ", ".join(map(sha256, files)), "license": chosen.license}
     if options.assumed:
         facts["assumed"] = ", ".join(f"{name} {value}" for name, value in options.assumed.items())
     fm.info = replace(fm.info, origin=facts)

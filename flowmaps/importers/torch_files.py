@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flowmaps.errors import shorten
@@ -83,6 +84,8 @@ class _SizeReader(Reader):
 def read_tensors(path: Path) -> Any:
     """Return the content of a file of ``torch.save``: dicts, lists, numbers, tensors, plain argparse namespaces.
 
+    A safetensors file is a dict of tensors.
+
     Raises:
         UserError: The file is damaged or hostile: it names what no checkpoint needs, is compressed, or has fewer
             numbers than its tensors.
@@ -90,7 +93,10 @@ def read_tensors(path: Path) -> Any:
     size = regular_file(path, REMEDY).stat().st_size
     try:
         with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
-            if file.read(4) == b"PK\3\4":
+            head = file.read(9)
+            if head[8:] == b"{" and int.from_bytes(head[:8], "little") < size:
+                return load_file(path)
+            if head[:4] == b"PK\3\4":
                 _check_archive(file, size)
             else:
                 check_sizes(file, size)

@@ -34,7 +34,7 @@ def dit(path: Path, options: Options) -> Source:
     for key, value in NOISING.items():
         if not same(found := args.get(key, value), value):
             raise Unsupported(f"its args.{key} is {shown(found)}, which is not how DiT was trained")
-    return _transformer(weights, args, "ddpm", options)
+    return transformer(weights, args, "ddpm", options)
 
 
 def sit(path: Path, options: Options) -> Source:
@@ -54,7 +54,7 @@ def sit(path: Path, options: Options) -> Source:
     for name, value, known in (("path", form, PATHS_HERE), ("prediction", predicted, ("velocity",))):
         if value not in known:
             raise Unsupported(f"its {name} is {value}, and this package reads only {' and '.join(known)}")
-    source = _transformer(weights, args, "velocity", options)
+    source = transformer(weights, args, "velocity", options)
     source.interpolant = form
     if turned:
         _turn(source.weights)
@@ -123,7 +123,8 @@ def _heads(args: dict[str, Any], width: int, depth: int, options: Options) -> in
     return heads
 
 
-def _transformer(w: Weights, args: dict[str, Any], convention: str, options: Options) -> Source:
+def transformer(w: Weights, args: dict[str, Any], convention: str, options: Options) -> Source:
+    """Return the source of a transformer from its weights under facebookresearch's names."""
     stem, table = w.pop("x_embedder.proj.weight"), w.pop("y_embedder.embedding_table.weight")
     if stem.ndim != 4 or table.ndim != 2 or stem.shape[2] != stem.shape[3]:
         raise UnpicklingError("its patches are not square, or its label table is not a table")
