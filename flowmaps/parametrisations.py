@@ -157,8 +157,9 @@ def discrete(predicts: str, table: Tensor) -> Parametrisation:
     A prediction of noise is read up to the last level of DDPM's own times: above, 1 / t makes more of its error than of
     the image.
     """
-    last = min(table[-1], DDPM_LEVELS[-1]) if predicts == "noise" else table[-1]
-    return Parametrisation(partial(ddpm, predicts=predicts, table=table), (math.exp(table[0]), math.exp(last)))
+    least, last = float(table[0]), float(table[-1])
+    last = min(last, float(DDPM_LEVELS[-1])) if predicts == "noise" else last
+    return Parametrisation(partial(ddpm, predicts=predicts, table=table), (math.exp(least), math.exp(last)))
 
 
 PARAMETRISATIONS = {

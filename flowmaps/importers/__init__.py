@@ -11,7 +11,9 @@ from flowmaps.flow_map import FlowMap
 from flowmaps.importers.build import Options, Source, build
 from flowmaps.importers.diffusers_dit import diffusers_dit
 from flowmaps.importers.diffusers_unet import diffusers_unet
-from flowmaps.importers.edm import edm, edm2
+from flowmaps.importers.ect import ect
+from flowmaps.importers.edm import edm
+from flowmaps.importers.edm2 import edm2
 from flowmaps.importers.inert import refusal
 from flowmaps.importers.rectified_flow import rectified_flow
 from flowmaps.importers.transformers import dit, sit
@@ -29,6 +31,7 @@ LARGEST_SIZE = 1 << 14  # of an image
 FORMATS = {
     "edm": Format(edm, "NVIDIA's released weights: CC BY-NC-SA 4.0 (no commercial use)"),
     "edm2": Format(edm2, "NVIDIA's released weights: CC BY-NC-SA 4.0 (no commercial use)"),
+    "ect": Format(ect, "see the publisher of the weights, which start from NVIDIA's: CC BY-NC-SA 4.0"),
     "dit": Format(dit, "facebookresearch's released weights: CC BY-NC 4.0 (no commercial use)", ("heads",)),
     "sit": Format(sit, "see the publisher of the weights", ("heads", "prediction", "path")),
     "rectified_flow": Format(rectified_flow, "see the publisher of the weights", ("image_size",)),

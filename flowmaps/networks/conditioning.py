@@ -119,6 +119,7 @@ class TimeEmbedding(nn.Module):
             raise ValueError("guidance needs classes: num_classes is 0")
         self.num_classes, self.augment_dim, self.label_first = num_classes, augment_dim, label_first
         self.channels, self.last = features, last
+        self.frequencies: Tensor | None
         self.register_buffer("frequencies", geometric(features, last) if fourier else None)
         self.start = nn.Sequential(nn.Linear(features, channels), nn.SiLU(), nn.Linear(channels, channels))
         self.gap = self.second(features, channels)
