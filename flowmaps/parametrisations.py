@@ -123,7 +123,7 @@ def levels_of(betas: Tensor, zero_snr: bool = False) -> Tensor:
     if zero_snr:
         roots = kept.sqrt()
         kept = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
-        kept[-1] = min(2.0**-24, kept[-2] / 4)  # none at all would be an infinite sigma
+        kept[-1] = torch.minimum(kept[-2] / 4, kept.new_tensor(2.0**-24))  # none at all would be an infinite sigma
     return ((1 - kept) / kept).log() / 2
 
 

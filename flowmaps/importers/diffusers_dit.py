@@ -85,7 +85,7 @@ def diffusers_dit(path: Path, options: Options) -> Source:
     ):
         raise Unsupported(f"its sample_size is {sides[0]} and its patch_size {sides[1]}, which do not fit")
     convention = read_convention(path, folder, options)
-    theirs, files = read_weights(folder)
+    theirs, files = read_weights(folder, "pos_embed.proj.weight")
     weights = _renamed(theirs, config.num_layers)
     weights["pos_embed"] = positions(config.sample_size // config.patch_size, width)[None]
     facts: dict[str, Any] = {"num_heads": config.num_attention_heads, "num_classes": config.num_embeds_ada_norm}

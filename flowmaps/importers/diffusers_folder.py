@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from flowmaps.errors import UserError
 from flowmaps.importers.build import Options
 from flowmaps.importers.inert import REMEDY, Unsupported, same, shown
-from flowmaps.importers.torch_files import Weights, plain_names, read_tensors
+from flowmaps.importers.torch_files import Weights, network_weights, read_tensors
 from flowmaps.parametrisations import SCHEDULES, parametrisation
 from flowmaps.reading import parse, read_json
 
@@ -125,8 +125,11 @@ def _convention(file: Path) -> tuple[str, str]:
     return PREDICTIONS[given["prediction_type"]], rest
 
 
-def read_weights(folder: Path) -> tuple[Weights, tuple[Path, ...]]:
-    """Return the weights of a model, in one file or in several, and the files; of a variant such as fp16 if need be."""
+def read_weights(folder: Path, first: str) -> tuple[Weights, tuple[Path, ...]]:
+    """Return the weights of a model, one of them called ``first``, and their files.
+
+    There may be one file or several; weights of half precision are read if there are no others.
+    """
     index = folder / f"{WEIGHTS}.safetensors.index.json"
     whole = folder / f"{WEIGHTS}.safetensors"
     variants = sorted(folder.glob(f"{WEIGHTS}.*.safetensors"))
@@ -142,7 +145,7 @@ def read_weights(folder: Path) -> tuple[Weights, tuple[Path, ...]]:
         if not isinstance(part, dict) or found.keys() & part.keys():
             raise UserError(f"{file} has weights that another file has too: {REMEDY}")
         found |= part
-    return plain_names(found), files
+    return network_weights(found, first)[0], files
 
 
 def _shards(index: Path) -> tuple[Path, ...]:

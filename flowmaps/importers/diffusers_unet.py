@@ -66,7 +66,7 @@ def diffusers_unet(path: Path, options: Options) -> Source:
     if kind not in KINDS:
         raise Unsupported(f"its {', '.join(CHOICES)} are {kind}, and only {' or '.join(map(str, KINDS))} are known")
     convention = read_convention(path, folder, options)
-    w, files = read_weights(folder)
+    w, files = read_weights(folder, "conv_in.weight")
     widths, each, levels = config.block_out_channels, config.layers_per_block, len(config.block_out_channels)
     sizes = {config.sample_size} if isinstance(config.sample_size, int) else set(config.sample_size or ())
     if len(sizes) > 1:

@@ -15,9 +15,7 @@ def ect(path: Path, options: Options) -> Source:
     net, content = read_ema(path, tuple(NETS))
     loss = content.get("loss_fn")
     if isinstance(loss, Record) and loss.name not in CONSISTENT:
-        raise Unsupported(
-            f"its loss is {loss.name}, which does not train a consistency model: choose format edm or edm2"
-        )
+        raise Unsupported(f"its loss is {loss.name}, not that of a consistency model: choose format edm or edm2")
     if net.name != "Precond":
         return as_consistency(edm_source(net), net)
     source = edm2_source(net, content, mixed=True)

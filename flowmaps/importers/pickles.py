@@ -234,4 +234,4 @@ def read_objects(path: Path) -> Any:
         with path.open("rb") as file:
             return _ObjectReader(file, size).load()
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        raise refusal(path, error) from None
+        raise refusal(path, error, reading="pickle") from None

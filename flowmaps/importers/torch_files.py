@@ -17,7 +17,17 @@ from flowmaps.importers.inert import REMEDY, Reader, check_extent, refusal, show
 from flowmaps.reading import regular_file
 
 Weights = dict[str, Tensor]
+MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first in a file of torch before its version 1.6
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts of names
+# Parts of a training checkpoint that can have the weights, averages first, and counters that averages keep with them.
+CONTAINERS = ("ema", "model_ema", "ema_model", "state_dict_ema", "state_dict", "model", "module", "network", "net")
+COUNTERS = {"n_averaged", "initted", "step", "num_updates", "decay"}
+FAMILIES = {  # the format of weights by one of their names
+    "x_embedder.proj.weight": "dit or sit",
+    "all_modules.": "rectified_flow",
+    "transformer_blocks.": "diffusers_dit, which takes its folder",
+    "down_blocks.": "diffusers_unet, which takes its folder",
+}
 BYTES = {
     **{"DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "UntypedStorage": 1},
     **{"LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1},
@@ -93,16 +103,20 @@ def read_tensors(path: Path) -> Any:
     size = regular_file(path, REMEDY).stat().st_size
     try:
         with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
-            head = file.read(9)
-            if head[8:] == b"{" and int.from_bytes(head[:8], "little") < size:
+            head = file.read(len(MAGIC))
+            if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
                 return load_file(path)
             if head[:4] == b"PK\3\4":
                 _check_archive(file, size)
+            elif head[2:] != MAGIC[2:]:
+                raise (pickle.UnpicklingError if head[:1] == MAGIC[:1] else ValueError)(
+                    "it is a pickle of another kind, as formats edm, edm2 and ect read them"
+                )
             else:
                 check_sizes(file, size)
             return weights_only(file)
     except Exception as error:
-        raise refusal(path, error) from None
+        raise refusal(path, error, reading="torch") from None
 
 
 def _check_archive(file: BinaryIO, size: int) -> None:
@@ -144,7 +158,7 @@ def weights_only(file: BinaryIO) -> Any:
     file.seek(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about protocols: what cannot be read is refused
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True, encoding="latin1")
 
 
 def plain_names(weights: Any) -> Weights:
@@ -160,3 +174,30 @@ def plain_names(weights: Any) -> Weights:
             raise pickle.UnpicklingError(f"it has {shorten(plain, 80)} twice")
         found[plain] = tensor
     return found
+
+
+def network_weights(content: Any, first: str) -> tuple[Weights, bool]:
+    """Return the weights of the network that has a weight called ``first``, and whether they are a part of ``content``.
+
+    They may lie in a part of it, and their names may start with "model.", "ema." and the like; averages are preferred.
+    """
+    known = isinstance(content, dict)
+    parts = [content[name] for name in CONTAINERS if name in content] if known else []
+    inner = [part[name] for part in parts if isinstance(part, dict) for name in CONTAINERS if name in part]
+    seen: list[str] = []
+    for part in (*parts, *inner, content):
+        if not isinstance(part, dict) or not any(isinstance(weight, Tensor) for weight in part.values()):
+            continue
+        weights = plain_names({name: weight for name, weight in part.items() if name not in COUNTERS})
+        seen += weights
+        prefixes = [name.removesuffix(first) for name in weights if f".{name}".endswith(f".{first}")]
+        if prefixes:
+            best = min(prefixes, key=lambda prefix: ("ema" not in prefix, len(prefix)))
+            others = tuple(prefix for prefix in prefixes if prefix and prefix != best)
+            return {
+                name.removeprefix(best): weight
+                for name, weight in weights.items()
+                if name.startswith(best) or not (name.startswith(others) or name.split(".")[-1] in COUNTERS)
+            }, part is not content
+    family = next((form for start, form in FAMILIES.items() if any(start in name for name in seen)), "")
+    raise pickle.UnpicklingError(f"it has no {first}" + (f", and seems to be of format {family}" if family else ""))

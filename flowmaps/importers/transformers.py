@@ -12,7 +12,7 @@ from torch import Tensor
 from flowmaps.errors import UserError
 from flowmaps.importers.build import Options, Source, side
 from flowmaps.importers.inert import Unsupported, same, shown
-from flowmaps.importers.torch_files import Weights, plain_names, read_tensors
+from flowmaps.importers.torch_files import Weights, network_weights, read_tensors
 from flowmaps.networks.dit import positions
 
 # Both were trained on latents of Stable Diffusion's VAE, from the sample (no mean or standard deviation taken out).
@@ -65,14 +65,15 @@ def sit(path: Path, options: Options) -> Source:
 
 def _read(path: Path) -> tuple[Weights, dict[str, Any]]:
     """Return the weights, a training checkpoint's "ema" or all of the content, and the arguments of the training."""
+    if path.is_dir():
+        raise UserError("is a folder: choose format diffusers_dit for a folder of diffusers")
     content = read_tensors(path)
-    if not isinstance(content, dict):
-        raise UnpicklingError("it has no weights, and neither has its ema")
-    args = content.get("args", {}) if "ema" in content else {}
+    weights, training = network_weights(content, "x_embedder.proj.weight")
+    args = content.get("args", {}) if training else {}
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict):
         raise UnpicklingError("its args are not a namespace")
-    return plain_names(content.get("ema", content)), args
+    return weights, args
 
 
 def _known(args: dict[str, Any], key: str, names: dict[str, str]) -> str | None:

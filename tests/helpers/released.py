@@ -187,16 +187,15 @@ class _EDMUNet(Persistent):
         self.map_augment = Linear(augment, features, bias=False) if augment else None
         self.map_layer0, self.map_layer1 = Linear(features, emb), Linear(emb, emb)
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        now, skips = channels, []
+        now, skips, again_channels = channels, [], channels
         for level, res in levels(size, len(mult)):
             if level == 0:
                 self.enc[f"{res}x{res}_conv"], now = Conv2d(now, width, 3), width
             else:
                 self.enc[f"{res}x{res}_down"] = UNetBlock(now, now, emb, adm, down=True, ncsn=ncsn)
                 if ncsn:
-                    before, inputs = (channels if level == 1 else inputs), now
-                    again = Conv2d(before, now, 3, down=True, ncsn=True, fused=True)
-                    self.enc[f"{res}x{res}_aux_residual"] = again
+                    again = Conv2d(again_channels, now, 3, down=True, ncsn=True, fused=True)
+                    self.enc[f"{res}x{res}_aux_residual"], again_channels = again, now
             skips.append(now)
             for i in range(blocks):
                 self.enc[f"{res}x{res}_block{i}"] = UNetBlock(
