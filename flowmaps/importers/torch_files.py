@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import itertools
 import pickle
 import warnings
 import zipfile
@@ -181,11 +182,10 @@ def network_weights(content: Any, first: str) -> tuple[Weights, bool]:
 
     They may lie in a part of it, and their names may start with "model.", "ema." and the like; averages are preferred.
     """
-    known = isinstance(content, dict)
-    parts = [content[name] for name in CONTAINERS if name in content] if known else []
-    inner = [part[name] for part in parts if isinstance(part, dict) for name in CONTAINERS if name in part]
+    outer = [content[name] for name in CONTAINERS if name in content] if isinstance(content, dict) else []
+    parts = [[part, *(part[name] for name in CONTAINERS if name in part)] for part in outer if isinstance(part, dict)]
     seen: list[str] = []
-    for part in (*parts, *inner, content):
+    for part in (*itertools.chain(*parts), content):
         if not isinstance(part, dict) or not any(isinstance(weight, Tensor) for weight in part.values()):
             continue
         weights = plain_names({name: weight for name, weight in part.items() if name not in COUNTERS})
