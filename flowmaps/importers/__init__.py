@@ -1,4 +1,4 @@
-"""Import published checkpoints as flow maps of kind "drift", without running anything in them."""
+"""Import published checkpoints as flow maps, without running anything in them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,15 +56,17 @@ def import_checkpoint(
 
     Args:
         format: A key of ``FORMATS``, such as ``"edm"``.
-        src: The published file, or the folder for ``"diffusers_unet"``.
+        src: The published file, or the folder for ``"diffusers_unet"`` and ``"diffusers_dit"``.
         image_size: Height and width, where weights do not show them: "rectified_flow", and "diffusers_unet" without a
             ``sample_size``.
         heads: The number of attention heads of "dit" and "sit", if it is not the published one of their size.
-        prediction: What a "sit" or "diffusers_unet" predicts, if its file does not say: "velocity", "noise" or "score".
+        prediction: What a "sit", "diffusers_unet" or "diffusers_dit" predicts, if its file does not say: "velocity",
+            "noise", "data" or "score".
         path: The path of a "sit", if its file does not say: "linear", "trigonometric" (SiT's GVP) or "vp".
 
     Returns:
-        A flow map of kind "drift" on the CPU in eval mode: sample it with an ODE solver, or train a map from it. Its
+        A flow map on the CPU in eval mode. Its kind is "drift": sample it with an ODE solver, or train a map from it;
+        or "consistency" for ECT and CMT. Its
         ``info.origin`` has the format, the file's hash, the license, and under "assumed" what nobody said.
 
     Raises:

@@ -23,7 +23,16 @@ STARTS = (
 )
 NOT_LOADED, DAMAGE = (
     2,
-    ("truncated", "ncomplete", "central directory", "eader", "ends before", "too few numbers", "not a zip"),
+    (
+        "truncated",
+        "ncomplete",
+        "central directory",
+        "deserializing header",
+        "StreamReader",
+        "ends before",
+        "too few numbers",
+        "not a zip",
+    ),
 )
 
 
@@ -129,7 +138,7 @@ class Reader(pickle._Unpickler):
 def _what(path: Path) -> tuple[str, bool]:
     """Return what a file seems to be by its first bytes, empty if it may be a pickle, and if it has to be loaded again.
 
-    A pickle starts with a byte for its protocol; those of protocol 0 do not, and no published checkpoint is one.
+    A pickle starts with a byte for its protocol; pickles of protocol 0 do not, and no published checkpoint is one.
     """
     with path.open("rb") as file:
         start = file.read(32)

@@ -1,4 +1,4 @@
-"""What the pickles of EDM, EDM2, ECT and CMT have in common."""
+"""Snapshots of EDM, EDM2, ECT and CMT: the parts that they have in common."""
 
 import itertools
 import math

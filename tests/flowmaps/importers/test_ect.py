@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import released, released_edm2
+from helpers import released, released_ect, released_edm2
 
 from flowmaps import FlowMap, UserError
 from flowmaps.importers import import_checkpoint
@@ -25,7 +25,7 @@ def jumped(fm, x, s, label=None):
     ],
 )
 def test_ect(form, variant, least, tmp_path):
-    net = released.ect(tmp_path / "net.pkl", variant, least).double()
+    net = released_ect.ect(tmp_path / "net.pkl", variant, least).double()
     fm = import_checkpoint(form, tmp_path / "net.pkl").double()
     assert fm.info.kind == "consistency" and fm.info.t_range[0] == 0
     s = torch.tensor([0, 0.001, 0.2, 0.9, 0.99]).double()
@@ -55,7 +55,7 @@ class Map:
 
 def test_two_steps_are_those_of_its_sampler(tmp_path):
     """From 80 e to data, noise of 0.821 added, and to data again."""
-    net = released.ect(tmp_path / "net.pkl", classes=0).double()
+    net = released_ect.ect(tmp_path / "net.pkl", classes=0).double()
     fm = import_checkpoint("ect", tmp_path / "net.pkl").double()
     first, second = (torch.randn(2, 3, 16, 16).double() for _ in range(2))
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_cmt_on_edm2(classes, tmp_path):
 
 def test_a_denoiser_is_not_a_consistency_model(tmp_path):
     net = released.edm("ddpm++", tmp_path / "net.pkl")
-    loss = released.ECMLoss()
+    loss = released_ect.ECMLoss()
     type(loss).__name__ = "EDMLoss"
     try:
         released.dump({"ema": net, "loss_fn": loss}, tmp_path / "net.pkl")
