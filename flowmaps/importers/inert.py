@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, ClassVar
 from flowmaps.errors import UserError, shorten
 
 REMEDY = "choose a file of this format"
-# What a file is, by its first bytes; of the first three, the file itself never came.
+# What a file is, by its first bytes; of the first two, the file itself never came.
 STARTS = (
     (b"version https://git-lfs", "it is a pointer of Git LFS instead of the file"),
     (b"<", "it is a web page or another text"),
@@ -21,18 +21,10 @@ STARTS = (
     (b"\x1f\x8b", "it is compressed by gzip"),
     (b"GGUF", "it is a GGUF file"),
 )
-NOT_LOADED, DAMAGE = (
-    2,
-    (
-        "truncated",
-        "ncomplete",
-        "central directory",
-        "deserializing header",
-        "StreamReader",
-        "ends before",
-        "too few numbers",
-        "not a zip",
-    ),
+NOT_LOADED = 2
+DAMAGE = (  # in the words of torch, safetensors, zipfile and of this package
+    *("truncated", "ncomplete", "central directory", "deserializing header", "StreamReader", "ends before"),
+    *("too few numbers", "not a zip"),
 )
 
 
