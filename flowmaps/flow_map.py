@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from flowmaps.vae import Decoder
 
 
+# Arguments of networks that came later, at the value that changes nothing: fingerprints do not change with them.
+ADDED = (("variant", ""), ("norm_groups", 0), ("head_channels", 0))
+
+
 class FlowMap(nn.Module):
     """X_{s,t}(x) = x + (t - s) v_{s,t}(x): jumps along the probability-flow ODE from time s to time t.
 
@@ -116,6 +120,7 @@ class FlowMap(nn.Module):
         It is the same for a network that torch.compile has wrapped, entirely or in parts.
         """
         config = {k: v for k, v in getattr(self.network, "config", {}).items() if not k.startswith("_")}
+        config = {k: v for k, v in config.items() if (k, v) not in ADDED}
         digest = hashlib.sha256(json.dumps([config, self.interpolant_name, self.base_std], sort_keys=True).encode())
         tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in self.network.state_dict().items()}
         for name, tensor in sorted(tensors.items()):
