@@ -162,14 +162,14 @@ def check_same_config(config: Config, path: Path) -> None:
 
 
 def _defaults(section: Any) -> dict[str, Any]:
-    """Return the defaults of a section's fields, which stand in for fields that an older config.json does not have."""
+    """Return what stands in for fields that an older config.json does not have: their value then, or the default."""
     found = {}
     for f in dataclasses.fields(section):
         value = getattr(section, f.name)
         if dataclasses.is_dataclass(value):
             found[f.name] = _defaults(value)
         elif f.init and f.default is not dataclasses.MISSING:
-            found[f.name] = plain(f.default)
+            found[f.name] = plain(f.metadata.get("before", f.default))
     return found
 
 
