@@ -152,6 +152,11 @@ def check_same_config(config: Config, path: Path) -> None:
     """Refuse to resume a run whose config.json would have made other steps."""
     stored = read_config(path)
     stored = {key: value for key, value in stored.items() if key not in ("origin", "written_by")}
+    objective = stored.get("objective")
+    if isinstance(objective, dict) and objective.get("times") == "gap" and "diagonal_draw" not in objective:
+        raise UserError(
+            f"draws other times now than the run in {path.parent}: use a new workdir", "objective.times", "gap"
+        )
     stored = _with_defaults(stored, _defaults(config))
     allowed = config.resumable_fields()
     if config.optim.decay in (Decay.constant, Decay.inverse_sqrt):  # the others depend on the number of steps
