@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin
 
-from flowmaps.errors import UserError, within
+from flowmaps.errors import UserError, choose, within
 
 LARGEST = 10**9  # of the integers of a config, so that a slip of the keyboard does not run for years
 LARGEST_OF = {  # and of these
@@ -36,7 +36,8 @@ def check_values(section: Any, prefix: str = "") -> None:
     On the way, lists become tuples, an empty text becomes an empty tuple, and a leading ~ the home directory.
 
     Raises:
-        UserError: A value, or an element of a tuple, has another type or is out of all proportion.
+        UserError: A value, or an element of a tuple, has another type or is out of all proportion, or something was
+            assigned that is not a field.
     """
     hints = typing.get_type_hints(type(section))
     for f in dataclasses.fields(section):
@@ -52,6 +53,8 @@ def check_values(section: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(made):
             with within(f.name):
                 check_values(made, f"{path}.")
+    for name in vars(section).keys() - vars(dataclasses.replace(section)).keys():  # assigned by mistake
+        raise UserError(f"{type(section).__name__} has no such field: {choose(name, hints, every=False)}", field=name)
 
 
 def _tidy(hint: Any, value: Any) -> Any:
