@@ -182,7 +182,7 @@ def _exported_directory(directory: Path) -> Path:
 
 
 def load(source: str | Path, network_class: type[nn.Module] | None = None) -> Exported:
-    """Read an exported directory, also a shipped one or one on the hub, by its name; anything unexpected is refused by file name.
+    """Read an exported directory, or one that is shipped or on the hub; anything unexpected is refused by file name.
 
     Args:
         source: The directory, the directory of a run, the name of a shipped checkpoint, or a hub id.

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped(name: str) -> Path | None:
-    """Return the directory of a checkpoint that comes with this package: in a wheel digits, in a checkout all others."""
+    """Return the directory of a checkpoint of assets/: all of them in a checkout, digits in a wheel."""
     folders = [place / "assets" / name for place in (PACKAGE, PACKAGE.parent)] if re.fullmatch(r"\w+", name) else []
     return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
 

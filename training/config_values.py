@@ -36,8 +36,7 @@ def check_values(section: Any, prefix: str = "") -> None:
     On the way, lists become tuples, an empty text becomes an empty tuple, and a leading ~ the home directory.
 
     Raises:
-        UserError: A value, or an element of a tuple, has another type or is out of all proportion, or something was
-            assigned that is not a field.
+        UserError: A value, or an element of a tuple, has another type or is out of all proportion.
     """
     hints = typing.get_type_hints(type(section))
     for f in dataclasses.fields(section):
@@ -53,8 +52,22 @@ def check_values(section: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(made):
             with within(f.name):
                 check_values(made, f"{path}.")
-    for name in vars(section).keys() - vars(dataclasses.replace(section)).keys():  # assigned by mistake
-        raise UserError(f"{type(section).__name__} has no such field: {choose(name, hints, every=False)}", field=name)
+
+
+def check_assigned(section: Any) -> None:
+    """Refuse what was assigned to a config, or to a part of it, under a name that is not a field.
+
+    Raises:
+        UserError: The message names the field that may have been meant.
+    """
+    for name in vars(section).keys() - vars(dataclasses.replace(section)).keys():
+        fields = [f.name for f in dataclasses.fields(section)]
+        reason = f"{type(section).__name__} has no such field: {choose(name, fields, every=False)}"
+        raise UserError(reason, field=name)
+    for f in dataclasses.fields(section):
+        if dataclasses.is_dataclass(value := getattr(section, f.name)):
+            with within(f.name):
+                check_assigned(value)
 
 
 def _tidy(hint: Any, value: Any) -> Any:

@@ -85,7 +85,7 @@ def preset(name: str, **changes: Any) -> NetworkSection:
         UserError: There is no such preset, or the network does not have one of the options.
     """
     if name not in PRESETS:
-        raise UserError(f"choose one of {', '.join(PRESETS)}", field="preset", value=name)
+        raise UserError(f"no such network: {choose(name, PRESETS)}", field="preset", value=name)
     found = PRESETS[name]
     cls: Callable[..., nn.Module] = NETWORKS[found.network]
     return network(cls, **{**found.options, **changes})

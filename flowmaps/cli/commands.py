@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -44,14 +45,15 @@ def run_command(name: str) -> NoReturn:
 
 
 def overview() -> str:
-    """Return the help text: the first line of each command's docstring."""
+    """Return the help text: the first sentence of each command's docstring, up to a colon."""
     own_packages_first()
     lines = []
     for name, module in COMMANDS.items():
         spec = importlib.util.find_spec(module)
         assert spec is not None and spec.origin is not None
         doc = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
-        lines.append(f"  {name:10}{as_typed(doc.splitlines()[0])}")
+        first = re.split(r"[.:](?:\s|$)", as_typed(doc, "flowmaps"))[0]
+        lines.append(f"  {name:10}{first}")
     usage = "flowmaps COMMAND --flag=value ...\n\nflowmaps COMMAND --help lists the flags of a command.\n\nCommands:\n"
     return usage + "\n".join(lines)
 

@@ -44,8 +44,7 @@ def run(command: ModuleType) -> NoReturn:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.stdout, sys.stderr = (_Terminal.around(stream) for stream in (sys.stdout, sys.stderr))
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
-        text = usage(command.__doc__ or "")
-        print(as_typed(text) if script.startswith("flowmaps ") else text)
+        print(usage(command.__doc__ or "", script))
         sys.exit(0)
     try:
         rest = flags.FLAGS(sys.argv)[1:]
@@ -211,19 +210,26 @@ def required(flag: flags.FlagHolder[str | None], example: str) -> str:
     return flag.value
 
 
-def usage(doc: str) -> str:
-    """Return the command's docstring and its flags, absl's own left out."""
+def usage(doc: str, script: str) -> str:
+    """Return the docstring of the command ``script`` and its flags, absl's own left out."""
     lines = [
         f"  --{flag.name}  {flag.help}" + (f" [{flag.default_as_str}]" if flag.default is not None else "")
         for flag in _own_flags()
     ]
-    return f"{doc.strip()}\n\nFlags:\n" + "\n".join(sorted(lines))
+    text = as_typed(f"{doc.strip()}\n\nFlags:\n" + "\n".join(sorted(lines)), script)
+    return re.sub(r"\bconfigs/(\w+)\.py", r"\1", text) if script.startswith("flowmaps") else text
 
 
-def as_typed(text: str) -> str:
-    """Return a help text with the commands and configs as they are named without a checkout."""
-    text = re.sub(r"python scripts/(\w+?)(?:_\w+)?\.py", r"flowmaps \1", text)
-    return re.sub(r"\bconfigs/(\w+)\.py", r"\1", text)
+def as_typed(text: str, script: str) -> str:
+    """Return a text with the scripts as they are called without a checkout, if ``script`` was called so."""
+    if not script.startswith("flowmaps"):
+        return text
+    scripts = "train|sample|fid|stats|schedule|export|import_checkpoint|prepare_data"
+    return re.sub(
+        rf"(?:python scripts/|(?<![\w/.=-])|(?<= )scripts/)({scripts})\.py\b",
+        lambda found: f"flowmaps {found[1].split('_')[0]}",
+        text,
+    )
 
 
 def fail(script: str, error: BaseException) -> NoReturn:
@@ -231,5 +237,5 @@ def fail(script: str, error: BaseException) -> NoReturn:
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, UserError) and error.field:
         message = f"--{message}"
-    print(f"{script}: error: {shorten(message, LONGEST_LINE)}", file=sys.stderr)
+    print(f"{script}: error: {as_typed(shorten(message, LONGEST_LINE), script)}", file=sys.stderr)
     sys.exit(2)

@@ -113,20 +113,20 @@ def _split(argument: str) -> tuple[Path, list[str]]:
     name, colon, row = expanded.partition(":")
     if name in shipped:
         return shipped[name], [row] if colon else []
-    similar = next(filter(None, (closest(expanded[:end], _files_beside(expanded[:end])) for end in ends)), "")
-    similar = similar or closest(Path(name).stem, shipped)
+    similar = next(filter(None, (_file_like(expanded[:end]) for end in ends)), "") or closest(Path(name).stem, shipped)
     question = f"did you mean {similar}? " if similar else ""
     raise flags.Error(
         f"--config={shorten(argument)}: no such config: {question}give a file, or one of {', '.join(shipped)}"
     )
 
 
-def _files_beside(name: str) -> list[str]:
-    """Return the Python files in the folder that the path ``name`` is in, as paths."""
+def _file_like(name: str) -> str:
+    """Return the Python file in the folder of the path ``name`` that is called most like it, or an empty text."""
     try:
-        return [str(file) for file in sorted(Path(name).parent.glob("*.py"))]
-    except OSError:
-        return []
+        files = {file.stem: str(file) for file in Path(name).parent.glob("*.py") if file.stem != "__init__"}
+    except (OSError, ValueError):
+        return ""
+    return files.get(closest(Path(name).stem, sorted(files)), "")
 
 
 @contextmanager
