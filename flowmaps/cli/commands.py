@@ -11,7 +11,7 @@ from typing import NoReturn
 from flowmaps.cli.run import as_typed, fail, run
 from flowmaps.errors import UserError, choose
 
-COMMANDS = {  # name -> module; those of training are above this package and are looked up only when called
+COMMANDS = {  # name -> module, imported when called: this package must not import training
     "train": "training.cli.train",
     "sample": "flowmaps.cli.sample",
     "fid": "flowmaps.cli.fid",

@@ -126,6 +126,16 @@ def test_wheel_holds_packages_types_configs_commands_and_small_assets(tmp_path):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"flowmaps", "samplers", "training"}
 
 
+@pytest.mark.parametrize("torch", ["cpu", "cu126", ""])
+def test_make_installs_torch_from_the_index_that_it_is_given(torch):
+    """TORCH=cpu leaves out 5 GB of CUDA, of which `make demo` warns before it installs them."""
+    command = ["make", "-nB", "demo", *([f"TORCH={torch}"] if torch else [])]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    pip = f"pip install --quiet torch torchvision --index-url https://download.pytorch.org/whl/{torch}\n"
+    assert (pip in shown) == bool(torch) and ("TORCH=cpu leaves them out" in shown) == (not torch)
+    assert shown.index("torch torchvision" if torch else "echo") < shown.index("--editable '.[dev]'")
+
+
 HEAVY = ("torch", "diffusers", "torch_fidelity", "accelerate", "numpy", "PIL")
 LIGHT = {  # what starts a command, and what it may have loaded when it answers
     "import samplers": {"torch", "numpy"},

@@ -86,6 +86,22 @@ def test_every_command_works_from_a_folder_with_packages_of_our_names(installed)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_data_workers_start_by_every_method(installed, method):
+    """macOS spawns workers, and newer Pythons have a fork server: they must find the installed packages too."""
+    home, _ = installed
+    (home / "start.py").write_text(
+        "import multiprocessing, sys\nif __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method(sys.argv.pop(1))\n"
+        "    from flowmaps.cli.commands import main\n    main()\n"
+    )
+    arguments = (
+        f"train --config=digits:lagrangian,smoke --config.steps=3 --config.data.workers=1 --workdir=runs/{method}"
+    )
+    call(installed, [sys.executable, "start.py", method], arguments)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torch.distributed.run --nproc_per_node=2", "accelerate.commands.launch --cpu"])
 def test_launchers_run_the_module(installed, launcher):
     """`torchrun -m flowmaps` and `accelerate launch -m flowmaps` put the current folder first in sys.path."""

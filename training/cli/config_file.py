@@ -148,7 +148,7 @@ def _load(file: Path) -> Any:
     module = sys.modules[MODULE] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
-        raise UserError(f"{file} has no function get_config: choose a file such as configs/digits.py")
+        raise UserError(f"{file} has no function get_config: a config file has one, such as configs/digits.py")
     return module
 
 
