@@ -30,7 +30,7 @@ class Memory(flags.ArgumentParser[Any]):
         return {"true": 80.0, "false": None}[argument] if argument in ("true", "false") else float(argument)
 
 
-CONFIG = config_file.define("Shipped config or file, and row: digits:lagrangian[,smoke], my/config.py:row")
+CONFIG = config_file.define("Shipped config or your own file, and a row of it: digits:lagrangian[,smoke]")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is resumed")
 STAGE = flags.DEFINE_string(
     "stage", "", "The only stage of a chain to train; the stages that it starts from must exist"
