@@ -23,7 +23,7 @@ from torch import nn
 
 from flowmaps.errors import UserError, blame, shorten
 from flowmaps.files import WRITER, WRITTEN_BY, Layout, new_directory, writable_directory, write_file
-from flowmaps.hub import from_hub
+from flowmaps.hub import from_hub, shipped
 from flowmaps.info import FlowMapInfo
 from flowmaps.networks import NETWORKS
 from flowmaps.reading import parse, read_json
@@ -182,10 +182,10 @@ def _exported_directory(directory: Path) -> Path:
 
 
 def load(source: str | Path, network_class: type[nn.Module] | None = None) -> Exported:
-    """Read an exported directory, or download one by its hub id; anything unexpected is refused by file name.
+    """Read an exported directory, or one that is shipped or on the hub; anything unexpected is refused by file name.
 
     Args:
-        source: The directory, the directory of a run, or a hub id.
+        source: The directory, the directory of a run, the name of a shipped checkpoint, or a hub id.
         network_class: The class of a network that is not in ``flowmaps.networks``; its name must be the recorded one.
 
     Returns:
@@ -195,7 +195,9 @@ def load(source: str | Path, network_class: type[nn.Module] | None = None) -> Ex
         UserError: A file is missing, damaged, or does not fit the others.
     """
     directory = Path(source)
-    directory = _exported_directory(directory if directory.is_dir() else from_hub(str(source), FILES))
+    if not directory.is_dir():
+        directory = shipped(str(source)) or from_hub(str(source), FILES)
+    directory = _exported_directory(directory)
     file = directory / INDEX
     index = _parse(_Index, _read_json(file), file)
     scheduler = directory / "scheduler" / "scheduler_config.json"

@@ -151,7 +151,7 @@ class FlowMap(nn.Module):
         """Read what ``save_pretrained`` wrote, in eval mode on the CPU.
 
         Args:
-            source: A directory, a run's directory, or a Hugging Face hub id.
+            source: A directory, a run's directory, the name of a shipped checkpoint ("digits"), or a hub id.
             network_class: The class of the network, if it is not one of ``flowmaps.networks``; the directory must have
                 been written with a class of that name.
 

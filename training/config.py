@@ -37,7 +37,7 @@ from training.config_sections import (
     Weight,
     may_change,
 )
-from training.config_values import check_values
+from training.config_values import check_assigned, check_values
 from training.network_section import NetworkSection, network, preset
 
 __all__ = [
@@ -135,6 +135,7 @@ class Config:
         self._check_optional_parts()
         self._check_averages()
         self._check_objective()
+        check_assigned(self)
 
     def _check_ranges(self) -> None:
         for least, names in (

@@ -30,7 +30,9 @@ class SamplingFlags:
 
     def __init__(self, num: int, several: bool = False) -> None:
         self.several, more = several, " (several: a,b)" if several else ""
-        self.checkpoint = flags.DEFINE_string("checkpoint", None, "Exported directory, run directory or hub id")
+        self.checkpoint = flags.DEFINE_string(
+            "checkpoint", None, "Exported or run directory, digits (shipped), or hub id"
+        )
         self.steps = flags.DEFINE_list("steps", ["1", "2", "4", "8"], "Step counts")
         self.num = flags.DEFINE_integer("num", num, "Samples for each step count", lower_bound=1)
         self.seed = flags.DEFINE_integer("seed", 0, "Sample i depends only on (seed, i)")

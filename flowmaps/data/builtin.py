@@ -63,7 +63,7 @@ def digits(split: str, root: str) -> ArrayData:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError("the digits data set needs scikit-learn: pip install 'flowmaps[demo]'") from None
+        raise UserError("the digits data set needs scikit-learn: pip install scikit-learn") from None
     scans = load_digits()
     images = torch.tensor(scans.images)[:, None] * (255 / 16)  # scans have 17 grey levels
     held_out = torch.arange(len(images)) % 4 == 3
