@@ -8,7 +8,8 @@ from torch import Tensor
 
 from flowmaps.errors import UserError, blame
 from flowmaps.flow_map import FlowMap
-from flowmaps.generate import check_sampling, guided_drift, guided_label, labels_for
+from flowmaps.generate import check_sampling, guided_drift, guided_label
+from flowmaps.labels import labels_for
 from flowmaps.reading import read_json
 from samplers import SAMPLERS, Schedule, Trajectory, heun, trajectory, uniform_times
 from samplers.bellman import Endpoints, errors, euler_endpoints, heun_endpoints, map_endpoints, solve_all, vjp_to_end

@@ -10,7 +10,7 @@ from helpers.runs import assert_same, tiny
 
 from configs.digits import get_config as digits
 from flowmaps import FlowMap, UserError
-from flowmaps.generate import labels_for
+from flowmaps.labels import labels_for
 from flowmaps.images import from_uint8
 from flowmaps.objectives import OBJECTIVES, Draws
 from flowmaps.rng import generator
