@@ -10,8 +10,8 @@ from helpers.runs import assert_same, tiny
 
 from configs.digits import get_config as digits
 from flowmaps import FlowMap, UserError
-from flowmaps.labels import labels_for
 from flowmaps.images import from_uint8
+from flowmaps.labels import labels_for
 from flowmaps.objectives import OBJECTIVES, Draws
 from flowmaps.rng import generator
 from training.checkpoint import load_checkpoint
