@@ -94,6 +94,8 @@ class FlowMap(nn.Module):
 
     def velocity(self, x: Tensor, s: Time, t: Time, label: Label | None = None) -> Tensor:
         """Return v_{s,t}(x), the average velocity between s and t: the network's output, unchanged."""
+        if self.info.shape and x.shape[1:] != self.info.shape:
+            raise UserError(f"x is {list(x.shape)}, this model's samples are {['n', *self.info.shape]}")
         v: Tensor = self.network(x, *_times(x, s, t), given_label(self.info, label, x))
         return v
 

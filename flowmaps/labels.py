@@ -57,7 +57,7 @@ def labels_for(
     several = flat(label)
     numbers = [class_number(info, one, field) for one in ([label] if several is None else several)]
     if len(numbers) not in (1, n):
-        raise UserError(f"has {len(numbers)} labels for {n} samples: give one for all or one for each", field=field)
+        raise UserError(f"has {len(numbers)} labels for {n} samples: pass one for all or one for each", field=field)
     return torch.tensor(numbers).expand(n)
 
 
@@ -108,7 +108,7 @@ def given_label(info: "FlowMapInfo", label: Label | None, x: Tensor) -> Tensor |
         found = labels_for(info, len(x), label)
         return None if found is None else found.to(x.device)
     if len(label) != len(x):
-        raise UserError(f"has {len(label)} rows for {len(x)} samples: give one for each", field="label")
+        raise UserError(f"has {len(label)} rows for {len(x)} samples: pass one for each", field="label")
     if info.num_classes and _readable(label) and not label.is_floating_point():
         low, high = int(label.min()), int(label.max())
         if low < 0 or high > info.num_classes:
@@ -146,7 +146,7 @@ def _by_name(names: Sequence[str], text: str, field: str) -> int:
         if found := [number for number, name in enumerate(names) if way(name)]:
             if len(found) > 1:
                 several = listed([f"{names[number]} ({number})" for number in found])
-                raise UserError(f"fits several classes, {several}: give one in full", field=field, value=text)
+                raise UserError(f"fits several classes, {several}: write one in full", field=field, value=text)
             return found[0]
     keys = {key: name for name in names[:SEARCHED] for key in (*_words(name), name.casefold())}
     close = difflib.get_close_matches(wanted[:100], keys, n=1)

@@ -46,7 +46,7 @@ class FlowMapScheduler(FlowMapEulerDiscreteScheduler, SchedulerMixin):  # diffus
 
 @dataclass
 class _Call:
-    """What the callback of a call may ask for and change, by the names that diffusers has for it."""
+    """State of one call that its callback may read and change."""
 
     guidance: float | None
     steps: int
@@ -146,7 +146,7 @@ class FlowMapPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether this thread's latest call was interrupted."""
+        """True if this thread's latest call was interrupted."""
         return self._call.interrupted
 
     @property
@@ -220,7 +220,7 @@ class FlowMapPipeline(DiffusionPipeline):
         label = None if label is None else label.to(device)
         sampler = "euler" if fm.info.kind == "drift" else "map"
         if sigmas is not None:
-            sigmas = checked_sigmas(sigmas, whole=latents is None)
+            sigmas = checked_sigmas(sigmas, complete=latents is None)
         steps = num_inference_steps if sigmas is None else len(sigmas)
         check_steps(steps, "num_inference_steps")
         check_sampling(fm, sampler, steps, guidance=guidance_scale)

@@ -39,16 +39,16 @@ def sample_count(**given: Any) -> int:
     return next(iter(counts.values()), 1)
 
 
-def checked_sigmas(sigmas: Sequence[float] | Tensor, whole: bool) -> list[float]:
-    """Return the start points of steps to data, which must decrease, from 1 (noise) if ``whole``."""
+def checked_sigmas(sigmas: Sequence[float] | Tensor, complete: bool) -> list[float]:
+    """Return the start points of steps to data, which must decrease, from 1 (noise) if ``complete``."""
     try:
         found: list[float] = torch.as_tensor(sigmas, dtype=torch.float64).tolist()
-        fits = bool(check_times([1 - sigma for sigma in (*found, 0.0)])[0] == 0) or not whole
+        fits = bool(check_times([1 - sigma for sigma in (*found, 0.0)])[0] == 0) or not complete
     except (ValueError, TypeError, RuntimeError):
         fits = False
     if not fits:
         raise UserError(
-            f"must decrease{' from 1 (noise)' * whole} and stay above 0 (data)", field="sigmas", value=sigmas
+            f"must decrease{' from 1 (noise)' * complete} and stay above 0 (data)", field="sigmas", value=sigmas
         )
     return found
 
@@ -62,7 +62,7 @@ def start(
         if not isinstance(streams, (list, tuple)) or not all(isinstance(one, torch.Generator) for one in streams):
             raise UserError("must be a torch.Generator, or a list of one for each sample", field="generator")
         if streams is generator and len(streams) != n:
-            raise UserError(f"has {len(streams)} for {n} samples: give one, or one for each", field="generator")
+            raise UserError(f"has {len(streams)} for {n} samples: pass one, or one for each", field="generator")
     shape = (n, *fm.info.shape)
     if latents is None:
         drawn: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
