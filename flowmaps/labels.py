@@ -84,7 +84,7 @@ def class_number(info: "FlowMapInfo", label: object, field: str = "label") -> in
 def listed(names: Sequence[str]) -> str:
     """Return the first of ``names`` for a message of one line, and how many more there are."""
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return shorten(", ".join(shorten(name, 60) for name in names[:SHOWN]), 400) + more
+    return shorten(", ".join(shorten(name, 60) for name in names[:SHOWN])) + more
 
 
 def given_label(info: "FlowMapInfo", label: Label | None, x: Tensor) -> Tensor | None:
