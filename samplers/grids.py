@@ -8,7 +8,7 @@ from torch import Tensor
 Times = Tensor | Sequence[float]
 
 MOST_STEPS = 100_000
-STEP_COUNT = f"a whole number from 1 to {MOST_STEPS:,}"
+STEP_COUNT = f"a whole number of at least 1 and at most {MOST_STEPS:,}"
 
 
 def is_step_count(steps: object) -> bool:

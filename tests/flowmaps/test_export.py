@@ -26,7 +26,8 @@ def build(kind="map"):
     )
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    info = FlowMapInfo(shape=(1, 8, 8), num_classes=4, kind=kind, data="digits", ema=0.99, images_seen=12)
+    names = ("T-shirt/top", "é", "4", "d" * 255)
+    info = FlowMapInfo((1, 8, 8), 4, kind, data="digits", ema=0.99, images_seen=12, class_names=names)
     return FlowMap(network.eval(), "trigonometric", 0.5, info)
 
 
