@@ -39,8 +39,8 @@ class FlowMap(nn.Module):
     Boffi, Albergo and Vanden-Eijnden 2025 (arXiv 2505.18825), parametrisation of section 3. Noise is at time 0, data at
     time 1. In all methods ``x`` is [B, ...] and times are floats [B] with s <= t, or one number for all rows. ``label``
     is int64 [B], or one class for all rows by number or name. None means "no label": for an unconditional model, and
-    for one that was also trained without labels (``info.label_dropout``); another would answer from an embedding that
-    was never trained, so it refuses None.
+    for one that was also trained without labels (``info.label_dropout``). Another would answer from an embedding that
+    was never trained, so in eval mode, as ``from_pretrained`` returns it, it refuses None; training may learn that row.
 
     Args:
         network: v(x, s, t, label), the average velocity between s and t: one of ``flowmaps.networks``, or any module.
@@ -80,6 +80,7 @@ class FlowMap(nn.Module):
                 f"got {interpolant} and {base_std:g}"
             )
         self.network = network
+        self.training = network.training
         self.interpolant_name = interpolant
         self.interpolant = INTERPOLANTS[interpolant]
         self.base_std = base_std
@@ -96,7 +97,8 @@ class FlowMap(nn.Module):
         """Return v_{s,t}(x), the average velocity between s and t: the network's output, unchanged."""
         if self.info.shape and x.shape[1:] != self.info.shape:
             raise UserError(f"x is {list(x.shape)}, this model's samples are {['n', *self.info.shape]}")
-        v: Tensor = self.network(x, *_times(x, s, t), given_label(self.info, label, x))
+        given = given_label(self.info, label, x, trained=not self.training)
+        v: Tensor = self.network(x, *_times(x, s, t), given)
         return v
 
     def drift(self, x: Tensor, t: Time, label: Label | None = None) -> Tensor:

@@ -87,17 +87,17 @@ def listed(names: Sequence[str]) -> str:
     return shorten(", ".join(shorten(name, 60) for name in names[:SHOWN])) + more
 
 
-def given_label(info: "FlowMapInfo", label: Label | None, x: Tensor) -> Tensor | None:
+def given_label(info: "FlowMapInfo", label: Label | None, x: Tensor, trained: bool = True) -> Tensor | None:
     """Return the ``label`` of a call of the flow map on x [B, ...] as its network takes it.
 
     A tensor of one label per row passes as it is; integers on the CPU are compared with the number of classes, those
-    on a GPU are not, since reading them would make every step wait.
+    on a GPU are not, since reading them would make every step wait. Only a ``trained`` model needs a label.
 
     Raises:
         UserError: A label is missing although the model was never trained without, or does not fit.
     """
     if label is None:
-        if info.num_classes and not info.label_dropout:
+        if trained and info.num_classes and not info.label_dropout:
             raise UserError(
                 f"missing: this model was never trained without labels, give one of its {info.num_classes:,} classes "
                 "for each sample",
