@@ -27,9 +27,9 @@ def _times(x: Tensor, s: Time, t: Time) -> tuple[Tensor, Tensor]:
     numbers = [time for time in (s, t) if not isinstance(time, Tensor)]
     if not all(0 <= time <= 1 for time in numbers) or numbers != sorted(numbers):  # NaN fails this too
         raise UserError(f"times must be 0 <= s <= t <= 1 (0 = noise, 1 = data), got {' and '.join(map(str, numbers))}")
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    rows = [torch.full((1,), v, dtype=dtype, device=x.device) if not isinstance(v, Tensor) else v for v in (s, t)]
-    first, second = (row if row.ndim and len(row) == len(x) else row.expand(len(x)) for row in rows)
+    dtype, batch = torch.promote_types(x.dtype, torch.float32), x.shape[0]  # len(x) would freeze it in an export
+    rows = [v if isinstance(v, Tensor) else torch.full((), v, dtype=dtype, device=x.device) for v in (s, t)]
+    first, second = (row if row.ndim else row.expand(batch) for row in rows)
     return first, second
 
 

@@ -105,9 +105,9 @@ def given_label(info: "FlowMapInfo", label: Label | None, x: Tensor, trained: bo
             )
         return None
     if not isinstance(label, Tensor) or not label.ndim:
-        found = labels_for(info, len(x), label)
+        found = labels_for(info, x.shape[0], label)
         return None if found is None else found.to(x.device)
-    if len(label) != len(x):
+    if label.shape[0] != x.shape[0]:  # len(x) would freeze the batch in an export
         raise UserError(f"has {len(label)} rows for {len(x)} samples: pass one for each", field="label")
     if info.num_classes and _readable(label) and not label.is_floating_point():
         low, high = int(label.min()), int(label.max())
