@@ -2,7 +2,7 @@
 
 model_index.json                            the pipeline's components, interpolant, base_std and FlowMapInfo
 network/config.json                         the network's class and arguments
-network/diffusion_pytorch_model.safetensors its weights
+network/diffusion_pytorch_model.safetensors its weights, large ones in shards
 scheduler/scheduler_config.json             conventions of the time grid
 vae/                                        of a model of latents: its VAE, if it was open when the model was written
 
@@ -12,6 +12,8 @@ pipeline are built on it.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -27,7 +29,7 @@ from flowmaps.hub import from_hub, shipped
 from flowmaps.info import FlowMapInfo
 from flowmaps.networks import NETWORKS
 from flowmaps.reading import parse, read_json
-from flowmaps.tensors import check_shapes, read_header, read_tensors
+from flowmaps.tensors import check_shapes, merged, model_files, read_header, read_tensors
 from samplers import Schedule
 
 if TYPE_CHECKING:
@@ -35,8 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 INDEX = "model_index.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-FILES = (INDEX, "scheduler/*.json", "network/*.json", f"network/{WEIGHTS}")
+FILES = (INDEX, "scheduler/*.json", "network/*.json", "network/diffusion_pytorch_model*.safetensors")
 MODEL = Layout(
     INDEX,
     b'"FlowMapPipeline"',
@@ -237,28 +238,35 @@ def _network_class(file: Path, component: tuple[str, str], given: type[nn.Module
 
 def _load_network(directory: Path, network_class: type[nn.Module]) -> nn.Module:
     """Build the network that the config describes, once it is known to be that of the weights."""
-    file, weights = directory / "network" / "config.json", directory / "network" / WEIGHTS
+    folder = directory / "network"
+    file = folder / "config.json"
     config = {k: v for k, v in _read_json(file).items() if not k.startswith("_")}
-    if not weights.exists():
-        raise UserError(f"{weights} is missing: the checkpoint is incomplete")
-    shapes, _ = read_header(weights, REMEDY)
+    parts, _ = model_files(folder, REMEDY)
+    weights = parts[0] if len(parts) == 1 else folder
+    shapes = merged([read_header(part, REMEDY)[0] for part in parts], weights, REMEDY)
     layers = [len(v) if isinstance(v, list) else v for k, v in config.items() if k in LAYERS or isinstance(v, list)]
-    try:
+    with _describing(file, network_class):
         if any(isinstance(count, int) and count > max(len(shapes), 64) for count in layers):
             raise ValueError(f"it has more layers than {weights.name} has tensors")
         with torch.device("meta"):  # costs nothing, however wide a hostile config is
             planned = network_class(**config)
         numbers = sum(t.numel() for t in chain(planned.parameters(), planned.buffers()))
-        check_shapes(planned, shapes, weights, file)
-        if numbers > weights.stat().st_size + SPARE:
+    check_shapes(planned, shapes, weights, file)
+    with _describing(file, network_class):
+        if numbers > sum(part.stat().st_size for part in parts) + SPARE:
             raise ValueError(f"it has more numbers than {weights.name}")
         network = network_class(**config)
-    except Exception as error:  # anything can be wrong with the arguments in a file
-        if isinstance(error, UserError) and WEIGHTS in error.message:
-            raise
-        raise UserError(f"{file} does not describe a {network_class.__name__}: {shorten(error)}") from None
-    network.load_state_dict(read_tensors(weights, REMEDY))
+    network.load_state_dict(merged([read_tensors(part, REMEDY) for part in parts], weights, REMEDY))
     return network
+
+
+@contextmanager
+def _describing(file: Path, network_class: type[nn.Module]) -> Iterator[None]:
+    """Blame the config: anything can be wrong with the arguments in a file."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{file} does not describe a {network_class.__name__}: {shorten(error)}") from None
 
 
 def _json(values: dict[str, Any]) -> bytes:
