@@ -203,7 +203,7 @@ class Config:
             )
         if self.trajectories.files and not isinstance(made, TrajectoryObjective):
             raise UserError(f"{class_name(made)} learns from data: leave them out", field="trajectories.files")
-        if self.data.label_dropout and not getattr(self.network, "num_classes", 0):
+        if self.data.label_dropout and getattr(self.network, "num_classes", 0) == 0:
             raise UserError("needs labels: set network.num_classes", "data.label_dropout", self.data.label_dropout)
         field_name, weight = ("guidance", made.guidance) if made.guidance > 1 else ("guidance_max", made.guidance_max)
         if made.guided and not self.data.label_dropout:
