@@ -14,6 +14,8 @@ from flowmaps.networks.conditioning import soft_label, with_guidance
 from samplers import SAMPLERS
 from samplers.callables import Drift
 
+GOLDEN = (5**0.5 - 1) / 2  # whose multiples, mod 1, fill any interval evenly
+
 
 def nfe(info: FlowMapInfo, sampler: str, steps: int, guidance: float | None = None) -> int:
     """Return the network evaluations of ``steps`` steps; classifier-free guidance of a solver doubles them."""
@@ -40,6 +42,8 @@ def labels_for(
 ) -> Tensor | None:
     """Return labels int64 [n] of samples ``start`` .. ``start + n - 1``: the given ones, else index mod classes.
 
+    If the training images had classes of unequal shares, any stretch of samples has them in these shares, so that a
+    score compares like with like: sample i has the class at i times the golden ratio, mod 1, of their cumulative sum.
     None for an unconditional model; label ``num_classes`` asks a model trained with label dropout for "no label".
     """
     classes = info.num_classes
@@ -48,7 +52,11 @@ def labels_for(
             raise UserError("this model is unconditional: leave label out", field="label", value=label)
         return None
     if label is None:
-        return torch.arange(start, start + n) % classes
+        index = torch.arange(start, start + n)
+        if not info.class_shares:
+            return index % classes
+        ends = torch.tensor(info.class_shares, dtype=torch.float64).cumsum(0)
+        return torch.searchsorted(ends[:-1].contiguous(), index.double() * GOLDEN % 1, right=True)
     wanted = torch.as_tensor(label, dtype=torch.int64)
     most = classes if info.label_dropout else classes - 1
     if bool(((wanted < 0) | (wanted > most)).any()):
@@ -98,7 +106,7 @@ def generate(
         n: The number of samples.
         seed: The seed of their noise.
         sampler: A key of ``samplers.SAMPLERS``.
-        label: The class of all samples; None gives sample i the class i mod ``num_classes``.
+        label: The class of all samples; None gives them those of ``labels_for``.
         gamma: The share of noise that ``sampler="stochastic"`` renews per step.
         guidance: The weight for a model that takes one (``FlowMapInfo.guidance_max``), None for 1. ODE solvers guide
             any model that was also trained without labels (classifier-free guidance).

@@ -14,7 +14,8 @@ from flowmaps.evaluation import Reference, evaluate, open_reference
 from flowmaps.evaluation.evaluate import NotFinite
 from flowmaps.evaluation.samples import sample_batches
 from flowmaps.metrics import board_kl, sliced_w2
-from flowmaps.metrics.extractors import EXTRACTORS, METRIC_OF, POINTS, load_extractor, own_file, read_own
+from flowmaps.metrics.classifier import own_file, read_own
+from flowmaps.metrics.extractors import EXTRACTORS, METRIC_OF, POINTS, load_extractor
 from samplers import uniform_times
 from training.checkpoint import read_state
 from training.config import Best

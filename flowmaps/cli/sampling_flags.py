@@ -44,7 +44,7 @@ class SamplingFlags:
         self.ema = flags.DEFINE_list(
             "ema", [], f"Weights of a run: the decay of an average, raw, or a width [what it exports]{more}"
         )
-        self.label = flags.DEFINE_integer("label", None, "Class of all samples; without it sample i has i mod classes")
+        self.label = flags.DEFINE_integer("label", None, "Class of all samples; without it, shares as in the data")
         self.guidance = flags.DEFINE_float(
             "guidance", None, "Guidance weight, for a model conditioned on one or for a solver", 1.0
         )

@@ -88,7 +88,7 @@ def evaluate(
         sampler: One or several of ``flowmaps.generate.SAMPLERS``; by default the one that the model was trained for.
         schedule: One or several time grids: ``"stored"`` in the checkpoint (else uniform), ``"uniform"``, a schedule
             file or a ``Schedule``.
-        label: Class of all samples; by default sample i has class i mod the number of classes.
+        label: Class of all samples; by default each class is as frequent as in the training data.
         guidance: Guidance weight.
         gamma: Share of the noise that the sampler ``"stochastic"`` renews per step.
         batch: Samples at a time.

@@ -21,13 +21,13 @@ from flowmaps.errors import UserError, blame
 from flowmaps.files import cache_directory
 from flowmaps.flow_map import FlowMap
 from flowmaps.metrics import FeatureStats
+from flowmaps.metrics.classifier import own_file
 from flowmaps.metrics.extractors import (
     EXTRACTORS,
     INCEPTION_HASH,
     Extractor,
     check_extractor,
     load_extractor,
-    own_file,
 )
 from flowmaps.metrics.memorisation import Memorisation, memorisation
 from flowmaps.metrics.stats import REMEDY, frechet_distance

@@ -1,14 +1,12 @@
 """Feature extractors by name or file: uint8 images in, features out.
 
-Only ``inception``'s Fréchet distance is called FID. Points of the checkerboard are their own features and are scored by the KL divergence from its known density.
+Only ``inception``'s Fréchet distance is called FID. Points of the checkerboard are their own features and are scored by
+the KL divergence from its known density.
 """
 
-import json
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,79 +18,13 @@ import flowmaps
 from flowmaps.errors import UserError, blame, shorten
 from flowmaps.files import sha256
 from flowmaps.images import from_uint8
+from flowmaps.metrics.classifier import CLASSIFIERS, SUFFIX, ClassifierOptions, read_own
 from flowmaps.metrics.stats import INCEPTION_DIM, FeatureStats, Origin, pixels
-from flowmaps.reading import parse, parse_json
 from flowmaps.tensors import check_shapes, read_header, read_tensors
 
 INCEPTION_BATCH = {"cpu": 16}  # images of 299 x 299 at a time: more are slower (docs/metrics.md) and take memory
 INCEPTION_HASH = "6726825d"  # first digits of the SHA-256 of the weights that torch-fidelity releases
 INCEPTION_FILE = f"weights-inception-2015-12-05-{INCEPTION_HASH}.pth"  # as it caches them
-
-
-class Classifier(nn.Module):
-    """A small convolutional classifier; its features are the last hidden layer, before the ReLU.
-
-    Trained by the command ``extractor`` (``training/cli/extractor.py``). Images [n, channels, size, size] in [-1, 1].
-    """
-
-    def __init__(self, channels: int, size: int, classes: int, width: int, features: int) -> None:
-        super().__init__()
-
-        def stage(inputs: int, outputs: int) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(),
-                nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2),
-            )  # fmt: skip
-
-        widths = [channels, width]
-        while size // 2 ** (len(widths)) >= 2:  # down to 2 x 2, or 3 x 3
-            widths.append(min(2 * widths[-1], 4 * width))
-        self.stages = nn.Sequential(*[stage(a, b) for a, b in pairwise(widths)])
-        side = size // 2 ** (len(widths) - 1)
-        self.features = nn.Linear(widths[-1] * side**2, features)
-        self.head = nn.Linear(features, classes)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Features [n, features]."""
-        return cast(Tensor, self.features(self.stages(x).flatten(1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Class logits [n, classes]."""
-        return cast(Tensor, self.head(torch.relu(self.embed(x))))
-
-
-@dataclass(frozen=True)
-class ClassifierOptions:
-    """The arguments of a ``Classifier``, as its file has them."""
-
-    channels: int
-    size: int
-    classes: int
-    width: int = 16
-    features: int = 64
-
-    def build(self) -> Classifier:
-        return Classifier(**asdict(self))
-
-
-@dataclass(frozen=True)
-class OwnExtractor:
-    """What an extractor's file says of itself, in the safetensors metadata under ``KEY``."""
-
-    name: str  # its Fréchet distance is FD-name
-    network: ClassifierOptions
-    task: str  # what it was trained to tell apart: classes or rotations
-
-    def metadata(self) -> dict[str, str]:
-        return {KEY: json.dumps(asdict(self))}
-
-
-KEY, SUFFIX = "extractor", ".safetensors"
-LARGEST_NETWORK = ClassifierOptions(channels=3, size=4096, classes=1_000_000, width=1024, features=4096)
-CLASSIFIERS = {  # that ship with this package
-    "digits": ClassifierOptions(channels=1, size=8, classes=10, width=32),
-    "fashion_mnist": ClassifierOptions(channels=1, size=32, classes=10),
-}
 
 
 @dataclass(frozen=True)
@@ -177,40 +109,6 @@ def _classifier(name: str, options: ClassifierOptions, file: Path, device: torch
         return network.embed(from_uint8(images.to(device)))
 
     return Extractor(embed, options.features, Origin(extractor=name, weights=sha256(file), resize="none"))
-
-
-def read_own(file: Path) -> OwnExtractor:
-    """Return what the file of an extractor trained on one's own data says of itself.
-
-    Raises:
-        UserError: It is missing, damaged, or something else.
-    """
-    remedy = "give a file that train_extractor.py wrote"
-    header = read_header(file, remedy)[1]
-    if KEY not in header:
-        raise UserError(f"{file} is not an extractor: {remedy}")
-    own = parse(OwnExtractor, parse_json(header[KEY], f"{file}: {KEY}", remedy), f"{file}: {KEY}")
-    sizes, most = asdict(own.network), asdict(LARGEST_NETWORK)
-    if wrong := [name for name in sizes if not 1 <= sizes[name] <= most[name]]:
-        raise UserError(f"{file}: {wrong[0]} must lie in 1 .. {most[wrong[0]]:,}: {remedy}")
-    if not re.fullmatch(r"[\w.-]{1,60}", own.name) or own.name in ("inception", POINTS):
-        raise UserError(f"{file}: {shorten(own.name, 60)!r} cannot be the name of an extractor: {remedy}")
-    return own
-
-
-def own_file(source: str | Path) -> Path:
-    """Return where the extractor of the folder, zip file or prepared set ``source`` is looked for: beside it."""
-    path = Path(os.path.abspath(source))  # noqa: PTH100 (a link keeps its own name)
-    return path.with_name(f"{path.stem if path.suffix == '.zip' else path.name}.extractor{SUFFIX}")
-
-
-def own_name(source: str | Path) -> str:
-    """Return the name of the extractor trained on ``source``: that of its file, as far as a metric's name can have it.
-
-    A name of ``EXTRACTORS`` is another one's.
-    """
-    name = re.sub(r"[^\w.-]+", "-", own_file(source).name.removesuffix(f".extractor{SUFFIX}"))[:50]
-    return f"my-{name}" if name in EXTRACTORS else name
 
 
 def _own(name: str, weights: Path | None, device: torch.device) -> Extractor:

@@ -16,7 +16,7 @@ import flowmaps.objectives
 import samplers
 import training
 from flowmaps.cli.sampling_flags import DTYPE_NAMES, SAMPLER_NAMES
-from flowmaps.metrics.extractors import CLASSIFIERS
+from flowmaps.metrics.classifier import CLASSIFIERS
 from flowmaps.metrics.scores import KID_SUBSET
 from flowmaps.objectives import OBJECTIVES
 from flowmaps.vae import DTYPES

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flowmaps.data import DataSet
-    from flowmaps.metrics.extractors import Classifier, OwnExtractor
+    from flowmaps.metrics.classifier import Classifier, OwnExtractor
 
 DATA = flags.DEFINE_string("data", None, "Data set NAME, folder, zip file or prepared set")
 ROOT = flags.DEFINE_string("root", "data", "Folder of a named data set's files")
@@ -64,7 +64,7 @@ def main() -> None:
 
     from flowmaps.data.registry import check_source
     from flowmaps.evaluation.references import built_in
-    from flowmaps.metrics.extractors import CLASSIFIERS, SUFFIX, ClassifierOptions, OwnExtractor, own_file, own_name
+    from flowmaps.metrics.classifier import CLASSIFIERS, SUFFIX, ClassifierOptions, OwnExtractor, own_file, own_name
 
     with blame("data", source):
         check_source(source)
