@@ -45,7 +45,7 @@ def _extractor(best: Best, root: str) -> tuple[str, str | None]:
     if own.is_file():
         names.append(f"FD-{read_own(own).name}")
     if best.metric != names[-1]:
-        remedy = "" if own.is_file() else ", or that of an extractor of your own, whose file is best.weights"
+        remedy = "" if own.is_file() else ", or FD-NAME of your own extractor, whose file is best.weights"
         raise UserError(f"choose one of {', '.join(names)}{remedy}", field="metric", value=best.metric)
     return str(own), None
 
@@ -59,7 +59,7 @@ class BestModel:
     def __init__(
         self, best: Best, data: DataSet, seed: int, device: torch.device, team: Team = ALONE, root: str = ""
     ) -> None:
-        """``root`` is where the data are, beside which their own extractor may be."""
+        """``root`` is where the data are; their own extractor may be next to it."""
         check_best(best, data.shape, root)
         self.best, self.data, self.seed, self.team = best, data, seed, team
         self.name = f"{best.metric}@{best.steps}"  # as in the log: metric at a number of sampling steps

@@ -90,7 +90,7 @@ class Best:
     num: int = may_change(2000)  # samples
     every: int = may_change(5000)  # training steps between two scores
     reference: str = may_change("")  # statistics file of stats.py; empty: the training data
-    weights: str = may_change("")  # file of the extractor; empty: the default one, your own beside data.root
+    weights: str = may_change("")  # file of the extractor; empty: the default one, your own next to data.root
 
 
 if TYPE_CHECKING:

@@ -63,7 +63,7 @@ def open_reference(
         source: A data set ``NAME[:split]``, a folder or zip of images, an .npz of images, a statistics file (of
             ``FeatureStats.save``, EDM, EDM2 or ADM), or statistics. Those of images are kept in the cache directory.
         extractor: Name of the feature extractor, or its file. By default that of the statistics, else the data set's
-            own (for a folder, zip file or prepared set ``NAME.extractor.safetensors`` beside it), else
+            own (for a folder, zip file or prepared set ``NAME.extractor.safetensors`` next to it), else
             ``"inception"``.
         weights: Weight file of the extractor, instead of the default one.
         root: Folder of the data set's files.

@@ -64,7 +64,7 @@ class ClassifierOptions:
 
 @dataclass(frozen=True)
 class OwnExtractor:
-    """What an extractor's file says of itself, in the safetensors metadata under ``KEY``."""
+    """The facts of an extractor in its file, in the safetensors metadata under ``KEY``."""
 
     name: str  # its Fréchet distance is FD-name
     network: ClassifierOptions
@@ -103,7 +103,7 @@ def read_own(file: Path) -> OwnExtractor:
 
 
 def own_file(source: str | Path) -> Path:
-    """Return where the extractor of the folder, zip file or prepared set ``source`` is looked for: beside it."""
+    """Return where the extractor of the folder, zip file or prepared set ``source`` is looked for: next to it."""
     path = Path(os.path.abspath(source))  # noqa: PTH100 (a link keeps its own name)
     return path.with_name(f"{path.stem if path.suffix == '.zip' else path.name}.extractor{SUFFIX}")
 

@@ -4,7 +4,7 @@ python scripts/train_extractor.py --data=my/images --size=32
 python scripts/train_extractor.py --data=digits --out=assets/extractors/digits.safetensors
 python scripts/train_extractor.py --data=fashion_mnist --epochs=3 --out=assets/extractors/fashion_mnist.safetensors
 
-The file is NAME.extractor.safetensors beside a folder, zip file or prepared set, unless --out says otherwise: there
+The file is NAME.extractor.safetensors next to a folder, zip file or prepared set, unless --out says otherwise: there
 fid.py, stats.py and a run's best model find it, and call the distance FD-NAME. It learns the classes, or where there
 are none, by how many quarter turns an image was rotated (Gidaris et al. 2018, arXiv 1803.07728).
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DATA = flags.DEFINE_string("data", None, "Data set NAME, folder, zip file or prepared set")
 ROOT = flags.DEFINE_string("root", "data", "Folder of a named data set's files")
 SIZE = flags.DEFINE_integer("size", None, "Crop and resize the images of a folder or zip to this", 4, 4096)
-OUT = flags.DEFINE_string("out", None, "File to write (.safetensors) [NAME.extractor.safetensors beside --data]")
+OUT = flags.DEFINE_string("out", None, "File to write (.safetensors) [NAME.extractor.safetensors next to --data]")
 EPOCHS = flags.DEFINE_integer("epochs", None, "Passes over the images [200,000 images in all]", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Initialisation, order and shifts")
 READS, WRITES = (DATA,), (OUT,)
