@@ -141,5 +141,6 @@ ROWS: dict[str, Callable[[], Config | Chain]] = {
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:
-    tiny = partial(smoke, trajectory_steps=8, width=16, channel_mult=(1, 1, 2), blocks=1)
+    sizes = {"width": 16, "channel_mult": (1, 1, 2), "blocks": 1, "attention_resolutions": None}
+    tiny = partial(smoke, trajectory_steps=8, **sizes)
     return select(choice, ROWS, {"small": small, "smoke": tiny, "taught": distil_init})

@@ -173,9 +173,15 @@ class FlowMapInfo:
         return schedule[steps]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ready for JSON, with the names of optional facts, if any, under ``"optional"``."""
-        optional = [f.name for f in fields(self) if f.metadata.get("optional")]
-        return asdict(self) | ({"optional": optional} if optional else {})
+        """Return plain values, ready for JSON, with the names of optional facts, if any, under ``"optional"``.
+
+        Optional facts that have their defaults are left out.
+        """
+        optional = [f for f in fields(self) if f.metadata.get("optional")]
+        unused = {f.name for f in optional if getattr(self, f.name) == f.default}
+        used = [f.name for f in optional if f.name not in unused]
+        values = {name: value for name, value in asdict(self).items() if name not in unused}
+        return values | ({"optional": used} if used else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -45,7 +45,7 @@ def _extractor(best: Best, root: str) -> tuple[str, str | None]:
     if own.is_file():
         names.append(f"FD-{read_own(own).name}")
     if best.metric != names[-1]:
-        remedy = "" if own.is_file() else ", or FD-NAME of your own extractor, whose file is best.weights"
+        remedy = "" if own.is_file() else ", or FD-NAME of an extractor file in best.weights"
         raise UserError(f"choose one of {', '.join(names)}{remedy}", field="metric", value=best.metric)
     return str(own), None
 

@@ -73,7 +73,9 @@ def fitted(section: NetworkSection, shape: tuple[int, ...], num_classes: int) ->
         if getattr(made, name, 0) is not None:
             continue
         if name == "attention_resolutions":
-            levels = [made.image_size // made.patch // 2**level for level in range(len(made.channel_mult))]
+            levels = [
+                made.image_size // getattr(made, "patch", 1) // 2**level for level in range(len(made.channel_mult))
+            ]
             value: Any = tuple(levels[1:][-2:])
         else:
             value = shape[0] if name == "channels" else num_classes
