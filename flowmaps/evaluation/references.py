@@ -27,6 +27,7 @@ from flowmaps.metrics.extractors import (
     INCEPTION_HASH,
     Extractor,
     check_extractor,
+    extractor_name,
     load_extractor,
 )
 from flowmaps.metrics.memorisation import Memorisation, memorisation
@@ -121,10 +122,9 @@ def _extractor_of(
     made_with = stats.origin.extractor
     if name is None and made_with not in EXTRACTORS:
         raise UserError(f"{source} was made with the extractor {made_with!r}: give its file", field="extractor")
-    chosen = load_extractor(name or made_with, weights, device)
-    if chosen.origin.extractor != made_with:
+    if name is not None and extractor_name(name) != made_with:
         raise UserError(f"{source} was made with the extractor {made_with!r}", field="extractor", value=name)
-    return chosen
+    return load_extractor(name or made_with, weights, device)
 
 
 def built_in(source: str) -> str:

@@ -200,6 +200,11 @@ def load_extractor(name: str, weights: str | Path | None = None, device: torch.d
     return load(name, None if weights is None else Path(weights), torch.device(device))
 
 
+def extractor_name(name: str) -> str:
+    """Return the name of an extractor that is given by name or file."""
+    return read_own(Path(name)).name if name.endswith(SUFFIX) else name
+
+
 def check_extractor(name: str | None, weights: str | Path | None = None) -> None:
     """Refuse, before any work, an unknown extractor and a weight file that is not there; ``name`` None is any."""
     if name is not None and name.endswith(SUFFIX):
