@@ -62,6 +62,7 @@ class FlowMapInfo:
 
     shape: tuple[int, ...] = ()  # of one sample: (channels, height, width) for images, (dim,) for points
     num_classes: int = 0  # 0: unconditional; else labels 0 .. num_classes - 1, and num_classes means "no label"
+    class_shares: tuple[float, ...] = field(default=(), metadata={"optional": True})  # in the data; empty: equal ones
     kind: str = "map"  # "map": v_{s,t} is trained for s <= t; "drift": only v_{t,t}; "consistency": only v_{s,1}
     data: str = ""  # the name of the training set
     ema: float | None = None  # decay of the weights' moving average, or its relative width (< 0.29); None: raw weights
@@ -89,6 +90,9 @@ class FlowMapInfo:
                 raise UserError(f"must lie from {least:g} to {most:g}", field=name, value=value)
         if not 0 <= self.t_range[0] < self.t_range[1] <= 1:
             raise UserError("must be two increasing times in [0, 1]", field="t_range", value=self.t_range)
+        shares = self.class_shares
+        if shares and not (len(shares) == self.num_classes and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6):
+            raise UserError("must be a share for each class, 1 in all", field="class_shares", value=shorten(shares, 60))
         for sampler, schedule in self.schedules.items():
             if sampler not in SAMPLERS or schedule.sampler not in ("", sampler):
                 raise UserError(f"has one of {schedule.sampler or 'a sampler'} for {sampler}", field="schedules")
@@ -179,11 +183,15 @@ class FlowMapInfo:
         return schedule[steps]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ready for JSON; the optional facts that are known are named under ``"optional"``."""
-        optional = {f.name: bool(getattr(self, f.name)) for f in fields(self) if f.metadata.get("optional")}
-        values = {name: value for name, value in asdict(self).items() if optional.get(name, True)}
-        known = [name for name, given in optional.items() if given]
-        return values | ({"optional": known} if known else {})
+        """Return plain values, ready for JSON, with the names of optional facts, if any, under ``"optional"``.
+
+        Optional facts that have their defaults are left out.
+        """
+        optional = [f for f in fields(self) if f.metadata.get("optional")]
+        unused = {f.name for f in optional if getattr(self, f.name) == f.default}
+        used = [f.name for f in optional if f.name not in unused]
+        values = {name: value for name, value in asdict(self).items() if name not in unused}
+        return values | ({"optional": used} if used else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Label = int | str | Sequence[Any] | Tensor  # a number or name, or several, also nested
 SHOWN = 20  # names that an error lists
+GOLDEN = (5**0.5 - 1) / 2  # whose multiples, mod 1, fill any interval evenly
 SEARCHED = 10_000  # names among which a similar one is looked for
 
 
@@ -33,6 +34,9 @@ def labels_for(
     info: "FlowMapInfo", n: int, label: Label | None = None, start: int = 0, field: str = "label"
 ) -> Tensor | None:
     """Return labels int64 [n] of samples ``start`` .. ``start + n - 1``: the given ones, else index mod classes.
+
+    If the training images had classes of unequal shares, any stretch of samples has them in these shares, so that a
+    score compares like with like: sample i has the class at i times the golden ratio, mod 1, of their cumulative sum.
 
     Args:
         info: Facts about the model.
@@ -53,7 +57,11 @@ def labels_for(
             raise UserError("this model is unconditional: leave it out", field=field, value=label)
         return None
     if label is None:
-        return torch.arange(start, start + n) % info.num_classes
+        index = torch.arange(start, start + n)
+        if not info.class_shares:
+            return index % info.num_classes
+        ends = torch.tensor(info.class_shares, dtype=torch.float64).cumsum(0)
+        return torch.searchsorted(ends[:-1].contiguous(), index.double() * GOLDEN % 1, right=True)
     several = flat(label)
     numbers = [class_number(info, one, field) for one in ([label] if several is None else several)]
     if len(numbers) not in (1, n):

@@ -152,9 +152,11 @@ def build_model(config: Config, data: DataSet) -> tuple[FlowMap, LogVariance | N
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        latents = data.info if isinstance(data, Latents) else {}
+        facts = data.info if isinstance(data, Latents) else {}
+        if getattr(config.network, "num_classes", 0):
+            facts = {**facts, "class_shares": getattr(data, "class_shares", ())}
         names = getattr(data, "class_names", ())  # a data set of the user's own class may have none
-        fm = build_flow_map(config, data.shape, data.num_classes, names, **latents)
+        fm = build_flow_map(config, data.shape, data.num_classes, names, **facts)
         init_fingerprint = init_from_checkpoint(config, fm) if config.init_from else ""
         weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
         if config.lora:

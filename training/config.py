@@ -215,7 +215,7 @@ class Config:
                 field="data.dropout_rows",
                 value=self.data.dropout_rows.name,
             )
-        if self.data.label_dropout and not getattr(self.network, "num_classes", 0):
+        if self.data.label_dropout and getattr(self.network, "num_classes", 0) == 0:
             raise UserError("needs labels: set network.num_classes", "data.label_dropout", self.data.label_dropout)
         field_name, weight = ("guidance", made.guidance) if made.guidance > 1 else ("guidance_max", made.guidance_max)
         if made.guided and not self.data.label_dropout:

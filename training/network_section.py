@@ -1,6 +1,7 @@
 """The section of a config that describes a network: its class and the arguments of the constructor."""
 # No `from __future__ import annotations` here: ml_collections reads the annotations as types.
 
+import copy
 import dataclasses
 import inspect
 import typing
@@ -14,6 +15,7 @@ from flowmaps.errors import UserError, choose
 from flowmaps.networks import NETWORKS, PRESETS
 
 P = ParamSpec("P")
+FROM_DATA = ("channels", "num_classes", "attention_resolutions")  # arguments that may be None until the data are open
 
 
 @dataclass
@@ -67,8 +69,29 @@ def network(cls: Callable[P, nn.Module], *args: P.args, **options: P.kwargs) -> 
     return made(**given)
 
 
+def fitted(section: NetworkSection, shape: tuple[int, ...], num_classes: int) -> NetworkSection:
+    """Return ``section`` with the arguments of ``FROM_DATA`` that are None chosen for samples of ``shape``.
+
+    Channels and classes are those of the data. Attention is at the two lowest resolutions of a U-Net.
+    """
+    made: Any = copy.copy(section)
+    for name in FROM_DATA:
+        if getattr(made, name, 0) is not None:
+            continue
+        if name == "attention_resolutions":
+            levels = [
+                made.image_size // getattr(made, "patch", 1) // 2**level for level in range(len(made.channel_mult))
+            ]
+            value: Any = tuple(levels[1:][-2:])
+        else:
+            value = shape[0] if name == "channels" else num_classes
+        setattr(made, name, value)
+    return typing.cast(NetworkSection, made)
+
+
 def _section_class(cls: type[nn.Module]) -> type[NetworkSection]:
     hints = typing.get_type_hints(inspect.unwrap(cls.__init__))
+    hints |= {name: hints[name] | None for name in FROM_DATA if name in hints}
     fields: list[Any] = [
         (p.name, hints.get(p.name, Any), field() if p.default is p.empty else field(default=p.default))
         for p in inspect.signature(cls).parameters.values()

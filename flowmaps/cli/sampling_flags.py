@@ -47,7 +47,7 @@ class SamplingFlags:
             "ema", [], f"Weights of a run: the decay of an average, raw, or a width [what it exports]{more}"
         )
         self.label = flags.DEFINE_string(
-            "label", None, "Class of all samples, by number or name; without it sample i has i mod classes"
+            "label", None, "Class of all samples, by number or name; without it, shares as in the data"
         )
         self.guidance = flags.DEFINE_float(
             "guidance", None, "Guidance weight, for a model conditioned on one or for a solver", 1.0

@@ -62,6 +62,7 @@ def main() -> None:
     from flowmaps.distributed import pick_device
     from flowmaps.evaluation import check_scorable, evaluate, open_reference
     from flowmaps.evaluation.record import table
+    from flowmaps.evaluation.references import model_size
     from flowmaps.evaluation.report import step_sizes
     from flowmaps.export import store_schedule
     from flowmaps.flow_map import FlowMap
@@ -70,8 +71,8 @@ def main() -> None:
     from samplers import Schedule
 
     check_choices(steps, SAMPLER.value, COST.value, FINE.value)
-    reference = open_reference(REFERENCE.value) if REFERENCE.value else None
     fm = FlowMap.from_pretrained(checkpoint).to(pick_device())
+    reference = open_reference(REFERENCE.value, size=model_size(fm)) if REFERENCE.value else None
     if reference:
         with blame("reference", REFERENCE.value):
             check_scorable(fm, reference, NUM.value)

@@ -25,6 +25,11 @@ class DataSet(Protocol):
     def num_classes(self) -> int:
         """Number of classes; 0 without labels."""
 
+    @property
+    def class_shares(self) -> tuple[float, ...]:
+        """Share of each class in the data; empty where they are as good as equal, or not known."""
+        return ()
+
     def fetch(self, index: Tensor) -> Batch:
         """Return the items at ``index`` [b] as they are stored, with their labels int64 [b] or None."""
 

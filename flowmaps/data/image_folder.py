@@ -55,6 +55,11 @@ class ImageFiles(DataSet):
         return named(self.classes)
 
     @property
+    def class_shares(self) -> tuple[float, ...]:
+        counts = [] if self.label is None else self.label.bincount(minlength=self.num_classes).tolist()
+        return tuple(count / len(self) for count in counts) if len(set(counts)) > 1 else ()
+
+    @property
     def name(self) -> str:
         return self.source.root.name
 

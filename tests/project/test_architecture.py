@@ -17,7 +17,7 @@ import samplers
 import training
 from flowmaps.cli.commands import COMMANDS
 from flowmaps.cli.sampling_flags import DTYPE_NAMES, SAMPLER_NAMES
-from flowmaps.metrics.extractors import CLASSIFIERS
+from flowmaps.metrics.classifier import CLASSIFIERS
 from flowmaps.metrics.scores import KID_SUBSET
 from flowmaps.objectives import OBJECTIVES
 from flowmaps.vae import DTYPES
@@ -161,8 +161,6 @@ def test_flags_name_every_sampler_and_precision():
     assert DTYPE_NAMES == list(DTYPES)
     shown = run_script("scripts/fid.py", "--help", check=True).stdout
     assert f"Images in each of KID's subsets ['{KID_SUBSET}']" in shown
-    shown = run_script("scripts/train_extractor.py", "--help", check=True).stdout
-    assert f"<{'|'.join(CLASSIFIERS)}>: Data set" in shown
 
 
 FROZEN = {
@@ -188,7 +186,7 @@ FLAGS = {
     | {"repeats", "max_regression", "tolerance", "junit"},
     "schedule.py": {"checkpoint", "steps", "out", "store", "plot", "sampler", "cost", "noises", "seed", "fine"}
     | {"guidance", "batch", "reference", "num"},
-    "train_extractor.py": {"data", "root", "out", "epochs", "seed"},
+    "train_extractor.py": {"data", "root", "size", "out", "epochs", "seed"},
     "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
     "demo.py": {"workdir", "steps", "num"},
     "gpu_check.py": {"parts", "out", "minutes", "data", "device", "smoke"},
