@@ -10,6 +10,7 @@ python scripts/export.py --checkpoint=runs/digits --out=exported/digits --push_t
 
 from absl import flags
 
+from flowmaps.cli import next_command
 from flowmaps.cli.run import required
 from flowmaps.errors import UserError, blame
 
@@ -55,6 +56,7 @@ def main() -> None:
         if any(row.get("weights") != weights for row in record["results"]):
             raise UserError(f"--results={file} was made with weights other than those to be exported: score them again")
     fm.save_pretrained(out, card(fm, NAME.value or HUB.value or target, LICENSE.value, records, how))
-    print(f"{out}: {weights[:12]}, ema {fm.info.ema or 'none'}, {fm.info.images_seen} images seen")
+    print(f"wrote    {out}: {weights[:12]}, ema {fm.info.ema or 'none'}, {fm.info.images_seen:,} images seen")
     if HUB.value is not None:
-        print(to_hub(out, HUB.value))
+        print(f"uploaded {to_hub(out, HUB.value)}")
+    print(next_command.show(next_command.sample(str(out), fm.info.sampler)))

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import flowmaps
@@ -10,6 +11,7 @@ SCRIPTS = Path(flowmaps.__file__).parents[1] / "scripts"  # of a checkout
 FILES = {"import": "import_checkpoint.py", "prepare": "prepare_data.py"}  # of scripts not named after their command
 FIRST_SCORE = 2000  # samples: enough to compare runs, and quick
 SOLVER_STEPS = 32  # enough for a drift
+REAL_IMAGES = "FOLDER_OF_REAL_IMAGES"
 
 
 def command(name: str, *arguments: str) -> str:
@@ -26,17 +28,18 @@ def sample(checkpoint: str, sampler: str, *flags: str) -> str:
     return command("sample", f"--checkpoint={checkpoint}", *sampling(sampler), *flags, out)
 
 
-def fid(checkpoint: str, sampler: str, data: str, root: str = "data") -> str:
-    """Return the command that scores ``checkpoint`` against ``data``: a built-in data set, or a path.
+def fid(checkpoint: str, data: str, flags: Sequence[str], root: str = "data") -> str:
+    """Return the command that scores ``checkpoint``, sampled by ``flags``, against ``data``.
 
-    Where the data is not known, a name in capitals stands for it.
+    That is a built-in data set or a path; where it is neither, a name in capitals stands for it.
     """
     from flowmaps.data.registry import DATASETS
 
-    reference = f"{data}:heldout" if data in DATASETS else data or "FOLDER_OF_REAL_IMAGES"
+    reference = f"{data}:heldout" if data in DATASETS else data if Path(data).exists() and data else REAL_IMAGES
     where = [f"--root={root}"] if data in DATASETS and root != "data" else []
-    flags = [f"--reference={reference}", *where, *sampling(sampler), f"--num={FIRST_SCORE}"]
-    return command("fid", f"--checkpoint={checkpoint}", *flags)
+    return command(
+        "fid", f"--checkpoint={checkpoint}", f"--reference={reference}", *where, *flags, f"--num={FIRST_SCORE}"
+    )
 
 
 def sampling(sampler: str) -> list[str]:

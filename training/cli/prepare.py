@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from flowmaps.cli import next_command
 from flowmaps.cli.run import required
 from flowmaps.errors import UserError, blame
 from flowmaps.files import writable_directory
@@ -62,6 +63,15 @@ def show(progress: Iterator[tuple[int, int]]) -> None:
             bar.refresh()
 
 
+def told(out: Path, *flags: str) -> None:
+    """Say where the set is, and the command that trains on it."""
+    from flowmaps.distributed import processes
+
+    if processes().is_main_process:
+        print(f"wrote    {out}")
+        print(next_command.show(next_command.command("train", *flags, f"--workdir=runs/{out.name}")))
+
+
 def images(size: int, vae: str | None = None) -> None:
     src = Path(required(SRC, "ILSVRC/train"))
     out = output(required(OUT, "data/imagenet"))
@@ -75,7 +85,11 @@ def images(size: int, vae: str | None = None) -> None:
     check_directory(out, kind)
     encoder = Encoder(open_vae(vae).to(processes().device), vae, FLIP.value, values) if vae else None
     counts = {"shard": SHARD.value, "batch": BATCH.value, "workers": WORKERS.value}
-    show(write_images(out, src, SIZE.value or size, encoder, skip_corrupt=SKIP_CORRUPT.value, **counts))
+    size = SIZE.value or size
+    show(write_images(out, src, size, encoder, skip_corrupt=SKIP_CORRUPT.value, **counts))
+    file = f"configs/imagenet{size}.py"
+    row = f"{file}:lagrangian" if Path(file).exists() else "FILE:ROW"
+    told(out, f"--config={row}", "--config.data.name=prepared", f"--config.data.root={out}")
 
 
 def vae_range() -> tuple[float, float]:
@@ -142,6 +156,7 @@ def trajectories() -> None:
     data = open_dataset(DATA.value, root=ROOT.value, size=size) if DATA.value else None
     solver = TrajectorySolver(teacher.to(processes().device), options)
     show(write_trajectories(out, solver, NUM.value, SEED.value, BATCH.value, SHARD.value, data))
+    told(out, "--config=FILE:mid_training", f"--config.trajectories.files={out}")
 
 
 COMMANDS = {"imagenet": lambda: images(64), "latents": latents, "trajectories": trajectories}

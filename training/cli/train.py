@@ -101,7 +101,7 @@ def next_commands(config: "Config", workdir: str) -> str:
     commands = [next_command.sample(workdir, sampler)]
     if prepared_kind(Path(data.root)) is not Latents:  # which are not what the model is compared with
         source = data.root if data.name in FORMATS else data.name
-        commands.append(next_command.fid(workdir, sampler, source, data.root))
+        commands.append(next_command.fid(workdir, source, next_command.sampling(sampler), data.root))
     return next_command.show(*commands)
 
 
