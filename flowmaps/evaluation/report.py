@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def grid_of(models: dict[str, FlowMap], counts: Sequence[int], columns: int, see
     return picture
 
 
+MARKERS = "osD^v<>PX*"
 EVALUATIONS = "network evaluations per sample"
 
 
@@ -74,7 +76,6 @@ def pyplot() -> Any:
 
 def picture(figure: Any) -> Image.Image:
     """Render a matplotlib figure and close it."""
-    figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     pyplot().close(figure)
@@ -84,14 +85,23 @@ def picture(figure: Any) -> Image.Image:
 def lines(
     points: Sequence[tuple[str, str, int, float]], floor: float | None = None, xlabel: str = EVALUATIONS
 ) -> Image.Image:
-    """Plot (name, metric, x, value): one panel per metric, one line per name; means, with the range as bars."""
+    """Plot (name, metric, x, value): a panel for each metric, two in a row, and a line for each name.
+
+    Values of the same name and x are drawn as their mean, with the range as bars. Both axes are logarithmic.
+    """
     plt = pyplot()
     metrics = list(dict.fromkeys(metric for _, metric, _, _ in points))
     names = list(dict.fromkeys(point[0] for point in points))
-    colours = {name: f"C{i}" for i, name in enumerate(names)}
+    styles = {name: {"color": f"C{i}", "fmt": f"{MARKERS[i % len(MARKERS)]}-"} for i, name in enumerate(names)}
     shown: dict[str, Any] = {}
-    figure, panels = plt.subplots(1, len(metrics), figsize=(6 * len(metrics), 4), dpi=110, squeeze=False)
-    for axes, metric in zip(panels[0], metrics, strict=True):
+    across = min(2, len(metrics))
+    down = math.ceil(len(metrics) / across)
+    figure, panels = plt.subplots(
+        down, across, layout="constrained", figsize=(6 * across, 4.2 * down), dpi=110, squeeze=False
+    )
+    for axes in panels.flat[len(metrics) :]:
+        axes.remove()
+    for axes, metric in zip(panels.flat, metrics, strict=False):
         mine = [point for point in points if point[1] == metric]
         steps = sorted({point[2] for point in mine})
         for name in dict.fromkeys(point[0] for point in mine):
@@ -100,23 +110,26 @@ def lines(
             mean = [sum(found) / len(found) for found in values.values()]
             below = [m - min(found) for m, found in zip(mean, values.values(), strict=True)]
             above = [max(found) - m for m, found in zip(mean, values.values(), strict=True)]
-            style = {"fmt": "o-", "capsize": 2, "color": colours[name]}
-            shown[name] = axes.errorbar(list(values), mean, yerr=[below, above], label=name, **style)
+            look = {"capsize": 2, "markersize": 4, "linewidth": 1.3, "label": name, **styles[name]}
+            shown[name] = axes.errorbar(list(values), mean, yerr=[below, above], **look)
         if floor is not None:
             shown["floor"] = axes.axhline(floor, color="grey", linestyle="--", label="floor: training images")
-        axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=f"{metric} (lower is better)")
+        axes.set(xscale="log", yscale="log", xlabel=xlabel, title=f"{metric} (lower is better)")
         if len(steps) <= 8:
             axes.set_xticks(steps, [str(s) for s in steps])
-        axes.minorticks_off()
+            axes.xaxis.set_minor_locator(plt.NullLocator())
+        axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(plt.NullLocator())
         axes.grid(alpha=0.3)
-    panels[0][0].legend(handles=list(shown.values()), fontsize="small")
+    figure.legend(handles=list(shown.values()), loc="outside lower center", ncols=min(4, len(shown)), fontsize="small")
     return picture(figure)
 
 
 def step_sizes(fitted: FittedSchedule) -> Image.Image:
     """Plot the times of each grid next to equal steps, and the matrix of costs with the grids' jumps in it."""
     schedule, cost = fitted
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 4.5), dpi=110)
+    figure, (left, right) = pyplot().subplots(1, 2, layout="constrained", figsize=(12, 4.5), dpi=110)
     for row, (steps, times) in enumerate(schedule.items()):
         left.plot(uniform_times(steps), [row - 0.15] * (steps + 1), "|", color="grey", markersize=9)
         left.plot(times, [row + 0.1] * (steps + 1), "|", color=f"C{row}", markersize=14, markeredgewidth=2)
