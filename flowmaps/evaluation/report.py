@@ -19,8 +19,11 @@ from flowmaps.evaluation.references import Reference
 from flowmaps.evaluation.samples import samples
 from flowmaps.files import write_file
 from flowmaps.images import png, sample_grid, to_pil, write_png
+from flowmaps.markdown import counted
 from flowmaps.step_sizes import FittedSchedule
 from samplers import uniform_times
+
+MODELS = ("flow map", "Euler")  # of the demo
 
 
 def compare(
@@ -35,14 +38,74 @@ def compare(
     return results
 
 
-def grid_of(models: dict[str, FlowMap], counts: Sequence[int], columns: int, seed: int) -> Image.Image:
-    """Draw rows of the same noise: each model at each step count, labelled with its name and steps."""
-    rows: list[Tensor] = []
-    names = []
+EVEN = 0.05  # relative difference of two distances that counts as none: another seed changes them by as much
+
+
+def conclusions(results: Sequence[Row], metric: str, floor: float, drift_share: float) -> list[str]:
+    """Return sentences on where the flow map and where Euler's method is ahead, and why.
+
+    Args:
+        results: Rows of ``compare``, of the models "flow map" and "Euler".
+        metric: Name of the distance in them.
+        floor: The distance of the training images themselves.
+        drift_share: Share of its training rows that teach the flow map the drift.
+    """
+    found = {name: {row["steps"]: row[metric] for row in results if row["model"] == name} for name in MODELS}
+    jump, euler = (found[name] for name in MODELS)
+    both = [n for n in jump if n in euler]
+    even = [n for n in both if abs(jump[n] - euler[n]) <= EVEN * max(jump[n], euler[n])]
+    ahead = {
+        MODELS[0]: [n for n in both if n not in even and jump[n] < euler[n]],
+        MODELS[1]: [n for n in both if n not in even and jump[n] > euler[n]],
+    }
+    said = []
+    for (name, counts), other in zip(ahead.items(), (euler, jump), strict=True):
+        if counts:
+            pairs = _listed([f"{found[name][n]:.3g} against {other[n]:.3g}" for n in counts])
+            said.append(f"In {_steps(counts)} {_the(name)} is ahead: {metric} {pairs} (lower is better).")
+    if even:
+        said.append(f"In {_steps(even)} the two are even, within {EVEN:.0%}.")
+    if ahead[MODELS[1]]:
+        said.append(
+            "Euler's error shrinks as its steps get smaller, and then the drift itself decides. Flow matching learns "
+            f"it from all of its training rows, the flow map from {drift_share:.0%} of its: the rest teach jumps."
+        )
+    first, enough = min(jump), [n for n in sorted(euler) if euler[n] <= jump[min(jump)]]
+    needed = f"needs {_steps(enough[:1])}" if enough else f"does not get there in {_steps([max(euler)])}"
+    said.append(f"For what the flow map reaches in {_steps([first])}, {metric} {jump[first]:.3g}, Euler {needed}.")
+    best = min(results, key=lambda row: float(row[metric]))
+    said.append(
+        f"The best of all, {_the(best['model'])} in {_steps([best['steps']])}, is at {best[metric]:.3g}. "
+        f"Training images themselves are at {floor:.3g}: no model can be expected to do better."
+    )
+    return said
+
+
+def _the(name: str) -> str:
+    return "the flow map" if name == MODELS[0] else name
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _steps(counts: Sequence[int]) -> str:
+    return f"{_listed([str(n) for n in counts])} step{'s' * (list(counts) != [1])}"
+
+
+def grid_of(
+    models: dict[str, FlowMap], counts: Sequence[int], columns: int, seed: int, real: Tensor | None = None
+) -> Image.Image:
+    """Draw rows of the same noise: each model at each step count, labelled with its name and steps.
+
+    ``real`` are images in [-1, 1] for a row above.
+    """
+    rows: list[Tensor] = [] if real is None else [real]
+    names = [] if real is None else ["real images"]
     for name, fm in models.items():
         for count in counts:
             rows.append(samples(fm, count, columns, seed))
-            names.append(f"{name}, {count} step{'s' if count > 1 else ''}")
+            names.append(f"{name}, {counted(count, 'step')}")
     cells = to_pil(sample_grid(rows, columns))
     margin = 10 + 7 * max(map(len, names))
     picture = Image.new("L", (margin + cells.width, cells.height), 255)
@@ -148,34 +211,72 @@ PAGE = """\
 <!doctype html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <meta name="generator" content="written_by: flowmaps">
 <title>{title}</title>
 <style>
   body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-  img {{ max-width: 100%; display: block; margin: 1rem 0 }}
-  pre {{ background: #f4f4f4; padding: .8rem; overflow-x: auto }}
+  figure {{ margin: 1.5rem 0 }}
+  figcaption {{ color: #555 }}
+  img {{ max-width: 100%; display: block }}
+  table {{ border-collapse: collapse }}
+  th, td {{ padding: .3rem .9rem; border-bottom: 1px solid #ccc; text-align: right }}
+  pre {{ background: #f4f4f4; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere }}
 </style>
 <h1>{title}</h1>
 <p>{summary}</p>
+<h2>What it shows</h2>
+<ul>
+{conclusions}
+</ul>
 {pictures}
 <h2>The numbers</h2>
-<pre>{numbers}</pre>
+{numbers}
 <h2>What to type next</h2>
-<pre>{commands}</pre>
+{commands}
 <details><summary>The config of the run</summary><pre>{config}</pre></details>
 </html>
 """
 
 
-def write_report(out: Path, pictures: dict[str, Image.Image], **texts: str) -> None:
+def write_report(
+    out: Path,
+    pictures: Mapping[str, tuple[Image.Image, str]],
+    *,
+    title: str,
+    summary: str,
+    conclusions: Sequence[str],
+    numbers: tuple[Sequence[str], Sequence[Sequence[str]]],
+    commands: Mapping[str, str],
+    config: str,
+) -> None:
     """Write each picture as a PNG file and ``report.html``, one file with everything inside.
 
-    ``texts``: title, summary, numbers, commands and config.
+    Args:
+        out: The directory to write to.
+        pictures: A picture and its caption, by the name of its file.
+        title, summary, config: Plain text.
+        conclusions: A sentence each.
+        numbers: Columns and rows of a table.
+        commands: Commands to type next, by what they do.
     """
-    images = []
-    for name, picture in pictures.items():
+    figures = []
+    for name, (picture, caption) in pictures.items():
         write_png(picture, out / f"{name}.png")
-        data = base64.b64encode(png(picture)).decode()
-        images.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
-    escaped = {name: html.escape(text) for name, text in texts.items()}
-    write_file(out / "report.html", PAGE.format(pictures="\n".join(images), **escaped).encode())
+        source, text = f"data:image/png;base64,{base64.b64encode(png(picture)).decode()}", html.escape(caption)
+        figures.append(f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>')
+    page = PAGE.format(
+        pictures="\n".join(figures),
+        conclusions="\n".join(f"<li>{html.escape(line)}" for line in conclusions),
+        numbers=_html_table(*numbers),
+        commands="\n".join(f"<p>{html.escape(k)}:</p><pre>{html.escape(v)}</pre>" for k, v in commands.items()),
+        **{name: html.escape(text) for name, text in (("title", title), ("summary", summary), ("config", config))},
+    )
+    write_file(out / "report.html", page.encode())
+
+
+def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = []
+    for cells, tag in ((columns, "th"), *((row, "td") for row in rows)):
+        lines.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>")
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
