@@ -7,6 +7,7 @@ model), distance.png and loss.png.
 """
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ NUM = flags.DEFINE_integer("num", 1000, "Samples per distance", lower_bound=2)
 
 CONFIG = "configs/digits.py"
 COUNTS, COLUMNS = (1, 2, 4, 8), 12
+TRAINED = ("flow map", "flow matching")  # how the two models are trained
 NEXT = {
     "More samples": "python scripts/sample.py --checkpoint={map} --steps=1,2,4,8 --num=256 --out={out}/samples",
     "Their distance to held-out digits, with the floor and a check for memorised images": (
@@ -54,16 +56,16 @@ def main() -> None:
             check_new_file(workdir / name)
     models: dict[str, FlowMap] = {}
     configs, losses = {}, []
-    for name, row in zip(report.MODELS, ("lagrangian", "flow_matching"), strict=True):
+    for name, row, trained in zip(report.MODELS, ("lagrangian", "flow_matching"), TRAINED, strict=True):
         config = configs[row] = load_row(CONFIG, row)
         config.steps = STEPS.value
-        print(f"model {len(models) + 1}/2: {row}", file=sys.stderr, flush=True)
+        print(f"model {len(models) + 1}/2: {trained}", file=sys.stderr, flush=True)
         try:
             models[name] = train(config, workdir / row)
         except UserError as error:
             raise UserError(f"{workdir}: {error} (for the demo: --steps, or delete {workdir})") from None
         logged = [entry for entry in read_log(workdir / row / "log.jsonl") if entry.get("loss")]
-        losses += [(row, "training loss", int(entry["step"]), float(entry["loss"])) for entry in logged]
+        losses += [(trained, "training loss", int(entry["step"]), float(entry["loss"])) for entry in logged]
     print("scoring both", file=sys.stderr, flush=True)
     heldout = open_reference("digits:heldout")
     metric, floor = heldout.extractor.metric, train_set_score("digits", heldout.extractor)
@@ -103,12 +105,17 @@ def main() -> None:
         summary=summary,
         conclusions=conclusions,
         numbers=(["steps", *(f"{name}, {metric}" for name in report.MODELS)], [*rows, ["floor", f"{floor:.3g}", ""]]),
-        commands={what: command.format(map=workdir / "lagrangian", out=workdir) for what, command in NEXT.items()},
+        commands={what: _command(words, map=workdir / "lagrangian", out=workdir) for what, words in NEXT.items()},
         config=json.dumps(configs["lagrangian"].to_dict(), indent=2),
     )
     print(f"{table(results)}\nfloor: {floor:.4g}\n")
     print("\n".join(conclusions))
     print(f"report: {workdir / 'report.html'}")
+
+
+def _command(words: str, **paths: Path) -> str:
+    """Return a command with a flag in each line, which a shell takes as it is."""
+    return words.format(**{name: shlex.quote(str(path)) for name, path in paths.items()}).replace(" --", " \\\n    --")
 
 
 if __name__ == "__main__":
