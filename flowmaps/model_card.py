@@ -16,7 +16,7 @@ TASK = "unconditional-image-generation"
 Record = dict[str, Any]  # of fid.py --json
 
 SOURCE = "https://github.com/flowmaps/flowmaps"  # flowmaps is on no package index yet
-PICTURE = "samples.png"  # beside the card
+PICTURE = "samples.png"  # next to the card
 USE = """    pip install git+{source}
 
 or, in a checkout of [the source]({source}), `pip install .`. Then
@@ -50,7 +50,7 @@ def card(
         license: Of the weights, by its name on the hub; imported ones keep that of their source.
         records: Those of fid.py.
         training_details: Markdown.
-        picture: Step counts of the rows of samples.png, which ``FlowMap.save_pretrained`` writes beside the card.
+        picture: Step counts of the rows of samples.png, which ``FlowMap.save_pretrained`` writes next to the card.
     """
     info, (low, high) = fm.info, fm.info.t_range
     size = sum(p.numel() for p in fm.network.parameters())

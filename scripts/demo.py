@@ -7,14 +7,13 @@ model), distance.png and loss.png.
 """
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from flowmaps import FlowMap, UserError
+from flowmaps import UserError
 from flowmaps.cli.run import run
 from flowmaps.errors import blame
 from flowmaps.files import check_new_file
@@ -26,15 +25,13 @@ NUM = flags.DEFINE_integer("num", 1000, "Samples per distance", lower_bound=2)
 CONFIG = "configs/digits.py"
 COUNTS, COLUMNS = (1, 2, 4, 8), 12
 TRAINED = ("flow map", "flow matching")  # how the two models are trained
-NEXT = {
-    "More samples": "python scripts/sample.py --checkpoint={map} --steps=1,2,4,8 --num=256 --out={out}/samples",
+NEXT = {  # what a command does: its words
+    "More samples": "python scripts/sample.py --checkpoint={0}/lagrangian --steps=1,2,4,8 --num=256 --out={0}/samples",
     "Their distance to held-out digits, with the floor and a check for memorised images": (
-        "python scripts/fid.py --checkpoint={map} --reference=digits:heldout --steps=1,2,4,8 --num=2000 --memorisation"
+        "python scripts/fid.py --checkpoint={0}/lagrangian --reference=digits:heldout --steps=1,2,4,8 --num=2000 "
+        "--memorisation"
     ),
     "Three times the training": "python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/long",
-    "Your own images, in a folder": (
-        "python scripts/train.py --config=configs/folder.py:lagrangian --config.data.root=my/images --workdir=runs/mine"
-    ),
 }
 
 
@@ -42,7 +39,7 @@ def main() -> None:
     import torch
 
     from flowmaps.data import open_dataset
-    from flowmaps.evaluation import open_reference, report
+    from flowmaps.evaluation import open_reference, plots, report
     from flowmaps.evaluation.record import table
     from flowmaps.evaluation.references import train_set_score
     from flowmaps.images import from_uint8
@@ -54,8 +51,7 @@ def main() -> None:
     with blame("workdir", workdir):
         for name in ("grid.png", "distance.png", "loss.png", "report.html"):
             check_new_file(workdir / name)
-    models: dict[str, FlowMap] = {}
-    configs, losses = {}, []
+    models, configs, losses = dict[str, Any](), {}, []
     for name, row, trained in zip(report.MODELS, ("lagrangian", "flow_matching"), TRAINED, strict=True):
         config = configs[row] = load_row(CONFIG, row)
         config.steps = STEPS.value
@@ -73,19 +69,9 @@ def main() -> None:
     results = report.compare(models, counts, heldout, num=NUM.value, seed=1)
     real = from_uint8(open_dataset("digits").fetch(torch.arange(COLUMNS))[0])
     pictures = {
-        "grid": (
-            report.grid_of(models, COUNTS, columns=COLUMNS, seed=0, real=real),
-            "Real images, and below them the same noise turned into digits: by jumps of the flow map, and by Euler's "
-            "method along the drift that flow matching has learned.",
-        ),
-        "distance": (
-            report.plot(results, metric, floor),
-            "Distance of the samples to held-out digits, against the work for one sample.",
-        ),
-        "loss": (
-            report.lines(losses, xlabel="training steps"),
-            "Training loss. The two are different quantities: compare the slopes, not the heights.",
-        ),
+        "grid": report.grid_of(models, COUNTS, columns=COLUMNS, seed=0, real=real),
+        "distance": report.plot(results, metric, floor),
+        "loss": plots.lines(losses, xlabel="training steps"),
     }
     objective: Any = configs["lagrangian"].objective
     conclusions = report.conclusions(results, metric, floor, objective.diagonal)
@@ -96,26 +82,18 @@ def main() -> None:
         f"Euler's method follows. {metric} is the Fréchet distance of {NUM.value:,} samples to {heldout.stats.n} "
         "held-out digits, on features of a small classifier (it is not FID)."
     )
-    scores = {(row["model"], row["steps"]): f"{row[metric]:.3g}" for row in results}
-    rows = [[str(n), *(scores.get((name, n), "") for name in report.MODELS)] for n in counts["Euler"]]
     report.write_report(
         workdir,
         pictures,
         title="flowmaps: the demo",
         summary=summary,
         conclusions=conclusions,
-        numbers=(["steps", *(f"{name}, {metric}" for name in report.MODELS)], [*rows, ["floor", f"{floor:.3g}", ""]]),
-        commands={what: _command(words, map=workdir / "lagrangian", out=workdir) for what, words in NEXT.items()},
+        numbers=report.numbers(results, metric, floor),
+        commands={what: [word.format(workdir) for word in words.split()] for what, words in NEXT.items()},
         config=json.dumps(configs["lagrangian"].to_dict(), indent=2),
     )
     print(f"{table(results)}\nfloor: {floor:.4g}\n")
-    print("\n".join(conclusions))
-    print(f"report: {workdir / 'report.html'}")
-
-
-def _command(words: str, **paths: Path) -> str:
-    """Return a command with a flag in each line, which a shell takes as it is."""
-    return words.format(**{name: shlex.quote(str(path)) for name, path in paths.items()}).replace(" --", " \\\n    --")
+    print("\n".join([*conclusions, f"report: {workdir / 'report.html'}"]))
 
 
 if __name__ == "__main__":

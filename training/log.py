@@ -22,7 +22,7 @@ from flowmaps.reading import parse, parse_json, read_bytes
 LARGEST = 4 << 30  # bytes of a log; a line has some 300
 COLUMNS = 80  # that what is shown fits in
 LEAST_BAR = 6  # columns of a bar that is worth its place
-PAUSE = 5.0  # seconds between two lines where there is no bar
+PAUSE = 5.0  # seconds between two lines, off a terminal
 
 
 class Progress:
@@ -61,7 +61,7 @@ class Progress:
         if step == self.steps or now - self.shown >= PAUSE:
             self.shown, gone = now, now - self.begun
             left = gone / (step - self.start) * (self.steps - step)
-            line = f"{self.name} {step}/{self.steps} {facts} {_clock(gone)}<{_clock(left)}"
+            line = f"{self.name} {step}/{self.steps} {facts} {clock(gone)}<{clock(left)}"
             self.say(line + rate if len(line + rate) <= COLUMNS else line)
 
     def say(self, line: str) -> None:
@@ -74,7 +74,8 @@ class Progress:
         return " ".join(part for part in parts if part)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return "02:30", or "1:02:30"."""
     return str(tqdm.format_interval(seconds))
 
 

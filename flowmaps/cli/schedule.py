@@ -57,8 +57,8 @@ def main() -> None:
 
     from flowmaps.distributed import pick_device
     from flowmaps.evaluation import check_scorable, evaluate, open_reference
+    from flowmaps.evaluation.plots import step_sizes
     from flowmaps.evaluation.record import table
-    from flowmaps.evaluation.report import step_sizes
     from flowmaps.export import store_schedule
     from flowmaps.flow_map import FlowMap
     from flowmaps.images import write_png

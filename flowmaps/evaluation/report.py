@@ -1,27 +1,23 @@
-"""Plots, and a one-page HTML report that compares models: the same noise and the distance at several step counts."""
+"""The page of the demo, which compares a flow map with Euler's method: pictures, numbers, conclusions."""
 
 import base64
 import html
-import io
-import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from flowmaps import FlowMap, UserError
+from flowmaps import FlowMap
 from flowmaps.evaluation.evaluate import evaluate
+from flowmaps.evaluation.plots import lines
 from flowmaps.evaluation.record import Row
 from flowmaps.evaluation.references import Reference
 from flowmaps.evaluation.samples import samples
 from flowmaps.files import write_file
 from flowmaps.images import png, sample_grid, to_pil, write_png
 from flowmaps.markdown import counted
-from flowmaps.step_sizes import FittedSchedule
-from samplers import uniform_times
 
 MODELS = ("flow map", "Euler")  # of the demo
 
@@ -116,97 +112,25 @@ def grid_of(
     return picture
 
 
-MARKERS = "osD^v<>PX*"
-EVALUATIONS = "network evaluations per sample"
-
-
 def plot(results: Sequence[Row], metric: str, floor: float) -> Image.Image:
     """Plot distance against number of steps, both logarithmic, with the floor as a dashed line."""
     return lines([(row["model"], metric, row["steps"], row[metric]) for row in results], floor)
 
 
-def pyplot() -> Any:
-    """Import matplotlib's pyplot, without a display."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the plot needs matplotlib: pip install 'flowmaps[demo]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
+def numbers(results: Sequence[Row], metric: str, floor: float) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of the results as text: a row for each step count, a column for each model."""
+    scores = {(row["model"], row["steps"]): f"{row[metric]:.3g}" for row in results}
+    counts = sorted({steps for _, steps in scores})
+    rows = [[str(n), *(scores.get((name, n), "") for name in MODELS)] for n in counts]
+    return ["steps", *(f"{name}, {metric}" for name in MODELS)], [*rows, ["floor", f"{floor:.3g}", ""]]
 
 
-def picture(figure: Any) -> Image.Image:
-    """Render a matplotlib figure and close it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    pyplot().close(figure)
-    return Image.open(buffer)
-
-
-def lines(
-    points: Sequence[tuple[str, str, int, float]], floor: float | None = None, xlabel: str = EVALUATIONS
-) -> Image.Image:
-    """Plot (name, metric, x, value): a panel for each metric, two in a row, and a line for each name.
-
-    Values of the same name and x are drawn as their mean, with the range as bars. Both axes are logarithmic.
-    """
-    plt = pyplot()
-    metrics = list(dict.fromkeys(metric for _, metric, _, _ in points))
-    names = list(dict.fromkeys(point[0] for point in points))
-    styles = {name: {"color": f"C{i}", "fmt": f"{MARKERS[i % len(MARKERS)]}-"} for i, name in enumerate(names)}
-    shown: dict[str, Any] = {}
-    across = min(2, len(metrics))
-    down = math.ceil(len(metrics) / across)
-    figure, panels = plt.subplots(
-        down, across, layout="constrained", figsize=(6 * across, 4.2 * down), dpi=110, squeeze=False
-    )
-    for axes in panels.flat[len(metrics) :]:
-        axes.remove()
-    for axes, metric in zip(panels.flat, metrics, strict=False):
-        mine = [point for point in points if point[1] == metric]
-        steps = sorted({point[2] for point in mine})
-        for name in dict.fromkeys(point[0] for point in mine):
-            values = {n: [p[3] for p in mine if (p[0], p[2]) == (name, n)] for n in steps}
-            values = {n: found for n, found in values.items() if found}
-            mean = [sum(found) / len(found) for found in values.values()]
-            below = [m - min(found) for m, found in zip(mean, values.values(), strict=True)]
-            above = [max(found) - m for m, found in zip(mean, values.values(), strict=True)]
-            look = {"capsize": 2, "markersize": 4, "linewidth": 1.3, "label": name, **styles[name]}
-            shown[name] = axes.errorbar(list(values), mean, yerr=[below, above], **look)
-        if floor is not None:
-            shown["floor"] = axes.axhline(floor, color="grey", linestyle="--", label="floor: training images")
-        axes.set(xscale="log", yscale="log", xlabel=xlabel, title=f"{metric} (lower is better)")
-        if len(steps) <= 8:
-            axes.set_xticks(steps, [str(s) for s in steps])
-            axes.xaxis.set_minor_locator(plt.NullLocator())
-        axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(plt.NullLocator())
-        axes.grid(alpha=0.3)
-    figure.legend(handles=list(shown.values()), loc="outside lower center", ncols=min(4, len(shown)), fontsize="small")
-    return picture(figure)
-
-
-def step_sizes(fitted: FittedSchedule) -> Image.Image:
-    """Plot the times of each grid next to equal steps, and the matrix of costs with the grids' jumps in it."""
-    schedule, cost = fitted
-    figure, (left, right) = pyplot().subplots(1, 2, layout="constrained", figsize=(12, 4.5), dpi=110)
-    for row, (steps, times) in enumerate(schedule.items()):
-        left.plot(uniform_times(steps), [row - 0.15] * (steps + 1), "|", color="grey", markersize=9)
-        left.plot(times, [row + 0.1] * (steps + 1), "|", color=f"C{row}", markersize=14, markeredgewidth=2)
-        index = (times * schedule.fine).round()
-        right.plot(index[1:], index[:-1], "o", color=f"C{row}", markersize=5, label=f"{steps} steps")
-    left.set_yticks(range(len(schedule)), [f"{steps} steps" for steps in schedule])
-    left.set(xlabel="time (0 noise, 1 data); grey: equal steps", ylim=(-0.6, len(schedule) - 0.4))
-    drawn = right.imshow(cost.where(cost > 0, torch.nan).log10(), cmap="viridis")
-    figure.colorbar(drawn, ax=right, label=f"log10 of the cost: {schedule.cost}")
-    right.set(xlabel=f"to time (of {schedule.fine})", ylabel="from time")
-    right.legend(fontsize="small", loc="lower left")
-    return picture(figure)
-
-
+CAPTIONS = {
+    "grid": "Real images, and below them the same noise turned into digits: by jumps of the flow map, and by Euler's method "
+    "along the drift that flow matching has learned.",
+    "distance": "Distance of the samples to held-out digits, against the work for one sample.",
+    "loss": "Training loss. The two are different quantities: compare the slopes, not the heights.",
+}
 PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -241,35 +165,35 @@ PAGE = """\
 
 def write_report(
     out: Path,
-    pictures: Mapping[str, tuple[Image.Image, str]],
+    pictures: Mapping[str, Image.Image],
     *,
     title: str,
     summary: str,
     conclusions: Sequence[str],
     numbers: tuple[Sequence[str], Sequence[Sequence[str]]],
-    commands: Mapping[str, str],
+    commands: Mapping[str, Sequence[str]],
     config: str,
 ) -> None:
     """Write each picture as a PNG file and ``report.html``, one file with everything inside.
 
     Args:
         out: The directory to write to.
-        pictures: A picture and its caption, by the name of its file.
+        pictures: Those of ``CAPTIONS``.
         title, summary, config: Plain text.
         conclusions: A sentence each.
         numbers: Columns and rows of a table.
-        commands: Commands to type next, by what they do.
+        commands: The words of commands to type next, by what they do.
     """
     figures = []
-    for name, (picture, caption) in pictures.items():
+    for name, picture in pictures.items():
         write_png(picture, out / f"{name}.png")
-        source, text = f"data:image/png;base64,{base64.b64encode(png(picture)).decode()}", html.escape(caption)
+        source, text = f"data:image/png;base64,{base64.b64encode(png(picture)).decode()}", html.escape(CAPTIONS[name])
         figures.append(f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>')
     page = PAGE.format(
         pictures="\n".join(figures),
         conclusions="\n".join(f"<li>{html.escape(line)}" for line in conclusions),
         numbers=_html_table(*numbers),
-        commands="\n".join(f"<p>{html.escape(k)}:</p><pre>{html.escape(v)}</pre>" for k, v in commands.items()),
+        commands="\n".join(f"<p>{html.escape(what)}:</p>{_html_command(words)}" for what, words in commands.items()),
         **{name: html.escape(text) for name, text in (("title", title), ("summary", summary), ("config", config))},
     )
     write_file(out / "report.html", page.encode())
@@ -280,3 +204,9 @@ def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for cells, tag in ((columns, "th"), *((row, "td") for row in rows)):
         lines.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>")
     return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def _html_command(words: Sequence[str]) -> str:
+    """Return a command with a flag in each line, which a shell takes as it is."""
+    text = shlex.join(words).replace(" --", " \\\n    --")
+    return f"<pre>{html.escape(text)}</pre>"

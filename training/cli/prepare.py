@@ -13,6 +13,8 @@ trajectories: solver trajectories of a drift, for --config.trajectories.files of
 Run the same command again to resume after a stop and to replace damaged files.
 """
 
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,10 +59,19 @@ def show(progress: Iterator[tuple[int, int]]) -> None:
     from tqdm import tqdm
 
     from flowmaps.distributed import processes
+    from training.log import PAUSE, clock
 
-    with tqdm(unit="shard", disable=None if processes().is_main_process else True) as bar:
-        for bar.n, bar.total in progress:
+    main, begun, first = processes().is_main_process, time.perf_counter(), None
+    shown = begun
+    with tqdm(unit="shard", disable=None if main else True) as bar:
+        for done, total in progress:
+            bar.n, bar.total = done, total
             bar.refresh()
+            first, now = done if first is None else first, time.perf_counter()
+            if main and bar.disable and done > first and (now - shown >= PAUSE or done == total):  # in a log file
+                left = (now - begun) / (done - first) * (total - done)
+                print(f"shard {done}/{total} {clock(now - begun)}<{clock(left)}", file=sys.stderr, flush=True)
+                shown = now
 
 
 def told(out: Path, *flags: str) -> None:
