@@ -92,8 +92,7 @@ def main() -> None:
         commands={what: [word.format(workdir) for word in words.split()] for what, words in NEXT.items()},
         config=json.dumps(configs["lagrangian"].to_dict(), indent=2),
     )
-    print(f"{table(results)}\nfloor: {floor:.4g}\n")
-    print("\n".join([*conclusions, f"report: {workdir / 'report.html'}"]))
+    print("\n".join([table(results), f"floor: {floor:.4g}\n", *conclusions, f"report: {workdir / 'report.html'}"]))
 
 
 if __name__ == "__main__":

@@ -126,8 +126,8 @@ def numbers(results: Sequence[Row], metric: str, floor: float) -> tuple[list[str
 
 
 CAPTIONS = {
-    "grid": "Real images, and below them the same noise turned into digits: by jumps of the flow map, and by Euler's method "
-    "along the drift that flow matching has learned.",
+    "grid": "Real images, and below them the same noise turned into digits: by jumps of the flow map, and by Euler's "
+    "method along the drift that flow matching has learned.",
     "distance": "Distance of the samples to held-out digits, against the work for one sample.",
     "loss": "Training loss. The two are different quantities: compare the slopes, not the heights.",
 }
