@@ -55,7 +55,6 @@ def main() -> None:
     for name, row, trained in zip(report.MODELS, ("lagrangian", "flow_matching"), TRAINED, strict=True):
         config = configs[row] = load_row(CONFIG, row)
         config.steps = STEPS.value
-        print(f"model {len(models) + 1}/2: {trained}", file=sys.stderr, flush=True)
         try:
             models[name] = train(config, workdir / row)
         except UserError as error:

@@ -13,7 +13,6 @@ trajectories: solver trajectories of a drift, for --config.trajectories.files of
 Run the same command again to resume after a stop and to replace damaged files.
 """
 
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +69,7 @@ def show(progress: Iterator[tuple[int, int]]) -> None:
             first, now = done if first is None else first, time.perf_counter()
             if main and bar.disable and done > first and (now - shown >= PAUSE or done == total):  # in a log file
                 left = (now - begun) / (done - first) * (total - done)
-                print(f"shard {done}/{total} {clock(now - begun)}<{clock(left)}", file=sys.stderr, flush=True)
+                print(f"shard {done}/{total} {clock(now - begun)}<{clock(left)}", flush=True)
                 shown = now
 
 
