@@ -117,7 +117,7 @@ def main() -> None:
     print(table(list(rows.values())))
     if STORE.value:
         counts = f"{', '.join(map(str, better))} step{'s' * (list(better) != [1])}" if better else "no number of steps"
-        print(f"stored   {checkpoint}: for {counts}; all others are sampled in uniform steps")
+        print(f"stored for {counts} in {checkpoint}; all other counts are sampled in uniform steps")
     for name, file in (("wrote", OUT.value), ("plot", PLOT.value)):
         if file:
             print(f"{name:8} {file}")

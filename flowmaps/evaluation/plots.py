@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from flowmaps.errors import UserError
+from flowmaps.markdown import counted
 from flowmaps.step_sizes import FittedSchedule
 from samplers import uniform_times
 
@@ -84,12 +85,13 @@ def step_sizes(fitted: FittedSchedule) -> Image.Image:
     """Plot the times of each grid next to equal steps, and the matrix of costs with the grids' jumps in it."""
     schedule, cost = fitted
     figure, (left, right) = pyplot().subplots(1, 2, layout="constrained", figsize=(12, 4.5), dpi=110)
+    dot = {"markersize": 6, "markeredgecolor": "white"}
     for row, (steps, times) in enumerate(schedule.items()):
         left.plot(uniform_times(steps), [row - 0.15] * (steps + 1), "|", color="grey", markersize=9)
         left.plot(times, [row + 0.1] * (steps + 1), "|", color=f"C{row}", markersize=14, markeredgewidth=2)
         index = (times * schedule.fine).round()
-        right.plot(index[1:], index[:-1], "o", color=f"C{row}", markersize=5, label=f"{steps} steps")
-    left.set_yticks(range(len(schedule)), [f"{steps} steps" for steps in schedule])
+        right.plot(index[1:], index[:-1], "o", label=counted(steps, "step"), **dot, color=f"C{row}")
+    left.set_yticks(range(len(schedule)), [counted(steps, "step") for steps in schedule])
     left.set(xlabel="time (0 noise, 1 data); grey: equal steps", ylim=(-0.6, len(schedule) - 0.4))
     drawn = right.imshow(cost.where(cost > 0, torch.nan).log10(), cmap="viridis")
     figure.colorbar(drawn, ax=right, label=f"log10 of the cost: {schedule.cost}")
