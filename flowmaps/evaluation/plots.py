@@ -22,7 +22,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("the plot needs matplotlib: pip install 'flowmaps[demo]'") from None
+        raise UserError("the plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
