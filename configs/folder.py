@@ -22,6 +22,7 @@ they start from edm2-img64-s, imported to teachers/edm2 (docs/teachers.md says h
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from flowmaps.networks import EDM2UNet, UNet
 from flowmaps.objectives import Consistency, FlowMatching, Lagrangian, MidTraining, Objective
@@ -141,6 +142,6 @@ ROWS: dict[str, Callable[[], Config | Chain]] = {
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:
-    sizes = {"width": 16, "channel_mult": (1, 1, 2), "blocks": 1, "attention_resolutions": None}
+    sizes: dict[str, Any] = {"width": 16, "channel_mult": (1, 1, 2), "blocks": 1, "attention_resolutions": None}
     tiny = partial(smoke, trajectory_steps=8, **sizes)
     return select(choice, ROWS, {"small": small, "smoke": tiny, "taught": distil_init})

@@ -26,6 +26,7 @@ from training.config_sections import (
     Data,
     Decay,
     DerivativePrecision,
+    DropoutRows,
     Grid,
     Optim,
     Optimizer,
@@ -36,7 +37,7 @@ from training.config_sections import (
     Weight,
     may_change,
 )
-from training.config_values import check_values
+from training.config_values import check_assigned, check_values
 from training.network_section import NetworkSection, network, preset
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Data",
     "Decay",
     "DerivativePrecision",
+    "DropoutRows",
     "Grid",
     "NetworkSection",
     "Optim",
@@ -133,6 +135,7 @@ class Config:
         self._check_optional_parts()
         self._check_averages()
         self._check_objective()
+        check_assigned(self)
 
     def _check_ranges(self) -> None:
         for least, names in (
@@ -144,7 +147,9 @@ class Config:
             for name in names.split():
                 if attrgetter(name)(self) < least:
                     raise UserError(f"must be at least {least}", field=name, value=attrgetter(name)(self))
-        for name in ("base_std", "optim.lr", "optim.clip", "weight.limit"):
+        if not 0 <= self.optim.clip < float("inf"):
+            raise UserError("must be 0 (no clipping) or positive", field="optim.clip", value=self.optim.clip)
+        for name in ("base_std", "optim.lr", "weight.limit"):
             if not 0 < attrgetter(name)(self) < float("inf"):
                 raise UserError("must be positive and finite", field=name, value=attrgetter(name)(self))
         for name in ("data.augment", "data.label_dropout"):
@@ -203,6 +208,13 @@ class Config:
             )
         if self.trajectories.files and not isinstance(made, TrajectoryObjective):
             raise UserError(f"{class_name(made)} learns from data: leave them out", field="trajectories.files")
+        if self.data.dropout_rows is DropoutRows.diagonal and not self.data.label_dropout <= made.diagonal:
+            raise UserError(
+                f"leaves rows with s = t alone without a label, a share of {made.diagonal:g}: set "
+                "data.dropout_rows=all, or a smaller data.label_dropout",
+                field="data.dropout_rows",
+                value=self.data.dropout_rows.name,
+            )
         if self.data.label_dropout and getattr(self.network, "num_classes", 0) == 0:
             raise UserError("needs labels: set network.num_classes", "data.label_dropout", self.data.label_dropout)
         field_name, weight = ("guidance", made.guidance) if made.guidance > 1 else ("guidance_max", made.guidance_max)

@@ -47,6 +47,13 @@ class CompileMode(enum.Enum):
     max_autotune = "max-autotune"  # CUDA graphs, and kernels chosen by timing: a much longer first step
 
 
+class DropoutRows(enum.Enum):
+    """The rows that ``label_dropout`` takes from, its share being that of all rows."""
+
+    all = "all"
+    diagonal = "diagonal"  # s = t: only the drift is learned without a label, and no map
+
+
 @dataclass
 class Data:
     name: str = "digits"  # a name in flowmaps.data.DATASETS; folder or zip (your own images); prepared (prepare_data)
@@ -56,6 +63,7 @@ class Data:
     skip_corrupt: bool = False  # skip unreadable image files instead of refusing the folder
     flip: bool = False  # mirror half of the images
     label_dropout: float = 0.0  # share of rows trained without their label, for "no label" and guidance
+    dropout_rows: DropoutRows = DropoutRows.all
     vae: str = ""  # decoder of latents, a directory or hub id; empty: the VAE that encoded them
     latent_shift: tuple[float, ...] = ()  # a sample is scale (z - shift) of a latent z, one number per channel; empty:
     latent_scale: tuple[float, ...] = ()  # as in the VAE's config
@@ -68,7 +76,7 @@ class Optim:
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    clip: float = 1.0  # global norm of the gradient
+    clip: float = 1.0  # global norm of the gradient; 0: no clipping
     spike: float = 0.0  # skip a step whose gradient norm exceeds this multiple of the recent median; 0 disables
     warmup: int = 100  # steps of linear warm-up
     decay: Decay = Decay.constant

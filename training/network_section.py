@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from torch import nn
 
-from flowmaps.errors import UserError
+from flowmaps.errors import UserError, choose
 from flowmaps.networks import NETWORKS, PRESETS
 
 P = ParamSpec("P")
@@ -37,8 +37,10 @@ class NetworkSection:
     else:
 
         def __setattr__(self, name, value):
-            if name not in {f.name for f in dataclasses.fields(self)}:
-                raise UserError(f"{self.network_class.__name__} has no such option", field=f"network.{name}")
+            names = [f.name for f in dataclasses.fields(self)]
+            if name not in names:
+                reason = f"{self.network_class.__name__} has no such option: {choose(name, names, every=False)}"
+                raise UserError(reason, field=f"network.{name}")
             super().__setattr__(name, value)
 
 
@@ -55,7 +57,11 @@ def network(cls: Callable[P, nn.Module], *args: P.args, **options: P.kwargs) -> 
     """
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise UserError(f"must be a class of networks, such as {', '.join(NETWORKS)}", field="network", value=cls)
-    made = _section_class(cls)
+    made, names = _section_class(cls), inspect.signature(cls).parameters
+    for name in options:
+        if name not in names:
+            reason = f"{cls.__name__} has no such option: {choose(name, names, every=False)}"
+            raise UserError(reason, field=f"network.{name}")
     try:
         given = inspect.signature(cls).bind(*args, **options).arguments
     except TypeError as error:
@@ -102,7 +108,7 @@ def preset(name: str, **changes: Any) -> NetworkSection:
         UserError: There is no such preset, or the network does not have one of the options.
     """
     if name not in PRESETS:
-        raise UserError(f"choose one of {', '.join(PRESETS)}", field="preset", value=name)
+        raise UserError(f"no such network: {choose(name, PRESETS)}", field="preset", value=name)
     found = PRESETS[name]
     cls: Callable[..., nn.Module] = NETWORKS[found.network]
     return network(cls, **{**found.options, **changes})

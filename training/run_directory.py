@@ -152,24 +152,32 @@ def check_same_config(config: Config, path: Path) -> None:
     """Refuse to resume a run whose config.json would have made other steps."""
     stored = read_config(path)
     stored = {key: value for key, value in stored.items() if key not in ("origin", "written_by")}
+    objective = stored.get("objective")
+    if isinstance(objective, dict) and objective.get("times") == "gap" and "diagonal_draw" not in objective:
+        raise UserError(
+            f"draws other times now than the run in {path.parent}: use a new workdir", "objective.times", "gap"
+        )
     stored = _with_defaults(stored, _defaults(config))
     allowed = config.resumable_fields()
     if config.optim.decay in (Decay.constant, Decay.inverse_sqrt):  # the others depend on the number of steps
         allowed.add("steps")
     changed = [key for key in differences(stored, config.to_dict()) if key not in allowed]
     if changed:
-        raise UserError(f"differs from the run in {path.parent}: use its value or a new workdir", field=changed[0])
+        remedy = "use its value or a new workdir"
+        if not changed[0].startswith("network"):
+            remedy += f", there with init_from={path.parent} to start from the averaged weights of this run"
+        raise UserError(f"differs from the run in {path.parent}: {remedy}", field=changed[0])
 
 
 def _defaults(section: Any) -> dict[str, Any]:
-    """Return the defaults of a section's fields, which stand in for fields that an older config.json does not have."""
+    """Return what stands in for fields that an older config.json does not have: their value then, or the default."""
     found = {}
     for f in dataclasses.fields(section):
         value = getattr(section, f.name)
         if dataclasses.is_dataclass(value):
             found[f.name] = _defaults(value)
         elif f.init and f.default is not dataclasses.MISSING:
-            found[f.name] = plain(f.default)
+            found[f.name] = plain(f.metadata.get("before", f.default))
     return found
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 
 from flowmaps import FlowMap, UserError
 from flowmaps.data import DataSet, Latents, Loader, as_samples
-from flowmaps.data.augment import edm_augment, random_hflip
+from flowmaps.data.augment import drop_labels, edm_augment, random_hflip
 from flowmaps.derivatives import derivative_dtype, tf32_products
 from flowmaps.distributed import AnyProcess
 from flowmaps.networks.conditioning import soft_label
@@ -38,7 +38,7 @@ from training.build import (
     open_decoder,
 )
 from training.checkpoint import save_checkpoint
-from training.config import Config, build_objective
+from training.config import Config, DropoutRows, build_objective
 from training.ema import EMA, meta_copy
 from training.fsdp import full_tensor, gather_to_cpu, shard
 from training.lora import merge_lora
@@ -141,7 +141,8 @@ class Trainer:
                 logged[name] = logged.get(name, 0) + value / micro_steps
         if diagonal:
             logged |= self._term_norms(diagonal)
-        norm = full_tensor(self.accelerator.clip_grad_norm_(self.module.parameters(), config.optim.clip))
+        limit = config.optim.clip or math.inf
+        norm = full_tensor(self.accelerator.clip_grad_norm_(self.module.parameters(), limit))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, step, config.steps)
         length = float(norm)  # the only host-device synchronisation in a step
@@ -153,7 +154,7 @@ class Trainer:
             self.ema.update(step + 1)
             self.refresh_teacher()
         self.optimizer.zero_grad(set_to_none=True)
-        clipped = (norm > config.optim.clip).float()  # averaged over an interval: the share of clipped steps
+        clipped = (norm > limit).float()  # averaged over an interval: the share of clipped steps
         return {**logged, "grad_norm": norm, "clipped": clipped}
 
     @contextmanager
@@ -179,10 +180,10 @@ class Trainer:
             drawing = generator(config.seed, "latents", step, part, device)
             x1 = as_samples(self.data, x1, lambda shape: torch.randn(shape, generator=drawing, device=device))
         if label is not None and config.data.label_dropout:
-            drawn = torch.rand(
-                len(label), generator=generator(config.seed, "labels", step, part, device), device=device
-            )
-            label = torch.where(drawn < config.data.label_dropout, fm.info.num_classes, label)
+            diagonal = config.data.dropout_rows is DropoutRows.diagonal
+            first = self.module.objective.diagonal_rows(len(label)) if diagonal else len(label)
+            drawing = generator(config.seed, "labels", step, part, device)
+            label = drop_labels(label, config.data.label_dropout, first, fm.info.num_classes, drawing)
         if config.data.flip:
             x1 = random_hflip(x1, generator(config.seed, "flip", step, part, device))
         if config.data.augment:

@@ -3,7 +3,8 @@
 python scripts/import_checkpoint.py --format=edm --src=edm-cifar10-32x32-cond-vp.pkl --out=teachers/edm
 python scripts/sample.py --checkpoint=teachers/edm --sampler=heun --steps=18 --num=64 --out=samples
 
-Formats: edm, edm2 (NVIDIA's .pkl), dit, sit (facebookresearch's .pt), rectified_flow (.pth), diffusers_unet (a folder).
+Formats: edm, edm2 (NVIDIA's .pkl), ect (ECT's and CMT's .pkl), dit, sit (facebookresearch's .pt), rectified_flow
+(.pth), diffusers_unet and diffusers_dit (folders).
 Some files do not say everything about their network; the options below do, and are asked for where they are needed.
 """
 
@@ -11,17 +12,22 @@ from pathlib import Path
 
 from absl import flags
 
+from flowmaps.cli import next_command
 from flowmaps.cli.run import required
 from flowmaps.errors import UserError
 
-FORMAT = flags.DEFINE_string("format", None, "edm, edm2, dit, sit, rectified_flow or diffusers_unet")
-SRC = flags.DEFINE_string("src", None, "The file, or for diffusers_unet the folder, as published")
+FORMAT = flags.DEFINE_string(
+    "format", None, "edm, edm2, ect, dit, sit, rectified_flow, diffusers_unet or diffusers_dit"
+)
+SRC = flags.DEFINE_string("src", None, "The file, or for diffusers_unet and diffusers_dit the folder, as published")
 OUT = flags.DEFINE_string("out", None, "Directory to write; an exported one is replaced")
 IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", None, "Height and width: rectified_flow; diffusers_unet without sample_size"
 )
 HEADS = flags.DEFINE_integer("heads", None, "Attention heads of dit and sit, if they are not one for each 64 channels")
-PREDICTION = flags.DEFINE_string("prediction", None, "velocity, noise or score: what a sit or diffusers_unet predicts")
+PREDICTION = flags.DEFINE_string(
+    "prediction", None, "velocity, noise, data or score: what a sit or a model of diffusers predicts"
+)
 PATH = flags.DEFINE_string("path", None, "linear, trigonometric (SiT's GVP) or vp: the path that a sit was trained on")
 READS, WRITES = (SRC,), (OUT,)
 
@@ -47,7 +53,10 @@ def main() -> None:
     fm.save_pretrained(directory)
     millions = sum(p.numel() for p in fm.network.parameters()) / 1e6
     low, high = fm.info.t_range
-    print(f"{out}: {type(fm.network).__name__}, {millions:.2f} million parameters, times {low:.4g} .. {high:.4g}")
+    facts = f"{type(fm.network).__name__}, {millions:.2f} million parameters, times {low:.4g} .. {high:.4g}"
+    print(f"wrote    {out}: {facts}")
     if assumed := fm.info.origin.get("assumed"):
         print(f"assumed, since neither the file nor an option says it: {assumed}")
     print(f"license: {fm.info.origin['license']}")
+    solver = "heun" if fm.info.kind == "drift" else fm.info.sampler
+    print(next_command.show(next_command.sample(out, solver)))

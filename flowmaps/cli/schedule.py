@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags
 
+from flowmaps.cli import next_command
 from flowmaps.cli.run import required
 from flowmaps.errors import UserError, blame
 from flowmaps.files import check_new_file, write_json
@@ -31,7 +32,10 @@ REFERENCE = flags.DEFINE_string("reference", None, "Keep only grids with a small
 NUM = flags.DEFINE_integer("num", 5000, "Samples for each distance", lower_bound=2)
 NOISES = flags.DEFINE_integer("noises", 256, "Number of paths to fit on", lower_bound=1)
 SEED = flags.DEFINE_integer(
-    "seed", 1, "Seed of their noise (and this + 1 for distances); use another seed for the samples that you score"
+    "seed",
+    1,
+    "Seed of their noise (and this + 1 for distances); use another seed for the samples that you score",
+    lower_bound=0,
 )
 FINE = flags.DEFINE_integer("fine", None, "Steps of the fine grid that the times are taken from", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance weight that will be sampled with", 1.0)
@@ -45,6 +49,8 @@ def main() -> None:
         raise UserError("give --out=FILE.json, or --store to write the schedule into the checkpoint")
     if STORE.value and not Path(checkpoint).is_dir():
         raise UserError("needs a directory for --store: use --out=FILE.json", field="checkpoint", value=checkpoint)
+    if PLOT.value and Path(PLOT.value).suffix.lower() != ".png":
+        raise UserError("must end in .png, the format that is written", field="plot", value=PLOT.value)
     for name, file in (("out", OUT.value), ("plot", PLOT.value)):
         if file:
             with blame(name, file):
@@ -56,9 +62,9 @@ def main() -> None:
 
     from flowmaps.distributed import pick_device
     from flowmaps.evaluation import check_scorable, evaluate, open_reference
+    from flowmaps.evaluation.plots import step_sizes
     from flowmaps.evaluation.record import table
     from flowmaps.evaluation.references import model_size
-    from flowmaps.evaluation.report import step_sizes
     from flowmaps.export import store_schedule
     from flowmaps.flow_map import FlowMap
     from flowmaps.images import write_png
@@ -116,4 +122,12 @@ def main() -> None:
         write_png(step_sizes(fitted), Path(PLOT.value))
     print(table(list(rows.values())))
     if STORE.value:
-        print(f"stored for {', '.join(map(str, better)) or 'no'} steps; all other counts are sampled in equal steps")
+        counts = f"{', '.join(map(str, better))} step{'s' * (list(better) != [1])}" if better else "no number of steps"
+        print(f"stored for {counts} in {checkpoint}; all other counts are sampled in uniform steps")
+    for name, file in (("wrote", OUT.value), ("plot", PLOT.value)):
+        if file:
+            print(f"{name:8} {file}")
+    flags = [f"--sampler={schedule.sampler}", f"--steps={','.join(map(str, schedule))}"]
+    flags += [] if STORE.value else [f"--schedule={OUT.value}"]
+    flags += [] if GUIDANCE.value is None else [f"--guidance={GUIDANCE.value:g}"]
+    print(next_command.show(next_command.command("sample", f"--checkpoint={checkpoint}", *flags, "--out=samples")))

@@ -1,4 +1,4 @@
-"""Augmentations of a batch of images, drawn from a given generator."""
+"""Augmentations of a batch of images and omissions of its labels, drawn from a given generator."""
 
 import math
 
@@ -12,6 +12,17 @@ PARAMETERS = 9  # numbers per image that describe its augmentation
 def random_hflip(x: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror each image of [B, C, H, W] left to right with probability 1/2."""
     return _flipped(x, torch.rand(len(x), device=x.device, generator=generator) < 0.5, -1)
+
+
+def drop_labels(label: Tensor, share: float, first: int, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Replace labels int64 [B] by "no label" (``num_classes``), a share of all rows in expectation.
+
+    Rows are chosen among the ``first`` ones, with equal chance and independently.
+    """
+    drawn = torch.rand(len(label), device=label.device, generator=generator)
+    chosen = drawn * max(first, 1) < share * len(label)
+    chosen[first:] = False
+    return torch.where(chosen, num_classes, label)
 
 
 def edm_augment(x: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

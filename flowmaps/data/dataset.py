@@ -1,6 +1,6 @@
 """The interface of a data set, and iteration over one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -37,6 +37,11 @@ class DataSet(Protocol):
         """Return the fingerprint by which a resumed run recognises its data."""
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by number; empty if they have none but their numbers."""
+        return ()
+
+    @property
     def name(self) -> str:
         """Name of the data set in the record of a score."""
         return ""
@@ -54,6 +59,11 @@ class DataSet(Protocol):
     def content(self) -> str:
         """Return a SHA-256 over everything that determines the pixels."""
         return self.digest()
+
+
+def named(classes: Sequence[str]) -> tuple[str, ...]:
+    """Return ``classes`` unless they are only the numbers 0, 1, ..., as those of a dataset.json are."""
+    return () if all(name == str(number) for number, name in enumerate(classes)) else tuple(classes)
 
 
 def iterate(data: DataSet, items: range | None = None, batch: int = 500) -> Iterator[Batch]:

@@ -25,6 +25,7 @@ from flowmaps.evaluation.samples import sample_batches
 from flowmaps.evaluation.settings import Setting, sampling_settings
 from flowmaps.generate import nfe
 from flowmaps.images import to_uint8
+from flowmaps.labels import class_number
 from flowmaps.metrics import FeatureStats
 from flowmaps.metrics.extractors import POINTS
 from flowmaps.metrics.scores import (
@@ -56,7 +57,7 @@ def evaluate(
     seeds: Sequence[int] = (0,),
     sampler: str | Sequence[str] | None = None,
     schedule: str | Schedule | Sequence[str | Schedule] = "stored",
-    label: int | None = None,
+    label: int | str | None = None,
     guidance: float | None = None,
     gamma: float = 1.0,
     batch: int = 500,
@@ -88,7 +89,7 @@ def evaluate(
         sampler: One or several of ``flowmaps.generate.SAMPLERS``; by default the one that the model was trained for.
         schedule: One or several time grids: ``"stored"`` in the checkpoint (else uniform), ``"uniform"``, a schedule
             file or a ``Schedule``.
-        label: Class of all samples; by default each class is as frequent as in the training data.
+        label: Class of all samples, by number or name; by default each class is as frequent as in the training data.
         guidance: Guidance weight.
         gamma: Share of the noise that the sampler ``"stochastic"`` renews per step.
         batch: Samples at a time.
@@ -128,6 +129,7 @@ def evaluate(
     if fm is not None:
         samplers = [fm.info.sampler] if sampler is None else _several(sampler)
         settings = sampling_settings(fm, _several(steps), samplers, _several(schedule), **guided)
+        guided["label"] = None if label is None else class_number(fm.info, label)
         if not seeds:
             raise UserError("give at least one", field="seeds", value="()")
     if isinstance(reference, Reference) and (extractor or weights):

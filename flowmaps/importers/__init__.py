@@ -1,4 +1,4 @@
-"""Import published checkpoints as flow maps of kind "drift", without running anything in them."""
+"""Import published checkpoints as flow maps, without running anything in them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,8 +9,11 @@ from flowmaps.errors import UserError
 from flowmaps.files import sha256
 from flowmaps.flow_map import FlowMap
 from flowmaps.importers.build import Options, Source, build
+from flowmaps.importers.diffusers_dit import diffusers_dit
 from flowmaps.importers.diffusers_unet import diffusers_unet
-from flowmaps.importers.edm import edm, edm2
+from flowmaps.importers.ect import ect
+from flowmaps.importers.edm import edm
+from flowmaps.importers.edm2 import edm2
 from flowmaps.importers.inert import refusal
 from flowmaps.importers.rectified_flow import rectified_flow
 from flowmaps.importers.transformers import dit, sit
@@ -28,12 +31,15 @@ LARGEST_SIZE = 1 << 14  # of an image
 FORMATS = {
     "edm": Format(edm, "NVIDIA's released weights: CC BY-NC-SA 4.0 (no commercial use)"),
     "edm2": Format(edm2, "NVIDIA's released weights: CC BY-NC-SA 4.0 (no commercial use)"),
+    "ect": Format(ect, "see the publisher of the weights, which start from NVIDIA's: CC BY-NC-SA 4.0"),
     "dit": Format(dit, "facebookresearch's released weights: CC BY-NC 4.0 (no commercial use)", ("heads",)),
     "sit": Format(sit, "see the publisher of the weights", ("heads", "prediction", "path")),
     "rectified_flow": Format(rectified_flow, "see the publisher of the weights", ("image_size",)),
     "diffusers_unet": Format(diffusers_unet, "see the model card of the weights", ("image_size", "prediction")),
+    "diffusers_dit": Format(diffusers_dit, "see the model card of the weights", ("prediction",)),
 }
 PREDICTIONS = {"velocity": "velocity", "v": "velocity", "noise": "noise", "epsilon": "noise", "score": "score"}
+PREDICTIONS |= {"v_prediction": "velocity", "data": "data", "sample": "data"}
 PATHS = {"linear": "linear", "trigonometric": "trigonometric", "gvp": "trigonometric", "vp": "vp"}
 
 
@@ -50,15 +56,17 @@ def import_checkpoint(
 
     Args:
         format: A key of ``FORMATS``, such as ``"edm"``.
-        src: The published file, or the folder for ``"diffusers_unet"``.
+        src: The published file, or the folder for ``"diffusers_unet"`` and ``"diffusers_dit"``.
         image_size: Height and width, where weights do not show them: "rectified_flow", and "diffusers_unet" without a
             ``sample_size``.
         heads: The number of attention heads of "dit" and "sit", if it is not the published one of their size.
-        prediction: What a "sit" or "diffusers_unet" predicts, if its file does not say: "velocity", "noise" or "score".
+        prediction: What a "sit", "diffusers_unet" or "diffusers_dit" predicts, if its file does not say: "velocity",
+            "noise", "data" or "score".
         path: The path of a "sit", if its file does not say: "linear", "trigonometric" (SiT's GVP) or "vp".
 
     Returns:
-        A flow map of kind "drift" on the CPU in eval mode: sample it with an ODE solver, or train a map from it. Its
+        A flow map on the CPU in eval mode. Its kind is "drift": sample it with an ODE solver, or train a map from it;
+        or "consistency" for ECT and CMT. Its
         ``info.origin`` has the format, the file's hash, the license, and under "assumed" what nobody said.
 
     Raises:
@@ -76,10 +84,10 @@ def import_checkpoint(
         raise UserError("no such file or directory", field="src", value=src)
     try:
         source = chosen.read(src, options)
-        fm, weights = build(source), source.file or src
+        fm, files = build(source), source.files or (src,)
     except Exception as error:  # a foreign file can raise anything
         raise refusal(src, error) from None
-    facts = {"format": format, "sha256": sha256(weights), "license": chosen.license}
+    facts = {"format": format, "sha256": ", ".join(map(sha256, files)), "license": chosen.license}
     if options.assumed:
         facts["assumed"] = ", ".join(f"{name} {value}" for name, value in options.assumed.items())
     fm.info = replace(fm.info, origin=facts)

@@ -57,11 +57,12 @@ class Source:
     label_dropout: float = 0.0  # share of training rows without a label
     interpolant: str = "linear"
     latents: dict[str, Any] = field(default_factory=dict)  # fields of FlowMapInfo, if the network works on latents
-    file: Path | None = None  # of the weights, if it is in a folder
+    files: tuple[Path, ...] = ()  # of the weights, if they are in a folder
+    kind: str = "drift"  # of FlowMapInfo
 
 
 def build(source: Source) -> FlowMap:
-    """Build the flow map of kind "drift", in eval mode. Wrong names and shapes are refused, the first one by name."""
+    """Build the flow map, in eval mode. Wrong names and shapes are refused, the first one by name."""
     cls, options = NETWORKS[source.network], source.options
     with torch.device("meta"):
         expected = {name: tuple(w.shape) for name, w in cls(**options).state_dict().items()}
@@ -74,7 +75,7 @@ def build(source: Source) -> FlowMap:
             raise UnpicklingError(f"{name} is {tuple(weight.shape)}, expected {expected[name]}")
         if weight.layout != torch.strided or weight.is_meta or not weight.is_floating_point():
             raise UnpicklingError(f"{name} is not a plain tensor of floats")
-        if not weight.isfinite().all():
+        if not weight.float().isfinite().all():
             raise UnpicklingError(f"{name} has NaN or infinity")
     network = cls(**options)
     network.load_state_dict({**network.state_dict(), **{k: w.float() for k, w in source.weights.items()}})
@@ -83,7 +84,7 @@ def build(source: Source) -> FlowMap:
     info = FlowMapInfo(
         shape=(options["channels"], options["image_size"], options["image_size"]),
         num_classes=classes,
-        kind="drift",
+        kind=source.kind,
         t_range=network.parametrisation.t_range(base_std),
         label_dropout=source.label_dropout if classes else 0.0,
         **source.latents,

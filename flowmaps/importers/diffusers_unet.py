@@ -1,17 +1,16 @@
-"""diffusers' UNet2DModel, with noise prediction."""
+"""diffusers' UNet2DModel."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
-from flowmaps.errors import UserError
 from flowmaps.importers.build import Options, Source, attention_weights, check_empty, layer, layers
-from flowmaps.importers.inert import REMEDY, Unsupported, same, shown
-from flowmaps.importers.torch_files import Weights, plain_names, read_tensors
+from flowmaps.importers.diffusers_folder import check_defaults, find_folder, read_config, read_convention, read_weights
+from flowmaps.importers.inert import Unsupported, shown
+from flowmaps.importers.torch_files import Weights
 from flowmaps.networks.layers import u_shape
-from flowmaps.reading import parse, read_json, regular_file
+from flowmaps.networks.unet import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -51,56 +50,37 @@ class UNet2DConfig:
 # Arguments of which only the class's default has a network here.
 ALWAYS = (
     *("center_input_sample", "time_embedding_type", "mid_block_type", "mid_block_scale_factor", "downsample_type"),
-    *("upsample_type", "act_fn", "norm_num_groups", "attn_norm_num_groups", "resnet_time_scale_shift"),
+    *("upsample_type", "act_fn", "attn_norm_num_groups", "resnet_time_scale_shift"),
     *("add_attention", "class_embed_type"),
 )
-CHOICES = ("norm_eps", "flip_sin_to_cos", "freq_shift", "downsample_padding", "attention_head_dim")
-DEFAULTS = (1e-5, True, 0, 1, 8)
-KINDS = {DEFAULTS: "diffusers", (1e-6, False, 1, 0, None): "ddpm"}
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
-# What makes the noise levels, by the schedulers' defaults, and what concerns sampling with those schedulers alone.
-LEVELS = {
-    "num_train_timesteps": 1000,
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "rescale_betas_zero_snr": False,
-    "prediction_type": "epsilon",
-    "predict_epsilon": True,
-}
-SAMPLING = {
-    *("variance_type", "clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio"),
-    *("sample_max_value", "timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps"),
-}
+CHOICES = ("norm_eps", "freq_shift", "downsample_padding")
+KINDS = {(1e-5, 0, 1): "diffusers", (1e-6, 1, 0): "ddpm"}
 
 
 def diffusers_unet(path: Path, options: Options) -> Source:
-    """Read the folder of a ``UNet2DModel``, or of its pipeline: noise prediction at DDPM's times."""
-    if not path.is_dir():
-        raise UserError("is a file: give the folder with config.json, or that of the pipeline")
-    folder = path / "unet" if (path / "unet").is_dir() else path
-    config = _config(folder / "config.json")
-    for key in ALWAYS:
-        if not same(found := getattr(config, key), value := getattr(UNet2DConfig, key)):
-            raise Unsupported(f"its {key} is {shown(found)}, and only {shown(value)} has a network here")
+    """Read the folder of a ``UNet2DModel``, or of its pipeline, with the schedule and prediction of its scheduler."""
+    folder = find_folder(path, "unet")
+    config = read_config(folder / "config.json", ("UNet2DModel",), UNet2DConfig)
+    check_defaults(config, ALWAYS)
     kind = tuple(getattr(config, key) for key in CHOICES)
     if kind not in KINDS:
         raise Unsupported(f"its {', '.join(CHOICES)} are {kind}, and only {' or '.join(map(str, KINDS))} are known")
-    predicted = options.settle("prediction", _check_schedule(path, folder), "noise")
-    if predicted != "noise":
-        raise Unsupported(f"its prediction is {predicted}, and this package reads only noise")
-    w, file = _weights(folder)
+    convention = read_convention(path, folder, options)
+    w, files = read_weights(folder, "conv_in.weight")
     widths, each, levels = config.block_out_channels, config.layers_per_block, len(config.block_out_channels)
     sizes = {config.sample_size} if isinstance(config.sample_size, int) else set(config.sample_size or ())
     if len(sizes) > 1:
         raise Unsupported(f"its sample_size is {config.sample_size}, and only squares are known")
     size = options.settle("image_size", next(iter(sizes), None))
-    if not 0 < levels * each <= len(w) or any(width < 128 or width % 32 or width % widths[0] for width in widths):
+    if not 0 < levels * each <= len(w) or min(widths) < 1:
+        raise Unsupported(f"its block_out_channels are {shown(list(widths))} with {each} layers each")
+    if uneven := [width for width in widths if width % widths[0]]:
         raise Unsupported(
-            f"its block_out_channels are {shown(list(widths))} with {each} layers each, "
-            "and 32 groups of at least 4 need multiples of 128"
+            f"its block_out_channels have {uneven[0]}, and only multiples of the first have a network here"
         )
+    groups, heads = config.norm_num_groups, config.attention_head_dim
+    if groups < 1 or widths[0] % groups or (heads is not None and heads < 1):
+        raise Unsupported(f"its norm_num_groups, {groups}, or attention_head_dim, {heads}, do not fit its channels")
     types = config.down_block_types
     if set(types) - {"DownBlock2D", "AttnDownBlock2D"} or len(types) != levels:
         raise Unsupported(f"its down_block_types are {types}, and only DownBlock2D and AttnDownBlock2D are known")
@@ -114,7 +94,7 @@ def diffusers_unet(path: Path, options: Options) -> Source:
         **layer("head.0", w, "conv_norm_out."),
         **layer("head.2", w, "conv_out."),
     }
-    if KINDS[kind] == "ddpm":  # sines first
+    if not config.flip_sin_to_cos:  # sines first
         ours["embedding.start.0.weight"] = torch.roll(ours["embedding.start.0.weight"], widths[0] // 2, dims=1)
     classes = config.num_class_embeds or 0
     if classes:
@@ -147,10 +127,13 @@ def diffusers_unet(path: Path, options: Options) -> Source:
         "num_classes": classes,
         "data_std": 1.0,
         "variant": KINDS[kind],
-        "convention": "ddpm",
+        "convention": convention,
         "base_std": 1.0,
+        # 32 groups are the usual ones from 128 channels on
+        "norm_groups": 0 if groups == 32 and widths[0] >= 128 else groups,
+        "head_channels": 0 if heads == VARIANTS[KINDS[kind]].head_channels else heads or max(widths),
     }
-    return Source("UNet", arguments, ours, file=file)
+    return Source("UNet", arguments, ours, files=files)
 
 
 def _diffusers_block(w: Weights, place: str, block: str, attention: str) -> Weights:
@@ -169,37 +152,3 @@ def _diffusers_block(w: Weights, place: str, block: str, attention: str) -> Weig
                 place, weight, bias, w.pop(f"{attention}{out}.weight"), w.pop(f"{attention}{out}.bias")
             )
     return ours
-
-
-def _config(file: Path) -> UNet2DConfig:
-    values = read_json(file, REMEDY)
-    if not isinstance(values, dict) or values.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise UserError(f"{file} does not describe a UNet2DModel: {REMEDY}")
-    return parse(UNet2DConfig, {key: value for key, value in values.items() if key[:1] != "_"}, str(file))
-
-
-def _check_schedule(path: Path, folder: Path) -> str | None:
-    """Check the schedulers that lie with a model; return what it predicts, None if there is none."""
-    places = [path, path / "scheduler", folder, *([path.parent / "scheduler"] if path.name == "unet" else [])]
-    files = [file for place in dict.fromkeys(places) if (file := place / "scheduler_config.json").exists()]
-    for file in files:
-        values = read_json(file, REMEDY)
-        if not isinstance(values, dict):
-            raise UserError(f"{file} does not describe a scheduler: {REMEDY}")
-        if (name := values.get("_class_name", SCHEDULERS[0])) not in SCHEDULERS:
-            raise Unsupported(f"its scheduler is a {shown(name)}, and only {', '.join(SCHEDULERS)} are known")
-        for key, found in values.items():
-            if key[:1] == "_" or key in SAMPLING:
-                continue
-            if key not in LEVELS or not same(found, LEVELS[key]):
-                known = f"and only {shown(LEVELS[key])} is known" if key in LEVELS else "which is unknown here"
-                raise Unsupported(f"its scheduler's {shown(key)[1:-1]} is {shown(found)}, {known}")
-    return "noise" if files else None
-
-
-def _weights(folder: Path) -> tuple[Weights, Path]:
-    file = folder / "diffusion_pytorch_model.safetensors"
-    if file.exists():
-        return plain_names(load_file(regular_file(file, REMEDY))), file
-    file = file.with_suffix(".bin")
-    return plain_names(read_tensors(file)), file

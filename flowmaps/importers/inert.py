@@ -10,6 +10,22 @@ from typing import Any, BinaryIO, ClassVar
 from flowmaps.errors import UserError, shorten
 
 REMEDY = "choose a file of this format"
+# What a file is, by its first bytes; of the first two, the file itself never came.
+STARTS = (
+    (b"version https://git-lfs", "it is a pointer of Git LFS instead of the file"),
+    (b"<", "it is a web page or another text"),
+    (b"{", "it is a JSON file"),
+    (b"PK\3\4", ZIP := "it is a zip archive, as torch.save writes them"),
+    (b"\x89HDF", "it is an HDF5 file"),
+    (b"\x93NUMPY", "it is a NumPy array"),
+    (b"\x1f\x8b", "it is compressed by gzip"),
+    (b"GGUF", "it is a GGUF file"),
+)
+NOT_LOADED = 2
+DAMAGE = (  # in the words of torch, safetensors, zipfile and of this package
+    *("truncated", "ncomplete", "central directory", "deserializing header", "StreamReader", "ends before"),
+    *("too few numbers", "not a zip"),
+)
 
 
 class Unsupported(Exception):
@@ -87,7 +103,7 @@ class Reader(pickle._Unpickler):
     dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        super().__init__(_Bounded(file, size))
+        super().__init__(_Bounded(file, size), encoding="latin1")  # of strings of Python 2
         self.size, self.budget = size, 4 * size  # bytes given to calls: none is read over and over again
         self.stack: list[Any]
 
@@ -111,8 +127,29 @@ class Reader(pickle._Unpickler):
         self.build(self.stack[-1], state)
 
 
-def refusal(path: Path, error: Exception) -> Exception:
-    """Return ``error``, of anything that went wrong in a file, as one line; the system's own errors as they are."""
+def _what(path: Path) -> tuple[str, bool]:
+    """Return what a file seems to be by its first bytes, empty if it may be a pickle, and if it has to be loaded again.
+
+    A pickle starts with a byte for its protocol; pickles of protocol 0 do not, and no published checkpoint is one.
+    """
+    with path.open("rb") as file:
+        start = file.read(32)
+    if not start:
+        return "it is empty", True
+    if start[8:9] == b"{":
+        return "it is a safetensors file", False
+    found = next((n for n, (known, _) in enumerate(STARTS) if start.startswith(known)), None)
+    if found is not None:
+        return STARTS[found][1], found < NOT_LOADED
+    return "" if start[0] == 0x80 else "it is not a pickle", False
+
+
+def refusal(path: Path, error: Exception, reading: str = "") -> Exception:
+    """Return ``error``, of anything that went wrong in a file, as one line; the system's own errors as they are.
+
+    ``reading`` a "pickle" or a "torch" file: it went wrong before the content was there, so that the file's first bytes
+    may tell more. "Download it again" is the remedy for a damaged file alone.
+    """
     message = " ".join(str(error).split())
     if isinstance(error, (OSError, MemoryError)) or "(os error" in message or "DefaultCPUAllocator" in message:
         return error
@@ -128,9 +165,18 @@ def refusal(path: Path, error: Exception) -> Exception:
         message = f"it has no {message}"
     message = message.partition("WeightsUnpickler error: ")[2] or message
     message = re.split(r" Check the documentation|\. This is an internal", message)[0]
+    damaged = isinstance(error, EOFError) or any(word in message for word in DAMAGE)
+    internal = (
+        isinstance(error, (LookupError, TypeError, ValueError, AttributeError, EOFError)) or "persistent" in message
+    )
+    if reading and (internal or not path.stat().st_size):  # of Python's own unpickler: not for a reader
+        what, again = _what(path)
+        what = "" if what == ZIP and reading == "torch" else what
+        damaged = again or not what
+        message = what or (message if isinstance(error, TypeError) else "its content does not make sense")
+    kind, remedy = (", or damaged,", "download it again, or choose") if damaged else (",", "choose")
     return UserError(
-        f"is not a checkpoint of this format, or damaged, and was not run: {shorten(message)}; "
-        "download it again, or choose another format",
+        f"is not a checkpoint of this format{kind} and was not run: {shorten(message)}; {remedy} another format",
         field="src",
         value=path,
     )

@@ -19,10 +19,11 @@ from flowmaps.importers.inert import REMEDY, Reader, Unsupported, check_extent, 
 from flowmaps.importers.torch_files import check_sizes, weights_only
 from flowmaps.reading import regular_file
 
-# The classes in released EDM and EDM2 files. A record of one of these is a name and a state, whatever its source says.
+# The classes in files of EDM, EDM2, ECT and CMT. A record of one of these is a name and a state, whatever it says.
 CLASSES = {
     *("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond", "SongUNet", "DhariwalUNet", "UNetBlock", "Linear"),
     *("Conv2d", "GroupNorm", "PositionalEmbedding", "FourierEmbedding", "EDMLoss", "VPLoss", "VELoss", "AugmentPipe"),
+    *("ECMPrecond", "ECMLoss", "DPMSolverLoss"),
     *("Precond", "UNet", "Block", "MPConv", "MPFourier", "EDM2Loss", "StandardRGBEncoder", "StabilityVAEEncoder"),
 }
 
@@ -137,7 +138,9 @@ def _reconstruct(meta: Any) -> Record:
     """Make a record of the object that NVIDIA's persistence would build by running ``meta["module_src"]``."""
     name, kind = (meta.get(key) if isinstance(meta, dict) else None for key in ("class_name", "type"))
     if kind != "class" or not isinstance(name, str) or name not in CLASSES:
-        raise pickle.UnpicklingError(f"it brings its own code for {shown(name)}, which is not a class of EDM or EDM2")
+        raise pickle.UnpicklingError(
+            f"it brings its own code for {shown(name)}, which is not a class of EDM, EDM2 or ECT"
+        )
     record = Record()
     record.name, record.state = name, _state(meta.get("state"))
     return record
@@ -167,7 +170,7 @@ def _storage(content: bytes) -> Any:
 
 
 def _nothing(*items: Any) -> None:
-    """Stands for sets of names, which are of no use."""
+    """Stands for sets of names and methods of losses, which are of no use."""
 
 
 def _no_bytes() -> bytes:
@@ -179,6 +182,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("dnnlib.util", "EasyDict"): _Dict,
     ("collections", "OrderedDict"): _Dict,
     **{(builtins, "set"): _nothing for builtins in ("builtins", "__builtin__")},  # the second in protocol 2
+    **{(builtins, "getattr"): _nothing for builtins in ("builtins", "__builtin__")},
     **{(builtins, "bytes"): _no_bytes for builtins in ("builtins", "__builtin__")},
     ("_codecs", "encode"): _latin1,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
@@ -230,4 +234,4 @@ def read_objects(path: Path) -> Any:
         with path.open("rb") as file:
             return _ObjectReader(file, size).load()
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        raise refusal(path, error) from None
+        raise refusal(path, error, reading="pickle") from None

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.importers.build import Options, Source, attention_weights, check_empty, layer, layers
-from flowmaps.importers.torch_files import Weights, plain_names, read_tensors
+from flowmaps.importers.inert import Unsupported
+from flowmaps.importers.torch_files import Weights, network_weights, read_tensors
+
+FIRST = "all_modules.2.weight"  # the first is of the time, and differs between networks
 
 
 def rectified_flow(path: Path, options: Options) -> Source:
@@ -18,18 +21,24 @@ def rectified_flow(path: Path, options: Options) -> Source:
     """
     size = options.settle("image_size", None)
     content = read_tensors(path)
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ("model", "ema")):
-        raise UnpicklingError("it lacks model or ema")
-    model = plain_names(content["model"])
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):  # not its average, which has no names
+        model, average = network_weights(content["model"], FIRST)[0], content.get("ema")
+    else:
+        model, average = network_weights(content, FIRST)[0], None
     trained = {name: tensor for name, tensor in model.items() if name.startswith("all_modules.")}
-    shadow = content["ema"].get("shadow_params")
-    tensors = isinstance(shadow, list) and all(isinstance(w, Tensor) for w in shadow)
-    if not trained or not tensors or [w.shape for w in shadow] != [w.shape for w in trained.values()]:
+    if average is None:
+        options.assumed["weights"] = "an average, or as good as one"
+    shadow = average.get("shadow_params") if isinstance(average, dict) else list(trained.values())
+    if not isinstance(shadow, list) or not all(isinstance(w, Tensor) for w in shadow):
+        raise UnpicklingError("its ema is not a list of weights")
+    if [w.shape for w in shadow] != [w.shape for w in trained.values()]:
         raise UnpicklingError("it is not a DDPM++: its ema does not have the parameters of its model in order")
     parts: dict[int, Weights] = {}
     for name, tensor in zip(trained, shadow, strict=True):
         _, number, key = name.split(".", 2)
         parts.setdefault(int(number), {})[key] = tensor
+    if "W" in parts[0]:
+        raise Unsupported("it is an NCSN++ with Fourier features, as at 256 x 256, which has no network here")
     linear1, linear2, stem, *inside, norm, conv = (parts[i] for i in range(len(parts)))
     blocks: list[tuple[Weights, Weights | None]] = []  # each with the attention after it
     for part in inside:

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import itertools
 import pickle
 import warnings
 import zipfile
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flowmaps.errors import shorten
@@ -16,7 +18,17 @@ from flowmaps.importers.inert import REMEDY, Reader, check_extent, refusal, show
 from flowmaps.reading import regular_file
 
 Weights = dict[str, Tensor]
+MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first in a file of torch before its version 1.6
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts of names
+# Parts of a training checkpoint that can have the weights, averages first, and counters that averages keep with them.
+CONTAINERS = ("ema", "model_ema", "ema_model", "state_dict_ema", "state_dict", "model", "module", "network", "net")
+COUNTERS = {"n_averaged", "initted", "step", "num_updates", "decay"}
+FAMILIES = {  # the format of weights by one of their names
+    "x_embedder.proj.weight": "dit or sit",
+    "all_modules.": "rectified_flow",
+    "transformer_blocks.": "diffusers_dit, which takes its folder",
+    "down_blocks.": "diffusers_unet, which takes its folder",
+}
 BYTES = {
     **{"DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "UntypedStorage": 1},
     **{"LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1},
@@ -83,6 +95,8 @@ class _SizeReader(Reader):
 def read_tensors(path: Path) -> Any:
     """Return the content of a file of ``torch.save``: dicts, lists, numbers, tensors, plain argparse namespaces.
 
+    A safetensors file is a dict of tensors.
+
     Raises:
         UserError: The file is damaged or hostile: it names what no checkpoint needs, is compressed, or has fewer
             numbers than its tensors.
@@ -90,13 +104,20 @@ def read_tensors(path: Path) -> Any:
     size = regular_file(path, REMEDY).stat().st_size
     try:
         with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
-            if file.read(4) == b"PK\3\4":
+            head = file.read(len(MAGIC))
+            if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+                return load_file(path)
+            if head[:4] == b"PK\3\4":
                 _check_archive(file, size)
+            elif head[2:] != MAGIC[2:]:
+                raise (pickle.UnpicklingError if head[:1] == MAGIC[:1] else ValueError)(
+                    "it is a pickle of another kind, as formats edm, edm2 and ect read them"
+                )
             else:
                 check_sizes(file, size)
             return weights_only(file)
     except Exception as error:
-        raise refusal(path, error) from None
+        raise refusal(path, error, reading="torch") from None
 
 
 def _check_archive(file: BinaryIO, size: int) -> None:
@@ -138,7 +159,7 @@ def weights_only(file: BinaryIO) -> Any:
     file.seek(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about protocols: what cannot be read is refused
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True, encoding="latin1")
 
 
 def plain_names(weights: Any) -> Weights:
@@ -154,3 +175,29 @@ def plain_names(weights: Any) -> Weights:
             raise pickle.UnpicklingError(f"it has {shorten(plain, 80)} twice")
         found[plain] = tensor
     return found
+
+
+def network_weights(content: Any, first: str) -> tuple[Weights, bool]:
+    """Return the weights of the network that has a weight called ``first``, and whether they are a part of ``content``.
+
+    They may lie in a part of it, and their names may start with "model.", "ema." and the like; averages are preferred.
+    """
+    outer = [content[name] for name in CONTAINERS if name in content] if isinstance(content, dict) else []
+    parts = [[part, *(part[name] for name in CONTAINERS if name in part)] for part in outer if isinstance(part, dict)]
+    seen: list[str] = []
+    for part in (*itertools.chain(*parts), content):
+        if not isinstance(part, dict) or not any(isinstance(weight, Tensor) for weight in part.values()):
+            continue
+        weights = plain_names({name: weight for name, weight in part.items() if name not in COUNTERS})
+        seen += weights
+        prefixes = [name.removesuffix(first) for name in weights if f".{name}".endswith(f".{first}")]
+        if prefixes:
+            best = min(prefixes, key=lambda prefix: ("ema" not in prefix, len(prefix)))
+            others = tuple(prefix for prefix in prefixes if prefix and prefix != best)
+            return {
+                name.removeprefix(best): weight
+                for name, weight in weights.items()
+                if name.startswith(best) or not (name.startswith(others) or name.split(".")[-1] in COUNTERS)
+            }, part is not content
+    family = next((form for start, form in FAMILIES.items() if any(start in name for name in seen)), "")
+    raise pickle.UnpicklingError(f"it has no {first}" + (f", and seems to be of format {family}" if family else ""))

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowmaps.errors import UserError
 from flowmaps.importers.build import Options, Source, side
 from flowmaps.importers.inert import Unsupported, same, shown
-from flowmaps.importers.torch_files import Weights, plain_names, read_tensors
+from flowmaps.importers.torch_files import Weights, network_weights, read_tensors
 from flowmaps.networks.dit import positions
 
 # Both were trained on latents of Stable Diffusion's VAE, from the sample (no mean or standard deviation taken out).
@@ -34,7 +34,7 @@ def dit(path: Path, options: Options) -> Source:
     for key, value in NOISING.items():
         if not same(found := args.get(key, value), value):
             raise Unsupported(f"its args.{key} is {shown(found)}, which is not how DiT was trained")
-    return _transformer(weights, args, "ddpm", options)
+    return transformer(weights, args, "ddpm", options)
 
 
 def sit(path: Path, options: Options) -> Source:
@@ -54,7 +54,7 @@ def sit(path: Path, options: Options) -> Source:
     for name, value, known in (("path", form, PATHS_HERE), ("prediction", predicted, ("velocity",))):
         if value not in known:
             raise Unsupported(f"its {name} is {value}, and this package reads only {' and '.join(known)}")
-    source = _transformer(weights, args, "velocity", options)
+    source = transformer(weights, args, "velocity", options)
     source.interpolant = form
     if turned:
         _turn(source.weights)
@@ -65,14 +65,15 @@ def sit(path: Path, options: Options) -> Source:
 
 def _read(path: Path) -> tuple[Weights, dict[str, Any]]:
     """Return the weights, a training checkpoint's "ema" or all of the content, and the arguments of the training."""
+    if path.is_dir():
+        raise UserError("is a folder: choose format diffusers_dit for a folder of diffusers")
     content = read_tensors(path)
-    if not isinstance(content, dict):
-        raise UnpicklingError("it has no weights, and neither has its ema")
-    args = content.get("args", {}) if "ema" in content else {}
+    weights, training = network_weights(content, "x_embedder.proj.weight")
+    args = content.get("args", {}) if training else {}
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict):
         raise UnpicklingError("its args are not a namespace")
-    return plain_names(content.get("ema", content)), args
+    return weights, args
 
 
 def _known(args: dict[str, Any], key: str, names: dict[str, str]) -> str | None:
@@ -123,7 +124,8 @@ def _heads(args: dict[str, Any], width: int, depth: int, options: Options) -> in
     return heads
 
 
-def _transformer(w: Weights, args: dict[str, Any], convention: str, options: Options) -> Source:
+def transformer(w: Weights, args: dict[str, Any], convention: str, options: Options) -> Source:
+    """Return the source of a transformer from its weights under facebookresearch's names."""
     stem, table = w.pop("x_embedder.proj.weight"), w.pop("y_embedder.embedding_table.weight")
     if stem.ndim != 4 or table.ndim != 2 or stem.shape[2] != stem.shape[3]:
         raise UnpicklingError("its patches are not square, or its label table is not a table")

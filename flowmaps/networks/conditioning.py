@@ -9,15 +9,21 @@ from torch import Tensor, nn
 from flowmaps.networks.layers import zero
 
 
-def time_features(t: Tensor, channels: int, last: float = 32.0) -> Tensor:
-    """Return cos and sin of t [B] at ``channels / 2`` geometrically spaced frequencies, 1 to ``last``: [B, channels].
+def geometric(channels: int, last: float, like: Tensor | None = None) -> Tensor:
+    """Return ``channels / 2`` geometrically spaced frequencies, 1 to ``last``, of the type of ``like``."""
+    device, dtype = (None, torch.float32) if like is None else (like.device, like.dtype)
+    count = channels // 2
+    exponents: Tensor = torch.arange(count, device=device, dtype=dtype) / max(1, count - 1)
+    return last**exponents
+
+
+def time_features(t: Tensor, channels: int, last: float = 32.0, frequencies: Tensor | None = None) -> Tensor:
+    """Return cos and sin of t [B] at ``frequencies``, or else ``geometric`` ones: [B, channels].
 
     For times in [0, 1], 32 is modest on purpose. With times scaled to 0 .. 1000, as diffusion models have it, the
     tangent of the embedding is some hundred times its value and drowns the derivative of everything else.
     """
-    count = channels // 2
-    exponents = torch.arange(count, device=t.device, dtype=t.dtype) / max(1, count - 1)
-    phase = t[:, None] * last**exponents
+    phase = t[:, None] * (geometric(channels, last, t) if frequencies is None else frequencies.to(t.dtype))
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
@@ -89,9 +95,9 @@ class TimeEmbedding(nn.Module):
     """Embeds (s, t, label) as one vector [B, channels]: MLP(level) + MLP(t - s) + class and guidance vectors.
 
     The MLPs see ``features`` time features; the highest frequency for the level (s, or a published network's noise
-    level) is ``last``. Augmentation parameters are added to the level's features. So are class vectors if
-    ``label_first`` (DDPM++); otherwise they are added to the MLP's output (ADM, DiT). A guidance weight w >= 1 enters
-    as the features of 1 / w. For ``label`` see ``condition``.
+    level) is ``last``; with ``fourier`` the frequencies travel with the weights (NCSN++). Augmentation parameters are
+    added to the level's features. So are class vectors if ``label_first`` (DDPM++); otherwise they are added to the
+    MLP's output (ADM, DiT). A guidance weight w >= 1 enters as the features of 1 / w. For ``label`` see ``condition``.
 
     The last layers of the MLPs for t - s and 1 / w start at zero: a network trained with one time, loaded into this
     one, is the same function at s = t.
@@ -106,12 +112,15 @@ class TimeEmbedding(nn.Module):
         guidance: bool = False,
         label_first: bool = False,
         last: float = 32.0,
+        fourier: bool = False,
     ) -> None:
         super().__init__()
         if guidance and not num_classes:
             raise ValueError("guidance needs classes: num_classes is 0")
         self.num_classes, self.augment_dim, self.label_first = num_classes, augment_dim, label_first
         self.channels, self.last = features, last
+        self.frequencies: Tensor | None
+        self.register_buffer("frequencies", geometric(features, last) if fourier else None)
         self.start = nn.Sequential(nn.Linear(features, channels), nn.SiLU(), nn.Linear(channels, channels))
         self.gap = self.second(features, channels)
         self.label = nn.Embedding(num_classes + 1, features if label_first else channels) if num_classes else None
@@ -126,7 +135,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         given = condition(label, s, self.num_classes, self.augment_dim, self.guidance is not None)
         dtype = cast(nn.Linear, self.start[0]).weight.dtype  # times keep their own precision until here
-        start = time_features(level, self.channels, self.last).to(dtype)
+        start = time_features(level, self.channels, self.last, self.frequencies).to(dtype)
         classes = None if self.label is None else given.classes.to(dtype) @ self.label.weight
         if self.augmentation is not None:
             start = start + self.augmentation(given.augmentation.to(dtype))

@@ -29,9 +29,9 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight.to(x.dtype)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """Normalise tokens [B, n, width] without weights, then scale and shift by [B, width]."""
-    return torch.addcmul(shift[:, None], layer_norm(x), 1 + scale[:, None])
+    return torch.addcmul(shift[:, None], layer_norm(x, eps), 1 + scale[:, None])
 
 
 class Attention(nn.Module):
@@ -55,8 +55,9 @@ class Attention(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and MLP, each normalised, modulated and gated by the embedding; starts as the identity."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, dropout: float, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         hidden = int(width * mlp_ratio)
         self.modulation = zero(nn.Linear(width, 6 * width))
         self.attention = Attention(width, heads, qk_norm)
@@ -65,7 +66,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(embedding).to(x.dtype).chunk(6, dim=1)
         x = torch.addcmul(x, gate1[:, None], self.attention(modulate(x, shift1, scale1)))
-        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(x, shift2, scale2)))
+        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(x, shift2, scale2, self.eps)))
 
 
 class DiT(Preconditioned, ModelMixin, ConfigMixin):
@@ -73,7 +74,9 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
 
     Peebles and Xie 2023 (arXiv 2212.09748), with adaLN-zero modulation; the second time's embedding is added and starts
     at zero (``conditioning.TimeEmbedding``). ``qk_norm`` normalises queries and keys, which keeps attention's
-    derivative in check. ``data_std``, ``augment_dim``, ``guidance``, ``convention`` and ``base_std`` as in ``UNet``.
+    derivative in check. ``variant="diffusers"`` is the network as diffusers' DiTTransformer2DModel computes it: the
+    level's frequencies reach 1e-4, and the second norm of a block adds 1e-5 to the variance. ``data_std``,
+    ``augment_dim``, ``guidance``, ``convention`` and ``base_std`` as in ``UNet``.
     """
 
     _supports_gradient_checkpointing = True
@@ -96,8 +99,11 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
         guidance: bool = False,
         convention: str = "",
         base_std: float = 0.5,
+        variant: str = "",
     ) -> None:
         super().__init__()
+        if variant not in ("", "diffusers"):
+            raise ValueError(f"variant must be diffusers or empty, got {variant}")
         check_sizes(self.config)
         if not 1 <= mlp_ratio * width <= 65_536 or image_size // patch > 1024:
             raise ValueError("mlp_ratio must give 1 to 65,536 channels, and patch at most 1024 patches per side")
@@ -112,9 +118,11 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
         self.register_buffer("positions", positions(self.size, width), persistent=False)
         pixels = channels * patch**2
         self.stem = nn.Linear(pixels, width)
-        last = 10000.0 ** -(127 / 128) if convention else 32.0
+        eps = 1e-5 if variant else 1e-6
+        last = 10000.0 ** -(1 if variant else 127 / 128) if convention else 32.0
         self.embedding = TimeEmbedding(256, width, num_classes, augment_dim, guidance, last=last)
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads, mlp_ratio, qk_norm, dropout) for _ in range(depth))
+        sizes = (width, heads, mlp_ratio, qk_norm, dropout, eps)
+        self.blocks = nn.ModuleList(TransformerBlock(*sizes) for _ in range(depth))
         self.modulation, self.head = zero(nn.Linear(width, 2 * width)), zero(nn.Linear(width, pixels))
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and (name == "stem" or ("blocks" in name and "modulation" not in name)):

@@ -72,20 +72,22 @@ def own_type(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
 
 
-def normalise(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Normalise [B, C, H, W] without weights, in up to 32 groups of at least 4 channels that divide C."""
+def normalise(x: Tensor, eps: float = 1e-5, groups: int = 0) -> Tensor:
+    """Normalise [B, C, H, W] without weights, in ``groups``; 0: up to 32 of at least 4 channels that divide C."""
+    if groups:
+        return group_norm(x, groups, eps)
     channels = x.shape[1]
     most = max(1, min(32, channels // 4))
     return group_norm(x, next(groups for groups in range(most, 0, -1) if channels % groups == 0), eps)
 
 
-def layer_norm(x: Tensor) -> Tensor:
+def layer_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Normalise [B, n, C] along C without weights.
 
     This is one group of a group normalisation, since backward through the forward derivative of F.layer_norm is
     silently wrong (pytorch issue 196700; seen in 2.11 and 2.15).
     """
-    return group_norm(x.flatten(0, 1), 1, eps=1e-6).view_as(x)
+    return group_norm(x.flatten(0, 1), 1, eps).view_as(x)
 
 
 def group_norm(x: Tensor, groups: int, eps: float) -> Tensor:
@@ -102,15 +104,15 @@ def group_norm(x: Tensor, groups: int, eps: float) -> Tensor:
 class GroupNorm(nn.Module):
     """Group normalisation whose scale and shift are applied by hand, in the type of the activation."""
 
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+    def __init__(self, channels: int, eps: float = 1e-5, groups: int = 0) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.groups = eps, groups
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         scale, shift = self.weight.to(x.dtype)[:, None, None], self.bias.to(x.dtype)[:, None, None]
-        return torch.addcmul(shift, normalise(x, self.eps), scale)
+        return torch.addcmul(shift, normalise(x, self.eps, self.groups), scale)
 
 
 def heads_of(channels: int, head_channels: int) -> int:
@@ -123,10 +125,10 @@ def heads_of(channels: int, head_channels: int) -> int:
 class SelfAttention(nn.Module):
     """Self-attention over the pixels of [B, C, H, W], added to its input; the added part starts at zero."""
 
-    def __init__(self, channels: int, head_channels: int = 64, eps: float = 1e-5) -> None:
+    def __init__(self, channels: int, head_channels: int = 64, eps: float = 1e-5, groups: int = 0) -> None:
         super().__init__()
         self.heads = heads_of(channels, head_channels)
-        self.norm = GroupNorm(channels, eps)
+        self.norm = GroupNorm(channels, eps, groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
@@ -138,14 +140,23 @@ class SelfAttention(nn.Module):
         return x + out
 
 
-def resample(x: Tensor, mode: str) -> Tensor:
-    """Halve the resolution of [B, C, H, W] ("down": 2 x 2 means), double it ("up": nearest) or keep it ("keep")."""
+def smooth(x: Tensor, padding: int = 1) -> Tensor:
+    """Weight neighbours of [B, C, H, W] by (1, 2, 1) / 4 in both directions, with zeros around it."""
+    return F.avg_pool2d(F.avg_pool2d(x, 2, stride=1, padding=padding), 2, stride=1)
+
+
+def resample(x: Tensor, mode: str, smoothed: bool = False) -> Tensor:
+    """Halve the resolution of [B, C, H, W] ("down": 2 x 2 means), double it ("up": nearest) or keep it ("keep").
+
+    ``smoothed``, by ``smooth``, this is the filter (1, 3, 3, 1) of NCSN++.
+    """
     if mode == "keep":
         return x
     if mode == "down":
-        return F.avg_pool2d(x, 2)
+        return F.avg_pool2d(smooth(x) if smoothed else x, 2)
     with own_type(x):
-        return F.interpolate(x, scale_factor=2, mode="nearest")
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+    return smooth(x) if smoothed else x
 
 
 class Stage(NamedTuple):
@@ -235,7 +246,7 @@ def check_sizes(config: Mapping[str, Any]) -> None:
         ("channels width dim", 1, 65_536),
         ("depth blocks heads", 1, 512),
         ("num_classes", 0, MOST_CLASSES),
-        ("augment_dim fourier_features", 0, 65_536),
+        ("augment_dim fourier_features norm_groups head_channels", 0, 65_536),
     ):
         for name in names.split():
             if name in config and not (_whole(config[name]) and least <= config[name] <= most):

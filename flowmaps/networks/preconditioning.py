@@ -4,26 +4,25 @@ import math
 
 from torch import Tensor
 
-from flowmaps.parametrisations import PARAMETRISATIONS
+from flowmaps.parametrisations import parametrisation
 from samplers.callables import expand
 
 
 class Preconditioned:
     """v_{s,t}(x) from ``body(x, level, s, t, label)``, the network proper.
 
-    By default the input is divided and the output multiplied by ``data_std``, and level is s. With a name from
-    ``flowmaps.parametrisations`` the body is F of that parametrisation at s = t, with level = c_noise; before training,
-    s is its only time. The noise has standard deviation ``base_std``.
+    By default the input is divided and the output multiplied by ``data_std``, and level is s. With a name that
+    ``flowmaps.parametrisations.parametrisation`` knows, the body is F of that parametrisation at s = t, with level =
+    c_noise; before training, s is its only time. The noise has standard deviation ``base_std``.
     """
 
     def precondition(self, convention: str, base_std: float, data_std: float) -> None:
         """Set the scaling, in a network's constructor; an empty ``convention`` is the default."""
-        if convention and convention not in PARAMETRISATIONS:
-            raise ValueError(f"convention must be one of {', '.join(PARAMETRISATIONS)}, or empty, got {convention}")
+        found = parametrisation(convention) if convention else None
         if not (0 < base_std < math.inf and 0 < data_std < math.inf):
             raise ValueError(f"base_std and data_std must be positive, got {base_std} and {data_std}")
         self.base_std, self.data_std = base_std, data_std
-        self.parametrisation = PARAMETRISATIONS[convention] if convention else None
+        self.parametrisation = found
 
     def body(self, x: Tensor, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """Compute F, the network proper."""

@@ -20,6 +20,7 @@ from flowmaps.networks.layers import (
     normalise,
     resample,
     run,
+    smooth,
     u_shape,
     zero,
 )
@@ -38,16 +39,18 @@ class Variant(NamedTuple):
     eps: float
     endpoint: bool = False  # with a convention: the level's frequencies reach 1e-4, else stop one short
     asymmetric: bool = False  # "conv" pads right and bottom only
+    ncsn: bool = False  # smoothed resampling, the input again at every level, frequencies that travel with the weights
 
 
-# ADM: Dhariwal and Nichol 2021 (arXiv 2105.05233); DDPM++: Song et al. 2021 (arXiv 2011.13456); both as EDM has them,
-# Karras et al. 2022 (arXiv 2206.00364), table 1 and appendix F.6. "small" is ADM without resampling blocks and with
-# attention at the listed resolutions only, for small images on a CPU. "ddpm": Ho et al. 2020
-# (arXiv 2006.11239) as in diffusers' UNet2DModel, "diffusers": that class with its defaults.
+# ADM: Dhariwal and Nichol 2021 (arXiv 2105.05233); DDPM++, NCSN++: Song et al. 2021 (arXiv 2011.13456); all as EDM has
+# them, Karras et al. 2022 (arXiv 2206.00364), table 1 and appendix F.6. "small" is ADM without resampling blocks and
+# with attention at the listed resolutions only, for small images on a CPU. "ddpm": Ho et al. 2020 (arXiv 2006.11239) as
+# in diffusers' UNet2DModel, "diffusers": that class with its defaults.
 VARIANTS = {
     "small": Variant("pool", True, 1.0, 64, True, False, 1e-5),
     "adm": Variant("block", True, 1.0, 64, True, False, 1e-5),
     "ddpm++": Variant("block", False, math.sqrt(0.5), None, False, True, 1e-6, endpoint=True),
+    "ncsn++": Variant("block", False, math.sqrt(0.5), None, False, True, 1e-6, endpoint=True, ncsn=True),
     "ddpm": Variant("conv", False, 1.0, None, True, False, 1e-6, endpoint=True, asymmetric=True),
     "diffusers": Variant("conv", False, 1.0, 8, True, False, 1e-5),
 }
@@ -56,14 +59,17 @@ VARIANTS = {
 class Block(nn.Module):
     """Residual block: norm, SiLU, resampling, conv, norm and embedding, SiLU, dropout, conv (starts at zero)."""
 
-    def __init__(self, stage: Stage, embedding: int, dropout: float, attention: bool, variant: Variant) -> None:
+    def __init__(
+        self, stage: Stage, embedding: int, dropout: float, attention: bool, variant: Variant, groups: int = 0
+    ) -> None:
         super().__init__()
         inputs, channels, eps = stage.inputs, stage.channels, variant.eps
-        self.resample, self.skip_scale, self.eps = stage.resample, variant.skip_scale, eps
-        self.norm1 = GroupNorm(inputs, eps)
+        self.resample, self.skip_scale, self.smoothed = stage.resample, variant.skip_scale, variant.ncsn
+        self.eps, self.groups = eps, groups
+        self.norm1 = GroupNorm(inputs, eps, groups)
         self.conv1 = nn.Conv2d(inputs, channels, 3, padding=1)
         self.modulation = nn.Linear(embedding, channels * (1 + variant.scale))
-        self.norm2 = None if variant.scale else GroupNorm(channels, eps)
+        self.norm2 = None if variant.scale else GroupNorm(channels, eps, groups)
         if variant.scale:  # its bias is the affine part of the second norm
             nn.init.ones_(self.modulation.bias[:channels])
             nn.init.zeros_(self.modulation.bias[channels:])
@@ -71,18 +77,19 @@ class Block(nn.Module):
         self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
         projected = inputs != channels or (stage.resample != "keep" and not variant.scale)
         self.skip = nn.Conv2d(inputs, channels, 1) if projected else nn.Identity()
-        self.attention = SelfAttention(channels, variant.head_channels or channels, eps) if attention else None
+        heads = variant.head_channels or channels
+        self.attention = SelfAttention(channels, heads, eps, groups) if attention else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        y = self.conv1(resample(F.silu(self.norm1(x)), self.resample))
+        y = self.conv1(resample(F.silu(self.norm1(x)), self.resample, self.smoothed))
         modulation = self.modulation(embedding)[:, :, None, None].to(y.dtype)
         if self.norm2 is not None:
             y = self.norm2(y + modulation)
         else:
             scale, shift = modulation.chunk(2, dim=1)
-            y = torch.addcmul(shift, normalise(y, self.eps), scale)
+            y = torch.addcmul(shift, normalise(y, self.eps, self.groups), scale)
         y = self.conv2(self.dropout(F.silu(y)))
-        x = self.scaled(self.skip(resample(x, self.resample)) + y)
+        x = self.scaled(self.skip(resample(x, self.resample, self.smoothed)) + y)
         return x if self.attention is None else self.scaled(self.attention(x))
 
     def scaled(self, x: Tensor) -> Tensor:
@@ -127,6 +134,8 @@ class UNet(Preconditioned, ModelMixin, ConfigMixin):
         convention: Parametrisation of imported weights, empty for this package's
             (``preconditioning.Preconditioned``).
         base_std: Standard deviation of the noise, for ``convention``.
+        norm_groups: Groups of every normalisation, 0 for up to 32 of at least 4 channels.
+        head_channels: Channels of an attention head, 0 for those of the variant; a level with fewer has one head.
 
     Raises:
         ValueError: The arguments do not fit together, such as a resolution that cannot be halved.
@@ -156,20 +165,25 @@ class UNet(Preconditioned, ModelMixin, ConfigMixin):
         variant: str = "small",
         convention: str = "",
         base_std: float = 0.5,
+        norm_groups: int = 0,
+        head_channels: int = 0,
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant}")
         check_unet(self.config)
+        if norm_groups and width % norm_groups:
+            raise ValueError(f"width ({width}) must be divisible by norm_groups ({norm_groups})")
         self.precondition(convention, base_std, data_std)
         self.patch, self.gradient_checkpointing = patch, False
         chosen = VARIANTS[variant]
+        chosen = chosen._replace(head_channels=head_channels or chosen.head_channels)
         size, embedding = image_size // patch, 4 * width
         pixels = channels * patch**2
-        features = embedding if variant == "small" else width
+        features = embedding if variant == "small" else width * (1 + chosen.ncsn)
         last = 10000.0 ** -(1 if chosen.endpoint else 1 - 2 / features) if convention else 32.0
         self.embedding = TimeEmbedding(
-            features, embedding, num_classes, augment_dim, guidance, chosen.label_first, last
+            features, embedding, num_classes, augment_dim, guidance, chosen.label_first, last, chosen.ncsn
         )
         self.stem = nn.Conv2d(pixels, width, 3, padding=1)
         down, up = u_shape(size, width, tuple(mult * width for mult in channel_mult), blocks)
@@ -177,17 +191,23 @@ class UNet(Preconditioned, ModelMixin, ConfigMixin):
         def block(stage: Stage, attention: bool) -> nn.Module:
             if stage.resample != "keep" and chosen.resampling != "block":
                 return Resample(stage, chosen)
-            return Block(stage, embedding, dropout, attention, chosen)
+            return Block(stage, embedding, dropout, attention, chosen, norm_groups)
 
         def listed(stage: Stage) -> bool:
             return stage.resample == "keep" and stage.size in attention_resolutions
 
         self.down = nn.ModuleList(block(stage, listed(stage)) for stage in down)
+        halved = [stage.channels for stage in down if stage.resample == "down"] if chosen.ncsn else []
+        self.residuals = nn.ModuleList(
+            nn.Conv2d(inputs, outputs, 3, padding=2) for inputs, outputs in zip([pixels, *halved], halved, strict=False)
+        )
         low = Stage("keep", down[-1].channels, down[-1].channels, down[-1].size)
         self.middle = nn.ModuleList([block(low, chosen.resampling != "pool" or listed(low)), block(low, False)])
         self.up = nn.ModuleList(block(stage, listed(stage) and (stage.last or chosen.up_attention)) for stage in up)
         self.head = nn.Sequential(
-            GroupNorm(up[-1].channels, chosen.eps), nn.SiLU(), zero(nn.Conv2d(up[-1].channels, pixels, 3, padding=1))
+            GroupNorm(up[-1].channels, chosen.eps, norm_groups),
+            nn.SiLU(),
+            zero(nn.Conv2d(up[-1].channels, pixels, 3, padding=1)),
         )
 
     def body(self, x: Tensor, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
@@ -195,10 +215,14 @@ class UNet(Preconditioned, ModelMixin, ConfigMixin):
         p = self.patch
         x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
         embedding = F.silu(self.embedding(level, s, t, label))
+        again, residuals = x, iter(self.residuals)
         x = self.stem(x)
         skips = [x]
         for block in self.down:
             x = run(self, block, x, embedding)
+            if self.residuals and block.resample == "down":  # the input, halved again and again, in NCSN++
+                again = F.avg_pool2d(smooth(next(residuals)(again), padding=0), 2)
+                x = again = (x + again) * math.sqrt(0.5)
             skips.append(x)
         for block in self.middle:
             x = run(self, block, x, embedding)

@@ -2,8 +2,8 @@
 
 import enum
 import math
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,13 @@ from flowmaps.flow_map import FlowMap
 from samplers.callables import Drift
 from samplers.schedule import Schedule
 from samplers.trajectories import Trajectory
+
+T = TypeVar("T")
+
+
+def new_option(default: T, before: T) -> T:
+    """Declare an option that objectives did not always have; runs whose config.json lacks it did as ``before``."""
+    return field(default=default, metadata={"before": before})
 
 
 class Loss(NamedTuple):
@@ -73,6 +80,8 @@ class Objective:
                 raise UserError("must be finite", field=f.name, value=value)
         if not 0 <= self.adaptive <= 2:
             raise UserError("a power must lie in [0, 2]", field="adaptive", value=self.adaptive)
+        if not self.adaptive_floor > 0:
+            raise UserError("must be positive", field="adaptive_floor", value=self.adaptive_floor)
 
     @property
     def diagonal(self) -> float:
@@ -83,6 +92,11 @@ class Objective:
     def adaptive(self) -> float:
         """Power of the adaptive weight, 0 for none."""
         return 0.0
+
+    @property
+    def adaptive_floor(self) -> float:
+        """Constant c of the adaptive weight 1 / sg[|r|^2 + c]^p."""
+        return 1e-3
 
     @property
     def teacher_ema(self) -> float:
@@ -183,13 +197,13 @@ class Objective:
         x0 = fm.base_std * torch.randn(x1.shape, **options)
         uniform = torch.rand(2, len(x1), **options)
         rows = self.diagonal_rows(len(x1))
-        u = self.diagonal_times(uniform[0, :rows])
+        u = self.diagonal_times(uniform[:, :rows])
         s, t = self.off_diagonal_times(uniform[:, rows:], fm, step)
         return Draws(x0, torch.cat([u, s]), torch.cat([u, t]), gamma=torch.rand(len(x1), **options))
 
     def diagonal_times(self, uniform: Tensor) -> Tensor:
-        """Return the times of diagonal rows from uniform numbers [n]."""
-        return uniform
+        """Return the times [n] of diagonal rows from uniform numbers [2, n]."""
+        return uniform[0]
 
     def off_diagonal_times(self, uniform: Tensor, fm: FlowMap, step: int) -> tuple[Tensor, Tensor]:
         """Return (s, t) of the off-diagonal rows of training step ``step`` from uniform numbers [2, n]."""
@@ -222,7 +236,7 @@ class Objective:
         losses = self.row_losses(fm, x1, label, draws, teacher, terms)
         if self.adaptive:  # Geng et al. 2025 (arXiv 2505.13447), with |r|^2 the sum over a sample's dimensions
             total = losses.detach() * x1[0].numel()
-            losses = losses * (total + 1e-3).pow(-self.adaptive)
+            losses = losses * (total + self.adaptive_floor).pow(-self.adaptive)
         if weight is not None:  # exp(-w) |r|^2 + w: w learns the log of the residual's variance
             w = weight(draws.s, draws.t)
             losses = torch.exp(-w) * losses + w

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from flowmaps.derivatives import velocity_jvp
 from flowmaps.flow_map import FlowMap
-from flowmaps.objectives.base import DerivativeRole, rms
+from flowmaps.objectives.base import DerivativeRole, new_option, rms
 from flowmaps.objectives.self_distillation import OffDiagonalBatch, SelfDistillation
-from flowmaps.objectives.time_sampling import TimeSampling
+from flowmaps.objectives.time_sampling import Times, TimeSampling
 from samplers.callables import Drift, expand
 
 
@@ -71,6 +71,7 @@ class MeanFlow(TimeSampling, SelfDistillation):
     Geng et al. 2025 (arXiv 2505.13447), the MeanFlow identity at this package's times and sign.
     """
 
+    times: Times = Times.logit_normal
     tangent: Velocity = Velocity.conditional
     target: Velocity = Velocity.conditional
 
@@ -96,6 +97,7 @@ class ImprovedMeanFlow(MeanFlow):
     Geng et al. 2025 (arXiv 2512.02012).
     """
 
+    adaptive_floor: float = new_option(0.01, before=1e-3)
     tangent: Velocity = Velocity.model
 
 

@@ -3,13 +3,15 @@
 import enum
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flowmaps.derivatives import velocity_difference, velocity_jvp
 from flowmaps.flow_map import FlowMap
-from flowmaps.objectives.base import DerivativeRole, rms
+from flowmaps.networks.conditioning import without_label
+from flowmaps.objectives.base import DerivativeRole, Draws, new_option, rms
 from flowmaps.objectives.self_distillation import OffDiagonalBatch, SelfDistillation
-from flowmaps.objectives.time_sampling import TimeSampling
+from flowmaps.objectives.time_sampling import Times, TimeSampling
 from samplers.callables import Drift, expand
 
 
@@ -58,9 +60,29 @@ class Lagrangian(TimeSampling, SelfDistillation):
 class TerminalVelocity(Lagrangian):
     """Lagrangian self-distillation whose end-point velocity comes from a moving average of the weights.
 
-    Terminal Velocity Matching (2025): r = d/dt X_{s,t}(I_s) - sg[ v'_{t,t}( X_{s,t}(I_s) ) ], where v' has weights
-    averaged at decay ``teacher_ema`` and the point comes from the live weights. The trainer keeps the average and
-    passes it as ``teacher``.
+    Terminal Velocity Matching (arXiv 2511.19797): r = d/dt X_{s,t}(I_s) - sg[ v'_{t,t}( X_{s,t}(I_s) ) ], where v' has
+    weights averaged at decay ``teacher_ema`` and the point comes from the live weights. The trainer keeps the average
+    and passes it as ``teacher``. Under guidance w the average also gives the drift without a label, the target is not
+    mixed, and the losses of guided rows are divided by w^2, by which the target's variance has grown.
     """
 
+    diagonal: float = 0.5
+    times: Times = Times.gap
+    time_mean: tuple[float, float] = (0.4, -0.8)
     teacher_ema: float = 0.99
+    guidance_mix: float = new_option(0.0, before=0.0)
+
+    def row_losses(
+        self,
+        fm: FlowMap,
+        x1: Tensor,
+        label: Tensor | None,
+        draws: Draws,
+        teacher: Drift | None,
+        terms: dict[str, Tensor],
+    ) -> Tensor:
+        losses = super().row_losses(fm, x1, label, draws, teacher, terms)
+        if draws.guidance is None or label is None:
+            return losses
+        _, has_label = without_label(label, fm.info.num_classes)
+        return losses / torch.where(has_label, draws.guidance, 1.0) ** 2

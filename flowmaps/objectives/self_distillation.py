@@ -1,5 +1,6 @@
 """Objectives that learn the drift on rows with s = t, and self-distillation, which adds rows with s < t."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.networks.conditioning import with_guidance, without_label
 from flowmaps.networks.layers import no_dropout
-from flowmaps.objectives.base import Draws, Objective, mean_square
+from flowmaps.objectives.base import Draws, Objective, mean_square, new_option
 from samplers.callables import Drift, expand
 
 
@@ -19,10 +20,14 @@ from samplers.callables import Drift, expand
 class DriftObjective(Objective):
     """Regression of v_{t,t}(I_t) on dI_t/dt (flow matching), optionally with guidance baked in."""
 
-    adaptive: float = 0.0  # power p of the adaptive weight 1 / sg[|r|^2 + 1e-3]^p; 0: none
+    adaptive: float = 0.0  # power p of the adaptive weight 1 / sg[|r|^2 + c]^p; 0: none
+    adaptive_floor: float = new_option(1e-3, before=1e-3)  # its c
     teacher_ema: float = 0.0  # decay of the weight average whose drift is the teacher; 0: the live network's drift
     guidance: float = 1.0  # weight of baked-in guidance; 1: none
     guidance_max: float = 1.0  # above 1: draw each row's weight from [1, guidance_max] and condition the network on it
+    guidance_power: float = new_option(1.0, before=0.0)  # drawn weights have a density proportional to w^-power
+    guidance_mix: float = new_option(0.5, before=0.0)  # share of the network's own guided drift in the target: see
+    # ``guided_target``; a drawn weight has the share 1 - 1 / w in its place, unless this is 0
     guidance_times: tuple[float, float] = (0.0, 1.0)  # the weight is 1 for rows whose s lies outside
 
     def __post_init__(self) -> None:
@@ -37,6 +42,8 @@ class DriftObjective(Objective):
                 field="guidance",
                 value=self.guidance,
             )
+        if not 0 <= self.guidance_mix < 1:
+            raise UserError("a share must lie in [0, 1)", field="guidance_mix", value=self.guidance_mix)
         low, high = self.guidance_times
         if not 0 <= low < high <= 1:
             raise UserError("are two times in order from 0 to 1", field="guidance_times", value=self.guidance_times)
@@ -50,40 +57,55 @@ class DriftObjective(Objective):
         if not self.guided:
             return draws
         uniform = torch.rand(len(x1), generator=generator, device=x1.device, dtype=x1.dtype)
-        drawn = 1 + (self.guidance_max - 1) * uniform
-        guidance = torch.full_like(drawn, self.guidance) if self.guidance > 1 else drawn
+        guidance = torch.full_like(uniform, self.guidance) if self.guidance > 1 else self.guidance_weights(uniform)
         low, high = self.guidance_times
         return draws._replace(guidance=torch.where((draws.s >= low) & (draws.s <= high), guidance, 1.0))
 
+    def guidance_weights(self, uniform: Tensor) -> Tensor:
+        """Return weights in [1, guidance_max] with density proportional to w^-guidance_power from uniform numbers."""
+        power = 1 - self.guidance_power
+        if abs(power) < 1e-6:
+            return torch.exp(uniform * math.log(self.guidance_max))
+        return torch.pow(1 + uniform * (self.guidance_max**power - 1), 1 / power)
+
     def conditional(
-        self, fm: FlowMap, x1: Tensor, label: Tensor | None, draws: Draws
+        self, fm: FlowMap, x1: Tensor, label: Tensor | None, draws: Draws, teacher: Drift | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return I_s and the target dI_s/ds [B, ...], guided if guidance is on, and the label that goes with them."""
         x_s = fm.interpolant.point(draws.x0, x1, draws.s)
         velocity = fm.interpolant.conditional_velocity(draws.x0, x1, draws.s)
         if draws.guidance is not None:
-            velocity, label = self.guided_velocity(fm, x_s, draws.s, label, velocity, draws.guidance)
+            drift = teacher if teacher is not None and self.teacher_ema else fm.drift
+            velocity, label = self.guided_target(fm, x_s, draws.s, label, velocity, draws.guidance, drift)
         return x_s, velocity, label
 
-    def guided_velocity(
-        self, fm: FlowMap, x: Tensor, s: Tensor, label: Tensor | None, velocity: Tensor, guidance: Tensor
+    def guided_target(
+        self, fm: FlowMap, x: Tensor, s: Tensor, label: Tensor | None, velocity: Tensor, guidance: Tensor, drift: Drift
     ) -> tuple[Tensor, Tensor]:
-        """Return the regression target under guidance w, and the label that goes with it.
+        """Return the regression target under guidance weights w [B], and the label that goes with it.
 
-        u + w (dI_s/ds - u) with u = sg[v_{s,s}(I_s; no label)], whose mean given I_s is the guided drift
-        w b(x; label) + (1 - w) b(x; no label). This is MeanFlow's way (arXiv 2505.13447, appendix) and serves any
-        objective, since the off-diagonal terms follow the drift that the diagonal learns. Rows without a label have
-        w = 1.
+        The target is omega dI_s/ds + kappa c + (1 - omega - kappa) u with the constants c = b(I_s; label) and
+        u = b(I_s; no label) of ``drift``, and omega = w (1 - kappa). A drift c that equals its mean given I_s is the
+        guided one, w b + (1 - w) u, for every kappa; the variance is omega^2 times that of dI_s/ds. kappa = 0 is the
+        form of MeanFlow's appendix (arXiv 2505.13447) and the noisiest; its released models have 0.5 or 0.92, and
+        improved MeanFlow, which tells the network w, has 1 - 1 / w, so that omega = 1 (arXiv 2512.02012). All
+        objectives are guided in this way, since the off-diagonal terms follow the drift that the diagonal learns.
+        Rows without a label have w = 1 and the target dI_s/ds.
         """
         if label is None:
             raise UserError("needs labels", field="guidance" if self.guidance > 1 else "guidance_max")
         unlabelled, has_label = without_label(label, fm.info.num_classes)
         w = torch.where(has_label, guidance, 1.0)
-        with torch.no_grad(), no_dropout(fm.network):
-            u = fm.drift(x, s, unlabelled)
-        if self.guidance_max > 1:
+        told = self.guidance_max > 1
+        if told:
             label = with_guidance(label, w, fm.info.num_classes)
-        return torch.lerp(u.to(velocity.dtype), velocity, expand(w, velocity).to(velocity.dtype)), label
+        with torch.no_grad(), no_dropout(fm.network):
+            u = drift(x, s, unlabelled).to(velocity.dtype)
+            c = drift(x, s, label).to(velocity.dtype) if self.guidance_mix else u
+        mix = 1 - 1 / w if told else torch.where(w > 1, self.guidance_mix, 0.0)
+        kappa = expand(mix if self.guidance_mix else torch.zeros_like(w), velocity).to(velocity.dtype)
+        omega = expand(w, velocity).to(velocity.dtype) * (1 - kappa)
+        return omega * velocity + kappa * c + (1 - omega - kappa) * u, label
 
     def drift_losses(
         self, fm: FlowMap, x: Tensor, s: Tensor, label: Tensor | None, velocity: Tensor, terms: dict[str, Tensor]
@@ -134,7 +156,7 @@ class SelfDistillation(DriftObjective):
         terms: dict[str, Tensor],
     ) -> Tensor:
         rows = self.diagonal_rows(len(x1))
-        x_s, velocity, label = self.conditional(fm, x1, label, draws)
+        x_s, velocity, label = self.conditional(fm, x1, label, draws, teacher)
         losses: list[Tensor] = []
         if rows:
             losses.append(

@@ -5,11 +5,10 @@ import pickle
 
 import torch
 from common import TMP, case, raised
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from helpers import released, released_edm2
 from helpers.released_state_dicts import NCSNpp, Transformer
 
-from flowmaps import UserError
 from flowmaps.importers import import_checkpoint
 
 
@@ -27,15 +26,41 @@ def unet(name, root, **options):
     return d
 
 
+def truth(net, scheduler, x, k, label):
+    """The drift and its times at steps k of a scheduler, by what its prediction means."""
+    a = scheduler.alphas_cumprod.double()[k][:, None, None, None]
+    t = 1 / (1 + ((1 - a) / a).sqrt())
+    z = x / t * a.sqrt()
+    out, kind = net(z, k, label).sample[:, : x.shape[1]], scheduler.config.prediction_type
+    x1 = a.sqrt() * z - (1 - a).sqrt() * out if kind == "v_prediction" else (z - (1 - a).sqrt() * out) / a.sqrt()
+    return x1 - (z - a.sqrt() * x1) / (1 - a).sqrt(), t.flatten()
+
+
+def near(form, d, net, scheduler, label=None):
+    e, fm = raised(lambda: import_checkpoint(form, d).double())
+    if e is not None:
+        return False, str(e)
+    x = torch.randn(3, *fm.info.shape).double()
+    with torch.no_grad():
+        theirs, t = truth(net.double().eval(), scheduler, x, torch.tensor([900, 300, 5]), label)
+        off = float((fm.drift(x, t, label) - theirs).abs().max() / theirs.abs().max())
+    return off < 1e-5, f"off by {off:.1g}"
+
+
 for name, root, options in (
     ("cosine in scheduler/", 0, {"beta_schedule": "squaredcos_cap_v2"}),
     ("cosine next to the weights, as google/ddpm-* lay out their files", 1, {"beta_schedule": "squaredcos_cap_v2"}),
     ("v_prediction next to the weights", 1, {"prediction_type": "v_prediction"}),
 ):
-    e, _ = raised(
-        lambda: import_checkpoint("diffusers_unet", unet(name.replace("/", "_").replace("*", ""), root, **options))
-    )
-    case(f"diffusers_unet, {name}: refused", isinstance(e, UserError))
+    d = unet(name.replace("/", "_").replace("*", ""), root, **options)
+    net = UNet2DModel.from_pretrained(d if root else d / "unet")
+    case(f"diffusers_unet, {name}: converted", *near("diffusers_unet", d, net, DDPMScheduler(**options)))
+d = TMP / "dit"
+net, scheduler = DiTTransformer2DModel(2, 16, num_layers=1, sample_size=8, num_embeds_ada_norm=5), DDIMScheduler()
+torch.nn.init.normal_(net.proj_out_2.weight)
+net.save_pretrained(d / "transformer")
+scheduler.save_pretrained(d / "scheduler")
+case("DiT as the hub has it", *near("diffusers_dit", d, net, scheduler, torch.tensor([0, 3, 5])))
 m = Transformer(classes=5)
 table = "y_embedder.embedding_table.weight"
 w = dict(m.w)

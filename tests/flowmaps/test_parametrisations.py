@@ -13,6 +13,7 @@ from flowmaps.parametrisations import (
     denoiser_drift,
     edm,
     noise_drift,
+    parametrisation,
 )
 
 MEAN, STD = 0.3, 0.7  # of the data
@@ -122,3 +123,46 @@ def test_guidance_is_that_of_the_denoiser_and_leaves_rows_without_label_alone():
     torch.testing.assert_close(
         Autoguided(good, weak, w)(x, t, label), w * good(x, t, label) - (w - 1) * weak(x, t, label)
     )
+
+
+@pytest.mark.parametrize("base_std", [0.5, 1.0])
+@pytest.mark.parametrize("predicts", ["noise", "velocity", "data"])
+@pytest.mark.parametrize("schedule", ["linear:1000:0.0001:0.02", "squaredcos_cap_v2:1000", "betas:0.1:0.2:0.6"])
+def test_every_prediction_becomes_the_closed_form_drift(schedule, predicts, base_std):
+    """E[e], E[x1] and E[a e - s x1] of Gaussian data, at any noise level and at the ends."""
+    row = parametrisation(f"ddpm:{predicts}:{schedule}")
+    table = row.read.keywords["table"]
+
+    def predict(z, k, label=None):
+        low = k.floor().long().clamp(max=len(table) - 2)
+        sigma = torch.lerp(table[low], table[low + 1], k - low).exp()[:, None]
+        a = (1 + sigma**2).rsqrt()
+        x1 = denoise(z / a, sigma[:, 0])
+        noise = (z / a - x1) / sigma
+        return {"noise": noise, "data": x1, "velocity": a * (noise - sigma * x1)}[predicts]
+
+    drift = ConvertedDrift(predict, row, base_std)
+    t = times(*drift.t_range)
+    x = torch.randn(len(t), 4, dtype=torch.float64)
+    assert len(t) > 100 and (drift(x, t) - exact(x, t, base_std)).abs().max() <= 1e-6
+    assert drift(x, 0 * t).isfinite().all() and drift(x, 0 * t + 1).isfinite().all()
+
+
+def test_a_noise_prediction_is_not_read_where_there_is_only_noise():
+    """Above DDPM's own last level, 157, its errors would be amplified more; the others have no such factor."""
+    cosine = [parametrisation(f"ddpm:{name}:squaredcos_cap_v2:1000") for name in ("noise", "velocity", "data")]
+    assert [round(row.noise[1]) for row in cosine] == [157, 20291, 20291]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "edn", "edm:1", "ddpm:", "ddpm:noise", "ddpm:score:squaredcos_cap_v2:1000", "ddpm:noise:sigmoid:1000"),
+        *("ddpm:noise:linear:1000", "ddpm:noise:linear:1000:0.1:1.5", "ddpm:noise:linear:1e12:0.1:0.2"),
+        *("ddpm:noise:linear:2.5:0.1:0.2", "ddpm:noise:squaredcos_cap_v2:1000:0.1", "ddpm:noise:betas:0.1"),
+        *("ddpm:noise:betas:0.1:nan", "ddpm:noise:betas", "consistency:a", "consistency:-1", "consistency:0.1:0.2"),
+    ],
+)
+def test_names_that_are_not_conventions(name):
+    with pytest.raises(ValueError, match="convention must be one of velocity, rectified_flow"):
+        parametrisation(name)

@@ -197,7 +197,7 @@ def test_a_stored_schedule_is_used_by_the_pipeline_for_its_step_counts(start, tm
     assert fm.info.schedules == {"euler": SKEWED}
     x, label = fm.noise(4, 0), torch.arange(4)
     for steps, times in ((2, SKEWED[2]), (4, uniform_times(4))):
-        made = pipeline(latents=x, num_inference_steps=steps, class_labels=label, output_type="pt").images
+        made = pipeline(latents=x, num_inference_steps=steps, class_labels=label, output_type="latent").images
         with torch.no_grad():
             torch.testing.assert_close(made, euler(fm.drift, x, times, label), rtol=1e-5, atol=1e-6)
     other = replace(SKEWED, grids={2: (0, 0.2, 1)}, errors={})
@@ -263,6 +263,7 @@ def test_script_writes_stores_and_draws_and_samples_follow(tmp_path):
         (["--checkpoint=CHECKPOINT", "--out=x.json", "--sampler=map"], "no map to jump with"),
         (["--checkpoint=CHECKPOINT", "--out=x.json", "--cost=least"], "least"),
         (["--checkpoint=CHECKPOINT", "--out=/dev/null/x.json"], "--out"),
+        (["--checkpoint=nowhere", "--out=x.json", "--plot=plot"], "--plot=plot: must end in .png"),
         (["--checkpoint=nowhere", "--out=x.json", "--steps=2,2"], "--steps=2,2: must be different"),
         (["--checkpoint=nowhere", "--out=x.json", "--sampler=heum"], "--sampler=heum"),
         (["--checkpoint=nowhere", "--out=x.json", "--fine=99999"], "--fine=99999: must be from 1 to 1024"),

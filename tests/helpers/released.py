@@ -71,14 +71,30 @@ class Linear(Persistent):
 
 
 class Conv2d(Persistent):
-    def __init__(self, inputs, outputs, kernel, up=False, down=False):
+    def __init__(self, inputs, outputs, kernel, up=False, down=False, ncsn=False, fused=False):
         super().__init__()
-        self.up, self.down, self.fused_resample = up, down, False
+        self.up, self.down, self.fused_resample = up, down, fused
         self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel)) if kernel else None
         self.bias = nn.Parameter(torch.empty(outputs)) if kernel else None
-        self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25) if up or down else None)
+        line = torch.tensor([1.0, 3.0, 3.0, 1.0] if ncsn else [1.0, 1.0])
+        line = line / line.sum()
+        self.register_buffer("resample_filter", line.outer(line)[None, None] if up or down else None)
+
+    def resampled(self, x, padding):
+        """Every channel alone, by the filter as it is written down."""
+        b, c, h, w = x.shape
+        x, kernel = x.reshape(b * c, 1, h, w), self.resample_filter.to(x.dtype)
+        y = F.conv_transpose2d(x, 4 * kernel, stride=2, padding=padding) if self.up else None
+        y = F.conv2d(x, kernel, stride=2, padding=padding) if self.down else y
+        return y.reshape(b, c, *y.shape[2:])
 
     def forward(self, x):
+        if self.fused_resample:
+            y = F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2 + 1)
+            return self.resampled(y, 0) + self.bias[:, None, None]
+        if self.resample_filter is not None and self.resample_filter.numel() > 4:
+            x = self.resampled(x, 1)
+            return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
         if self.up:
             x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
         if self.down:
@@ -109,20 +125,30 @@ class PositionalEmbedding(Persistent):
         return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
+class FourierEmbedding(Persistent):
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2, generator=torch.Generator().manual_seed(5)) * 2)
+
+    def forward(self, level):
+        phase = 2 * math.pi * level[:, None] * self.freqs
+        return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
 class UNetBlock(Persistent):
-    def __init__(self, inputs, outputs, emb, adm, up=False, down=False, attention=False):
+    def __init__(self, inputs, outputs, emb, adm, up=False, down=False, attention=False, ncsn=False):
         super().__init__()
         eps = 1e-5 if adm else 1e-6
         self.in_channels, self.out_channels, self.emb_channels, self.dropout = inputs, outputs, emb, 0.1
         self.num_heads = (outputs // 64 if adm else 1) if attention else 0
         self.skip_scale, self.adaptive_scale = (1 if adm else np.sqrt(0.5)), adm
         self.norm0 = GroupNorm(inputs, eps)
-        self.conv0 = Conv2d(inputs, outputs, 3, up, down)
+        self.conv0 = Conv2d(inputs, outputs, 3, up, down, ncsn)
         self.affine = Linear(emb, outputs * (2 if adm else 1))
         self.norm1, self.conv1 = GroupNorm(outputs, eps), Conv2d(outputs, outputs, 3)
         self.skip = None
         if inputs != outputs or up or down:
-            self.skip = Conv2d(inputs, outputs, 0 if adm and inputs == outputs else 1, up, down)
+            self.skip = Conv2d(inputs, outputs, 0 if adm and inputs == outputs else 1, up, down, ncsn)
         if self.num_heads:
             self.norm2 = GroupNorm(outputs, eps)
             self.qkv, self.proj = Conv2d(outputs, 3 * outputs, 1), Conv2d(outputs, outputs, 1)
@@ -152,20 +178,24 @@ def levels(size, count):
 class _EDMUNet(Persistent):
     def __init__(self, size, channels, classes, augment, width, mult, blocks, attention):
         super().__init__()
-        adm, emb = self.adm, 4 * width
+        adm, emb, ncsn = self.adm, 4 * width, self.ncsn
+        features = 2 * width if ncsn else width
         self.label_dropout, self.size = 0, size
         self._init_args, self._init_kwargs = (), EasyDict(img_resolution=size, model_channels=width)
-        self.map_noise = PositionalEmbedding(width, endpoint=not adm)
-        self.map_label = (Linear(classes, emb, bias=False) if adm else Linear(classes, width)) if classes else None
-        self.map_augment = Linear(augment, width, bias=False) if augment else None
-        self.map_layer0, self.map_layer1 = Linear(width, emb), Linear(emb, emb)
+        self.map_noise = FourierEmbedding(features) if ncsn else PositionalEmbedding(width, endpoint=not adm)
+        self.map_label = (Linear(classes, emb, bias=False) if adm else Linear(classes, features)) if classes else None
+        self.map_augment = Linear(augment, features, bias=False) if augment else None
+        self.map_layer0, self.map_layer1 = Linear(features, emb), Linear(emb, emb)
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        now, skips = channels, []
+        now, skips, again_channels = channels, [], channels
         for level, res in levels(size, len(mult)):
             if level == 0:
                 self.enc[f"{res}x{res}_conv"], now = Conv2d(now, width, 3), width
             else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(now, now, emb, adm, down=True)
+                self.enc[f"{res}x{res}_down"] = UNetBlock(now, now, emb, adm, down=True, ncsn=ncsn)
+                if ncsn:
+                    again = Conv2d(again_channels, now, 3, down=True, ncsn=True, fused=True)
+                    self.enc[f"{res}x{res}_aux_residual"], again_channels = again, now
             skips.append(now)
             for i in range(blocks):
                 self.enc[f"{res}x{res}_block{i}"] = UNetBlock(
@@ -177,7 +207,7 @@ class _EDMUNet(Persistent):
                 self.dec[f"{res}x{res}_in0"] = UNetBlock(now, now, emb, adm, attention=True)
                 self.dec[f"{res}x{res}_in1"] = UNetBlock(now, now, emb, adm)
             else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(now, now, emb, adm, up=True)
+                self.dec[f"{res}x{res}_up"] = UNetBlock(now, now, emb, adm, up=True, ncsn=ncsn)
             for i in range(blocks + 1):
                 attends = res in attention and (adm or i == blocks)
                 block = UNetBlock(now + skips.pop(), width * mult[level], emb, adm, attention=attends)
@@ -200,8 +230,11 @@ class _EDMUNet(Persistent):
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.adm and self.map_label is not None:
             emb = emb + self.map_label(classes)
-        emb, skips = F.silu(emb), []
-        for block in self.enc.values():
+        emb, skips, again = F.silu(emb), [], x
+        for name, block in self.enc.items():
+            if "aux" in name:
+                skips[-1] = x = again = (x + block(again)) / math.sqrt(2)
+                continue
             x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
             skips.append(x)
         for name, block in self.dec.items():
@@ -213,11 +246,15 @@ class _EDMUNet(Persistent):
 
 
 class SongUNet(_EDMUNet):
-    adm = False
+    adm, ncsn = False, False
+
+    def __init__(self, *args, ncsn=False):
+        self.__dict__["ncsn"] = ncsn
+        super().__init__(*args)
 
 
 class DhariwalUNet(_EDMUNet):
-    adm = True
+    adm, ncsn = True, False
 
 
 class EDMPrecond(Persistent):
@@ -236,9 +273,10 @@ class EDMPrecond(Persistent):
 
 def edm(variant, path, classes=5, augment=9, size=16, mult=(1, 2), blocks=2, attention=(8,)):
     """Write a snapshot; returns its denoiser."""
-    cls = {"ddpm++": SongUNet, "adm": DhariwalUNet}[variant]
+    cls = {"ddpm++": SongUNet, "ncsn++": SongUNet, "adm": DhariwalUNet}[variant]
     width = 64 if variant == "adm" else 16
-    model = cls(size, 3, classes, augment, width, mult, blocks, attention)
+    kind = {"ncsn": True} if variant == "ncsn++" else {}
+    model = cls(size, 3, classes, augment, width, mult, blocks, attention, **kind)
     net = randomise(EDMPrecond(model, size, 3, classes), 0.08)
     dump(
         {"ema": net, "loss_fn": None, "augment_pipe": None, "dataset_kwargs": EasyDict(path="x", use_labels=True)}, path

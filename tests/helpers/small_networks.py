@@ -17,10 +17,13 @@ SMALL = {
     "UNet diffusers": (UNet, {**UNET, **LABELS, "variant": "diffusers", "convention": "rectified_flow"}),
     "UNet edm": (UNet, {**UNET, **LABELS, "variant": "ddpm++", "convention": "edm"}),
     "UNet ddpm++": (UNet, {**UNET, **LABELS, "variant": "ddpm++"}),
+    "UNet ncsn++": (UNet, {**UNET, **LABELS, "variant": "ncsn++"}),
+    "UNet groups": (UNet, {**UNET, "variant": "diffusers", "norm_groups": 8, "head_channels": 2}),
     "EDM2UNet": (EDM2UNet, {**UNET, **LABELS}),
     "DiT": (DiT, DIT),
     "EDM2UNet edm": (EDM2UNet, {**UNET, **LABELS, "convention": "edm"}),
     "DiT velocity": (DiT, {**DIT, "convention": "velocity"}),
+    "DiT diffusers": (DiT, {**DIT, "variant": "diffusers", "convention": "ddpm:velocity:squaredcos_cap_v2:1000"}),
     "DiT qk_norm": (DiT, {**DIT, "qk_norm": True, "mlp_ratio": 2.0}),
 }
 IMAGES = [name for name in SMALL if name != "MLP"]

@@ -17,11 +17,14 @@ from training.network_section import fitted
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: preset("edm2-cifar100"), r"^preset=edm2-cifar100: choose one of edm2-cifar10, "),
-        (lambda: preset("edm2-cifar10", wide=64), r"^network: EDM2UNet: .*'wide'"),
+        (
+            lambda: preset("edm2-cifar100"),
+            r"^preset=edm2-cifar100: .* did you mean edm2-cifar10\? choose one of edm2-cifar10, ",
+        ),
+        (lambda: preset("edm2-cifar10", wide=64), r"^network.wide: EDM2UNet has no such option: did you mean width\?"),
         (lambda: network("edm2-cifar10"), r"^network=edm2-cifar10: must be a class of networks, such as MLP"),
         (lambda: network(dict), r"^network=.*: must be a class"),
-        (lambda: network(UNet, wide=64), r"^network: UNet: .*'wide'"),
+        (lambda: network(UNet, wide=64), r"^network.wide: UNet has no such option: did you mean width\?"),
     ],
 )
 def test_networks_that_do_not_exist_are_refused(make, reason):

@@ -12,7 +12,7 @@ from flowmaps import FlowMap, UserError
 from flowmaps.data import open_dataset
 from flowmaps.evaluation import evaluate
 from flowmaps.evaluation.references import default_extractor
-from flowmaps.generate import labels_for
+from flowmaps.labels import labels_for
 from flowmaps.metrics.classifier import own_file, read_own
 from training.config_rows import Chain
 from training.loop import train

@@ -18,12 +18,14 @@ from helpers.runs import assert_same, tiny, weights
 from flowmaps import UserError
 from flowmaps.data import Loader, open_images
 from flowmaps.data.shards import PreparedImages
-from flowmaps.files import to_json
+from flowmaps.files import to_json, write_json
+from flowmaps.objectives import MeanFlow
+from flowmaps.objectives.time_sampling import DiagonalDraw
 from flowmaps.run_weights import list_checkpoints
 from training.log import read_log
 from training.loop import train
 from training.optim import WINDOW, Spikes
-from training.run_directory import prune_checkpoints, run_lock
+from training.run_directory import check_same_config, prune_checkpoints, run_lock
 from training.trainer import Trainer
 
 
@@ -153,6 +155,27 @@ def test_a_run_from_before_a_field_existed_resumes_with_its_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match=r"^config\.optim\.spike: differs"):
         train(config, tmp_path)
+
+
+def test_a_run_from_before_the_laws_changed_goes_on_by_the_old_ones_or_is_refused(tmp_path):
+    config = tiny()
+    config.objective = MeanFlow(diagonal=0.5)
+    write_json(tmp_path / "config.json", config.to_dict())
+    check_same_config(config, tmp_path / "config.json")
+    stored = config.to_dict()
+    for name in ("diagonal_draw", "guidance_mix", "guidance_power", "adaptive_floor"):
+        del stored["objective"][name]
+    write_json(tmp_path / "config.json", stored)
+    with pytest.raises(UserError, match=r"diagonal_draw|guidance_mix|guidance_power"):
+        check_same_config(config, tmp_path / "config.json")
+    config.objective = MeanFlow(
+        diagonal=0.5, diagonal_draw=DiagonalDraw.single, guidance_mix=0.0, guidance_power=0.0, adaptive_floor=1e-3
+    )
+    check_same_config(config, tmp_path / "config.json")
+    stored["objective"]["times"] = "gap"
+    write_json(tmp_path / "config.json", stored)
+    with pytest.raises(UserError, match=r"objective\.times=gap: draws other times"):
+        check_same_config(tiny(), tmp_path / "config.json")
 
 
 def test_another_number_of_shards_is_logged(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowmaps import UserError
-from flowmaps.data.augment import PARAMETERS, _moved, _rotation, edm_augment, random_hflip
+from flowmaps.data.augment import PARAMETERS, _moved, _rotation, drop_labels, edm_augment, random_hflip
 from flowmaps.networks import UNet
 from flowmaps.networks.conditioning import soft_label
 from training.trainer import Trainer
@@ -188,3 +188,14 @@ def test_augmentation_that_does_not_fit_is_refused():
     config.data.flip = True
     with pytest.raises(UserError, match=r"^data\.flip: "):
         Trainer.build(config)
+
+
+@pytest.mark.parametrize("first", [1000, 250, 100])
+def test_labels_are_left_out_of_the_first_rows_at_the_share_of_all(first):
+    label = torch.zeros(1000, dtype=torch.int64)
+    counts = []
+    for seed in range(200):
+        dropped = drop_labels(label, 0.1, first, 7, torch.Generator().manual_seed(seed)) == 7
+        assert not dropped[first:].any()
+        counts.append(int(dropped.sum()))
+    assert abs(sum(counts) / 200 - 100) < 3

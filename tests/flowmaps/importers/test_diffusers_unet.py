@@ -25,11 +25,11 @@ def network():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"attention_head_dim": 16}, "attention_head_dim"),
+        ({"norm_eps": 1e-4}, "norm_eps"),
         ({"act_fn": "gelu"}, "act_fn is 'gelu'"),
         ({"center_input_sample": True}, "center_input_sample is True"),
         ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift is 'scale_shift'"),
-        ({"block_out_channels": (64, 64)}, "block_out_channels"),
+        ({"block_out_channels": (64, 96)}, "block_out_channels have 96, and only multiples of the first"),
         ({"down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D")}, "down_block_types"),
         ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "up_block_types"),
         ({"mid_block_type": None}, "mid_block_type is None"),
@@ -48,6 +48,9 @@ def test_networks(options, reason, tmp_path):
         ({"novelty": 1}, "novelty is unknown"),
         ({"_class_name": "UNet2DConditionModel"}, "does not describe a UNet2DModel"),
         ({"layers_per_block": 10**9}, "layers each"),
+        ({"norm_num_groups": 0}, "norm_num_groups, 0"),
+        ({"norm_num_groups": 48}, "norm_num_groups, 48"),
+        ({"attention_head_dim": -1}, "attention_head_dim, -1"),
         ({"layers_per_block": "2"}, "layers_per_block is '2', expected int"),
         ({"num_class_embeds": 10**12}, "class_embedding.weight"),
         ({"dropout": 3}, "dropout"),
@@ -67,39 +70,68 @@ PLACES = {"pipeline": ("unet", "scheduler"), "beside": ("", ""), "within": ("une
 
 @pytest.mark.parametrize("layout", PLACES)
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "convention"),
     [
-        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is 'squaredcos_cap_v2'"),
-        ({"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
-        ({"beta_end": 0.012}, r"beta_end is 0\.012"),
-        ({"num_train_timesteps": 4000}, "num_train_timesteps is 4000"),
-        ({"trained_betas": [0.1, 0.2]}, r"trained_betas is \[0\.1, 0\.2\]"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
-        ({}, ""),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "ddpm:noise:squaredcos_cap_v2:1000"),
+        ({"prediction_type": "v_prediction"}, "ddpm:velocity:linear:1000:0.0001:0.02"),
+        ({"prediction_type": "sample", "beta_end": 0.012}, "ddpm:data:linear:1000:0.0001:0.012"),
+        ({"num_train_timesteps": 4000}, "ddpm:noise:linear:4000:0.0001:0.02"),
+        ({"trained_betas": [0.1, 1e-5]}, "ddpm:noise:betas:0.1:1e-05"),
+        ({"rescale_betas_zero_snr": True}, "ddpm:noise:linear:1000:0.0001:0.02:zero_snr"),
+        ({}, "ddpm"),
     ],
 )
-def test_schedules_wherever_they_lie(layout, options, reason, network, tmp_path):
+def test_schedules_wherever_they_lie(layout, options, convention, network, tmp_path):
+    """That they are converted rightly: ``test_diffusers_dit``."""
     unet, scheduler = PLACES[layout]
     network.save_pretrained(tmp_path / unet)
     DDPMScheduler(**options).save_pretrained(tmp_path / scheduler)
-    if not options:
-        assert "assumed" not in import_checkpoint("diffusers_unet", tmp_path).info.origin
-        return
+    fm = import_checkpoint("diffusers_unet", tmp_path)
+    assert "assumed" not in fm.info.origin and fm.network.config.convention == convention
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid', and only linear, scaled_linear, squaredcos_cap_v2"),
+        ({"prediction_type": "flow"}, "prediction_type is 'flow'"),
+        ({"beta_end": 2}, "num_train_timesteps, beta_start or beta_end is out of range"),
+        ({"beta_end": "much"}, "num_train_timesteps, beta_start or beta_end is out of range"),
+        ({"num_train_timesteps": 10**12}, "num_train_timesteps, beta_start or beta_end is out of range"),
+        ({"num_train_timesteps": [1]}, "num_train_timesteps, beta_start or beta_end is out of range"),
+        ({"trained_betas": [0.1]}, "trained_betas is out of range"),
+        ({"trained_betas": [0.1, "0.2:zero_snr"]}, "trained_betas is out of range"),
+        ({"trained_betas": {"a": 1}}, "trained_betas is out of range"),
+        ({"rescale_betas_zero_snr": "no"}, "rescale_betas_zero_snr is 'no'"),
+    ],
+)
+def test_schedules_out_of_range(change, reason, network, tmp_path):
+    network.save_pretrained(tmp_path)
+    DDPMScheduler().save_pretrained(tmp_path)
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=rf"^src=\S+: cannot be imported: its scheduler's {reason}"):
         import_checkpoint("diffusers_unet", tmp_path)
 
 
 def test_a_network_inside_its_pipeline(network, tmp_path):
     DDPMPipeline(network, DDPMScheduler(prediction_type="sample")).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="prediction_type is 'sample'"):
-        import_checkpoint("diffusers_unet", tmp_path / "unet")
+    config = import_checkpoint("diffusers_unet", tmp_path / "unet").network.config
+    assert config.convention == "ddpm:data:linear:1000:0.0001:0.02"
+
+
+def test_two_schedulers_that_differ(network, tmp_path):
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path)
+    DDPMScheduler(prediction_type="sample").save_pretrained(tmp_path / "unet")
+    with pytest.raises(UserError, match=r"its scheduler_config\.json, of which it has more than one, differ"):
+        import_checkpoint("diffusers_unet", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"_class_name": "EDMEulerScheduler"}, "a 'EDMEulerScheduler', and only DDPMScheduler"),
-        ({"predict_epsilon": False}, "predict_epsilon is False"),
+        ({"predict_epsilon": "no"}, "predict_epsilon is 'no'"),
         ({"sigma_max": 80}, "sigma_max is 80, which is unknown here"),
     ],
 )
@@ -116,8 +148,10 @@ def test_other_schedulers(change, reason, network, tmp_path):
 def test_what_nobody_says_is_assumed_aloud_or_asked_for(network, tmp_path):
     network.save_pretrained(tmp_path)
     assert "prediction noise" in import_checkpoint("diffusers_unet", tmp_path).info.origin["assumed"]
-    with pytest.raises(UserError, match="prediction is velocity"):
-        import_checkpoint("diffusers_unet", tmp_path, prediction="velocity")
+    with pytest.raises(UserError, match="prediction is score, and only noise, velocity, data"):
+        import_checkpoint("diffusers_unet", tmp_path, prediction="score")
+    told = import_checkpoint("diffusers_unet", tmp_path, prediction="v_prediction")
+    assert told.network.config.convention == "ddpm:velocity:linear:1000:0.0001:0.02"
     with pytest.raises(UserError, match=r"^image_size=16: but the file says 8"):
         import_checkpoint("diffusers_unet", tmp_path, image_size=16)
     UNet2DModel(**{**USUAL, "sample_size": None}).save_pretrained(tmp_path)
