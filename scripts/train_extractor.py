@@ -1,6 +1,7 @@
-"""The command ``flowmaps extractor``."""
+"""The command of training/cli/extractor.py."""
 
-from flowmaps.cli.commands import run_command
+from flowmaps.cli.run import run
+from training.cli import extractor
 
 if __name__ == "__main__":
-    run_command("extractor")
+    run(extractor)
