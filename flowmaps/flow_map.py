@@ -99,7 +99,7 @@ class FlowMap(nn.Module):
         """Return v_{s,t}(x), the average velocity between s and t: the network's output, unchanged."""
         if self.info.shape and x.shape[1:] != self.info.shape:
             raise UserError(f"x is {list(x.shape)}, this model's samples are {['n', *self.info.shape]}")
-        given = given_label(self.info, label, x, trained=not self.training)
+        given = given_label(self.info, label, x, training=self.training)
         v: Tensor = self.network(x, *_times(x, s, t), given)
         return v
 

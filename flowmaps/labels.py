@@ -95,17 +95,18 @@ def listed(names: Sequence[str]) -> str:
     return shorten(", ".join(shorten(name, 60) for name in names[:SHOWN])) + more
 
 
-def given_label(info: "FlowMapInfo", label: Label | None, x: Tensor, trained: bool = True) -> Tensor | None:
+def given_label(info: "FlowMapInfo", label: Label | None, x: Tensor, training: bool = False) -> Tensor | None:
     """Return the ``label`` of a call of the flow map on x [B, ...] as its network takes it.
 
     A tensor of one label per row passes as it is; integers on the CPU are compared with the number of classes, those
-    on a GPU are not, since reading them would make every step wait. Only a ``trained`` model needs a label.
+    on a GPU are not, since reading them would make every step wait. In ``training`` labels may be missing, and they
+    come from the data set, which has compared them.
 
     Raises:
         UserError: A label is missing although the model was never trained without, or does not fit.
     """
     if label is None:
-        if trained and info.num_classes and not info.label_dropout:
+        if not training and info.num_classes and not info.label_dropout:
             raise UserError(
                 f"missing: this model was never trained without labels, give one of its {info.num_classes:,} classes "
                 "for each sample",
@@ -117,7 +118,7 @@ def given_label(info: "FlowMapInfo", label: Label | None, x: Tensor, trained: bo
         return None if found is None else found.to(x.device)
     if label.shape[0] != x.shape[0]:  # len(x) would freeze the batch in an export
         raise UserError(f"has {len(label)} rows for {len(x)} samples: pass one for each", field="label")
-    if info.num_classes and _readable(label) and not label.is_floating_point():
+    if info.num_classes and not training and _readable(label):
         low, high = int(label.min()), int(label.max())
         if low < 0 or high > info.num_classes:
             wrong = low if low < 0 else high
@@ -126,9 +127,9 @@ def given_label(info: "FlowMapInfo", label: Label | None, x: Tensor, trained: bo
 
 
 def _readable(label: Tensor) -> bool:
-    """Return whether the values of ``label`` are at hand: not on a GPU, and not while a graph is recorded."""
+    """Return whether ``label`` holds integers at hand: not on a GPU, and not while a graph is recorded."""
     plain = type(label) is Tensor and label.device.type == "cpu" and label.numel() > 0
-    return plain and not torch.compiler.is_compiling()
+    return plain and not label.is_floating_point() and not torch.compiler.is_compiling()
 
 
 def _integer(label: object) -> int | None:
