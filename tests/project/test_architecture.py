@@ -77,11 +77,8 @@ def test_only_the_table_of_commands_names_modules_above():
         above = FLOORS[FLOORS.index(floor(module)) + 1 :]
         texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         named = {text for text in texts & MODULES.keys() if "." in text and floor(text) in above}
-        assert named == (
-            {f"training.cli.{name}" for name in ("train", "prepare", "extractor")}
-            if module == "flowmaps.cli.commands"
-            else set()
-        )
+        own = {f"training.cli.{name}" for name in ("train", "prepare", "extractor")}
+        assert named == (own if module == "flowmaps.cli.commands" else set())
     assert set(COMMANDS.values()) <= MODULES.keys()
 
 
