@@ -22,7 +22,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("the plot needs matplotlib: pip install 'flowmaps[demo]'") from None
+        raise UserError("the plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -70,12 +70,12 @@ def lines(
         if floor is not None:
             shown["floor"] = axes.axhline(floor, color="grey", linestyle="--", label="floor: training images")
         axes.set(xscale="log", yscale="log", xlabel=xlabel, title=f"{metric} (lower is better)")
+        for axis, subs, form in ((axes.xaxis, (1, 2, 5), "{:,g}"), (axes.yaxis, (1, 1.5, 2, 3, 5, 7), "{:g}")):
+            axis.set_major_locator(plt.LogLocator(subs=subs))
+            axis.set_major_formatter(plt.FuncFormatter(lambda value, _, form=form: form.format(value)))
+            axis.set_minor_locator(plt.NullLocator())
         if len(steps) <= 8:
-            axes.set_xticks(steps, [str(s) for s in steps])
-            axes.xaxis.set_minor_locator(plt.NullLocator())
-        axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(plt.NullLocator())
+            axes.set_xticks(steps)
         axes.grid(alpha=0.3)
     figure.legend(handles=list(shown.values()), loc="outside lower center", ncols=min(4, len(shown)), fontsize="small")
     return picture(figure)
