@@ -158,7 +158,7 @@ def check_same_config(config: Config, path: Path) -> None:
             f"draws other times now than the run in {path.parent}: use a new workdir", "objective.times", "gap"
         )
     stored = _with_defaults(stored, _defaults(config))
-    allowed = config.resumable_fields()
+    allowed = config.resumable_fields() | {f"objective.{name}" for name in config.objective.idle()}
     if config.optim.decay in (Decay.constant, Decay.inverse_sqrt):  # the others depend on the number of steps
         allowed.add("steps")
     changed = [key for key in differences(stored, config.to_dict()) if key not in allowed]
