@@ -1,7 +1,6 @@
-"""The command of training/cli/extractor.py."""
+"""The command ``flowmaps extractor``."""
 
-from flowmaps.cli.run import run
-from training.cli import extractor
+from flowmaps.cli.commands import run_command
 
 if __name__ == "__main__":
-    run(extractor)
+    run_command("extractor")

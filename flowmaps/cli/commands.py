@@ -20,6 +20,7 @@ COMMANDS = {  # name -> module, imported when called: this package must not impo
     "export": "flowmaps.cli.export",
     "import": "flowmaps.cli.import_checkpoint",
     "prepare": "training.cli.prepare",
+    "extractor": "training.cli.extractor",
 }
 PACKAGES = ("samplers", "training")  # installed next to flowmaps, under names that other folders have too
 HOME = Path(__file__).resolve().parents[2]

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import flowmaps
+from flowmaps.cli.run import COMMAND_OF
 
 SCRIPTS = Path(flowmaps.__file__).parents[1] / "scripts"  # of a checkout
-FILES = {"import": "import_checkpoint.py", "prepare": "prepare_data.py"}  # of scripts not named after their command
+FILES = {name: f"{script}.py" for script, name in COMMAND_OF.items()}  # of scripts not named after their command
 FIRST_SCORE = 2000  # samples: enough to compare runs, and quick
 SOLVER_STEPS = 32  # enough for a drift
 REAL_IMAGES = "FOLDER_OF_REAL_IMAGES"

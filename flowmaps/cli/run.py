@@ -25,6 +25,7 @@ REMEDIES = {
     errno.EROFS: "choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+COMMAND_OF = {"import_checkpoint": "import", "prepare_data": "prepare", "train_extractor": "extractor"}  # of scripts
 LARGEST, LARGEST_SEED = 10**9, 2**63 - 1  # of the numbers that flags take
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "bad alloc")
 
@@ -223,10 +224,10 @@ def as_typed(text: str, script: str) -> str:
     """Return a text with the scripts as they are called without a checkout, if ``script`` was called so."""
     if not script.startswith("flowmaps"):
         return text
-    scripts = "train|sample|fid|stats|schedule|export|import_checkpoint|prepare_data"
+    scripts = "train|sample|fid|stats|schedule|export|import_checkpoint|prepare_data|train_extractor"
     return re.sub(
         rf"(?:python scripts/|(?<![\w/.=-])|(?<= )scripts/)({scripts})\.py\b",
-        lambda found: f"flowmaps {found[1].split('_')[0]}",
+        lambda found: f"flowmaps {COMMAND_OF.get(found[1], found[1])}",
         text,
     )
 

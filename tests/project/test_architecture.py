@@ -16,6 +16,7 @@ import flowmaps.objectives
 import samplers
 import training
 from flowmaps.cli.commands import COMMANDS
+from flowmaps.cli.run import COMMAND_OF
 from flowmaps.cli.sampling_flags import DTYPE_NAMES, SAMPLER_NAMES
 from flowmaps.metrics.classifier import CLASSIFIERS
 from flowmaps.metrics.scores import KID_SUBSET
@@ -76,7 +77,8 @@ def test_only_the_table_of_commands_names_modules_above():
         above = FLOORS[FLOORS.index(floor(module)) + 1 :]
         texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         named = {text for text in texts & MODULES.keys() if "." in text and floor(text) in above}
-        assert named == ({"training.cli.train", "training.cli.prepare"} if module == "flowmaps.cli.commands" else set())
+        own = {f"training.cli.{name}" for name in ("train", "prepare", "extractor")}
+        assert named == (own if module == "flowmaps.cli.commands" else set())
     assert set(COMMANDS.values()) <= MODULES.keys()
 
 
@@ -221,4 +223,4 @@ def test_scripts_are_thin():
         shim = "run_command" in path.read_text()
         assert len(path.read_text().splitlines()) < (10 if shim else 100), path
     shims = [path.stem for path in (ROOT / "scripts").glob("*.py") if "run_command" in path.read_text()]
-    assert sorted(shim.split("_")[0] for shim in shims) == sorted(COMMANDS)
+    assert sorted(COMMAND_OF.get(shim, shim) for shim in shims) == sorted(COMMANDS)

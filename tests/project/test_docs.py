@@ -6,6 +6,7 @@ import torch
 from helpers import CASES, ROOT, gaussian_data, gaussian_map, run_script
 
 from flowmaps.cli.commands import COMMANDS
+from flowmaps.cli.run import COMMAND_OF
 from flowmaps.objectives import OBJECTIVES
 from training.config import class_name
 
@@ -84,8 +85,7 @@ def test_commands_in_the_documents_name_real_flags():
         text = file.read_text().replace("\\\n", " ")
         for script, arguments in re.findall(r"^    python scripts/(\w+)\.py(.*)$", text, re.MULTILINE):
             shim = (ROOT / f"scripts/{script}.py").read_text()
-            module = COMMANDS[script.split("_")[0]].replace(".", "/") if "run_command" in shim else ""
-            module = "training/cli/extractor" if script == "train_extractor" else module
+            module = COMMANDS[COMMAND_OF.get(script, script)].replace(".", "/") if "run_command" in shim else ""
             files = ["flowmaps/cli/sampling_flags.py", f"{module}.py"] if module else []
             source = shim + "".join((ROOT / file).read_text() for file in files)
             for flag in re.findall(r"--([\w.]+)", arguments):
