@@ -60,8 +60,8 @@ def test_pipeline_is_three_stages_that_start_from_each_other():
     assert isinstance(chain, Chain)
     stages = chain.stages()
     assert [config.init_from for config in stages.values()] == ["", "pre_training", "mid_training"]
-    assert all(config.network.image_size == 32 and config.batch == 32 for config in stages.values())
-    assert sum(config.steps for config in stages.values()) < 10_000
+    assert all(config.network.image_size == 32 and config.batch == 64 for config in stages.values())
+    assert sum(config.steps for config in stages.values()) < 5000
 
 
 def test_the_config_of_a_run_has_what_the_data_decided(place):
