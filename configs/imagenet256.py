@@ -19,9 +19,9 @@ mean_flow            3.43 / 2.93 (second-hand): the authors' file for XL/2 and 2
                      second-hand.
 improved_mean_flow   1.72 / 1.54 (second-hand; arXiv 2512.02012). Half of the rows have s < t, p = 1, c = 0.01; batch
                      1024, 640 epochs, warm-up 10 epochs, as in the authors' file for their B/2; the network is
-                     conditioned on a guidance weight with density 1 / w on [1, 8], mixed 1 - 1 / w; labels are left
-                     out on diagonal rows alone. They also condition on the interval that is guided, and their XL/2
-                     takes conditions as tokens, with a second head, and has 610 million parameters.
+                     conditioned on a guidance weight with density 1 / w on [1, 8], mixed 1 - 1 / w, and on the
+                     interval that is guided; labels are left out on diagonal rows alone. Their XL/2 takes conditions
+                     as tokens, with a second head, and has 610 million parameters.
 terminal_velocity    3.29 / 2.80 at weight 2, in 4 steps 1.99 at 1.75 (TVM, arXiv 2511.19797): the authors' file. Gaps
                      (-0.8, 1), then ends (-0.4, 1) on the paper's axis; 2,048 images per step, each with a row of the
                      map and a diagonal row: 4,096 rows here, whose images differ; losses over the squared weight;
@@ -92,8 +92,9 @@ def mean_flow() -> Config:
 
 
 def improved() -> Config:
-    config = base(ImprovedMeanFlow(diagonal=0.5, adaptive=1.0, guidance_max=8.0))
-    config.network.guidance, config.data.dropout_rows = True, DropoutRows.diagonal
+    config = base(ImprovedMeanFlow(diagonal=0.5, adaptive=1.0, guidance_max=8.0, guidance_interval=True))
+    config.network.guidance = config.network.guidance_interval = True
+    config.data.dropout_rows = DropoutRows.diagonal
     config.batch, config.steps, config.optim.warmup = 1024, 800_000, 12_500
     return config
 

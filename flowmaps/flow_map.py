@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 # Arguments of networks that came later, at the value that changes nothing: fingerprints do not change with them.
-ADDED = (("variant", ""), ("norm_groups", 0), ("head_channels", 0))
+ADDED = (("variant", ""), ("norm_groups", 0), ("head_channels", 0), ("guidance_interval", False))
 
 
 class FlowMap(nn.Module):

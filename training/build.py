@@ -135,6 +135,7 @@ def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int, **f
         label_dropout=config.data.label_dropout,
         guidance=objective.guidance if objective.guidance > 1 else None,
         guidance_max=objective.guidance_max if objective.guidance_max > 1 else None,
+        guidance_interval=objective.guidance_interval,
         schedules=objective.schedules,
         **facts,
     )

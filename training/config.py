@@ -216,23 +216,20 @@ class Config:
             )
         if self.data.label_dropout and not getattr(self.network, "num_classes", 0):
             raise UserError("needs labels: set network.num_classes", "data.label_dropout", self.data.label_dropout)
-        field_name, weight = ("guidance", made.guidance) if made.guidance > 1 else ("guidance_max", made.guidance_max)
-        if made.guided and not self.data.label_dropout:
+        if made.guided and (self.teacher or not self.data.label_dropout):
+            own = "bakes in guidance of the network's own drift: leave teacher out"
+            name = "guidance" if made.guidance > 1 else "guidance_max"
             raise UserError(
-                "needs rows without a label: set data.label_dropout=0.1", f"objective.{field_name}", f"{weight:g}"
+                own if self.teacher else "needs rows without a label: set data.label_dropout=0.1",
+                field=f"objective.{name}",
+                value=f"{getattr(made, name):g}",
             )
-        if made.guided and self.teacher:
-            raise UserError(
-                "bakes in guidance of the network's own drift: leave teacher out",
-                f"objective.{field_name}",
-                f"{weight:g}",
-            )
-        if getattr(self.network, "guidance", False) != (made.guidance_max > 1):
-            raise UserError(
-                f"needs network.guidance={made.guidance_max > 1}: the network is conditioned on the weight, or not",
-                field="objective.guidance_max",
-                value=f"{made.guidance_max:g}",
-            )
+        told = {"guidance": ("guidance_max", made.guidance_max > 1)}
+        told["guidance_interval"] = ("guidance_interval", made.guidance_interval)
+        for option, (name, given) in told.items():
+            if getattr(self.network, option, False) != given:
+                reason = f"needs network.{option}={given}: the network is conditioned on it, or not"
+                raise UserError(reason, field=f"objective.{name}", value=getattr(made, name))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON (config.json of a run)."""

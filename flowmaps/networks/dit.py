@@ -76,7 +76,7 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
     at zero (``conditioning.TimeEmbedding``). ``qk_norm`` normalises queries and keys, which keeps attention's
     derivative in check. ``variant="diffusers"`` is the network as diffusers' DiTTransformer2DModel computes it: the
     level's frequencies reach 1e-4, and the second norm of a block adds 1e-5 to the variance. ``data_std``,
-    ``augment_dim``, ``guidance``, ``convention`` and ``base_std`` as in ``UNet``.
+    ``augment_dim``, ``guidance``, ``guidance_interval``, ``convention`` and ``base_std`` as in ``UNet``.
     """
 
     _supports_gradient_checkpointing = True
@@ -97,6 +97,7 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
         data_std: float = 0.5,
         augment_dim: int = 0,
         guidance: bool = False,
+        guidance_interval: bool = False,
         convention: str = "",
         base_std: float = 0.5,
         variant: str = "",
@@ -120,7 +121,7 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
         self.stem = nn.Linear(pixels, width)
         eps = 1e-5 if variant else 1e-6
         last = 10000.0 ** -(1 if variant else 127 / 128) if convention else 32.0
-        self.embedding = TimeEmbedding(256, width, num_classes, augment_dim, guidance, last=last)
+        self.embedding = TimeEmbedding(256, width, num_classes, augment_dim, guidance, guidance_interval, last=last)
         sizes = (width, heads, mlp_ratio, qk_norm, dropout, eps)
         self.blocks = nn.ModuleList(TransformerBlock(*sizes) for _ in range(depth))
         self.modulation, self.head = zero(nn.Linear(width, 2 * width)), zero(nn.Linear(width, pixels))

@@ -33,7 +33,7 @@ class Draws(NamedTuple):
     """The random part of one step on data: noise x0 [B, ...] and times s <= t [B], diagonal rows (s = t) first.
 
     ``gamma`` [B], uniform on [0, 1], is for methods that need one more random number per row. ``guidance`` [B] holds
-    the weights of baked-in guidance, None without.
+    the weights of baked-in guidance, None without; ``told`` (w, low, high) [B, 3] if the network is told these.
     """
 
     x0: Tensor
@@ -41,6 +41,7 @@ class Draws(NamedTuple):
     t: Tensor
     gamma: Tensor
     guidance: Tensor | None = None
+    told: Tensor | None = None
 
 
 class Segments(NamedTuple):
@@ -112,6 +113,11 @@ class Objective:
     def guidance_max(self) -> float:
         """Largest guidance weight that the network is conditioned on, 1 for none."""
         return 1.0
+
+    @property
+    def guidance_interval(self) -> bool:
+        """True if the network is conditioned on the times of guidance too."""
+        return False
 
     @property
     def guided(self) -> bool:

@@ -98,7 +98,7 @@ def stand_ins(config: Config, data: DataSet, runs: Mapping[str, Config]) -> Iter
         latents = data.info if isinstance(data, Latents) else {}
         fm = build_flow_map(runs.get(source, config), data.shape, data.num_classes, **latents)
         if source not in runs:
-            fm.info = replace(fm.info, kind="drift", guidance=None, guidance_max=None)
+            fm.info = replace(fm.info, kind="drift", guidance=None, guidance_max=None, guidance_interval=False)
         return Unread(fm.network, fm.interpolant_name, fm.base_std, fm.info).eval()
 
     def open_decoder(config: Config, data: Latents) -> Decoder:

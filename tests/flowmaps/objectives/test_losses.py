@@ -23,6 +23,10 @@ COMPILED = [
     pytest.param("DiT", name, {}, marks=() if name == "lagrangian" else pytest.mark.slow) for name in OBJECTIVES
 ] + [pytest.param("DiT", "mean_flow", {"guidance_max": 3.0}, marks=pytest.mark.slow)]
 COMPILED += [
+    pytest.param("UNet adm", name, {"guidance_max": 3.0, "guidance_interval": True}, marks=pytest.mark.slow)
+    for name in ("improved_mean_flow", "lagrangian")
+]
+COMPILED += [
     pytest.param(*pair, {}, marks=pytest.mark.slow)
     for pair in itertools.product(IMAGES, ("lagrangian", "eulerian"))
     if pair[0] != "DiT"
