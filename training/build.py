@@ -153,7 +153,8 @@ def build_model(config: Config, data: DataSet) -> tuple[FlowMap, LogVariance | N
         latents = data.info if isinstance(data, Latents) else {}
         fm = build_flow_map(config, data.shape, data.num_classes, **latents)
         init_fingerprint = init_from_checkpoint(config, fm) if config.init_from else ""
-        weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
+        learned = config.weight
+        weight = LogVariance(limit=learned.limit, log_floor=learned.log_floor) if learned.learned else None
         if config.lora:
             add_lora(fm.network, config.lora)
     return fm, weight, init_fingerprint

@@ -107,9 +107,7 @@ class Config:
     compile_mode: CompileMode = CompileMode.default
     channels_last: bool = False  # memory layout of convolutions
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
-    max_skipped_steps: int = may_change(
-        10
-    )  # steps with a non-finite gradient are skipped; the run stops after this many
+    max_skipped_steps: int = may_change(10)  # a step with a non-finite gradient is skipped; after this many, stop
     seed: int = 0
     shard: bool = may_change(False)  # shard weights, optimiser and averages over the processes (FSDP2) instead of DDP
     ema: tuple[float, ...] = (0.999,)  # decays of averages kept side by side; the first is sampled and exported
@@ -138,7 +136,7 @@ class Config:
 
     def _check_ranges(self) -> None:
         for least, names in (
-            (0, "data.workers optim.warmup optim.weight_decay lora"),
+            (0, "data.workers optim.warmup optim.weight_decay lora weight.log_floor"),
             (1, "steps batch accumulate log_every sample_every checkpoint_every snapshot_every keep"),
             (1, "best.steps best.every optim.decay_start timeout"),
             (2, "best.num"),
@@ -164,6 +162,8 @@ class Config:
     def _check_optional_parts(self) -> None:
         if self.interpolant not in INTERPOLANTS:
             raise UserError(f"choose one of {', '.join(INTERPOLANTS)}", field="interpolant", value=self.interpolant)
+        if self.weight.log_floor and not self.weight.learned:
+            raise UserError("needs weight.learned=True", field="weight.log_floor", value=self.weight.log_floor)
         if self.lora and not self.init_from:
             raise UserError("needs a base model: set init_from", field="lora", value=self.lora)
         for name in ("init_ema", "init_fresh"):

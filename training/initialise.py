@@ -13,7 +13,12 @@ from flowmaps.objectives import Objective
 from flowmaps.run_weights import run_weights
 from training.config import Config, class_name
 
-MAY_DIFFER = {"dropout", "guidance", "guidance_interval"}  # arguments of the network whose weights a run starts from
+MAY_DIFFER = {
+    "dropout",
+    "guidance",
+    "guidance_interval",
+    "decoupled",
+}  # arguments of the network whose weights a run starts from
 
 
 def load_flow_map(field: str, source: str, config: Config) -> FlowMap:

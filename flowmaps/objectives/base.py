@@ -245,7 +245,8 @@ class Objective:
             losses = losses * (total + self.adaptive_floor).pow(-self.adaptive)
         if weight is not None:  # exp(-w) |r|^2 + w: w learns the log of the residual's variance
             w = weight(draws.s, draws.t)
-            losses = torch.exp(-w) * losses + w
+            c = getattr(weight, "log_floor", 0.0)
+            losses = torch.log(losses + c * torch.exp(w)) if c else torch.exp(-w) * losses + w
             terms["weight_min"], terms["weight_max"] = w.detach().amin(), w.detach().amax()
         return losses, terms
 

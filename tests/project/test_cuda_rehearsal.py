@@ -65,6 +65,8 @@ def shrunken(config):
     config, net = copy.deepcopy(config), config.network.network_class.__name__
     for name, value in SHRUNKEN[net].items():
         setattr(config.network, name, value)
+    if getattr(config.network, "decoupled", 0):
+        config.network.decoupled = 1
     if net in ("UNet", "EDM2UNet"):  # the lower of two levels
         config.network.attention_resolutions = (config.network.image_size // getattr(config.network, "patch", 1) // 2,)
     config.trajectories.steps = min(config.trajectories.steps, 8)

@@ -49,7 +49,8 @@ HEAVY = ("cifar10", "folder")  # networks of 50 million parameters: the whole ro
 HUGE = ("imagenet64", "imagenet256", "imagenet512")  # 280 to 1,524 million: the whole row is for a larger machine
 MILLIONS = {  # of each row's network, as published
     "imagenet64:lagrangian": 280.0,
-    **{f"imagenet256:{row}": 675.1 for row in ("lagrangian", "mean_flow", "improved_mean_flow", "terminal_velocity")},
+    **{f"imagenet256:{row}": 675.1 for row in ("lagrangian", "mean_flow", "improved_mean_flow")},
+    **{f"imagenet256:{row}": 675.1 for row in ("terminal_velocity", "dmf")},
     "imagenet256:cmt,pre_training": 131.0,
     "imagenet256:cmt,mid_training": 675.1,
     "imagenet256:cmt,post_training": 675.1,
