@@ -168,6 +168,22 @@ def test_options_of_any_name_can_be_set():
     assert built.uses_teacher and built == section and built is not section
 
 
+def test_the_row_of_dmf_has_its_times_and_its_weight():
+    objective = (config := importlib.import_module("configs.digits").get_config("dmf")).objective
+    n = 400_000
+    _, s, t, *_ = objective.draw(FlowMap(torch.nn.Identity()), torch.zeros(2 * n, 1), torch.Generator().manual_seed(0))
+    gap, logit = (t - s)[n:].double(), torch.logit(s[:n].double())
+    assert torch.equal(s[:n], t[:n]) and abs(logit.mean()) < 0.01 and abs(logit.std() - 1) < 0.01
+    assert gap.mean() == pytest.approx(0.352, rel=0.01)
+    assert (gap > 0.8).double().mean() == pytest.approx(0.0142, abs=3 * (0.0142 / n) ** 0.5 + 5e-5)
+    config.weight.learned = False
+    with pytest.raises(UserError, match=r"^weight\.log_floor=0\.01: needs weight\.learned"):
+        config.validate()
+    config.weight.log_floor = -1.0
+    with pytest.raises(UserError, match=r"^weight\.log_floor=-1\.0: must be at least 0"):
+        config.validate()
+
+
 def test_accidental_options_are_refused():
     with pytest.raises(UserError, match=r"UNet: .*heads"):
         network(UNet, heads=3)

@@ -8,7 +8,7 @@ from torch import nn
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.networks.conditioning import condition, guidance_at, with_guidance
-from flowmaps.objectives import OBJECTIVES
+from flowmaps.objectives import OBJECTIVES, LogVariance
 from flowmaps.objectives.eulerian import StopGradient
 from samplers.callables import expand
 
@@ -65,9 +65,9 @@ def example(n=64):
     return fm, x1, label
 
 
-def gradients(objective, fm, x1, label, draws):
+def gradients(objective, fm, x1, label, draws, weight=None):
     """The loss and its gradient by the errors of the map."""
-    loss = objective.loss(fm, x1, label, draws).value
+    loss = objective.loss(fm, x1, label, draws, weight=weight).value
     return loss, torch.autograd.grad(loss, [fm.network.wrong, fm.network.bent])
 
 
@@ -135,21 +135,22 @@ def test_loss_and_gradient_vanish_at_the_exact_map(name):
     assert gradients(objective, fm, x1, label, objective.draw(fm, x1, generator()))[0] > 1e-4
 
 
-@pytest.mark.parametrize("adaptive", [0.0, 1.0])
+@pytest.mark.parametrize("form", ["square", "adaptive", "logarithmic"])
 @pytest.mark.parametrize("name", IN_THE_MEAN)
-def test_the_mean_gradient_vanishes_at_the_exact_map(name, adaptive):
+def test_the_mean_gradient_vanishes_at_the_exact_map(name, form):
     """Each row has a partner of the same I_s whose dI_s/ds lies as far on the other side of the drift."""
     key, options = IN_THE_MEAN[name]
     fm, x1, label = example()
-    objective = OBJECTIVES[key](diagonal=0.25, adaptive=adaptive, **options, **DRAWN)
+    objective = OBJECTIVES[key](diagonal=0.25, adaptive=float(form == "adaptive"), **options, **DRAWN)
+    weight = LogVariance(log_floor=0.01) if form == "logarithmic" else None
     draws = objective.draw(fm, x1, generator())
     s = draws.s[:, None]
     x_s = (1 - s) * draws.x0 + s * x1
     with torch.no_grad():
         other = 2 * fm.drift(x_s, draws.s, label) - (x1 - draws.x0)
     reflected = draws._replace(x0=x_s - s * other)
-    _, (wrong, bent) = gradients(objective, fm, x1, label, draws)
-    _, partner = gradients(objective, fm, x_s + (1 - s) * other, label, reflected)
+    _, (wrong, bent) = gradients(objective, fm, x1, label, draws, weight)
+    _, partner = gradients(objective, fm, x_s + (1 - s) * other, label, reflected, weight)
     assert abs(wrong) > 1e-3 and abs(bent) > 1e-4
     torch.testing.assert_close(torch.stack(partner), -torch.stack([wrong, bent]), rtol=1e-7, atol=1e-9)
 
