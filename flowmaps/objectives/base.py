@@ -33,7 +33,8 @@ class Draws(NamedTuple):
     """The random part of one step on data: noise x0 [B, ...] and times s <= t [B], diagonal rows (s = t) first.
 
     ``gamma`` [B], uniform on [0, 1], is for methods that need one more random number per row. ``guidance`` [B] holds
-    the weights of baked-in guidance, None without; ``told`` (w, low, high) [B, 3] if the network is told these.
+    the weights of baked-in guidance, None without. ``told`` is (w, low, high) [B, 3] if the network is conditioned on
+    all three.
     """
 
     x0: Tensor

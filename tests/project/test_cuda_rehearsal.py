@@ -30,7 +30,11 @@ COPIES = {
     "flowmaps.objectives.straightening.Straightening.segment_indices",
     "flowmaps.objectives.straightening.Straightening.states",
 }
-WIDE = {"flowmaps.networks.mlp.MLP.forward"}  # features of float32 points, larger than the points
+WIDE = {  # features of float32 points and times, larger than the points, or the digits
+    "flowmaps.networks.mlp.MLP.forward",
+    "flowmaps.networks.conditioning.time_features",
+    "flowmaps.objectives.loss_weight.LogVariance.forward",
+}
 
 
 def config_rows():

@@ -47,6 +47,21 @@ def test_a_decoupled_map_starts_as_the_drift_bit_for_bit(tmp_path):
         assert not torch.equal(fm.velocity(x, s, s + 0.1, label), start.drift(x, s, label))
 
 
+@pytest.mark.parametrize("option", ["guidance", "guidance_interval"])
+def test_an_embedding_of_guidance_may_come_but_not_go(option, tmp_path):
+    known, plain = get_config("lagrangian_guided,smoke"), get_config("lagrangian_started,smoke")
+    known.network.guidance_interval = known.objective.guidance_interval = option == "guidance_interval"
+    plain.init_from = ""
+    if option == "guidance_interval":
+        plain = get_config("lagrangian_guided,smoke")
+    for config, folder in ((plain, "plain"), (known, "known")):
+        Trainer.build(config).module.fm.save_pretrained(tmp_path / folder)
+    known.init_from, plain.init_from = str(tmp_path / "plain"), str(tmp_path / "known")
+    Trainer.build(known)
+    with pytest.raises(UserError, match=rf"was made with network\.{option}=True, this run has False"):
+        Trainer.build(plain)
+
+
 def test_a_started_run_resumes_exactly_and_refuses_another_start(start, tmp_path):
     config = started(start)
     config.steps = config.sample_every = 6

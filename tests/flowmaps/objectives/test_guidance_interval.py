@@ -1,4 +1,4 @@
-"""A drawn interval of guidance: its law, what is told and what applies, and the exact Gaussian map that knows it."""
+"""A drawn interval of guidance: its law, what the network receives, and the exact Gaussian map that knows it."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from samplers.callables import expand
 
 CLASSES = 2  # and "no label", whose data are Gaussian too, so that guidance shifts a mean and the map stays affine
 DRAWN = {"guidance_max": 8.0, "guidance_interval": True}
-EXACT = {  # residuals that vanish at the exact map; those of MeanFlow vanish in the mean over (x0, x1) given I_s
+EXACT = {  # residuals that vanish at the exact map, MeanFlow's only in the mean over (x0, x1) given I_s
     "lagrangian": ("lagrangian", {}),
     "eulerian": ("eulerian", {}),
     "eulerian slim": ("eulerian", {"stop": StopGradient.slim}),
