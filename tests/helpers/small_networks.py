@@ -53,3 +53,11 @@ def inputs(fm: FlowMap, n: int, dtype: torch.dtype = torch.float32) -> tuple[tor
     s, t = torch.rand(2, n, generator=generator, dtype=dtype).sort(dim=0).values
     classes = fm.info.num_classes
     return x, s, t, (torch.arange(n) % (classes + 1) if classes else None)
+
+
+def randomised(network: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
+    """Draw every weight from a normal distribution; in eval mode."""
+    torch.manual_seed(1)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return network.eval()
