@@ -19,15 +19,20 @@ mean_flow            3.43 / 2.93 (second-hand): the authors' file for XL/2 and 2
                      second-hand.
 improved_mean_flow   1.72 / 1.54 (second-hand; arXiv 2512.02012). Half of the rows have s < t, p = 1, c = 0.01; batch
                      1024, 640 epochs, warm-up 10 epochs, as in the authors' file for their B/2; the network is
-                     conditioned on a guidance weight with density 1 / w on [1, 8], mixed 1 - 1 / w; labels are left
-                     out on diagonal rows alone. They also condition on the interval that is guided, and their XL/2
-                     takes conditions as tokens, with a second head, and has 610 million parameters.
+                     conditioned on a guidance weight with density 1 / w on [1, 8], mixed 1 - 1 / w, and on the
+                     interval that is guided; labels are left out on diagonal rows alone. Their XL/2 takes conditions
+                     as tokens, with a second head, and has 610 million parameters.
 terminal_velocity    3.29 / 2.80 at weight 2, in 4 steps 1.99 at 1.75 (TVM, arXiv 2511.19797): the authors' file. Gaps
                      (-0.8, 1), then ends (-0.4, 1) on the paper's axis; 2,048 images per step, each with a row of the
                      map and a diagonal row: 4,096 rows here, whose images differ; losses over the squared weight;
                      teacher and the drift without a label from an EMA of 0.99; heads of 64, normalised queries and
-                     keys, latents (of sd-vae-ft-ema) scaled by channel, 300,000 steps without clipping. Its RMSNorm
-                     of the modulation and its output times w are not here.
+                     keys, RMSNorm of tokens and modulation, the output for rows with a label times the weight,
+                     latents (of sd-vae-ft-ema) scaled by channel, 300,000 steps without clipping.
+dmf                  2.16 / 1.64, in 4 steps 1.51 (DMF, arXiv 2510.24474): MeanFlow from the drift of SiT-XL/2 with
+                     REPA, imported to teachers/repa (docs/teachers.md). The first 20 blocks know s alone, the last 8
+                     and the head t alone. 256 images per step, each with a diagonal row and one with s < t: 512 rows
+                     here, whose images differ. Guidance of weight 2.5 baked in where our s >= 0.3, mixed of 0.6; a
+                     row's loss is ln(exp(-w) r^2 + 0.01) + w with a learned w(s, t), |w| < 20.
 lagrangian           Not published at this size: the objective as in Boffi et al. 2025, all else as MeanFlow, without
                      guidance.
 cmt                  3.34 in one step for 760 GPU hours in all (second-hand; Hu et al. 2025, arXiv 2509.24526): a
@@ -63,7 +68,7 @@ from training.config import (
     Weight,
     preset,
 )
-from training.config_rows import Chain, select, smoke
+from training.config_rows import Chain, decouple, select, smoke
 
 
 def base(objective: Objective) -> Config:
@@ -92,19 +97,29 @@ def mean_flow() -> Config:
 
 
 def improved() -> Config:
-    config = base(ImprovedMeanFlow(diagonal=0.5, adaptive=1.0, guidance_max=8.0))
-    config.network.guidance, config.data.dropout_rows = True, DropoutRows.diagonal
+    config = base(ImprovedMeanFlow(diagonal=0.5, adaptive=1.0, guidance_max=8.0, guidance_interval=True))
+    config.network.guidance = config.network.guidance_interval = True
+    config.data.dropout_rows = DropoutRows.diagonal
     config.batch, config.steps, config.optim.warmup = 1024, 800_000, 12_500
     return config
 
 
 def terminal() -> Config:
-    config = base(TerminalVelocity(guidance=2.0))
-    config.network = preset("dit-xl2-heads64-imagenet256")
-    config.network.qk_norm = True
+    weight = 2.0
+    config = base(TerminalVelocity(guidance=weight))
+    config.network = preset("dit-xl2-heads64-imagenet256", qk_norm=True, norm="rms", label_scale=weight)
     config.data.latent_shift = (0.86488, -0.27787343, 0.21616915, 0.3738409)
     config.data.latent_scale = tuple(1 / std for std in (4.85503674, 5.31922414, 3.93725398, 3.9870003))
     config.batch, config.steps, config.optim.clip = 4096, 300_000, 0.0
+    return config
+
+
+def dmf() -> Config:
+    config = base(MeanFlow())
+    config.network = preset("dit-xl2-imagenet256", convention="velocity", base_std=1.0)
+    decouple(config, blocks=20)
+    config.init_from = "teachers/repa"
+    config.batch, config.steps = 512, 400_000
     return config
 
 
@@ -132,6 +147,7 @@ ROWS: dict[str, Callable[[], Config | Chain]] = {
     "mean_flow": mean_flow,
     "improved_mean_flow": improved,
     "terminal_velocity": terminal,
+    "dmf": dmf,
     "cmt": cmt,
 }
 

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
 
 # Arguments of networks that came later, at the value that changes nothing: fingerprints do not change with them.
-ADDED = (("variant", ""), ("norm_groups", 0), ("head_channels", 0))
+ADDED = (
+    ("variant", ""),
+    ("norm_groups", 0),
+    ("head_channels", 0),
+    ("guidance_interval", False),
+    ("decoupled", 0),
+    ("norm", "layer"),
+    ("label_scale", 1.0),
+)
 Time = Tensor | float  # of each row, or of all
 
 

@@ -68,6 +68,7 @@ class FlowMapInfo:
     images_seen: int = 0
     guidance: float | None = None  # guidance weight baked in by training, if any
     guidance_max: float | None = None  # the network takes a guidance weight in [1, guidance_max]
+    guidance_interval: bool = False  # and the times from which and up to which it applies
     schedules: dict[str, Schedule] = field(default_factory=dict)  # sampler -> its fitted step sizes
     t_range: tuple[float, float] = (0.0, 1.0)  # times for which the velocity was trained
     label_dropout: float = 0.0  # share of training rows without a label; 0: "no label" was never trained

@@ -138,6 +138,7 @@ def build_flow_map(
         label_dropout=config.data.label_dropout,
         guidance=objective.guidance if objective.guidance > 1 else None,
         guidance_max=objective.guidance_max if objective.guidance_max > 1 else None,
+        guidance_interval=objective.guidance_interval,
         schedules=objective.schedules,
         **facts,
     )
@@ -158,7 +159,8 @@ def build_model(config: Config, data: DataSet) -> tuple[FlowMap, LogVariance | N
         names = getattr(data, "class_names", ())  # a data set of the user's own class may have none
         fm = build_flow_map(config, data.shape, data.num_classes, names, **facts)
         init_fingerprint = init_from_checkpoint(config, fm) if config.init_from else ""
-        weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
+        learned = config.weight
+        weight = LogVariance(limit=learned.limit, log_floor=learned.log_floor) if learned.learned else None
         if config.lora:
             add_lora(fm.network, config.lora)
     return fm, weight, init_fingerprint

@@ -107,9 +107,7 @@ class Config:
     compile_mode: CompileMode = CompileMode.default
     channels_last: bool = False  # memory layout of convolutions
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
-    max_skipped_steps: int = may_change(
-        10
-    )  # steps with a non-finite gradient are skipped; the run stops after this many
+    max_skipped_steps: int = may_change(10)  # a step with a non-finite gradient is skipped; after this many, stop
     seed: int = 0
     shard: bool = may_change(False)  # shard weights, optimiser and averages over the processes (FSDP2) instead of DDP
     ema: tuple[float, ...] = (0.999,)  # decays of averages kept side by side; the first is sampled and exported
@@ -139,7 +137,7 @@ class Config:
 
     def _check_ranges(self) -> None:
         for least, names in (
-            (0, "data.workers optim.warmup optim.weight_decay lora"),
+            (0, "data.workers optim.warmup optim.weight_decay lora weight.log_floor"),
             (1, "steps batch accumulate log_every sample_every checkpoint_every snapshot_every keep"),
             (1, "best.steps best.every optim.decay_start timeout"),
             (2, "best.num"),
@@ -165,6 +163,8 @@ class Config:
     def _check_optional_parts(self) -> None:
         if self.interpolant not in INTERPOLANTS:
             raise UserError(f"choose one of {', '.join(INTERPOLANTS)}", field="interpolant", value=self.interpolant)
+        if self.weight.log_floor and not self.weight.learned:
+            raise UserError("needs weight.learned=True", field="weight.log_floor", value=self.weight.log_floor)
         if self.lora and not self.init_from:
             raise UserError("needs a base model: set init_from", field="lora", value=self.lora)
         for name in ("init_ema", "init_fresh"):
@@ -217,23 +217,20 @@ class Config:
             )
         if self.data.label_dropout and getattr(self.network, "num_classes", 0) == 0:
             raise UserError("needs labels: set network.num_classes", "data.label_dropout", self.data.label_dropout)
-        field_name, weight = ("guidance", made.guidance) if made.guidance > 1 else ("guidance_max", made.guidance_max)
-        if made.guided and not self.data.label_dropout:
+        if made.guided and (self.teacher or not self.data.label_dropout):
+            own = "bakes in guidance of the network's own drift: leave teacher out"
+            name = "guidance" if made.guidance > 1 else "guidance_max"
             raise UserError(
-                "needs rows without a label: set data.label_dropout=0.1", f"objective.{field_name}", f"{weight:g}"
+                own if self.teacher else "needs rows without a label: set data.label_dropout=0.1",
+                field=f"objective.{name}",
+                value=f"{getattr(made, name):g}",
             )
-        if made.guided and self.teacher:
-            raise UserError(
-                "bakes in guidance of the network's own drift: leave teacher out",
-                f"objective.{field_name}",
-                f"{weight:g}",
-            )
-        if getattr(self.network, "guidance", False) != (made.guidance_max > 1):
-            raise UserError(
-                f"needs network.guidance={made.guidance_max > 1}: the network is conditioned on the weight, or not",
-                field="objective.guidance_max",
-                value=f"{made.guidance_max:g}",
-            )
+        told = {"guidance": ("guidance_max", made.guidance_max > 1)}
+        told["guidance_interval"] = ("guidance_interval", made.guidance_interval)
+        for option, (name, given) in told.items():
+            if getattr(self.network, option, False) != given:
+                reason = f"needs network.{option}={given}: the network is conditioned on it, or not"
+                raise UserError(reason, field=f"objective.{name}", value=getattr(made, name))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON (config.json of a run)."""

@@ -16,6 +16,7 @@ from flowmaps.objectives import (
     OBJECTIVES,
     Eulerian,
     Lagrangian,
+    MeanFlow,
     Objective,
     Progressive,
     Straightening,
@@ -24,7 +25,8 @@ from flowmaps.objectives import (
 from flowmaps.objectives.eulerian import StopGradient
 from flowmaps.objectives.progressive import IntermediateTime
 from flowmaps.objectives.straightening import TrainPoint
-from training.config import Config, Precision, Trajectories
+from flowmaps.objectives.time_sampling import DiagonalDraw
+from training.config import Config, Precision, Trajectories, Weight
 
 
 @dataclass
@@ -71,6 +73,19 @@ def straightening_configs(base: Callable[[], Config], run: str, steps: int = 4) 
     return {"straightening": lambda: row(TrainPoint.path), "reflow": lambda: row(TrainPoint.chord)}
 
 
+def decouple(config: Config, blocks: int) -> None:
+    """Make ``config``, whose network is a DiT, a run of DMF: decoupled MeanFlow (arXiv 2510.24474), guided by 2.5.
+
+    The first ``blocks`` of the network know s alone.
+    """
+    objective = MeanFlow(
+        diagonal=0.5, time_mean=(-0.4, 1.2, 0.0), time_std=(1.0, 1.0, 1.0), diagonal_draw=DiagonalDraw.own
+    )
+    objective.guidance, objective.guidance_mix, objective.guidance_times = 2.5, 0.6, (0.3, 1.0)
+    config.objective, config.data.label_dropout, config.network.decoupled = objective, 0.1, blocks
+    config.weight = Weight(learned=True, limit=20.0, log_floor=0.01)
+
+
 def smoke(config: Config, batch: int = 16, trajectory_steps: int | None = None, **network: Any) -> None:
     """Shrink a run to seconds on two cores, where every part runs and nothing is learned.
 
@@ -78,6 +93,8 @@ def smoke(config: Config, batch: int = 16, trajectory_steps: int | None = None, 
     """
     for name, value in network.items():
         setattr(config.network, name, value)
+    if getattr(config.network, "decoupled", 0):
+        config.network.decoupled = config.network.depth // 2
     config.steps, config.batch, config.precision = 20, batch, Precision.fp32
     config.data.workers = min(config.data.workers, 1)
     if trajectory_steps is not None:

@@ -87,6 +87,7 @@ class Optim:
 class Weight:
     learned: bool = False  # log-variance weight w(s, t)
     limit: float = 2.0  # |w| stays below this
+    log_floor: float = 0.0  # above 0, c of the loss ln(exp(-w) r^2 + c) + w; 0: exp(-w) r^2 + w
 
 
 @dataclass

@@ -13,7 +13,8 @@ from flowmaps.objectives import Objective
 from flowmaps.run_weights import run_weights
 from training.config import Config, class_name
 
-MAY_DIFFER = {"dropout", "guidance"}  # arguments of the network whose weights a run starts from
+# Arguments of the network that may differ from those of the checkpoint, and those that may be True for the first time.
+MAY_DIFFER, MAY_COME = {"dropout", "decoupled"}, {"guidance", "guidance_interval"}
 
 
 def load_flow_map(field: str, source: str, config: Config) -> FlowMap:
@@ -46,7 +47,8 @@ def init_from_checkpoint(config: Config, fm: FlowMap) -> str:
         raise refused(f"has a {type(start.network).__name__}, this run's network is a {type(fm.network).__name__}")
     ours, theirs = (dict(cast(Any, network).config) for network in (fm.network, start.network))
     for name in (name for name in ours if not name.startswith("_") and name not in MAY_DIFFER):
-        if json.dumps(ours[name]) != json.dumps(theirs[name]):  # a loaded config has lists for tuples
+        free = name in MAY_COME and ours[name]
+        if not free and json.dumps(ours[name]) != json.dumps(theirs[name]):  # a loaded config has lists for tuples
             raise refused(f"was made with network.{name}={theirs[name]}, this run has {ours[name]}")
     if (start.interpolant_name, start.base_std) != (fm.interpolant_name, fm.base_std):
         raise refused(

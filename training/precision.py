@@ -90,8 +90,7 @@ def derivative_error(
         return None
     assert isinstance(objective, SelfDistillation)
     alone = dataclasses.replace(objective, diagonal=0.0)
-    x0, s, t, gamma, guidance = draws
-    few = Draws(x0[-rows:], s[-rows:], t[-rows:], gamma[-rows:], None if guidance is None else guidance[-rows:])
+    few = Draws._make(None if value is None else value[-rows:] for value in draws)
     label = None if label is None else label[-rows:]
     teacher = None if module.teacher is None else module.teacher.drift
     found = []

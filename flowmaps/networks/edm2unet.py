@@ -8,7 +8,7 @@ from diffusers import ConfigMixin, ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from flowmaps.networks.conditioning import condition
+from flowmaps.networks.conditioning import check_guidance, condition
 from flowmaps.networks.interface import registered
 from flowmaps.networks.layers import Dropout, Stage, check_unet, heads_of, resample, run, u_shape
 from flowmaps.networks.magnitude import MPLayer, mp_add, mp_cat, mp_silu, mp_sum, unit
@@ -32,28 +32,36 @@ def raw_features(t: Tensor, channels: int) -> Tensor:
 class MPEmbedding(nn.Module):
     """Embeds (s, t, label) as one vector [B, channels] of unit variance.
 
-    The layer for s is summed with layers for t - s, for the augmentation and for the inverse of the guidance weight,
-    each with a learned gain, then with the layer for the class at share 1/2 ("no label" is a zero vector). The gains
-    start at zero: a network with one time, loaded into this one, is the same function at s = t. A gain of 1 for t - s
-    is the equal mixture of Boffi et al. 2025. ``random`` replaces the features of s by EDM2's, cos(level f + p) sqrt 2
-    with random f and p.
+    The layer for s is summed with layers for t - s, for the augmentation, for the inverse of the guidance weight and,
+    with ``interval``, for its times, each with a learned gain, then with the layer for the class at share 1/2 ("no
+    label" is a zero vector). The gains start at zero: a network with one time, loaded into this one, is the same
+    function at s = t. A gain of 1 for t - s is the equal mixture of Boffi et al. 2025. ``random`` replaces the features
+    of s by EDM2's, cos(level f + p) sqrt 2 with random f and p.
     """
 
     frequencies: Tensor
     phases: Tensor
 
     def __init__(
-        self, features: int, channels: int, num_classes: int, augment_dim: int, guidance: bool, random: bool
+        self,
+        features: int,
+        channels: int,
+        num_classes: int,
+        augment_dim: int,
+        guidance: bool,
+        interval: bool,
+        random: bool,
     ) -> None:
         super().__init__()
-        if guidance and not num_classes:
-            raise ValueError("guidance needs classes: num_classes is 0")
+        check_guidance(num_classes, guidance, interval)
         self.channels, self.num_classes, self.augment_dim = features, num_classes, augment_dim
         self.start, self.gap = MPLayer(features, channels), MPLayer(features, channels)
         self.label = MPLayer(num_classes, channels) if num_classes else None
         self.augmentation = MPLayer(augment_dim, channels) if augment_dim else None
         self.guidance = MPLayer(features, channels) if guidance else None
-        names = ("gap", *["augmentation"] * bool(augment_dim), *["guidance"] * guidance)
+        self.low = MPLayer(features, channels) if interval else None
+        self.high = MPLayer(features, channels) if interval else None
+        names = ("gap", *["augmentation"] * bool(augment_dim), *["guidance"] * guidance, *["low", "high"] * interval)
         self.random = random
         if random:
             self.register_buffer("frequencies", 2 * math.pi * torch.randn(features))
@@ -61,7 +69,8 @@ class MPEmbedding(nn.Module):
         self.gains = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in names})
 
     def forward(self, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        given = condition(label, s, self.num_classes, self.augment_dim, self.guidance is not None)
+        guided, interval = self.guidance is not None, self.low is not None
+        given = condition(label, s, self.num_classes, self.augment_dim, guided, interval)
         dtype = self.start.weight.dtype  # times keep their own precision until here
 
         def features(time: Tensor) -> Tensor:
@@ -74,8 +83,14 @@ class MPEmbedding(nn.Module):
         x = mp_add(self.start(start), self.gap(features(t - s)), self.gains["gap"])
         if self.augmentation is not None:
             x = mp_add(x, self.augmentation(given.augmentation.to(dtype)), self.gains["augmentation"])
-        if self.guidance is not None:
-            x = mp_add(x, self.guidance(features(1 / given.guidance)), self.gains["guidance"])
+        told = (
+            ("guidance", self.guidance, 1 / given.guidance),
+            ("low", self.low, given.low),
+            ("high", self.high, 1 - given.high),
+        )
+        for name, layer, value in told:
+            if layer is not None:
+                x = mp_add(x, layer(features(value)), self.gains[name])
         if self.label is not None:
             classes = given.classes[:, :-1].to(dtype) * math.sqrt(self.num_classes)
             x = mp_sum(x, self.label(classes), LABEL_BALANCE)
@@ -148,6 +163,7 @@ class EDM2UNet(Preconditioned, ModelMixin, ConfigMixin):
         data_std: float = 0.5,
         augment_dim: int = 0,
         guidance: bool = False,
+        guidance_interval: bool = False,
         convention: str = "",
         base_std: float = 0.5,
     ) -> None:
@@ -157,7 +173,9 @@ class EDM2UNet(Preconditioned, ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
         widths = tuple(mult * width for mult in channel_mult)
         embedding = max(widths)
-        self.embedding = MPEmbedding(widths[0], embedding, num_classes, augment_dim, guidance, bool(convention))
+        self.embedding = MPEmbedding(
+            widths[0], embedding, num_classes, augment_dim, guidance, guidance_interval, bool(convention)
+        )
         self.stem = MPLayer(channels + 1, widths[0], 3)
         down, up = u_shape(image_size, widths[0], widths, blocks)
 

@@ -24,7 +24,7 @@ class Network(Protocol):
       loaded at ``image_size``;
     * ``num_classes``: 0 for an unconditional network;
     * ``augment_dim``: number of augmentation parameters that the label may carry;
-    * ``guidance``: True if the network is conditioned on a guidance weight;
+    * ``guidance``: True if the network is conditioned on a guidance weight, ``guidance_interval`` if on its times too;
     * ``data_std``: the network divides its input and multiplies its output by it;
     * ``convention`` and ``base_std``: a published parametrisation and its noise level, for imported weights
       (``preconditioning.Preconditioned`` implements these two and ``data_std``).

@@ -24,6 +24,12 @@ class Preconditioned:
         self.base_std, self.data_std = base_std, data_std
         self.parametrisation = found
 
+    def level(self, t: Tensor) -> Tensor:
+        """Return the noise level of times t [B] as the network proper takes it."""
+        if self.parametrisation is None:
+            return t
+        return self.parametrisation(t, self.base_std, self.data_std).c_noise
+
     def body(self, x: Tensor, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """Compute F, the network proper."""
         raise NotImplementedError

@@ -130,6 +130,7 @@ class UNet(Preconditioned, ModelMixin, ConfigMixin):
         patch: Above 1, fold patch x patch pixels into channels first, for small images on a CPU.
         augment_dim: Number of augmentation parameters in the label (``conditioning.soft_label``).
         guidance: True to condition on a guidance weight in the label (``conditioning.with_guidance``).
+        guidance_interval: True to condition on the times of guidance too.
         variant: A key of ``VARIANTS``: the U-Net of a paper, or "small".
         convention: Parametrisation of imported weights, empty for this package's
             (``preconditioning.Preconditioned``).
@@ -162,6 +163,7 @@ class UNet(Preconditioned, ModelMixin, ConfigMixin):
         patch: int = 1,
         augment_dim: int = 0,
         guidance: bool = False,
+        guidance_interval: bool = False,
         variant: str = "small",
         convention: str = "",
         base_std: float = 0.5,
@@ -183,7 +185,15 @@ class UNet(Preconditioned, ModelMixin, ConfigMixin):
         features = embedding if variant == "small" else width * (1 + chosen.ncsn)
         last = 10000.0 ** -(1 if chosen.endpoint else 1 - 2 / features) if convention else 32.0
         self.embedding = TimeEmbedding(
-            features, embedding, num_classes, augment_dim, guidance, chosen.label_first, last, chosen.ncsn
+            features,
+            embedding,
+            num_classes,
+            augment_dim,
+            guidance,
+            guidance_interval,
+            chosen.label_first,
+            last,
+            chosen.ncsn,
         )
         self.stem = nn.Conv2d(pixels, width, 3, padding=1)
         down, up = u_shape(size, width, tuple(mult * width for mult in channel_mult), blocks)

@@ -33,7 +33,8 @@ class Draws(NamedTuple):
     """The random part of one step on data: noise x0 [B, ...] and times s <= t [B], diagonal rows (s = t) first.
 
     ``gamma`` [B], uniform on [0, 1], is for methods that need one more random number per row. ``guidance`` [B] holds
-    the weights of baked-in guidance, None without.
+    the weights of baked-in guidance, None without. ``told`` is (w, low, high) [B, 3] if the network is conditioned on
+    all three.
     """
 
     x0: Tensor
@@ -41,6 +42,7 @@ class Draws(NamedTuple):
     t: Tensor
     gamma: Tensor
     guidance: Tensor | None = None
+    told: Tensor | None = None
 
 
 class Segments(NamedTuple):
@@ -116,6 +118,11 @@ class Objective:
     def idle(self) -> set[str]:
         """Return the options that have no effect at the present values of the others."""
         return set() if self.adaptive else {"adaptive_floor"}
+
+    @property
+    def guidance_interval(self) -> bool:
+        """True if the network is conditioned on the times of guidance too."""
+        return False
 
     @property
     def guided(self) -> bool:
@@ -243,7 +250,8 @@ class Objective:
             losses = losses * (total + self.adaptive_floor).pow(-self.adaptive)
         if weight is not None:  # exp(-w) |r|^2 + w: w learns the log of the residual's variance
             w = weight(draws.s, draws.t)
-            losses = torch.exp(-w) * losses + w
+            c = getattr(weight, "log_floor", 0.0)
+            losses = torch.log(losses + c * torch.exp(w)) if c else torch.exp(-w) * losses + w
             terms["weight_min"], terms["weight_max"] = w.detach().amin(), w.detach().amax()
         return losses, terms
 

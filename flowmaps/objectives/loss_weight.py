@@ -15,11 +15,15 @@ class LogVariance(nn.Module):
     On the diagonal that size is bounded below by the spread of dI_t/dt given I_t. Off the diagonal it goes to 0 as
     the map becomes consistent, w follows it down and the pull of the off-diagonal term grows without bound: hence the
     limit, and hence no weight by default (docs/maths.md, "The learned weight").
+
+    With ``log_floor`` = c > 0 the loss is ln(exp(-w) |r|^2 + c) + w = ln(|r|^2 + c exp(w)) instead (DMF, arXiv
+    2510.24474): an adaptive weight of power 1 whose constant is learned. It falls to the limit, since a smaller
+    constant always lowers the loss, and no pull grows without bound.
     """
 
-    def __init__(self, channels: int = 128, limit: float = 2.0) -> None:
+    def __init__(self, channels: int = 128, limit: float = 2.0, log_floor: float = 0.0) -> None:
         super().__init__()
-        self.limit, self.channels = limit, channels
+        self.limit, self.channels, self.log_floor = limit, channels, log_floor
         self.linear = zero(nn.Linear(2 * channels, 1))
 
     def forward(self, s: Tensor, t: Tensor) -> Tensor:

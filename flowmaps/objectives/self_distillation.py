@@ -10,7 +10,7 @@ from torch import Tensor
 from flowmaps.derivatives import derivative_autocast
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
-from flowmaps.networks.conditioning import with_guidance, without_label
+from flowmaps.networks.conditioning import guidance_at, with_guidance, without_label
 from flowmaps.networks.layers import no_dropout
 from flowmaps.objectives.base import Draws, Objective, mean_square, new_option
 from samplers.callables import Drift, expand
@@ -29,6 +29,8 @@ class DriftObjective(Objective):
     guidance_mix: float = new_option(0.5, before=0.0)  # share of the network's own guided drift in the target: see
     # ``guided_target``; a drawn weight has the share 1 - 1 / w in its place, unless this is 0
     guidance_times: tuple[float, float] = (0.0, 1.0)  # the weight is 1 for rows whose s lies outside
+    guidance_interval: bool = new_option(False, before=False)  # with guidance_max: draw these times for each row with
+    # s < t, low from [0, 1/2] and high from [1/2, 1], and condition the network on them and the weight between them
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +53,10 @@ class DriftObjective(Objective):
             raise UserError(
                 "have no effect without guidance or guidance_max", field="guidance_times", value=self.guidance_times
             )
+        if self.guidance_interval and (self.guidance_max == 1 or (low, high) != (0, 1)):
+            raise UserError(
+                "needs guidance_max above 1, and excludes guidance_times", "guidance_interval", self.guidance_interval
+            )
 
     def idle(self) -> set[str]:
         mix = set() if self.guided else {"guidance_mix"}
@@ -63,7 +69,12 @@ class DriftObjective(Objective):
         uniform = torch.rand(len(x1), generator=generator, device=x1.device, dtype=x1.dtype)
         guidance = torch.full_like(uniform, self.guidance) if self.guidance > 1 else self.guidance_weights(uniform)
         low, high = self.guidance_times
-        return draws._replace(guidance=torch.where((draws.s >= low) & (draws.s <= high), guidance, 1.0))
+        if not self.guidance_interval:
+            return draws._replace(guidance=torch.where((draws.s >= low) & (draws.s <= high), guidance, 1.0))
+        interval = torch.rand(2, len(x1), generator=generator, device=x1.device, dtype=x1.dtype) / 2
+        interval[:, : self.diagonal_rows(len(x1))] = 0  # there from 0 to 1
+        told = torch.stack([guidance, interval[0], 1 - interval[1]], dim=1)
+        return draws._replace(guidance=guidance_at(told, draws.s)[:, 0], told=told)
 
     def guidance_weights(self, uniform: Tensor) -> Tensor:
         """Return weights in [1, guidance_max] with density proportional to w^-guidance_power from uniform numbers."""
@@ -75,12 +86,19 @@ class DriftObjective(Objective):
     def conditional(
         self, fm: FlowMap, x1: Tensor, label: Tensor | None, draws: Draws, teacher: Drift | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return I_s and the target dI_s/ds [B, ...], guided if guidance is on, and the label that goes with them."""
+        """Return I_s and the target dI_s/ds [B, ...], guided if guidance is on, and the label that goes with them.
+
+        With ``guidance_interval`` that label says the weight and the interval as drawn. The target has the weight that
+        they give at s, and is mixed of drifts that are guided at all times (arXiv 2512.02012).
+        """
         x_s = fm.interpolant.point(draws.x0, x1, draws.s)
         velocity = fm.interpolant.conditional_velocity(draws.x0, x1, draws.s)
         if draws.guidance is not None:
             drift = teacher if teacher is not None and self.teacher_ema else fm.drift
-            velocity, label = self.guided_target(fm, x_s, draws.s, label, velocity, draws.guidance, drift)
+            given = label
+            velocity, label = self.guided_target(fm, x_s, draws.s, given, velocity, draws.guidance, drift)
+            if draws.told is not None and given is not None:
+                label = with_guidance(given, draws.told, fm.info.num_classes)
         return x_s, velocity, label
 
     def guided_target(
@@ -183,12 +201,14 @@ class SelfDistillation(DriftObjective):
         """
         raise NotImplementedError
 
-    @staticmethod
-    def target_drift(fm: FlowMap, teacher: Drift | None, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    def target_drift(self, fm: FlowMap, teacher: Drift | None, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """Return b_t(x) of the teacher, or of the live network, as a constant, in the precision of derivatives.
 
         The residual is the small difference of a derivative and this, so that a coarser drift would bias its gradient.
+        With ``guidance_interval`` the drift is that of the weight which applies at t.
         """
+        if self.guidance_interval and label is not None:
+            label = guidance_at(label, t)
         with torch.no_grad(), derivative_autocast(x):
             return (teacher or fm.drift)(x, t, label)
 

@@ -151,7 +151,8 @@ def fake_trainer(config, batch: int, bf16: bool) -> tuple[Trainer, int]:
     classes = getattr(net, "num_classes", 0)
     with device:
         fm = build_flow_map(config, shape, classes)
-        weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
+        learned = config.weight
+        weight = LogVariance(limit=learned.limit, log_floor=learned.log_floor) if learned.learned else None
         teacher = build_flow_map(config, shape, classes) if config.teacher or objective.teacher_ema else None
     module = LossModule(fm, objective, weight, teacher)
     paths, rows = None, 1

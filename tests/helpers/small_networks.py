@@ -6,13 +6,14 @@ from flowmaps import FlowMap, FlowMapInfo
 from flowmaps.networks import MLP, DiT, EDM2UNet, UNet
 
 LABELS = {"num_classes": 4, "guidance": True}
+INTERVAL = {**LABELS, "guidance_interval": True}
 UNET = {"image_size": 8, "channels": 1, "width": 8, "channel_mult": (1, 2), "blocks": 1, "attention_resolutions": (4,)}
 DIT = {"image_size": 8, "channels": 1, "patch": 4, "width": 16, "depth": 2, "heads": 2, **LABELS}
 SMALL = {
     "MLP": (MLP, {"width": 16, "depth": 2, "fourier_features": 3}),
     "UNet": (UNet, {**UNET, **LABELS}),
     "UNet patch": (UNet, {**UNET, "image_size": 16, "patch": 2}),
-    "UNet adm": (UNet, {**UNET, **LABELS, "variant": "adm"}),
+    "UNet adm": (UNet, {**UNET, **INTERVAL, "variant": "adm"}),
     "UNet ddpm": (UNet, {**UNET, **LABELS, "variant": "ddpm", "convention": "ddpm"}),
     "UNet diffusers": (UNet, {**UNET, **LABELS, "variant": "diffusers", "convention": "rectified_flow"}),
     "UNet edm": (UNet, {**UNET, **LABELS, "variant": "ddpm++", "convention": "edm"}),
@@ -21,10 +22,12 @@ SMALL = {
     "UNet groups": (UNet, {**UNET, "variant": "diffusers", "norm_groups": 8, "head_channels": 2}),
     "EDM2UNet": (EDM2UNet, {**UNET, **LABELS}),
     "DiT": (DiT, DIT),
-    "EDM2UNet edm": (EDM2UNet, {**UNET, **LABELS, "convention": "edm"}),
+    "EDM2UNet edm": (EDM2UNet, {**UNET, **INTERVAL, "convention": "edm"}),
     "DiT velocity": (DiT, {**DIT, "convention": "velocity"}),
     "DiT diffusers": (DiT, {**DIT, "variant": "diffusers", "convention": "ddpm:velocity:squaredcos_cap_v2:1000"}),
     "DiT qk_norm": (DiT, {**DIT, "qk_norm": True, "mlp_ratio": 2.0}),
+    "DiT decoupled": (DiT, {**DIT, "depth": 5, "decoupled": 2}),
+    "DiT rms": (DiT, {**DIT, "norm": "rms", "qk_norm": True, "label_scale": 2.0}),
 }
 IMAGES = [name for name in SMALL if name != "MLP"]
 LABELLED = [name for name, (_, options) in SMALL.items() if "num_classes" in options]
@@ -50,3 +53,11 @@ def inputs(fm: FlowMap, n: int, dtype: torch.dtype = torch.float32) -> tuple[tor
     s, t = torch.rand(2, n, generator=generator, dtype=dtype).sort(dim=0).values
     classes = fm.info.num_classes
     return x, s, t, (torch.arange(n) % (classes + 1) if classes else None)
+
+
+def randomised(network: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
+    """Draw every weight from a normal distribution; in eval mode."""
+    torch.manual_seed(1)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return network.eval()

@@ -30,7 +30,11 @@ COPIES = {
     "flowmaps.objectives.straightening.Straightening.segment_indices",
     "flowmaps.objectives.straightening.Straightening.states",
 }
-WIDE = {"flowmaps.networks.mlp.MLP.forward"}  # features of float32 points, larger than the points
+WIDE = {  # features of float32 points and times, larger than the points, or the digits
+    "flowmaps.networks.mlp.MLP.forward",
+    "flowmaps.networks.conditioning.time_features",
+    "flowmaps.objectives.loss_weight.LogVariance.forward",
+}
 
 
 def config_rows():
@@ -65,6 +69,8 @@ def shrunken(config):
     config, net = copy.deepcopy(config), config.network.network_class.__name__
     for name, value in SHRUNKEN[net].items():
         setattr(config.network, name, value)
+    if getattr(config.network, "decoupled", 0):
+        config.network.decoupled = 1
     if net in ("UNet", "EDM2UNet"):  # the lower of two levels
         config.network.attention_resolutions = (config.network.image_size // getattr(config.network, "patch", 1) // 2,)
     config.trajectories.steps = min(config.trajectories.steps, 8)

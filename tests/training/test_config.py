@@ -51,7 +51,8 @@ HEAVY = ("cifar10", "folder")  # networks of 50 million parameters: the whole ro
 HUGE = ("imagenet64", "imagenet256", "imagenet512")  # 280 to 1,524 million: the whole row is for a larger machine
 MILLIONS = {  # of each row's network, as published
     "imagenet64:lagrangian": 280.0,
-    **{f"imagenet256:{row}": 675.1 for row in ("lagrangian", "mean_flow", "improved_mean_flow", "terminal_velocity")},
+    **{f"imagenet256:{row}": 675.1 for row in ("lagrangian", "mean_flow", "improved_mean_flow")},
+    **{f"imagenet256:{row}": 675.1 for row in ("terminal_velocity", "dmf")},
     "imagenet256:cmt,pre_training": 131.0,
     "imagenet256:cmt,mid_training": 675.1,
     "imagenet256:cmt,post_training": 675.1,
@@ -168,6 +169,22 @@ def test_options_of_any_name_can_be_set():
     assert (class_name(section), section.target) == ("mean_flow", Velocity.model)
     built = build_objective(tiny(objective=section))
     assert built.uses_teacher and built == section and built is not section
+
+
+def test_the_row_of_dmf_has_its_times_and_its_weight():
+    objective = (config := importlib.import_module("configs.digits").get_config("dmf")).objective
+    n = 400_000
+    _, s, t, *_ = objective.draw(FlowMap(torch.nn.Identity()), torch.zeros(2 * n, 1), torch.Generator().manual_seed(0))
+    gap, logit = (t - s)[n:].double(), torch.logit(s[:n].double())
+    assert torch.equal(s[:n], t[:n]) and abs(logit.mean()) < 0.01 and abs(logit.std() - 1) < 0.01
+    assert gap.mean() == pytest.approx(0.352, rel=0.01)
+    assert (gap > 0.8).double().mean() == pytest.approx(0.0142, abs=3 * (0.0142 / n) ** 0.5 + 5e-5)
+    config.weight.learned = False
+    with pytest.raises(UserError, match=r"^weight\.log_floor=0\.01: needs weight\.learned"):
+        config.validate()
+    config.weight.log_floor = -1.0
+    with pytest.raises(UserError, match=r"^weight\.log_floor=-1\.0: must be at least 0"):
+        config.validate()
 
 
 def test_accidental_options_are_refused():

@@ -9,6 +9,7 @@ from helpers.runs import assert_same, weights
 
 from configs.digits import get_config
 from flowmaps import FlowMap, UserError
+from flowmaps.objectives import FlowMatching
 from flowmaps.run_weights import list_checkpoints
 from training.loop import train
 from training.trainer import Trainer
@@ -29,6 +30,36 @@ def test_a_map_starts_as_the_drift(start, row):
     with torch.no_grad():
         torch.testing.assert_close(fm.eval().velocity(x, s, s, label), drift.drift(x, s, label))
     assert fm.info.kind == "map"
+
+
+def test_a_decoupled_map_starts_as_the_drift_bit_for_bit(tmp_path):
+    """DMF: a DiT trained with one time, whose blocks are then given one time each."""
+    drift = get_config("dmf,smoke")
+    drift.objective, drift.weight.learned, drift.weight.log_floor = FlowMatching(), False, 0.0
+    drift.network.decoupled, drift.steps = 0, 10
+    start = train(drift, tmp_path / "drift").eval()
+    config = get_config("dmf,smoke")
+    config.init_from = str(tmp_path / "drift")
+    fm = Trainer.build(config).module.fm.eval()
+    x, s, label = torch.randn(3, 1, 8, 8), torch.tensor([0.2, 0.5, 1.0]), torch.arange(3)
+    with torch.no_grad():
+        assert torch.equal(fm.velocity(x, s, s, label), start.drift(x, s, label))
+        assert not torch.equal(fm.velocity(x, s, s + 0.1, label), start.drift(x, s, label))
+
+
+@pytest.mark.parametrize("option", ["guidance", "guidance_interval"])
+def test_an_embedding_of_guidance_may_come_but_not_go(option, tmp_path):
+    known, plain = get_config("lagrangian_guided,smoke"), get_config("lagrangian_started,smoke")
+    known.network.guidance_interval = known.objective.guidance_interval = option == "guidance_interval"
+    plain.init_from = ""
+    if option == "guidance_interval":
+        plain = get_config("lagrangian_guided,smoke")
+    for config, folder in ((plain, "plain"), (known, "known")):
+        Trainer.build(config).module.fm.save_pretrained(tmp_path / folder)
+    known.init_from, plain.init_from = str(tmp_path / "plain"), str(tmp_path / "known")
+    Trainer.build(known)
+    with pytest.raises(UserError, match=rf"was made with network\.{option}=True, this run has False"):
+        Trainer.build(plain)
 
 
 def test_a_started_run_resumes_exactly_and_refuses_another_start(start, tmp_path):

@@ -101,7 +101,7 @@ def stand_ins(config: Config, data: DataSet, runs: Mapping[str, Config]) -> Iter
         made = replace(made, network=fitted(made.network, data.shape, data.num_classes))
         fm = build_flow_map(made, data.shape, data.num_classes, **latents)
         if source not in runs:
-            fm.info = replace(fm.info, kind="drift", guidance=None, guidance_max=None)
+            fm.info = replace(fm.info, kind="drift", guidance=None, guidance_max=None, guidance_interval=False)
         return Unread(fm.network, fm.interpolant_name, fm.base_std, fm.info).eval()
 
     def open_decoder(config: Config, data: Latents) -> Decoder:

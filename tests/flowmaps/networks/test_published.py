@@ -1,19 +1,13 @@
-"""EDM2UNet, UNet and DiT against evaluations written down from the papers, on shared weights."""
+"""EDM2UNet and UNet against evaluations written down from the papers, on shared weights."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.small_networks import randomised
 
-from flowmaps.networks import DiT, EDM2UNet, UNet
-
-
-def randomised(network, std=0.3):
-    torch.manual_seed(1)
-    for p in network.parameters():
-        torch.nn.init.normal_(p, std=std)
-    return network.eval()
+from flowmaps.networks import EDM2UNet, UNet
 
 
 class EDM2:
@@ -216,82 +210,3 @@ def test_unet_is_the_published_one(variant):
         ours = network(x, t, t, label)
         theirs = EDM(dict(network.state_dict()), variant, 32, (1, 2, 4), 2, (8,), 16)(x, t, label)
     assert theirs.std() > 0.01 and (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-
-
-def dit(weights, x, s, t, label, patch, heads, data_std, qk_norm):
-    """DiT with adaLN-zero (arXiv 2212.09748, section 3.2), two times added; ``t`` None: one time, as published."""
-    w = weights
-
-    def linear(name, x):
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-    def silu(x):
-        return x * torch.sigmoid(x)
-
-    def norm(x):
-        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
-
-    def mlp(name, time):
-        frequencies = torch.tensor([32 ** (k / 127) for k in range(128)], dtype=x.dtype)
-        phase = time[:, None] * frequencies
-        features = torch.cat([phase.cos(), phase.sin()], dim=1)
-        return linear(f"embedding.{name}.2", silu(linear(f"embedding.{name}.0", features)))
-
-    b, c, size, _ = x.shape
-    n, width = size // patch, w["stem.weight"].shape[0]
-    tokens = [
-        (x[:, :, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch] / data_std).reshape(b, -1)
-        for i in range(n)
-        for j in range(n)
-    ]
-    place = []
-    for i in range(n):
-        for j in range(n):
-            omega = [10000 ** (-k / (width / 4)) for k in range(width // 4)]
-            place.append([f(p * o) for p in (j, i) for f in (math.sin, math.cos) for o in omega])
-    h = linear("stem", torch.stack(tokens, dim=1)) + torch.tensor(place, dtype=x.dtype)
-    e = mlp("start", s) + w["embedding.label.weight"][label]
-    if t is not None:
-        e = e + mlp("gap", t - s)
-    e = silu(e)
-    depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
-    for k in range(depth):
-        shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"blocks.{k}.modulation", e)[:, None].chunk(6, dim=-1)
-        y = linear(f"blocks.{k}.attention.qkv", norm(h) * (1 + scale1) + shift1)
-        q, key, v = y.reshape(b, n * n, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        if qk_norm:
-            g = w[f"blocks.{k}.attention.scales"]
-            q, key = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * g[i] for i, z in enumerate((q, key)))
-        a = torch.softmax(q @ key.mT / math.sqrt(width // heads), dim=-1) @ v
-        h = h + gate1 * linear(f"blocks.{k}.attention.out", a.transpose(1, 2).reshape(b, n * n, width))
-        y = linear(f"blocks.{k}.mlp.0", norm(h) * (1 + scale2) + shift2)
-        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
-        h = h + gate2 * linear(f"blocks.{k}.mlp.3", y)
-    shift, scale = linear("modulation", e)[:, None].chunk(2, dim=-1)
-    h = linear("head", norm(h) * (1 + scale) + shift)
-    out = torch.zeros_like(x)
-    for k in range(n * n):
-        i, j = divmod(k, n)
-        out[:, :, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch] = h[:, k].reshape(b, c, patch, patch)
-    return data_std * out
-
-
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_dit_is_the_published_one(qk_norm):
-    network = DiT(image_size=8, channels=3, patch=2, width=32, depth=3, heads=4, num_classes=5, qk_norm=qk_norm)
-    network = randomised(network, std=0.15)
-    x, label = 0.5 * torch.randn(4, 3, 8, 8), torch.tensor([0, 2, 4, 5])  # 5: no label
-    s, t = torch.rand(2, 4).sort(dim=0).values
-    weights = dict(network.state_dict())
-    with torch.no_grad():
-        two = network(x, s, t, label)
-        for p in network.embedding.gap[2].parameters():
-            p.zero_()
-        one = network(x, t, t, label)
-    weights = {k: v.clone() for k, v in randomised(network, std=0.15).state_dict().items()}
-    for ours, theirs in (
-        (two, dit(weights, x, s, t, label, 2, 4, 0.5, qk_norm)),
-        (one, dit(weights, x, t, None, label, 2, 4, 0.5, qk_norm)),
-    ):
-        assert theirs.std() > 0.01
-        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()

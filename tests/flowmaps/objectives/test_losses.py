@@ -23,6 +23,10 @@ COMPILED = [
     pytest.param("DiT", name, {}, marks=() if name == "lagrangian" else pytest.mark.slow) for name in OBJECTIVES
 ] + [pytest.param("DiT", "mean_flow", {"guidance_max": 3.0}, marks=pytest.mark.slow)]
 COMPILED += [
+    pytest.param("UNet adm", name, {"guidance_max": 3.0, "guidance_interval": True}, marks=pytest.mark.slow)
+    for name in ("improved_mean_flow", "lagrangian")
+]
+COMPILED += [
     pytest.param(*pair, {}, marks=pytest.mark.slow)
     for pair in itertools.product(IMAGES, ("lagrangian", "eulerian"))
     if pair[0] != "DiT"
@@ -49,7 +53,7 @@ def test_draws_are_keyed_by_the_generator(name):
     """And uniform, where the objective does not have times of its own."""
     fm, objective = gaussian_map(), OBJECTIVES[name]()
     x1, _ = gaussian_data(fm, 4000)
-    x0, s, t, gamma, _ = objective.draw(fm, x1, generator(5))
+    x0, s, t, gamma, *_ = objective.draw(fm, x1, generator(5))
     rows = objective.diagonal_rows(4000)
     assert torch.equal(s[:rows], t[:rows]) and bool((s[rows:] <= t[rows:]).all())
     assert abs(x0.std() - fm.base_std) < 0.03 and abs(gamma.mean() - 0.5) < 0.03
@@ -100,6 +104,48 @@ def test_learned_weight_leaves_the_logged_terms_alone(name):
     assert plain.terms == {name: weighted.terms[name] for name in plain.terms}
     torch.nn.init.constant_(weight.linear.bias, -99.0)
     assert weight(torch.rand(3), torch.rand(3)).tolist() == [-2.0] * 3  # the limit
+
+
+def test_logarithmic_weight_is_an_adaptive_one_whose_constant_is_learned():
+    """ln(exp(-w) r^2 + c) + w row by row: gradients dr^2 / (r^2 + c exp(w)), and c exp(w) / (r^2 + c exp(w)) of w."""
+    fm, c = gaussian_map(wrong=0.3), 0.01
+    x1, _ = gaussian_data(fm, 64)
+    objective, weight = OBJECTIVES["mean_flow"](), LogVariance(limit=20.0, log_floor=c)
+    draws = objective.draw(fm, x1, generator())
+    torch.nn.init.normal_(weight.linear.weight, std=0.3)
+    assert weight(draws.s, draws.t).std() > 0.1
+
+    def gradients(loss):
+        parameters = [fm.network.wrong, fm.network.bent, weight.linear.weight, weight.linear.bias]
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    loss = objective.loss(fm, x1, None, draws, weight=weight)
+    w, rows = weight(draws.s, draws.t), objective.row_losses(fm, x1, None, draws, None, {})
+    torch.testing.assert_close(loss.value, (torch.log(torch.exp(-w) * rows + c) + w).mean())
+    floor = (c * torch.exp(w)).detach()
+    total = rows.detach() + floor
+    by_hand = gradients((rows / total).mean()), gradients((w * floor / total).mean())
+    torch.testing.assert_close(gradients(loss.value), (*by_hand[0][:2], *by_hand[1][2:]))
+
+
+def test_pseudo_huber_consistency_has_the_gradient_of_its_norm():
+    """sqrt(|d|^2 + c^2) / (sigma_s - sigma_u) of the difference d of student and target, times 2 / dimension."""
+    c, objective, fm = 0.3, OBJECTIVES["consistency"](huber=0.3), gaussian_map()
+    torch.nn.init.constant_(fm.network.bent, 0.1)
+    x1, _ = gaussian_data(fm, 64)
+    draws = objective.draw(fm, x1, generator())
+    sigma_s, sigma_u = ((1 - time) / time for time in (draws.s, draws.t))
+    difference = objective.residual(fm, x1, None, draws, None) * (sigma_s - sigma_u)[:, None]
+    assert (difference.norm(dim=1) < c).any() and (difference.norm(dim=1) > c).any()
+    norm = (difference.square().sum(dim=1) + c**2).sqrt() / (sigma_s - sigma_u)
+    loss = objective.loss(fm, x1, None, draws)
+    torch.testing.assert_close(loss.value, norm.mean() / 3)
+    ours, theirs = (torch.autograd.grad(value, fm.network.bent)[0] for value in (loss.value, norm.mean()))
+    torch.testing.assert_close(ours, 2 / 3 * theirs)
+    plain = OBJECTIVES["consistency"]().loss(fm, x1, None, draws).terms
+    torch.testing.assert_close(loss.terms, plain)  # the residual itself is logged
+    with pytest.raises(UserError, match=r"huber=0\.06: needs adaptive=0\.5"):
+        OBJECTIVES["consistency"](huber=0.06, adaptive=0.0)
 
 
 @pytest.mark.parametrize("name", LIVE)

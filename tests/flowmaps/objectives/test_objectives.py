@@ -159,7 +159,7 @@ def test_consistency_bias_shrinks_with_the_gap(case):
     bias = []
     for q in (1e2, 2e2, 4e2):
         objective = OBJECTIVES["consistency"](q=q, k=1.0, stage_steps=0, adaptive=0.0)
-        x0, s, u, gamma, _ = objective.draw(fm, x1, generator())
+        x0, s, u, gamma, *_ = objective.draw(fm, x1, generator())
         x = fm.interpolant.point(x0, x1, s)
         m, variance = fm.network.moments(s, label)
         mean = fm.network.mean if label is None else fm.network.mean[label]
