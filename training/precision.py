@@ -15,6 +15,7 @@ from torch import Tensor
 from flowmaps.derivatives import derivative_dtype, recorded_derivatives, tf32_products
 from flowmaps.objectives import Draws, Objective, SelfDistillation
 from flowmaps.objectives.base import DerivativeRole
+from flowmaps.objectives.self_distillation import part
 from training.config import Config
 from training.config_sections import DerivativePrecision, Precision
 from training.loss_module import LossModule
@@ -83,16 +84,18 @@ def derivative_error(
     objective = module.objective
     if precision.is_exact or objective.derivative_role not in DIFFERENTIATED:
         return None
-    assert isinstance(objective, SelfDistillation)
-    alone = dataclasses.replace(objective, diagonal=0.0)
+    alone = dataclasses.replace(objective, diagonal=0.0) if isinstance(objective, SelfDistillation) else objective
     x0, s, t, gamma, guidance = draws
-    few = Draws(x0[-rows:], s[-rows:], t[-rows:], gamma[-rows:], None if guidance is None else guidance[-rows:])
+    gamma, guidance = (part(values, -rows, None) for values in (gamma, guidance))
+    few = Draws(x0[-rows:], s[-rows:], t[-rows:], gamma, guidance)
     label = None if label is None else label[-rows:]
     teacher = None if module.teacher is None else module.teacher.drift
     found = []
     for dtype, tf32 in ((precision.derivative, precision.tf32), (torch.float32, False)):
         with derivative_dtype(dtype), tf32_products(tf32), recorded_derivatives() as taken, torch.no_grad():
             alone.row_losses(module.fm, x1[-rows:], label, few, teacher, {})
+        if not taken:  # in this step
+            return None
         found.append(torch.cat([dv.flatten() for dv in taken]))
     ours, exact = found
     return float((ours - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny))

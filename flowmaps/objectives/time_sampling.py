@@ -17,13 +17,15 @@ class Times(enum.Enum):
     triangle = "triangle"  # uniform on s < t; s = t uniform: Boffi et al. 2025
     logit_normal = "logit_normal"  # two logit-normal times in order: MeanFlow
     gap = "gap"  # a logit-normal gap t - s, and a logit-normal end t that is not below it: TVM
+    raised = "raised"  # a logit-normal start s, and a logit-normal end t, raised to just above s if it is below: SoFlow
 
 
 class DiagonalDraw(enum.Enum):
-    """The time of a diagonal row (s = t) when ``times`` is logit_normal."""
+    """The time of a diagonal row (s = t) when ``times`` is logit_normal or raised."""
 
     smaller = "smaller"  # of a pair, as off the diagonal: MeanFlow, improved MeanFlow
-    single = "single"  # one draw, of the first law: pixel MeanFlow, SoFlow
+    single = "single"  # one draw, of the first law: pixel MeanFlow
+    own = "own"  # one draw, of a third law: SoFlow
 
 
 def logit_normal(uniform: Tensor, mean: float, std: float) -> Tensor:
@@ -34,7 +36,20 @@ def logit_normal(uniform: Tensor, mean: float, std: float) -> Tensor:
     return torch.sigmoid(mean + std * torch.special.ndtri(uniform))
 
 
-def gap_first(uniform: Tensor, mean: tuple[float, float], std: tuple[float, float]) -> tuple[Tensor, Tensor]:
+LEAST_GAP = 1e-4  # of a raised end
+
+
+def raised_end(uniform: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Return (s, t) [n] from uniform numbers [2, n]: a logit-normal start, and a logit-normal end of at least s + 1e-4.
+
+    SoFlow (arXiv 2512.15657). ``mean`` and ``std`` are those of the start's and the end's logits.
+    """
+    s, t = (logit_normal(uniform[i], mean[i], std[i]) for i in (0, 1))
+    s = s.clamp(max=1 - LEAST_GAP)
+    return s, torch.maximum(t, s + LEAST_GAP).clamp(max=1)
+
+
+def gap_first(uniform: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """Return (s, t) [n] from uniform numbers [2, n]: a logit-normal gap, then an end t that is not below it.
 
     Terminal Velocity Matching (arXiv 2511.19797): the gap g = sigmoid(m2 + d2 ndtri(u2)), the end t logit-normal with
@@ -54,17 +69,19 @@ class TimeSampling(Objective):
     """Options for the distribution of times, for objectives that leave it open."""
 
     times: Times = Times.triangle
-    time_mean: tuple[float, float] = (0.4, 0.4)  # of the logits of logit_normal's two times, or of gap's end and gap
-    time_std: tuple[float, float] = (1.0, 1.0)
+    time_mean: tuple[float, ...] = (0.4, 0.4)  # of the logits of the two times, or of gap's end and gap; a third
+    # number: of the diagonal's time with diagonal_draw=own
+    time_std: tuple[float, ...] = (1.0, 1.0)
     diagonal_draw: DiagonalDraw = new_option(DiagonalDraw.smaller, before=DiagonalDraw.single)  # noqa: RUF009
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.time_mean) != 2:
-            raise UserError("must be two numbers", field="time_mean", value=self.time_mean)
-        if len(self.time_std) != 2 or not all(std > 0 for std in self.time_std):
-            raise UserError("must be two positive numbers", field="time_std", value=self.time_std)
-        drawn, pair = self.times is not Times.triangle, self.times is Times.logit_normal
+        drawn, pair = self.times is not Times.triangle, self.times in (Times.logit_normal, Times.raised)
+        count, words = (3, "three") if pair and self.diagonal_draw is DiagonalDraw.own else (2, "two")
+        if drawn and len(self.time_mean) != count:
+            raise UserError(f"must be {words} numbers", field="time_mean", value=self.time_mean)
+        if drawn and (len(self.time_std) != count or not all(std > 0 for std in self.time_std)):
+            raise UserError(f"must be {words} positive numbers", field="time_std", value=self.time_std)
         for name, used in (("time_mean", drawn), ("time_std", drawn), ("diagonal_draw", pair)):
             value = getattr(self, name)
             if not used and value != getattr(type(self), name):
@@ -73,20 +90,22 @@ class TimeSampling(Objective):
     def diagonal_times(self, uniform: Tensor) -> Tensor:
         if self.times is Times.triangle:
             return super().diagonal_times(uniform)
-        if self.times is Times.logit_normal and self.diagonal_draw is DiagonalDraw.smaller:
+        draw = DiagonalDraw.single if self.times is Times.gap else self.diagonal_draw
+        if draw is DiagonalDraw.smaller:
             return self.pair(uniform)[0]
-        return logit_normal(uniform[0], self.time_mean[0], self.time_std[0])
+        law = 2 if draw is DiagonalDraw.own else 0
+        return logit_normal(uniform[0], self.time_mean[law], self.time_std[law])
 
     def off_diagonal_times(self, uniform: Tensor, fm: FlowMap, step: int) -> tuple[Tensor, Tensor]:
         if self.times is Times.triangle:
             return super().off_diagonal_times(uniform, fm, step)
-        return (
-            self.pair(uniform)
-            if self.times is Times.logit_normal
-            else gap_first(uniform, self.time_mean, self.time_std)
-        )
+        return self.pair(uniform)
 
     def pair(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two logit-normal times [n] in order from uniform numbers [2, n]."""
+        """Return times s <= t [n] of the law ``times``, other than triangle, from uniform numbers [2, n]."""
+        if self.times is Times.gap:
+            return gap_first(uniform, self.time_mean, self.time_std)
+        if self.times is Times.raised:
+            return raised_end(uniform, self.time_mean, self.time_std)
         a, b = (logit_normal(uniform[i], self.time_mean[i], self.time_std[i]) for i in (0, 1))
         return torch.minimum(a, b), torch.maximum(a, b)

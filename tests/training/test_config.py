@@ -50,6 +50,7 @@ HUGE = ("imagenet64", "imagenet256", "imagenet512")  # 280 to 1,524 million: the
 MILLIONS = {  # of each row's network, as published
     "imagenet64:lagrangian": 280.0,
     **{f"imagenet256:{row}": 675.1 for row in ("lagrangian", "mean_flow", "improved_mean_flow", "terminal_velocity")},
+    **{f"imagenet256:{row}": 675.1 for row in ("soflow", "alpha_flow", "facm")},
     "imagenet256:cmt,pre_training": 131.0,
     "imagenet256:cmt,mid_training": 675.1,
     "imagenet256:cmt,post_training": 675.1,
