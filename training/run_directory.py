@@ -163,7 +163,10 @@ def check_same_config(config: Config, path: Path) -> None:
         allowed.add("steps")
     changed = [key for key in differences(stored, config.to_dict()) if key not in allowed]
     if changed:
-        raise UserError(f"differs from the run in {path.parent}: use its value or a new workdir", field=changed[0])
+        remedy = "use its value or a new workdir"
+        if not changed[0].startswith("network"):
+            remedy += f", there with init_from={path.parent} to start from the averaged weights of this run"
+        raise UserError(f"differs from the run in {path.parent}: {remedy}", field=changed[0])
 
 
 def _defaults(section: Any) -> dict[str, Any]:

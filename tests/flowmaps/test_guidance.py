@@ -118,7 +118,7 @@ def test_generate_and_pipeline_pass_the_weight_on(augment_dim):
     assert not torch.allclose(made(3.0), made(None), atol=1e-3)
     pipeline = FlowMapPipeline.from_flow_map(fm)
     pipeline.set_progress_bar_config(disable=True)
-    found = pipeline(num_inference_steps=2, guidance_scale=3.0, latents=fm.noise(4, 0), output_type="pt").images
+    found = pipeline(num_inference_steps=2, guidance_scale=3.0, latents=fm.noise(4, 0), output_type="latent").images
     torch.testing.assert_close(found, made(3.0), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="from 1 to 4"):
         pipeline(guidance_scale=5.0)
@@ -148,7 +148,7 @@ def test_the_pipeline_guides_a_drift_as_generate_does():
     fm.info = replace(fm.eval().info, kind="drift", label_dropout=0.1)
     pipeline = FlowMapPipeline.from_flow_map(fm)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 3, "latents": fm.noise(4, 0), "output_type": "pt"}
+    options = {"num_inference_steps": 3, "latents": fm.noise(4, 0), "output_type": "latent"}
     for weight in (None, 1.0, 2.5):
         native, _ = next(generate(fm, uniform_times(3), 4, 0, sampler="euler", guidance=weight))
         torch.testing.assert_close(pipeline(**options, guidance_scale=weight).images, native, rtol=0, atol=1e-6)

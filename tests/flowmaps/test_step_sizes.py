@@ -197,7 +197,7 @@ def test_a_stored_schedule_is_used_by_the_pipeline_for_its_step_counts(start, tm
     assert fm.info.schedules == {"euler": SKEWED}
     x, label = fm.noise(4, 0), torch.arange(4)
     for steps, times in ((2, SKEWED[2]), (4, uniform_times(4))):
-        made = pipeline(latents=x, num_inference_steps=steps, class_labels=label, output_type="pt").images
+        made = pipeline(latents=x, num_inference_steps=steps, class_labels=label, output_type="latent").images
         with torch.no_grad():
             torch.testing.assert_close(made, euler(fm.drift, x, times, label), rtol=1e-5, atol=1e-6)
     other = replace(SKEWED, grids={2: (0, 0.2, 1)}, errors={})

@@ -9,6 +9,7 @@ A row that is a chain trains its stages in WORKDIR/pre_training, mid_training an
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from training.cli import config_file
 if TYPE_CHECKING:
     from PIL import Image
 
+    from training.config import Config
+
 
 class Memory(flags.ArgumentParser[Any]):
     """A number of GiB; the flag alone means 80."""
@@ -30,7 +33,7 @@ class Memory(flags.ArgumentParser[Any]):
         return {"true": 80.0, "false": None}[argument] if argument in ("true", "false") else float(argument)
 
 
-CONFIG = config_file.define("File and row: configs/digits.py:lagrangian[,smoke]")
+CONFIG = config_file.define("Shipped config or your own file, and a row of it: digits:lagrangian[,smoke]")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is resumed")
 STAGE = flags.DEFINE_string(
     "stage", "", "The only stage of a chain to train; the stages that it starts from must exist"
@@ -52,7 +55,7 @@ JSON = flags.DEFINE_string("json", None, "File for the forecast as a list of rec
 
 def main() -> None:
     if CONFIG.value is None:
-        raise UserError("missing, e.g. --config=configs/digits.py:lagrangian", field="config")
+        raise UserError("missing, e.g. --config=digits:lagrangian", field="config")
     config = CONFIG.value
     workdir = "" if DRY_RUN.value or FORECAST.value is not None else required(WORKDIR, "runs/digits")
 
@@ -81,6 +84,25 @@ def main() -> None:
             print(table(records))
     else:
         train(config, workdir)
+    if main and not DRY_RUN.value:
+        name = STAGE.value or list(stages)[-1]
+        print(next_commands(stages[name], str(Path(workdir) / name)), file=sys.stderr)
+
+
+def next_commands(config: "Config", workdir: str) -> str:
+    """Return the commands that sample from the run in ``workdir`` and score it, a line each."""
+    from flowmaps.cli import next_command
+    from flowmaps.data import Latents
+    from flowmaps.data.registry import FORMATS, prepared_kind
+    from flowmaps.info import FlowMapInfo
+    from training.config import build_objective
+
+    sampler, data = FlowMapInfo(kind=build_objective(config).kind).sampler, config.data
+    commands = [next_command.sample(workdir, sampler)]
+    if prepared_kind(Path(data.root)) is not Latents:  # which are not what the model is compared with
+        source = data.root if data.name in FORMATS else data.name
+        commands.append(next_command.fid(workdir, source, next_command.sampling(sampler), data.root))
+    return next_command.show(*commands)
 
 
 def _stage_refused(chain: bool) -> UserError:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,6 +85,10 @@ SAMPLE_MISTAKES = {
     "label out of range": (["--checkpoint={runs}/map", "--label=11"], "label"),
     "negative label": (["--checkpoint={runs}/map", "--label=-1"], "label"),
     "no label": (["--checkpoint={runs}/map", "--label=10"], "label"),
+    "label of no class": (
+        ["--checkpoint=assets/fashion_mnist", "--label=boat"],
+        "did you mean Coat?",
+    ),
     "label of unconditional": (["--checkpoint={runs}/drift", "--sampler=euler", "--label=1"], "label"),
     "map of a drift": (["--checkpoint={runs}/drift", "--sampler=map"], "(sampler=euler)"),
     "guidance of a plain model": (["--checkpoint={runs}/map", "--guidance=2"], "--guidance"),
@@ -115,7 +120,16 @@ def test_sample_mistakes(tmp_path, runs, arguments, named):
 
 def test_sample_writes_what_it_says(tmp_path, runs):
     command = ["scripts/sample.py", f"--checkpoint={runs}/map", "--steps=1,2", "--num=12"]
-    run_script(*command, f"--out={tmp_path}/a", check=True)
+    said = run_script(*command, f"--out={tmp_path}/a", check=True).stdout
+    assert said.startswith(f"model    {runs}/map: a map of images of 1 x 8 x 8, ema 0.99, seed 0\n")
+    for line in (
+        "samples  1 step, map, uniform steps: 12 images, ",
+        "samples  2 steps, map, uniform steps: 12 images, ",
+    ):
+        assert re.search(line + r"[\d.e+]+ images/s\n", said)
+    assert f"wrote    {tmp_path}/a/: grid.png, samples-N.npz, steps-N/*.png\n" in said
+    score = f"--checkpoint={runs}/map --reference=digits:heldout --steps=1,2 --num=2000"
+    assert said.endswith(f"next     python scripts/fid.py {score}\n")
     run_script(*command, f"--out={tmp_path}/b", "--batch=5", check=True)
     archive = np.load(tmp_path / "a" / "samples-2.npz")
     assert archive["arr_0"].shape == (12, 8, 8, 1) and archive["arr_0"].dtype == np.uint8
@@ -147,6 +161,10 @@ def test_sample_points_and_one_class(tmp_path, runs):
     threes = ["--label=3", "--steps=1", "--num=4", f"--out={tmp_path}/threes"]
     run_script("scripts/sample.py", f"--checkpoint={runs}/map", *threes, check=True)
     assert np.load(tmp_path / "threes" / "samples-1.npz")["label"].tolist() == [3, 3, 3, 3]
+    assert FlowMap.from_pretrained(runs / "map").info.class_names == tuple("0123456789")
+    boots = ["--checkpoint=assets/fashion_mnist", "--label=boot", "--steps=1", "--num=2", f"--out={tmp_path}/boots"]
+    run_script("scripts/sample.py", *boots, check=True)
+    assert np.load(tmp_path / "boots" / "samples-1.npz")["label"].tolist() == [9, 9]
 
 
 def test_sample_with_guidance_and_from_a_consistency_model(tmp_path, runs):
