@@ -15,7 +15,6 @@ from torch import Tensor
 from flowmaps.derivatives import derivative_dtype, recorded_derivatives, tf32_products
 from flowmaps.objectives import Draws, Objective, SelfDistillation
 from flowmaps.objectives.base import DerivativeRole
-from flowmaps.objectives.self_distillation import part
 from training.config import Config
 from training.config_sections import DerivativePrecision, Precision
 from training.loss_module import LossModule
@@ -90,9 +89,7 @@ def derivative_error(
     if precision.is_exact or objective.derivative_role not in DIFFERENTIATED:
         return None
     alone = dataclasses.replace(objective, diagonal=0.0) if isinstance(objective, SelfDistillation) else objective
-    x0, s, t, gamma, guidance = draws
-    gamma, guidance = (part(values, -rows, None) for values in (gamma, guidance))
-    few = Draws(x0[-rows:], s[-rows:], t[-rows:], gamma, guidance)
+    few = Draws._make(None if value is None else value[-rows:] for value in draws)
     label = None if label is None else label[-rows:]
     teacher = None if module.teacher is None else module.teacher.drift
     found = []

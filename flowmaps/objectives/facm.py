@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmaps.derivatives import velocity_jvp
+from flowmaps.derivatives import derivative_autocast, velocity_jvp
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.networks.layers import no_dropout
 from flowmaps.objectives.base import DerivativeRole, Draws, Segments, mean_square, rms
-from flowmaps.objectives.self_distillation import DriftObjective, SelfDistillation
+from flowmaps.objectives.self_distillation import DriftObjective
 from samplers.callables import Drift, expand
 
 
@@ -72,7 +72,8 @@ class FACM(DriftObjective):
             if draws.guidance is not None:
                 weight = max(self.guidance, self.guidance_max)
                 raise UserError("the teacher's drift is taken as it is: leave it at 1", "guidance", weight)
-            u = SelfDistillation.target_drift(fm, teacher, x, draws.s, label)
+            with torch.no_grad(), derivative_autocast(x):
+                u = teacher(x, draws.s, label)
         drift = fm.drift(x, draws.s, label)
         anchor, turn = mean_square(drift - u), 1 - cosine(drift, u)
         with no_dropout(fm.network):

@@ -91,8 +91,8 @@ class SoFlow(SmallStep):
     """Solution flow models, Luo et al. 2025 (arXiv 2512.15657): a falls geometrically to its small last value.
 
     a_k = a_0 (a_1 / a_0)^(k / K) at step k of K, and m - s is at least 1e-4. Off the diagonal the gradient is that of
-    the paper's sg[q] . v / sg[|q|^2 + c]^p with q = r / a, the difference quotient of the two maps: half the square, as
-    the diagonal has the whole. Both jumps have the same dropout.
+    the paper's sg[q] . v / sg[|q|^2 + c]^p with q = r / a, the difference quotient of the two maps: half the square
+    there, and the square itself on the diagonal. Both jumps have the same dropout.
     """
 
     times: Times = Times.raised

@@ -18,7 +18,7 @@ from helpers.runs import assert_same, tiny, weights
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.data import ArrayData
 from flowmaps.networks import UNet, registered
-from flowmaps.objectives import Lagrangian, MeanFlow
+from flowmaps.objectives import Lagrangian, MeanFlow, SoFlow
 from flowmaps.objectives.eulerian import Velocity
 from flowmaps.objectives.mid_training import Distance
 from flowmaps.run_weights import list_checkpoints
@@ -169,6 +169,11 @@ def test_options_of_any_name_can_be_set():
     assert (class_name(section), section.target) == ("mean_flow", Velocity.model)
     built = build_objective(tiny(objective=section))
     assert built.uses_teacher and built == section and built is not section
+
+
+def test_a_schedule_of_the_objective_covers_the_run():
+    config = tiny(steps=77, objective=SoFlow())
+    assert build_objective(config).alpha_steps == 77 and config.objective.alpha_steps == 0
 
 
 def test_accidental_options_are_refused():

@@ -49,7 +49,7 @@ def test_draws_are_keyed_by_the_generator(name):
     """And uniform, where the objective does not have times of its own."""
     fm, objective = gaussian_map(), OBJECTIVES[name]()
     x1, _ = gaussian_data(fm, 4000)
-    x0, s, t, gamma, _ = objective.draw(fm, x1, generator(5))
+    x0, s, t, gamma, *_ = objective.draw(fm, x1, generator(5))
     rows = objective.diagonal_rows(4000)
     assert torch.equal(s[:rows], t[:rows]) and bool((s[rows:] <= t[rows:]).all())
     assert abs(x0.std() - fm.base_std) < 0.03

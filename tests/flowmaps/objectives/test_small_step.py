@@ -21,7 +21,7 @@ def wrong_map(n=256, bent=0.1):
     torch.nn.init.constant_(fm.network.bent, bent)
     objective = OBJECTIVES["alpha_flow"](diagonal=0.0, target_limit=0.0)
     x1, _ = gaussian_data(fm, n)
-    x0, s, t, gamma, _ = objective.draw(fm, x1, generator())
+    x0, s, t, gamma, *_ = objective.draw(fm, x1, generator())
     x, velocity = fm.interpolant.point(x0, x1, s), fm.interpolant.conditional_velocity(x0, x1, s)
     return fm, objective, OffDiagonalBatch(x0, x1, x, velocity, s, t, gamma, None)
 
