@@ -9,9 +9,9 @@ import torch
 from helpers.runs import assert_same, tiny, weights
 
 from flowmaps import FlowMap, UserError
+from flowmaps.objectives import SoFlow
 from flowmaps.run_weights import list_checkpoints
 from training.best import BestModel
-from flowmaps.objectives import SoFlow
 from training.config import Decay, Optim
 from training.ema import EMA
 from training.loop import train
