@@ -158,7 +158,7 @@ def check_same_config(config: Config, path: Path) -> None:
             f"draws other times now than the run in {path.parent}: use a new workdir", "objective.times", "gap"
         )
     stored = _with_defaults(stored, _defaults(config))
-    allowed = config.resumable_fields()
+    allowed = config.resumable_fields() | {f"objective.{name}" for name in config.objective.idle()}
     free = config.optim.decay in (Decay.constant, Decay.inverse_sqrt)  # of the number of steps, as most objectives are
     if free and config.objective.for_run(1) == config.objective.for_run(2):
         allowed.add("steps")

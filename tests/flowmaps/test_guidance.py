@@ -22,7 +22,7 @@ from samplers import SAMPLERS, uniform_times
 def test_guidance_moves_the_target_to_the_guided_drift(name, drawn):
     """Class 1 stands for "no label": with dI_s/ds replaced by its mean given I_s and the label, the network's own drift
     is right where it equals w b(x; label) + (1 - w) b(x; no label), and not where it is b(x; label)."""
-    options = {"guidance_max": 3.0} if drawn else {"guidance": 3.0}
+    options = {"guidance_max" if drawn else "guidance": 3.0, "guidance_mix": 0.0}
     objective, exact = OBJECTIVES[name](**options), gaussian_map("linear", 0.5, classes=True)
     exact.info = FlowMapInfo(shape=(3,), num_classes=1)
     x1, _ = gaussian_data(exact, 64)
@@ -34,7 +34,7 @@ def test_guidance_moves_the_target_to_the_guided_drift(name, drawn):
     none = torch.ones_like(label)
     b, u = exact.drift(x_s, draws.s, label), exact.drift(x_s, draws.s, none)
     w = torch.where(label == 1, 1.0, w)
-    target, seen = objective.guided_velocity(exact, x_s, draws.s, label, b, draws.guidance)
+    target, seen = objective.guided_target(exact, x_s, draws.s, label, b, draws.guidance, exact.drift)
     torch.testing.assert_close(target, w[:, None] * b + (1 - w[:, None]) * u)
     assert torch.equal(seen, with_guidance(label, w, 1) if drawn else label)
     with pytest.raises(UserError, match="labels"):
@@ -43,10 +43,10 @@ def test_guidance_moves_the_target_to_the_guided_drift(name, drawn):
 
 @pytest.mark.parametrize("options", [{"guidance": 3.0}, {"guidance_max": 3.0}])
 def test_guidance_may_be_limited_to_some_times(options):
-    objective = OBJECTIVES["mean_flow"](**options, guidance_times=(0.2, 0.7), diagonal=0.5)
+    objective = OBJECTIVES["mean_flow"](**options, guidance_times=(0.3, 0.6), diagonal=0.5)
     exact = gaussian_map("linear", 0.5, classes=True)
     draws = objective.draw(exact, gaussian_data(exact, 4000)[0], generator())
-    inside = (draws.s >= 0.2) & (draws.s <= 0.7)
+    inside = (draws.s >= 0.3) & (draws.s <= 0.6)
     assert 0.3 < inside.double().mean() < 0.7 and bool((draws.guidance[~inside] == 1).all())
     free = OBJECTIVES["mean_flow"](**options, diagonal=0.5).draw(exact, gaussian_data(exact, 4000)[0], generator())
     assert torch.equal(draws.guidance[inside], free.guidance[inside]) and bool((free.guidance[~inside] > 1).all())

@@ -268,7 +268,7 @@ def test_script_writes_stores_and_draws_and_samples_follow(tmp_path):
         (["--checkpoint=nowhere", "--out=x.json", "--sampler=heum"], "--sampler=heum"),
         (["--checkpoint=nowhere", "--out=x.json", "--fine=99999"], "--fine=99999: must be from 1 to 1024"),
         (["--checkpoint=owner/name", "--store"], "--checkpoint=owner/name: needs a directory for --store"),
-        (["--checkpoint=nowhere", "--out=x.json", "--reference=nowhere.npz"], "--reference=nowhere.npz"),
+        (["--checkpoint=CHECKPOINT", "--out=x.json", "--reference=nowhere.npz"], "--reference=nowhere.npz"),
         (
             ["--checkpoint=CHECKPOINT", "--out=x.json", "--reference=assets/references/fashion_mnist.npz"],
             "--reference=assets/references/fashion_mnist.npz: images differ in size",

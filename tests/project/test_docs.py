@@ -85,6 +85,7 @@ def test_commands_in_the_documents_name_real_flags():
         for script, arguments in re.findall(r"^    python scripts/(\w+)\.py(.*)$", text, re.MULTILINE):
             shim = (ROOT / f"scripts/{script}.py").read_text()
             module = COMMANDS[script.split("_")[0]].replace(".", "/") if "run_command" in shim else ""
+            module = "training/cli/extractor" if script == "train_extractor" else module
             files = ["flowmaps/cli/sampling_flags.py", f"{module}.py"] if module else []
             source = shim + "".join((ROOT / file).read_text() for file in files)
             for flag in re.findall(r"--([\w.]+)", arguments):

@@ -123,12 +123,12 @@ def test_the_flag_of_a_tuple(hint, text, value):
 def test_a_config_file_may_have_a_colon_and_a_tilde_in_its_path(tmp_path, monkeypatch):
     folder = tmp_path / "a:b"
     folder.mkdir()
-    (folder / "c.py").write_text("")
+    (folder / "cats.py").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert _split(f"{folder}/c.py:row,x:y") == (folder / "c.py", ["row,x:y"])
-    assert _split("~/a:b/c.py") == (folder / "c.py", [])
-    with pytest.raises(flags.Error, match=r"^--config=.*d\.py:row: no such config: did you mean .*c\.py\?"):
-        _split(f"{folder}/d.py:row")
+    assert _split(f"{folder}/cats.py:row,x:y") == (folder / "cats.py", ["row,x:y"])
+    assert _split("~/a:b/cats.py") == (folder / "cats.py", [])
+    with pytest.raises(flags.Error, match=r"^--config=.*cat\.py:row: no such config: did you mean .*cats\.py\?"):
+        _split(f"{folder}/cat.py:row")
 
 
 FILES = {
