@@ -14,8 +14,9 @@ from training.loss_module import LossModule
 from training.trainer import Trainer
 
 MEANS, STD = torch.tensor([[-1.0, 0.6], [1.0, 0.4], [0.1, -1.0]], dtype=torch.float64), 0.25
-# noise of std 1, not 0.5; eight stages; and the mean square, since the norm regresses on a median: in 2-D another point.
-# alpha_flow is flow matching at first; facm regresses on a biased drift in the plane, unless that of a teacher
+# noise of std 1, not 0.5; eight stages; and the mean square, since the norm regresses on a median: in 2-D another point
+# than the mean, as other adaptive weights. alpha_flow is flow matching at first; facm's cosine turns the drift in the
+# plane, unless it follows a teacher's
 OPTIONS = {
     "consistency": {"sigma_mean": 0.0, "stage_steps": 190, "adaptive": 0.0},
     "soflow": {"adaptive": 0.0},
