@@ -6,7 +6,7 @@ python scripts/train.py --config=configs/checkerboard.py:lagrangian --workdir=ru
 from functools import partial
 
 from flowmaps.networks import MLP
-from flowmaps.objectives import Consistency, FlowMatching, MidTraining, Objective
+from flowmaps.objectives import FACM, AlphaFlow, Consistency, FlowMatching, MidTraining, Objective, SoFlow
 from training.config import Config, Data, Decay, Optim, Optimizer, network
 from training.config_rows import Chain, objective_configs, select, smoke, straightening_configs
 
@@ -43,7 +43,10 @@ def short() -> Config:
     return config
 
 
-ROWS = objective_configs(base) | {
+ROWS = objective_configs(base) | {  # no adaptive weights: in the plane they regress on another point than the mean
+    "soflow": lambda: base(SoFlow(adaptive=0.0)),
+    "alpha_flow": lambda: base(AlphaFlow(adaptive=0.0)),
+    "facm": lambda: base(FACM(adaptive=0.0)),
     "consistency": lambda: base(Consistency(stage_steps=300, adaptive=0.0)),
     "mid_training": mid,
     **straightening_configs(short, "runs/checkerboard-flow"),

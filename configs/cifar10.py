@@ -19,6 +19,7 @@ progressive           12.81 / 8.43 / 5.96 / 5.07, with midpoints; the same proto
 progressive_uniform   13.61 / 7.95 / 6.03 / 5.32; same protocol and budget
 eulerian              none: it diverged in the paper. None for eulerian_slim either
 flow_matching         2.07 with Heun in 50 evaluations (facebookresearch/flow_matching; users report 2.2 to 3.1)
+soflow                2.86 / 2.28, two steps with fresh noise between (arXiv 2512.15657): 819 million images
 mean_flow             2.92 / - [2] (arXiv 2505.13447): 819 million images, some 370 H200 hours, EDM's augmentation;
                       torchmetrics, i.e. torch-fidelity's Inception
 shortcut              27.28 / 16.04 / 9.63 / 7.10 [2], not by its authors
@@ -36,23 +37,27 @@ from edm-cifar10-32x32-uncond-vp imported to teachers/edm-uncond; optimiser, rat
 q = 4096 are those of the authors' scripts [2]. Only ours: the last of 16 steps goes from noise level 0.002 to none.
 
 mean_flow is the second version of the authors' PyTorch file (start logits (0.6, 1.6), ends (4, 1.6), 3/4 of the rows
-diagonal, lr 6e-4, three averages); dropout 0.2, warm-up and augmentation are second-hand. improved_mean_flow (arXiv
-2512.02012) and consistency have the shares, times and weights of their papers in the first row's setting. All rows cost
-what the first one does, times the step's cost relative to lagrangian's (docs/maths.md), or less where they have fewer
-steps. Nothing here was run by the authors of
-this package.
+diagonal, lr 6e-4, three averages); dropout 0.2, warm-up and augmentation are second-hand. soflow is the authors'
+setting: noise of deviation 1, start logits (0.9, 1.6), ends (4, 1.6), no diagonal rows, a from 1 to 1/3200, dropout in
+both jumps, augmentation; clipping is ours. improved_mean_flow (arXiv 2512.02012), alpha_flow, facm and consistency have
+the shares, times and weights of their papers in the first row's setting. All rows cost what the first one does, times
+the step's cost relative to lagrangian's (docs/maths.md), or less where they have fewer steps. Nothing here was run by
+the authors of this package.
 """
 
 from functools import partial
 from typing import Any
 
 from flowmaps.objectives import (
+    FACM,
+    AlphaFlow,
     Consistency,
     ImprovedMeanFlow,
     Lagrangian,
     MeanFlow,
     MidTraining,
     Objective,
+    SoFlow,
 )
 from flowmaps.objectives.mid_training import Distance, Target
 from flowmaps.objectives.time_sampling import DiagonalDraw
@@ -168,12 +173,27 @@ def mean_flow() -> Config:
     return config
 
 
+def soflow() -> Config:
+    """The authors' file: no diagonal rows, and dropout in both jumps."""
+    objective = SoFlow(diagonal=0.0, adaptive=0.75, adaptive_floor=1e-3, alpha_start=1.0, alpha_end=1 / 3200)
+    objective.diagonal_draw, objective.time_mean, objective.time_std = DiagonalDraw.single, (0.9, 4.0), (1.6, 1.6)
+    config = unweighted(objective)
+    config.network = preset("ddpm++-cifar10", augment_dim=9)
+    config.network.dropout, config.data.augment = 0.3, 0.12
+    config.optim = Optim(name=Optimizer.radam, lr=1e-4, warmup=0)
+    config.batch, config.steps, config.base_std = 1024, 800_000, 1.0
+    return config
+
+
 DDPM = {"channel_mult": (1, 2, 2, 2)}
 ROWS = objective_configs(base) | {
     "mean_flow": mean_flow,
     **straightening_configs(short, "teachers/rectified_flow"),
     "improved_mean_flow": lambda: unweighted(ImprovedMeanFlow(diagonal=0.5, adaptive=1.0)),
+    "soflow": soflow,
+    "alpha_flow": lambda: unweighted(AlphaFlow()),
     "consistency": lambda: unweighted(Consistency()),
+    "facm": lambda: unweighted(FACM()),
     "mid_training": mid_training,
     "post_training": post_training,
     "from_edm": from_edm,

@@ -33,6 +33,19 @@ dmf                  2.16 / 1.64, in 4 steps 1.51 (DMF, arXiv 2510.24474): MeanF
                      and the head t alone. 256 images per step, each with a diagonal row and one with s < t: 512 rows
                      here, whose images differ. Guidance of weight 2.5 baked in where our s >= 0.3, mixed of 0.6; a
                      row's loss is ln(exp(-w) r^2 + 0.01) + w with a learned w(s, t), |w| < 20.
+soflow               2.96 / 2.66 (SoFlow, arXiv 2512.15657), two steps with fresh noise between (--sampler=stochastic).
+                     The defaults of the objective are the authors': a quarter of the rows has s < t, start logits
+                     (-0.2, 0.8), ends (1, 0.8), diagonal (0.2, 1), p = 1 with c = 0.01, a from 0.1 to 0.002; betas
+                     (0.9, 0.99). Guidance of weight 3 where our s >= 0.2, the target mixed with a share of 0.75; theirs
+                     fades in below 0.2 and is mixed there too.
+alpha_flow           2.58 / 2.15 (second-hand, with longer training; alpha-Flow, arXiv 2510.20771): half of the rows has
+                     s < t, a falls between 1/2 and 5/6 of the run; guidance as mean_flow's. Its times are not known:
+                     MeanFlow's.
+facm                 1.76 / 1.32 (FACM, arXiv 2507.03738), two steps with --sampler=stochastic, by distillation of
+                     LightningDiT-XL/1 on the latents of another VAE, from its weights, in 250 epochs: batch 1024, power
+                     averages 0.05 and 0.2. Here nothing is distilled: guidance of weight 1.75 where s >= 0.125 is that
+                     of the network's own drift. To distil: --config.objective.guidance=1
+                     --config.objective.guidance_times=0,1 --config.teacher=DIR, a drift with guidance baked in.
 lagrangian           Not published at this size: the objective as in Boffi et al. 2025, all else as MeanFlow, without
                      guidance.
 cmt                  3.34 in one step for 760 GPU hours in all (second-hand; Hu et al. 2025, arXiv 2509.24526): a
@@ -45,12 +58,15 @@ from collections.abc import Callable
 from functools import partial
 
 from flowmaps.objectives import (
+    FACM,
+    AlphaFlow,
     FlowMatching,
     ImprovedMeanFlow,
     Lagrangian,
     MeanFlow,
     MidTraining,
     Objective,
+    SoFlow,
     TerminalVelocity,
 )
 from flowmaps.objectives.mid_training import Target
@@ -123,6 +139,25 @@ def dmf() -> Config:
     return config
 
 
+def soflow() -> Config:
+    config = base(SoFlow(guidance=3.0, guidance_mix=0.75, guidance_times=(0.2, 1.0)))
+    config.optim.betas = (0.9, 0.99)
+    return config
+
+
+def alpha_flow() -> Config:
+    objective = AlphaFlow(diagonal=0.5, ramp=(1 / 2, 5 / 6))
+    objective.guidance, objective.guidance_mix, objective.guidance_times = 2.5, 0.92, (0.25, 1.0)
+    return base(objective)
+
+
+def facm() -> Config:
+    config = base(FACM(guidance=1.75, guidance_times=(0.125, 1.0)))
+    config.optim.betas, config.ema_widths = (0.9, 0.999), (0.05, 0.2)
+    config.batch, config.steps, config.snapshot_every = 1024, 313_000, 20_000
+    return config
+
+
 def lagrangian() -> Config:
     config = base(Lagrangian())
     config.weight = Weight(learned=True)
@@ -148,6 +183,9 @@ ROWS: dict[str, Callable[[], Config | Chain]] = {
     "improved_mean_flow": improved,
     "terminal_velocity": terminal,
     "dmf": dmf,
+    "soflow": soflow,
+    "alpha_flow": alpha_flow,
+    "facm": facm,
     "cmt": cmt,
 }
 

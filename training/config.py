@@ -297,4 +297,4 @@ def build_network(config: Config) -> nn.Module:
 def build_objective(config: Config) -> Objective:
     """Return a validated copy of ``config.objective``, independent of later changes to the config."""
     with within("objective"):
-        return dataclasses.replace(config.objective)
+        return config.objective.for_run(config.steps)

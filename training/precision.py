@@ -88,8 +88,7 @@ def derivative_error(
     objective = module.objective
     if precision.is_exact or objective.derivative_role not in DIFFERENTIATED:
         return None
-    assert isinstance(objective, SelfDistillation)
-    alone = dataclasses.replace(objective, diagonal=0.0)
+    alone = dataclasses.replace(objective, diagonal=0.0) if isinstance(objective, SelfDistillation) else objective
     few = Draws._make(None if value is None else value[-rows:] for value in draws)
     label = None if label is None else label[-rows:]
     teacher = None if module.teacher is None else module.teacher.drift
@@ -97,6 +96,8 @@ def derivative_error(
     for dtype, tf32 in ((precision.derivative, precision.tf32), (torch.float32, False)):
         with derivative_dtype(dtype), tf32_products(tf32), recorded_derivatives() as taken, torch.no_grad():
             alone.row_losses(module.fm, x1[-rows:], label, few, teacher, {})
+        if not taken:  # in this step
+            return None
         found.append(torch.cat([dv.flatten() for dv in taken]))
     ours, exact = found
     return float((ours - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny))

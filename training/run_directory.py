@@ -159,7 +159,8 @@ def check_same_config(config: Config, path: Path) -> None:
         )
     stored = _with_defaults(stored, _defaults(config))
     allowed = config.resumable_fields() | {f"objective.{name}" for name in config.objective.idle()}
-    if config.optim.decay in (Decay.constant, Decay.inverse_sqrt):  # the others depend on the number of steps
+    free = config.optim.decay in (Decay.constant, Decay.inverse_sqrt)  # of the number of steps, as most objectives are
+    if free and config.objective.for_run(1) == config.objective.for_run(2):
         allowed.add("steps")
     changed = [key for key in differences(stored, config.to_dict()) if key not in allowed]
     if changed:

@@ -7,12 +7,14 @@ base of methods that learn from data, ``TrajectoryObjective`` of those that lear
 from flowmaps.objectives.base import Draws, Loss, Objective
 from flowmaps.objectives.consistency import Consistency
 from flowmaps.objectives.eulerian import Eulerian, ImprovedMeanFlow, MeanFlow
+from flowmaps.objectives.facm import FACM
 from flowmaps.objectives.flow_matching import FlowMatching
 from flowmaps.objectives.lagrangian import Lagrangian, TerminalVelocity
 from flowmaps.objectives.loss_weight import LogVariance
 from flowmaps.objectives.mid_training import MidTraining
 from flowmaps.objectives.progressive import Progressive, Shortcut
 from flowmaps.objectives.self_distillation import SelfDistillation
+from flowmaps.objectives.small_step import AlphaFlow, SoFlow
 from flowmaps.objectives.straightening import Straightening
 from flowmaps.objectives.trajectory import TrajectoryObjective
 
@@ -25,13 +27,18 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "terminal_velocity": TerminalVelocity,
     "mean_flow": MeanFlow,
     "improved_mean_flow": ImprovedMeanFlow,
+    "soflow": SoFlow,
+    "alpha_flow": AlphaFlow,
     "consistency": Consistency,
+    "facm": FACM,
     "mid_training": MidTraining,
     "straightening": Straightening,
 }
 
 __all__ = [
+    "FACM",
     "OBJECTIVES",
+    "AlphaFlow",
     "Consistency",
     "Draws",
     "Eulerian",
@@ -46,6 +53,7 @@ __all__ = [
     "Progressive",
     "SelfDistillation",
     "Shortcut",
+    "SoFlow",
     "Straightening",
     "TerminalVelocity",
     "TrajectoryObjective",

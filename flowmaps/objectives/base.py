@@ -2,8 +2,8 @@
 
 import enum
 import math
-from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +32,15 @@ class Loss(NamedTuple):
 class Draws(NamedTuple):
     """The random part of one step on data: noise x0 [B, ...] and times s <= t [B], diagonal rows (s = t) first.
 
-    ``gamma`` [B], uniform on [0, 1], is for methods that need one more random number per row. ``guidance`` [B] holds
-    the weights of baked-in guidance, None without. ``told`` is (w, low, high) [B, 3] if the network is conditioned on
-    all three.
+    ``gamma`` [B], uniform on [0, 1], is for methods that need one more number per row; some put a schedule there, with
+    None where it has ended. ``guidance`` [B] holds the weights of baked-in guidance, None without. ``told`` is
+    (w, low, high) [B, 3] if the network is conditioned on all three.
     """
 
     x0: Tensor
     s: Tensor
     t: Tensor
-    gamma: Tensor
+    gamma: Tensor | None
     guidance: Tensor | None = None
     told: Tensor | None = None
 
@@ -149,6 +149,10 @@ class Objective:
         """Step sizes that the network is trained for, by sampler."""
         return {}
 
+    def for_run(self, steps: int) -> Self:
+        """Return a validated copy for a run of ``steps`` training steps."""
+        return replace(self)
+
     def diagonal_rows(self, batch_size: int) -> int:
         """Return how many rows of a batch have s = t."""
         return math.floor(self.diagonal * batch_size + 1e-9)  # 0.29 * 100 is 28.999...
@@ -245,15 +249,23 @@ class Objective:
         """Return the weighted loss of each row [B], diagonal rows first, and the terms of ``Loss``."""
         terms: dict[str, Tensor] = {}
         losses = self.row_losses(fm, x1, label, draws, teacher, terms)
-        if self.adaptive:  # Geng et al. 2025 (arXiv 2505.13447), with |r|^2 the sum over a sample's dimensions
-            total = losses.detach() * x1[0].numel()
-            losses = losses * (total + self.adaptive_floor).pow(-self.adaptive)
+        losses = self.adapted(losses, draws, x1[0].numel())
         if weight is not None:  # exp(-w) |r|^2 + w: w learns the log of the residual's variance
             w = weight(draws.s, draws.t)
             c = getattr(weight, "log_floor", 0.0)
             losses = torch.log(losses + c * torch.exp(w)) if c else torch.exp(-w) * losses + w
             terms["weight_min"], terms["weight_max"] = w.detach().amin(), w.detach().amax()
         return losses, terms
+
+    def adapted(self, losses: Tensor, draws: Draws | Segments, dimensions: int) -> Tensor:
+        """Return the losses [B] times the weights that the method itself defines, which are constants.
+
+        Here the adaptive weight of Geng et al. 2025 (arXiv 2505.13447), with |r|^2 the sum over a sample's
+        ``dimensions``.
+        """
+        if not self.adaptive:
+            return losses
+        return losses * (losses.detach() * dimensions + self.adaptive_floor).pow(-self.adaptive)
 
     def row_losses(
         self,

@@ -33,6 +33,7 @@ class Semigroup(SelfDistillation):
     def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         x, s, t, label = batch.x, batch.s, batch.t, batch.label
         g = torch.full_like(s, 0.5) if self.middle is IntermediateTime.midpoint else batch.gamma
+        assert g is not None  # drawn in every step
         u = g * s + (1 - g) * t
         with torch.no_grad():
             first = fm.velocity(x, s, u, label)

@@ -147,7 +147,7 @@ class OffDiagonalBatch(NamedTuple):
     conditional_velocity: Tensor
     s: Tensor
     t: Tensor
-    gamma: Tensor
+    gamma: Tensor | None
     label: Tensor | None
 
 
@@ -162,6 +162,7 @@ class SelfDistillation(DriftObjective):
     """
 
     diagonal: float = 0.75  # share of rows with s = t
+    off_diagonal_dropout = staticmethod(no_dropout)  # not an option: the dropout of ``residual``
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,10 +186,11 @@ class SelfDistillation(DriftObjective):
                 self.drift_losses(fm, x_s[:rows], draws.s[:rows], part(label, 0, rows), velocity[:rows], terms)
             )
         if rows < len(x1):
-            tensors = (draws.x0, x1, x_s, velocity, draws.s, draws.t, draws.gamma)
-            x0, x1, x_s, velocity, s, t, gamma = (a[rows:] for a in tensors)
-            batch = OffDiagonalBatch(x0, x1, x_s, velocity, s, t, gamma, part(label, rows, None))
-            with no_dropout(fm.network):
+            tensors = (draws.x0, x1, x_s, velocity, draws.s, draws.t)
+            x0, x1, x_s, velocity, s, t = (a[rows:] for a in tensors)
+            gamma, label = (part(a, rows, None) for a in (draws.gamma, label))
+            batch = OffDiagonalBatch(x0, x1, x_s, velocity, s, t, gamma, label)
+            with self.off_diagonal_dropout(fm.network):
                 residual = self.residual(fm, batch, teacher, terms)
             losses.append(mean_square(residual))
             terms["off_diagonal"] = losses[-1].detach().mean()
@@ -213,6 +215,6 @@ class SelfDistillation(DriftObjective):
             return (teacher or fm.drift)(x, t, label)
 
 
-def part(label: Tensor | None, start: int, stop: int | None) -> Tensor | None:
-    """Return rows ``start`` .. ``stop`` of an optional label."""
-    return None if label is None else label[start:stop]
+def part(values: Tensor | None, start: int, stop: int | None) -> Tensor | None:
+    """Return rows ``start`` .. ``stop`` of optional labels or numbers."""
+    return None if values is None else values[start:stop]

@@ -20,6 +20,9 @@ class Times(enum.Enum):
     raised = "raised"  # a logit-normal start s, and a logit-normal end t, raised to just above s if it is below: SoFlow
 
 
+PAIRS = (Times.logit_normal, Times.raised)
+
+
 class DiagonalDraw(enum.Enum):
     """The time of a diagonal row (s = t) when ``times`` is logit_normal or raised."""
 
@@ -76,7 +79,7 @@ class TimeSampling(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        drawn, pair = self.times is not Times.triangle, self.times in (Times.logit_normal, Times.raised)
+        drawn, pair = self.times is not Times.triangle, self.times in PAIRS
         count, words = (3, "three") if pair and self.diagonal_draw is DiagonalDraw.own else (2, "two")
         if drawn and len(self.time_mean) != count:
             raise UserError(f"must be {words} numbers", field="time_mean", value=self.time_mean)
@@ -88,7 +91,7 @@ class TimeSampling(Objective):
                 raise UserError(f"has no effect with times={self.times.name}: choose other times", name, value)
 
     def idle(self) -> set[str]:
-        return super().idle() | (set() if self.times is Times.logit_normal else {"diagonal_draw"})
+        return super().idle() | (set() if self.times in PAIRS else {"diagonal_draw"})
 
     def diagonal_times(self, uniform: Tensor) -> Tensor:
         if self.times is Times.triangle:

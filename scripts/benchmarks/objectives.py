@@ -15,6 +15,8 @@ from flowmaps import FlowMap, UserError
 from flowmaps.derivatives import velocity_jvp
 from flowmaps.networks import NETWORKS, PRESETS
 from flowmaps.objectives import (
+    FACM,
+    AlphaFlow,
     Consistency,
     Draws,
     Eulerian,
@@ -25,6 +27,7 @@ from flowmaps.objectives import (
     MeanFlow,
     Objective,
     Progressive,
+    SoFlow,
 )
 from flowmaps.objectives.base import mean_square
 from flowmaps.objectives.eulerian import StopGradient
@@ -69,7 +72,10 @@ COSTS: dict[str, Objective] = {
     "lagrangian, unsplit": Unsplit(),
     "eulerian": Eulerian(),
     "eulerian, slim": Eulerian(stop=StopGradient.slim),
+    "soflow": SoFlow(),
+    "alpha_flow": AlphaFlow(),
     "consistency": Consistency(),
+    "facm": FACM(),
 }
 _IMAGES = {"image_size": 32, "channels": 1, "num_classes": 10}
 _NARROW = {**_IMAGES, "width": 32, "channel_mult": (1, 2, 2), "blocks": 1, "attention_resolutions": (8,)}

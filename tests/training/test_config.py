@@ -18,7 +18,7 @@ from helpers.runs import assert_same, tiny, weights
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.data import ArrayData
 from flowmaps.networks import UNet, registered
-from flowmaps.objectives import Lagrangian, MeanFlow
+from flowmaps.objectives import Lagrangian, MeanFlow, SoFlow
 from flowmaps.objectives.eulerian import Velocity
 from flowmaps.objectives.mid_training import Distance
 from flowmaps.run_weights import list_checkpoints
@@ -51,8 +51,8 @@ HEAVY = ("cifar10", "folder")  # networks of 50 million parameters: the whole ro
 HUGE = ("imagenet64", "imagenet256", "imagenet512")  # 280 to 1,524 million: the whole row is for a larger machine
 MILLIONS = {  # of each row's network, as published
     "imagenet64:lagrangian": 280.0,
-    **{f"imagenet256:{row}": 675.1 for row in ("lagrangian", "mean_flow", "improved_mean_flow")},
-    **{f"imagenet256:{row}": 675.1 for row in ("terminal_velocity", "dmf")},
+    **{f"imagenet256:{row}": 675.1 for row in ("lagrangian", "mean_flow", "improved_mean_flow", "terminal_velocity")},
+    **{f"imagenet256:{row}": 675.1 for row in ("dmf", "soflow", "alpha_flow", "facm")},
     "imagenet256:cmt,pre_training": 131.0,
     "imagenet256:cmt,mid_training": 675.1,
     "imagenet256:cmt,post_training": 675.1,
@@ -185,6 +185,11 @@ def test_the_row_of_dmf_has_its_times_and_its_weight():
     config.weight.log_floor = -1.0
     with pytest.raises(UserError, match=r"^weight\.log_floor=-1\.0: must be at least 0"):
         config.validate()
+
+
+def test_a_schedule_of_the_objective_covers_the_run():
+    config = tiny(steps=77, objective=SoFlow())
+    assert build_objective(config).alpha_steps == 77 and config.objective.alpha_steps == 0
 
 
 def test_accidental_options_are_refused():

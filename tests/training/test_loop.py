@@ -9,6 +9,7 @@ import torch
 from helpers.runs import assert_same, tiny, weights
 
 from flowmaps import FlowMap, UserError
+from flowmaps.objectives import SoFlow
 from flowmaps.run_weights import list_checkpoints
 from training.best import BestModel
 from training.config import Decay, Optim
@@ -78,6 +79,18 @@ def test_resume_refuses_another_config(tmp_path):
         with pytest.raises(UserError, match=way):
             train(tiny(**change), tmp_path)
     train(tiny(log_every=1), tmp_path)
+
+
+@pytest.mark.parametrize("alpha_steps", [0, 6])
+def test_more_steps_are_refused_where_a_schedule_covers_the_run(tmp_path, alpha_steps):
+    for steps in (6, 8):
+        config = tiny(steps=steps, objective=SoFlow(alpha_steps=alpha_steps))
+        config.optim.decay = Decay.constant
+        if steps == 6 or alpha_steps:
+            train(config, tmp_path)
+        else:
+            with pytest.raises(UserError, match=r"^config\.steps: differs"):
+                train(config, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["network.safetensors", "optimizer.safetensors", "state.json"])

@@ -13,7 +13,7 @@ from helpers.small_networks import small
 from configs.digits import get_config as digits
 from flowmaps import UserError, jvp_attention
 from flowmaps.derivatives import derivative_dtype, velocity_jvp
-from flowmaps.objectives import FlowMatching, Lagrangian, MeanFlow, Objective, eulerian, lagrangian
+from flowmaps.objectives import FlowMatching, Lagrangian, MeanFlow, Objective, eulerian, facm, lagrangian
 from flowmaps.objectives.base import DerivativeRole
 from flowmaps.objectives.lagrangian import Derivative
 from training.config import CompileMode, Config, DerivativePrecision, Precision
@@ -86,17 +86,17 @@ def test_contradictions_are_refused(field, changes):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_role_of_derivatives_is_what_the_loss_makes_of_them(name, monkeypatch):
-    objective, graphs = METHODS[name](), []
+    objective, graphs = METHODS[name]().for_run(10), []  # in the last step, as alpha_flow's first take no derivative
 
     def spy(*given, **moving):
         v, dv = velocity_jvp(*given, **moving)
         graphs.append(dv.requires_grad)
         return v, dv
 
-    for module in (lagrangian, eulerian):
+    for module in (lagrangian, eulerian, facm):
         monkeypatch.setattr(module, "velocity_jvp", spy)
     stream = torch.Generator().manual_seed(0)
-    objective(small("UNet"), torch.randn(8, 1, 8, 8), torch.arange(8) % 4, generator=stream)
+    objective(small("UNet"), torch.randn(8, 1, 8, 8), torch.arange(8) % 4, generator=stream, step=10)
     expected = DerivativeRole.trained if any(graphs) else DerivativeRole.constant if graphs else DerivativeRole.absent
     assert objective.derivative_role is expected
 
@@ -145,13 +145,25 @@ def jvp_in(dtype, fm, x, s, t, label):
         return velocity_jvp(fm, x, s, t, label, dt=1.0)[1]
 
 
-@pytest.mark.parametrize("name", ["flow_matching", "progressive"])
+@pytest.mark.parametrize("name", ["flow_matching", "progressive", "alpha_flow"])
 def test_there_is_no_error_without_a_derivative(name):
     made = digits(f"{name},smoke")
     made.derivative_precision = B
     trainer = Trainer.build(made)
     trainer.micro_step_loss(0, 0)
     assert trainer.derivative_error() is None
+
+
+@pytest.mark.parametrize(("name", "step"), [("alpha_flow", 19), ("facm", 0)])
+def test_rows_of_other_kinds_have_an_error_too(name, step):
+    made = digits(f"{name},smoke")
+    made.derivative_precision = B
+    trainer = Trainer.build(made)
+    torch.manual_seed(0)
+    for p in trainer.module.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    trainer.micro_step_loss(step, 0)
+    assert 1e-4 < trainer.derivative_error() < 0.1
 
 
 def test_advice_is_given_where_it_applies():

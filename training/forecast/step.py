@@ -105,7 +105,7 @@ def measure(trainer: Trainer, ledger: Ledger) -> None:
         patch.object(trainer, "micro_step_loss", forward_phase),
         patch.object(trainer.accelerator, "backward", backward_phase),
     ):
-        trainer.step(0)
+        trainer.step(trainer.config.steps - 1)  # the last, in which alpha_flow takes a derivative
 
 
 def _label_parts(trainer: Trainer, ledger: Ledger) -> None:
