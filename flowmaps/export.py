@@ -41,7 +41,7 @@ MODEL = Layout(
     INDEX,
     b'"FlowMapPipeline"',
     (
-        *(INDEX, "README.md", "scheduler/scheduler_config.json"),
+        *(INDEX, "README.md", "samples.png", "scheduler/scheduler_config.json"),
         *(f"{part}/{name}" for part in ("network", "vae") for name in ("config.json", "diffusion_pytorch_model*")),
     ),
 )
@@ -91,6 +91,7 @@ def save(
     info: FlowMapInfo,
     vae: "AutoencoderKL | None" = None,
     readme: str = "",
+    picture: bytes = b"",
 ) -> None:
     """Write an exported directory, complete or not at all; an existing one is replaced.
 
@@ -102,6 +103,7 @@ def save(
         info: What is known about it.
         vae: For a model of latents, the VAE to store with it.
         readme: The model card, if there is to be one.
+        picture: A PNG file for the card, if it shows one.
 
     Raises:
         UserError: The network is not a diffusers model.
@@ -135,6 +137,8 @@ def save(
         (folder / INDEX).write_bytes(_json(values))
         if readme:
             (folder / "README.md").write_text(_signed(readme))
+        if picture:
+            (folder / "samples.png").write_bytes(picture)
 
 
 def check_output(out: str, source: str = "") -> Path:

@@ -129,12 +129,13 @@ class FlowMap(nn.Module):
             )
         return digest.hexdigest()
 
-    def save_pretrained(self, directory: str | Path, readme: str = "") -> None:
+    def save_pretrained(self, directory: str | Path, readme: str = "", picture: bytes = b"") -> None:
         """Write a diffusers pipeline directory: safetensors and JSON only, complete or not at all.
 
         Args:
             directory: The directory to write; an existing one is replaced.
             readme: Its model card. Weights that were imported get one in any case.
+            picture: A PNG file for the card, samples.png.
 
         Raises:
             UserError: The network is not a diffusers model.
@@ -144,7 +145,7 @@ class FlowMap(nn.Module):
 
         readme = readme or (card(self) if self.info.origin else "")
         vae = None if self.decoder is None else self.decoder.vae
-        save(Path(directory), self.network, self.interpolant_name, self.base_std, self.info, vae, readme)
+        save(Path(directory), self.network, self.interpolant_name, self.base_std, self.info, vae, readme, picture)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, network_class: type[nn.Module] | None = None) -> "FlowMap":

@@ -1,11 +1,13 @@
 """The model card: description, usage, measured results and origin of a checkpoint."""
 
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from flowmaps.markdown import markdown_table
+from flowmaps.data.registry import DATASETS, FORMATS
+from flowmaps.markdown import counted, markdown_table
 
 if TYPE_CHECKING:
     from flowmaps.flow_map import FlowMap
@@ -13,47 +15,68 @@ if TYPE_CHECKING:
 TASK = "unconditional-image-generation"
 Record = dict[str, Any]  # of fid.py --json
 
-USE = """```python
+SOURCE = "https://github.com/flowmaps/flowmaps"  # flowmaps is on no package index yet
+PICTURE = "samples.png"  # next to the card
+USE = """    pip install git+{source}
+
+or, in a checkout of [the source]({source}), `pip install .`. Then
+
+```python
 from flowmaps.pipeline import FlowMapPipeline
 
 pipeline = FlowMapPipeline.from_pretrained("{name}")
 samples = pipeline(16, num_inference_steps={steps}, output_type="pt").images
 ```
 
-    python scripts/sample.py --checkpoint={name}{sampler} --steps={steps} --num=16 --out=samples
+or
+
+    flowmaps sample --checkpoint={name}{sampler} --steps={steps} --num=16 --out=samples
 """
 
 
 def card(
-    fm: "FlowMap", name: str = "", license: str = "", records: Sequence[Record] = (), training_details: str = ""
+    fm: "FlowMap",
+    name: str = "",
+    license: str = "",
+    records: Sequence[Record] = (),
+    training_details: str = "",
+    picture: Sequence[int] = (),
 ) -> str:
-    """Return Markdown with YAML front matter; ``records`` are those of fid.py, ``training_details`` is Markdown.
+    """Return Markdown with YAML front matter.
 
-    Imported weights keep the licence of their source.
+    Args:
+        fm: The model.
+        name: What its user gives to ``from_pretrained``: a hub id or a directory.
+        license: Of the weights, by its name on the hub; imported ones keep that of their source.
+        records: Those of fid.py.
+        training_details: Markdown.
+        picture: Step counts of the rows of samples.png, which ``FlowMap.save_pretrained`` writes next to the card.
     """
     info, (low, high) = fm.info, fm.info.t_range
     size = sum(p.numel() for p in fm.network.parameters())
+    data_name = "" if info.data in FORMATS else info.data  # which say how the images were stored, not what they are
     license = license or ("other" if info.origin else "")
     data = ModelCardData(
         library_name="flowmaps",
         tags=["flow-map", "few-step"],
         license=license or None,
         pipeline_tag=TASK if len(info.shape) == 3 else None,
-        datasets=[info.data] if info.data else None,
-        model_name=name or info.data or "flow map",
+        datasets=[data_name] if data_name else None,
+        model_name=name or data_name or "flow map",
         eval_results=[result for record in records for result in _evaluations(record)] or None,
     )
     facts = {
         "network": f"{type(fm.network).__name__}, {size / 1e6:.2f} million parameters",
         "kind": info.kind,
+        **({"trained on": data_name} if data_name else {}),
         "samples": " x ".join(map(str, info.shape)),
         "classes": info.num_classes or "none",
         "t_range": f"{low:.5g} .. {high:.5g} (noise at 0, data at 1; outside, the drift is that of the nearest end)",
+        "interpolant": fm.interpolant_name,
         "base_std": f"{fm.base_std:g}",
         "average of the weights": info.ema or "none",
-        "images seen": info.images_seen,
-        "stored step sizes": ", ".join(f"{k}: {', '.join(map(str, v))} steps" for k, v in info.schedules.items() if v)
-        or "none",
+        "images seen": f"{info.images_seen:,}",
+        "stored step sizes": "; ".join(f"{k} in {_steps(v)}" for k, v in info.schedules.items() if v) or "none",
         "weights": fm.fingerprint(),
         **info.origin,
     }
@@ -66,12 +89,13 @@ def card(
             "drift": "A drift, to be integrated by an ODE solver.",
             "consistency": "A consistency model: it jumps to data.",
         }[info.kind]
-        + " Made with flowmaps.",
+        + f" Made with [flowmaps]({SOURCE}).",
+        *([f"![samples]({PICTURE})\n\n{_caption(info.sampler, picture)}"] if picture else []),
         "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items()),
-        "## Use\n\n" + USE.format(name=name or "DIRECTORY", steps=steps, sampler=sampler).rstrip(),
+        "## Use\n\n" + USE.format(source=SOURCE, name=name or "DIRECTORY", steps=steps, sampler=sampler).rstrip(),
     ]
     if records:
-        parts.append("## Results\n\n" + "\n\n".join(_tables(records)))
+        parts.append("## Results\n\n" + "\n\n".join(_tables(records, name or "DIRECTORY")))
     if training_details:
         parts.append("## How it was made\n\n" + training_details.strip())
     if info.origin:
@@ -81,8 +105,18 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
+def _steps(counts: Iterable[int]) -> str:
+    *others, last = counts
+    return f"{', '.join(map(str, others))} and {last} steps" if others else counted(last, "step")
+
+
+def _caption(sampler: str, counts: Sequence[int]) -> str:
+    rows = f"one row each for {_steps(counts)}" if len(counts) > 1 else _steps(counts)
+    return f"The same noise in every row, sampled by `{sampler}`: {rows}, from above."
+
+
 def _label(record: Record, row: Record) -> str:
-    return f"{record['metric']}, {row['sampler']}, {row['grid']} grid, {row['steps']} steps"
+    return f"{record['metric']}, {row['sampler']}, {row['grid']} grid, {counted(row['steps'], 'step')}"
 
 
 def _evaluations(record: Record) -> list[EvalResult]:
@@ -101,7 +135,20 @@ def _evaluations(record: Record) -> list[EvalResult]:
     ]
 
 
-def _tables(records: Sequence[Record]) -> Iterator[str]:
+def _command(record: Record, name: str) -> str:
+    """Return a command that measures the rows of ``record`` on the model called ``name``."""
+    reference, rows = record["reference"], sorted(record["results"], key=lambda row: int(row["steps"]))
+    data = f"{reference['data']}:{reference['split']}" if reference["data"] in DATASETS else reference["data"]
+    given = {"checkpoint": name, "reference": data or "REFERENCE", "num": record["num"], "seed": record["seeds"][0]}
+    given |= {"repeats": len(record["seeds"])} if len(record["seeds"]) > 1 else {}
+    for flag, key in (("sampler", "sampler"), ("schedule", "grid"), ("steps", "steps")):
+        given[flag] = ",".join(map(str, dict.fromkeys(row[key] for row in rows)))
+    given |= {k: record[k] for k in ("label", "guidance") if record[k] is not None}
+    given |= {"gamma": record["gamma"]} if record["gamma"] not in (None, 1) else {}
+    return shlex.join(["flowmaps", "fid", *(f"--{flag}={value}" for flag, value in given.items())])
+
+
+def _tables(records: Sequence[Record], name: str) -> Iterator[str]:
     """Yield one table per set of comparable records: a row per sampler and grid, a column per step count."""
     together: dict[tuple[str, int, str], list[Record]] = {}
     for record in records:
@@ -115,7 +162,7 @@ def _tables(records: Sequence[Record]) -> Iterator[str]:
             rows.append([f"{sampler}, {grid} steps", *cells])
         reference = mine[0]["reference"]
         caption = (
-            f"{metric} of {num} samples to {reference['data']} ({reference['split']}, {reference['n']} samples), by"
+            f"{metric} of {num:,} samples to {reference['data']} ({reference['split']}, {reference['n']:,} samples), by"
         )
-        commands = "".join(f"\n    python {record['command']}" for record in mine)
+        commands = "".join(f"\n    {_command(record, name)}" for record in mine)
         yield f"{caption}\n{commands}\n\n" + markdown_table(["steps", *map(str, counts)], rows)

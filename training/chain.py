@@ -39,10 +39,11 @@ def run_chain(chain: Chain, workdir: str | Path, only: str = "") -> list[dict[st
             with blame("workdir", workdir):
                 _check_directory(workdir, list(stages))
             stack.enter_context(disk_errors(workdir))
-        for name, config in stages.items():
+        for number, (name, config) in enumerate(stages.items(), start=1):
             if name == only or not only:
                 AcceleratorState._reset_state()  # stages may differ in precision
-                fm = train_section(config, workdir / name, None, f"config.{name}", stop)
+                stage = f"{number}/{len(stages)} {name}"
+                fm = train_section(config, workdir / name, None, f"config.{name}", stop, stage)
                 records.append(record(name, config, workdir / name, fm))
         if main and not only:
             write_file(workdir / "chain.json", to_json(records), check=False)

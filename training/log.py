@@ -1,6 +1,7 @@
 """The log of a run: JSON lines in log.jsonl, progress on the terminal, and TensorBoard files."""
 
 import json
+import math
 import re
 import sys
 import time
@@ -19,24 +20,84 @@ from flowmaps.files import finite, write_file
 from flowmaps.reading import parse, parse_json, read_bytes
 
 LARGEST = 4 << 30  # bytes of a log; a line has some 300
+COLUMNS = 80  # that what is shown fits in
+LEAST_BAR = 6  # columns of a bar that is worth its place
+PAUSE = 5.0  # seconds between two lines, off a terminal
+
+
+class Progress:
+    """The progress of a run for whoever watches it: a bar on a terminal; elsewhere lines, some seconds apart.
+
+    Both have the stage of a chain or "step", the step, the means of the latest interval, and the time: that since this
+    command began, and that left at the same average speed.
+    """
+
+    def __init__(self, steps: int, start: int, stage: str = "", enabled: bool = True) -> None:
+        self.steps, self.start, self.enabled = steps, start, enabled
+        self.name = stage or "step"
+        self.begun, self.shown = time.perf_counter(), -math.inf
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            dynamic_ncols=True,
+            smoothing=0,  # the average speed
+            bar_format=self._bar(),
+            disable=not (enabled and sys.stderr.isatty()),
+        )
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Show the means of an interval that ended after ``step`` steps."""
+        facts = f"loss {values['loss']:.4g} {_number(values['images_per_second'])} images/s"
+        skipped = sum(int(values.get(name, 0)) for name in ("skipped", "spikes"))
+        facts += f" skipped {skipped}" if skipped else ""
+        rate = f" lr {values['lr']:.3g}"
+        if not self.bar.disable:
+            room = COLUMNS - len(f"{self.name} {step}/{self.steps} || {facts} 00:00:00<00:00:00")
+            facts += rate if room >= LEAST_BAR + len(rate) else ""
+            self.bar.bar_format = self._bar(facts, "|{bar}|" if room >= LEAST_BAR else "")
+            self.bar.refresh()
+            return
+        now = time.perf_counter()
+        if step == self.steps or now - self.shown >= PAUSE:
+            self.shown, gone = now, now - self.begun
+            left = gone / (step - self.start) * (self.steps - step)
+            line = f"{self.name} {step}/{self.steps} {facts} {clock(gone)}<{clock(left)}"
+            self.say(line + rate if len(line + rate) <= COLUMNS else line)
+
+    def say(self, line: str) -> None:
+        """Show a line."""
+        if self.enabled:
+            tqdm.write(line, file=sys.stderr)
+
+    def _bar(self, facts: str = "", bar: str = "|{bar}|") -> str:
+        parts = (f"{self.name} {{n_fmt}}/{{total_fmt}}", bar, facts, "{elapsed}<{remaining}")
+        return " ".join(part for part in parts if part)
+
+
+def clock(seconds: float) -> str:
+    """Return "02:30", or "1:02:30"."""
+    return str(tqdm.format_interval(seconds))
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 class Log:
-    """Append to ``workdir/log.jsonl``, and show a progress bar on a terminal or a line per interval elsewhere.
+    """Append to ``workdir/log.jsonl`` and to TensorBoard's files, and show the progress.
 
     The values of steps stay on their device and are read once per interval, so that no step waits for the device. In
     a run of several processes only the main one writes (``enabled``).
     """
 
-    def __init__(self, workdir: Path, steps: int, start: int, enabled: bool = True) -> None:
-        self.enabled, self.steps = enabled, steps
-        self.file = None
+    def __init__(self, workdir: Path, steps: int, start: int, enabled: bool = True, stage: str = "") -> None:
+        self.steps, self.file = steps, None
         if enabled:
             rows = [row for row in read_log(workdir / "log.jsonl") if row["step"] <= start] if start else []
             write_file(workdir / "log.jsonl", b"".join(map(_line, rows)), check=False)
             self.file = (workdir / "log.jsonl").open("a", buffering=1)
         self.board = _tensorboard(workdir, start) if enabled else None
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (enabled and sys.stderr.isatty()))
+        self.progress = Progress(steps, start, stage, enabled)
         self.clear()
 
     @contextmanager
@@ -56,7 +117,7 @@ class Log:
         for name, value in values.items():
             self.values[name].append(value)
         self.count += 1
-        self.bar.update()
+        self.progress.bar.update()
 
     def interval(self, step: int, batch: int, **facts: float) -> None:
         """End the interval after ``step`` steps and log its means and ``facts``."""
@@ -65,18 +126,14 @@ class Log:
         values = means | facts | {"images_per_second": self.count * batch / seconds}
         self._write({"step": step, **values})
         self._plot(step, values)
-        shown = " ".join(f"{k}={v:.4g}" for k, v in values.items())
-        if self.bar.disable:
-            self.say(f"step {step}/{self.steps} {shown}")
-        else:
-            self.bar.set_postfix_str(shown)
+        self.progress.show(step, values)
         self.clear()
 
     def score(self, step: int, name: str, value: float) -> None:
         """Log a score of the model after ``step`` steps."""
         self._write({"step": step, name: value})
         self._plot(step, {name: value})
-        self.say(f"step {step}/{self.steps} {name}={value:.4g}")
+        self.progress.say(f"{self.progress.name} {step}/{self.steps} {name} {value:.4g}")
 
     def picture(self, step: int, image: Image.Image) -> None:
         """Show the sample grid in TensorBoard."""
@@ -84,12 +141,11 @@ class Log:
             self.board.add_image("samples", np.atleast_3d(np.asarray(image)), step, dataformats="HWC")
 
     def event(self, name: str, **facts: Any) -> None:
-        """Log an event, such as a resume."""
+        """Log an event, such as a resume; it is not shown."""
         self._write({"event": name, **facts})
-        self.say(f"{name}: " + " ".join(f"{k}={v}" for k, v in facts.items()))
 
     def close(self) -> None:
-        self.bar.close()
+        self.progress.bar.close()
         if self.file:
             self.file.close()
         if self.board:
@@ -103,11 +159,6 @@ class Log:
     def _write(self, row: dict[str, Any]) -> None:
         if self.file:
             self.file.write(_line(row).decode())
-
-    def say(self, line: str) -> None:
-        """Show a line to whoever watches the run; it is not kept."""
-        if self.enabled:
-            tqdm.write(line, file=sys.stderr)
 
 
 def _line(row: dict[str, Any]) -> bytes:

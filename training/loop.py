@@ -1,5 +1,6 @@
 """The training loop."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 
 from flowmaps import FlowMap, UserError, jvp_attention
+from flowmaps.data import Latents
+from flowmaps.data.registry import FORMATS
 from flowmaps.derivatives import tf32_products
 from flowmaps.distributed import join, processes, team
 from flowmaps.errors import Stopped, blame, within
@@ -17,9 +20,9 @@ from flowmaps.images import png
 from flowmaps.run_weights import list_checkpoints
 from training.best import BestModel
 from training.checkpoint import State, load_checkpoint
-from training.config import Config
+from training.config import Config, class_name
 from training.log import Log
-from training.precision import advice
+from training.precision import DIFFERENTIATED, advice
 from training.run_directory import check_run_directory, check_same_config, disk_errors, remove_stale, run_lock
 from training.stop import Stop
 from training.trainer import Trainer
@@ -67,8 +70,11 @@ def named(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def train_section(config: Config, workdir: Path, data: Any, section: str, stop: Stop) -> FlowMap:
-    """Train as ``train`` does; errors call the config ``section``, such as "config.mid_training" in a chain."""
+def train_section(config: Config, workdir: Path, data: Any, section: str, stop: Stop, stage: str = "") -> FlowMap:
+    """Train as ``train`` does; errors call the config ``section``, and progress is that of ``stage``.
+
+    In a chain these are such as "config.mid_training" and "2/3 mid_training".
+    """
     main = processes().is_main_process
     if main:
         with blame("workdir", workdir):
@@ -88,11 +94,13 @@ def train_section(config: Config, workdir: Path, data: Any, section: str, stop: 
         stack.enter_context(tf32_products(config.tf32))
         stack.enter_context(_timed_convolutions())
         stack.enter_context(trainer.loader.watched())
-        done = _train(config, workdir, trainer, judge, stop, main)
+        done = _train(config, workdir, trainer, judge, stop, stage, main)
     return trainer.averaged(done)
 
 
-def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | None, stop: Stop, main: bool) -> int:
+def _train(
+    config: Config, workdir: Path, trainer: Trainer, judge: BestModel | None, stop: Stop, stage: str, main: bool
+) -> int:
     """Run the loop of ``train`` and return the number of steps done."""
     done, state = 0, State(0, 0)
     if checkpoints := list_checkpoints(workdir):
@@ -112,9 +120,15 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | N
     if main:
         facts = {**config.to_dict(), "origin": trainer.origin()}
         write_file(workdir / "config.json", to_json(facts), check=False)
-    with closing(Log(workdir, config.steps, done, enabled=main)) as log:
-        last = done >= config.steps
-        if done and not last:
+    last = done >= config.steps
+    if main:
+        title = [f"stage {stage}"] * bool(stage)
+        about = [f"complete already: {workdir}"] if last else banner(trainer, workdir, done)
+        print("\n".join([*title, *about]), file=sys.stderr, flush=True)
+    if last:
+        return done
+    with closing(Log(workdir, config.steps, done, main, stage)) as log:
+        if done:
             log.event("resume", step=done)
             for name, before, now in (
                 ("shards", state.shards, trainer.parts()),
@@ -122,8 +136,9 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | N
             ):
                 if before is not None and before != now:
                     log.event(name, step=done, before=before, now=now)
+                    log.progress.say(f"{name}: before={before} now={now}")
         for line in advice(config, trainer.module.objective, trainer.accelerator.device):
-            log.say(f"note: {line}")
+            log.progress.say(f"note: {line}")
         jvp_attention.notes.clear()
         begin = done
         while not last:
@@ -131,7 +146,7 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | N
             at_interval = done == config.steps or done % config.log_every == 0
             log.add(trainer.step(done - 1, term_norms=at_interval))
             for line in jvp_attention.notes if done == begin + 1 else ():
-                log.say(f"note: {line}")
+                log.progress.say(f"note: {line}")
             last = done == config.steps or trainer.any_process(bool(stop.asked))  # once per step
             if last or at_interval:
                 rate = trainer.optimizer.param_groups[0]["lr"]
@@ -156,7 +171,40 @@ def _train(config: Config, workdir: Path, trainer: Trainer, judge: BestModel | N
         if done < config.steps:
             log.event("stopped", step=done, signal=stop.asked)
             raise Stopped(f"stopped by {stop.asked or 'a signal to another process'} at step {done}; resume any time")
+    if main:
+        print("\n".join(results(workdir)), file=sys.stderr, flush=True)
     return done
+
+
+def banner(trainer: Trainer, workdir: Path, done: int) -> list[str]:
+    """Return lines on what is trained, on what and where, for whoever starts the run or reads its output later."""
+    config, data, module = trainer.config, trainer.data, trainer.module
+    device, number = trainer.accelerator.device, trainer.accelerator.num_processes
+    name = config.data.root if config.data.name in FORMATS else config.data.name
+    kind = "points" if len(data.shape) == 1 else "latents" if isinstance(data, Latents) else "images"
+    classes = f"{data.num_classes:,} classes" if data.num_classes else "no classes"
+    classes += "" if module.fm.info.num_classes == data.num_classes else ", unused"
+    parameters = sum(p.numel() for p in module.fm.network.parameters())
+    teacher = f", teacher {config.teacher}" if config.teacher else ""
+    start = f", from {config.init_from}" if config.init_from else ""
+    card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    several = f"{number} processes on " if number > 1 else ""
+    derivative = trainer.precision.name if module.objective.derivative_role in DIFFERENTIATED else ""
+    return [
+        f"data     {name}: {len(data):,} {kind} of {' x '.join(map(str, data.shape))}, {classes}",
+        f"network  {class_name(config.network)}, {parameters:,} parameters{start}",
+        f"learns   {class_name(module.objective)}, {config.steps:,} steps of {config.batch:,} {kind}{teacher}",
+        f"on       {several}{device.type}{card}, {config.precision.value}"
+        + (f", derivatives {derivative}" if derivative else ""),
+        f"writes   {workdir}" + (f" (resumes at step {done:,})" if done else ""),
+    ]
+
+
+def results(workdir: Path) -> list[str]:
+    """Return lines on what the run left in ``workdir``."""
+    best = workdir / "checkpoints" / "best"
+    found = {"model": workdir / "model", "best": best, "log": workdir / "log.jsonl", "samples": workdir / "samples"}
+    return [f"{name:8} {path}" for name, path in found.items() if path.exists()]
 
 
 def _keep_best(trainer: Trainer, judge: BestModel, workdir: Path, done: int, log: Log) -> None:

@@ -33,6 +33,11 @@ class StepPrecision(NamedTuple):
         """True if derivatives are in IEEE float32."""
         return self.derivative is torch.float32 and not self.tf32
 
+    @property
+    def name(self) -> str:
+        """That of the derivatives' precision in a config."""
+        return "bf16" if self.derivative is torch.bfloat16 else "tf32" if self.tf32 else "fp32"
+
 
 def step_precision(config: Config, objective: Objective, device: torch.device) -> StepPrecision:
     """Resolve ``config.derivative_precision`` and ``config.tf32`` for a step on ``device``.

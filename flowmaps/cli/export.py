@@ -10,6 +10,7 @@ python scripts/export.py --checkpoint=runs/digits --out=exported/digits --push_t
 
 from absl import flags
 
+from flowmaps.cli import next_command
 from flowmaps.cli.run import required
 from flowmaps.errors import UserError, blame
 
@@ -23,16 +24,20 @@ LICENSE = flags.DEFINE_string("license", "", "License of the weights, by its nam
 RESULTS = flags.DEFINE_list("results", [], "Records of fid.py --json for the card")
 HOW = flags.DEFINE_string("how", None, "Markdown file on how the model was made, for the card")
 HUB = flags.DEFINE_string("push_to_hub", None, "Hugging Face hub id to upload to, with the token of `hf auth login`")
+PICTURE = flags.DEFINE_bool("picture", None, "Draw samples for the card [yes, except of imported weights and latents]")
 READS, WRITES = (CHECKPOINT, HOW, RESULTS), (OUT,)
 
 
 def main() -> None:
     checkpoint, target = required(CHECKPOINT, "runs/digits"), required(OUT, "exported/digits")
 
+    from flowmaps.distributed import pick_device
     from flowmaps.evaluation.record import read_record
+    from flowmaps.evaluation.samples import grid_image
     from flowmaps.export import check_output
     from flowmaps.flow_map import FlowMap
     from flowmaps.hub import check_upload, to_hub
+    from flowmaps.images import png
     from flowmaps.model_card import card
     from flowmaps.reading import read_text
     from flowmaps.run_weights import take_weights
@@ -54,7 +59,12 @@ def main() -> None:
     for file, record in zip(RESULTS.value, records, strict=True):
         if any(row.get("weights") != weights for row in record["results"]):
             raise UserError(f"--results={file} was made with weights other than those to be exported: score them again")
-    fm.save_pretrained(out, card(fm, NAME.value or HUB.value or target, LICENSE.value, records, how))
-    print(f"{out}: {weights[:12]}, ema {fm.info.ema or 'none'}, {fm.info.images_seen} images seen")
+    wanted = not (fm.info.origin or fm.info.latent_scale) if PICTURE.value is None else PICTURE.value
+    counts = {"map": (1, 2, 4, 8), "euler": (4, 8, 16, 32), "stochastic": (1, 2, 4)}[fm.info.sampler] if wanted else ()
+    picture = png(grid_image(fm.to(pick_device()), counts, seed=0, columns=8)) if wanted else b""
+    name = NAME.value or HUB.value or target
+    fm.save_pretrained(out, card(fm, name, LICENSE.value, records, how, counts), picture)
+    print(f"wrote    {out}: {weights[:12]}, ema {fm.info.ema or 'none'}, {fm.info.images_seen:,} images seen")
     if HUB.value is not None:
-        print(to_hub(out, HUB.value))
+        print(f"uploaded {to_hub(out, HUB.value)}")
+    print(next_command.show(next_command.sample(str(out), fm.info.sampler)))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
+from flowmaps.cli import next_command
 from flowmaps.cli.run import required
 from flowmaps.errors import UserError
 
@@ -52,7 +53,10 @@ def main() -> None:
     fm.save_pretrained(directory)
     millions = sum(p.numel() for p in fm.network.parameters()) / 1e6
     low, high = fm.info.t_range
-    print(f"{out}: {type(fm.network).__name__}, {millions:.2f} million parameters, times {low:.4g} .. {high:.4g}")
+    facts = f"{type(fm.network).__name__}, {millions:.2f} million parameters, times {low:.4g} .. {high:.4g}"
+    print(f"wrote    {out}: {facts}")
     if assumed := fm.info.origin.get("assumed"):
         print(f"assumed, since neither the file nor an option says it: {assumed}")
     print(f"license: {fm.info.origin['license']}")
+    solver = "heun" if fm.info.kind == "drift" else fm.info.sampler
+    print(next_command.show(next_command.sample(out, solver)))

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import io
 import os
 import re
 import signal
@@ -155,7 +154,7 @@ def _own_flags() -> Iterator[Any]:
             yield from found
 
 
-class _Terminal(io.TextIOBase):
+class _Terminal:
     """A stream of text that prints what it can: a reader that has left, or letters it lacks, are not an error."""
 
     def __init__(self, stream: Any) -> None:

@@ -8,14 +8,15 @@ Writes steps-N/000000.png ..., samples-N.npz (arr_0: uint8 [n, h, w, c], points 
 one row per step count; --beside adds the same noise carried by another sampler, on the right.
 """
 
-import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
+from flowmaps.cli import next_command
 from flowmaps.cli.run import required
 from flowmaps.cli.sampling_flags import SAMPLER_NAMES, SamplingFlags
 from flowmaps.errors import blame
@@ -37,6 +38,7 @@ def main() -> None:
     from flowmaps.evaluation.samples import PICTURES, sample_batches, write_samples
     from flowmaps.evaluation.settings import Setting, sampling_settings
     from flowmaps.images import COLUMNS, hstack, sample_grid, to_pil, write_png
+    from flowmaps.markdown import counted
     from flowmaps.run_weights import take_weights
 
     counts = SAMPLING.counts()
@@ -55,18 +57,29 @@ def main() -> None:
     for ema in SAMPLING.ema.value:  # at most one
         take_weights(fm, SAMPLING.checkpoint.value or "", ema)
 
+    show = partial(print, flush=True)
+    ema = SAMPLING.ema.value[0] if SAMPLING.ema.value else str(fm.info.ema or "none")
+    unit = "images" if len(fm.info.shape) == 3 else "points"
+    what = f"{'latents' if fm.info.latent_scale else unit} of {' x '.join(map(str, fm.info.shape))}"
+    show(f"model    {SAMPLING.checkpoint.value}: a {fm.info.kind} of {what}, ema {ema}, seed {SAMPLING.seed.value}")
+
     def batches(setting: Setting, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         options = {"sampler": setting.sampler, "batch": SAMPLING.batch.value, **guided}
         return sample_batches(fm, setting.times, range(count), SAMPLING.seed.value, progress=True, **options)
 
     num, rows = SAMPLING.num.value, []
     for setting in settings:
-        start = time.perf_counter()
-        rows.append(write_samples(batches(setting, num), out, setting.steps))
+        start, count, grid = time.perf_counter(), setting.steps, setting.grid
+        rows.append(write_samples(batches(setting, num), out, count))
         rate = num / (time.perf_counter() - start)
-        print(f"{out / f'steps-{setting.steps}'}: {num} samples, {rate:.3g} per second", file=sys.stderr)
+        sizes = {"stored": "stored step sizes", "uniform": "uniform steps"}.get(grid, f"step sizes of {grid}")
+        how = [counted(count, "step"), setting.sampler, sizes]
+        how += [f"{name} {guided[name]:g}" for name in ("label", "guidance") if guided[name] is not None]
+        show(f"samples  {', '.join(how)}: {num:,} {unit}, {rate:.3g} {unit}/s")
     shown = [rows]
     if others:
         count = len(shown[0][0][: COLUMNS if len(fm.info.shape) == 3 else None])
         shown.append([torch.cat([x.cpu() for x, _ in batches(setting, count)]) for setting in others])
     write_png(to_pil(hstack([sample_grid(rows) for rows in shown])), out / "grid.png")
+    show(f"wrote    {out}/: grid.png, samples-N.npz" + (", steps-N/*.png" if unit == "images" else ""))
+    show(next_command.show(next_command.fid(SAMPLING.checkpoint.value or "", fm.info.data, SAMPLING.typed())))

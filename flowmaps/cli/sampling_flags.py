@@ -70,6 +70,11 @@ class SamplingFlags:
         """Return all flags defined here."""
         return [flag for flag in vars(self).values() if isinstance(flag, flags.FlagHolder)]
 
+    def typed(self) -> list[str]:
+        """Return those that were given and say how a model is sampled, as they are typed."""
+        chosen = (self.steps, self.sampler, self.schedule, self.ema, self.guidance, self.gamma, self.vae)
+        return [flags.FLAGS[flag.name].serialize() for flag in chosen if flag.present]
+
     def counts(self) -> list[int]:
         """Return the step counts of ``--steps``."""
         from flowmaps.evaluation.settings import check_choices

@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags
 
+from flowmaps.cli import next_command
 from flowmaps.cli.run import required
 from flowmaps.errors import UserError, blame
 from flowmaps.files import check_new_file, write_json
@@ -61,8 +62,8 @@ def main() -> None:
 
     from flowmaps.distributed import pick_device
     from flowmaps.evaluation import check_scorable, evaluate, open_reference
+    from flowmaps.evaluation.plots import step_sizes
     from flowmaps.evaluation.record import table
-    from flowmaps.evaluation.report import step_sizes
     from flowmaps.export import store_schedule
     from flowmaps.flow_map import FlowMap
     from flowmaps.images import write_png
@@ -120,4 +121,12 @@ def main() -> None:
         write_png(step_sizes(fitted), Path(PLOT.value))
     print(table(list(rows.values())))
     if STORE.value:
-        print(f"stored for {', '.join(map(str, better)) or 'no'} steps; all other counts are sampled in equal steps")
+        counts = f"{', '.join(map(str, better))} step{'s' * (list(better) != [1])}" if better else "no number of steps"
+        print(f"stored   {checkpoint}: for {counts}; all others are sampled in uniform steps")
+    for name, file in (("wrote", OUT.value), ("plot", PLOT.value)):
+        if file:
+            print(f"{name:8} {file}")
+    flags = [f"--sampler={schedule.sampler}", f"--steps={','.join(map(str, schedule))}"]
+    flags += [] if STORE.value else [f"--schedule={OUT.value}"]
+    flags += [] if GUIDANCE.value is None else [f"--guidance={GUIDANCE.value:g}"]
+    print(next_command.show(next_command.command("sample", f"--checkpoint={checkpoint}", *flags, "--out=samples")))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
+from flowmaps.cli import next_command
 from flowmaps.cli.run import required
 from flowmaps.errors import blame
 from flowmaps.files import check_new_file
@@ -49,4 +50,5 @@ def main() -> None:
     stats = cached_stats(images, extractor, FEATURES.value, everyone)
     if not everyone.rank:
         stats.save(out)
-        print(f"{out}: {stats.n} samples of {data}, extractor {extractor.origin.extractor}, {stats.dim} features")
+        print(f"wrote    {out}: {stats.n:,} samples of {data}, {stats.dim} features of {extractor.origin.extractor}")
+        print(next_command.show(next_command.fid("RUN", str(out), [])))

@@ -22,6 +22,7 @@ from flowmaps.files import WRITER, WRITTEN_BY, Layout, lock_later, new_directory
 from flowmaps.flow_map import FlowMap
 from flowmaps.generate import generate
 from flowmaps.images import COLUMNS, png, sample_grid, to_pil, to_uint8
+from flowmaps.markdown import counted
 from samplers.grids import uniform_times
 
 PICTURES = Layout("000000.png", b"tEXtSoftware\0flowmaps", ("[0-9]*.png",))
@@ -52,7 +53,9 @@ def write_samples(batches: Iterable[tuple[Tensor, Tensor | None]], out: Path, co
     ):
         for x, label in chain([first], made):
             if not bool(torch.isfinite(x).all()):
-                raise UserError(f"the model's samples in {count} steps hold NaN or infinity: nothing is written")
+                raise UserError(
+                    f"the model's samples in {counted(count, 'step')} hold NaN or infinity: nothing is written"
+                )
             x = x.cpu()
             if done < (COLUMNS if has_pictures else GRID):
                 shown.append(x)
@@ -108,7 +111,7 @@ def sample_batches(
     """
     sampler = sampler or fm.info.sampler
     made = generate(fm, times, len(items), seed, sampler=sampler, first=items.start, **options)
-    title, hidden = f"{sampler}, {len(times) - 1} steps", None if progress else True
+    title, hidden = f"{sampler}, {counted(len(times) - 1, 'step')}", None if progress else True
     with tqdm(total=len(items), desc=title, unit="sample", disable=hidden, leave=False) as bar:
         for x, label in made:
             bar.update(len(x))

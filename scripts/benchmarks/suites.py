@@ -24,7 +24,7 @@ from flowmaps import FlowMap, UserError
 from flowmaps.data import open_dataset
 from flowmaps.errors import blame
 from flowmaps.evaluation import evaluate, open_reference
-from flowmaps.evaluation.report import EVALUATIONS, lines
+from flowmaps.evaluation.plots import EVALUATIONS, lines
 from flowmaps.evaluation.samples import samples
 from flowmaps.files import lock_later, write_json
 from flowmaps.markdown import markdown_table

@@ -4,10 +4,14 @@ import json
 
 import pytest
 from helpers import run_script
+from helpers.small_networks import UNET
 from huggingface_hub import ModelCard
+from PIL import Image
 
-from flowmaps import FlowMap, UserError
+from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.hub import check_upload, to_hub
+from flowmaps.model_card import PICTURE, SOURCE, card
+from flowmaps.networks import UNet
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +40,41 @@ def test_card_says_what_was_measured_and_how_to_use_it(run, tmp_path):
         'from_pretrained("somebody/digits")',
         "| map, uniform steps |",
         "jumps from noise",
+        f"pip install git+{SOURCE}",
+        f"[flowmaps]({SOURCE})",
+        "| interpolant | linear |",
+        "![samples](samples.png)",
+        "flowmaps sample --checkpoint=somebody/digits --steps=1 ",
+        "flowmaps fid --checkpoint=somebody/digits --reference=digits:heldout --num=40 --seed=0 --sampler=map,euler "
+        "--schedule=uniform --steps=1,2\n",
     ):
         assert part in text
+    assert str(run) not in made.content and "1 steps" not in made.content and "scripts/" not in made.content
+    with Image.open(tmp_path / "out" / "samples.png") as picture:  # 1, 2, 4 and 8 steps of 8 images
+        assert picture.size == (8 * 52, 4 * 52)
     fm = FlowMap.from_pretrained(tmp_path / "out")
     assert fm.fingerprint() in text and "FID" not in text.replace("fid.py", "").replace("FID-", "")
+
+
+@pytest.mark.parametrize(
+    ("facts", "shown"),
+    [
+        ({"data": "folder"}, False),  # how the images were stored, not what they are
+        ({"data": "faces"}, True),
+        ({"data": "faces", "kind": "drift"}, True),
+    ],
+)
+def test_card_names_the_data_and_only_what_a_reader_has(facts, shown):
+    fm = FlowMap(UNet(**UNET), info=FlowMapInfo(shape=(1, 8, 8), **facts))
+    made = ModelCard(card(fm, "somebody/model"))
+    assert made.data.datasets == (["faces"] if shown else None) and "folder" not in made.content
+    assert ("| trained on | faces |" in made.text) == shown and PICTURE not in made.text
+    assert ("--sampler=euler" in made.text) == (fm.info.kind == "drift")
+
+
+def test_a_picture_is_left_out_on_request(run, tmp_path):
+    run_script("scripts/export.py", f"--checkpoint={run}", f"--out={tmp_path}/out", "--nopicture", check=True)
+    assert not (tmp_path / "out" / PICTURE).exists() and PICTURE not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_cannot_be_on_a_card(run, tmp_path):

@@ -29,7 +29,7 @@ def distances(name, way, sampler, metric):
 def test_card_records_and_reference_belong_to_the_weights(name):
     directory = ASSETS / name
     files = [file for file in directory.rglob("*") if file.is_file()]
-    assert {file.suffix for file in files} == {".safetensors", ".json", ".md"}
+    assert {file.suffix for file in files} == {".safetensors", ".json", ".md", ".png"}
     assert sum(file.stat().st_size for file in files) <= 12 * 2**20
     fm, card = FlowMap.from_pretrained(directory), ModelCard.load(directory / "README.md")
     assert fm.info.data == name and fm.info.schedules.keys() == {"map", "euler"}
@@ -41,6 +41,7 @@ def test_card_records_and_reference_belong_to_the_weights(name):
         measured += [round(row[record["metric"]], 4) for row in record["results"]]
     assert sorted(result.metric_value for result in card.data.eval_results) == sorted(measured)
     assert weights in card.text and "scripts/train.py" in card.text and f'from_pretrained("assets/{name}")' in card.text
+    assert "![samples](samples.png)" in card.text and "1 steps" not in card.content
 
 
 @pytest.mark.parametrize("name", NAMES)

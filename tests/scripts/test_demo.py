@@ -16,11 +16,13 @@ def test_demo_writes_a_self_contained_report(tmp_path):
     command = ["scripts/demo.py", f"--workdir={tmp_path}", "--steps=3", "--num=80"]
     done = run_script(*command, check=True)
     assert "FD-digits" in done.stdout and "floor" in done.stdout
-    for picture in ("grid.png", "distance.png"):
+    for picture in ("grid.png", "distance.png", "loss.png"):
         with Image.open(tmp_path / picture) as image:
             assert image.width > 300
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3  # grid, distance, loss
+    assert page.count("<tr>") == 7 and "<td>32</td>" in page and page.count("<li>") >= 3
+    assert "the flow map" in done.stdout and f"--checkpoint={tmp_path}/lagrangian \\\n    --steps=1,2,4,8" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page)  # nothing is fetched
     assert "scripts/sample.py" in page and "&quot;steps&quot;: 3" in page and "FD-digits" in page
     again = run_script(*command, check=True)

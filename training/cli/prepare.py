@@ -13,12 +13,14 @@ trajectories: solver trajectories of a drift, for --config.trajectories.files of
 Run the same command again to resume after a stop and to replace damaged files.
 """
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
+from flowmaps.cli import next_command
 from flowmaps.cli.run import required
 from flowmaps.errors import UserError, blame
 from flowmaps.files import writable_directory
@@ -56,10 +58,28 @@ def show(progress: Iterator[tuple[int, int]]) -> None:
     from tqdm import tqdm
 
     from flowmaps.distributed import processes
+    from training.log import PAUSE, clock
 
-    with tqdm(unit="shard", disable=None if processes().is_main_process else True) as bar:
-        for bar.n, bar.total in progress:
+    main, begun, first = processes().is_main_process, time.perf_counter(), None
+    shown = begun
+    with tqdm(unit="shard", disable=None if main else True) as bar:
+        for done, total in progress:
+            bar.n, bar.total = done, total
             bar.refresh()
+            first, now = done if first is None else first, time.perf_counter()
+            if main and bar.disable and done > first and (now - shown >= PAUSE or done == total):  # in a log file
+                left = (now - begun) / (done - first) * (total - done)
+                print(f"shard {done}/{total} {clock(now - begun)}<{clock(left)}", flush=True)
+                shown = now
+
+
+def told(out: Path, *flags: str) -> None:
+    """Say where the set is, and the command that trains on it."""
+    from flowmaps.distributed import processes
+
+    if processes().is_main_process:
+        print(f"wrote    {out}")
+        print(next_command.show(next_command.command("train", *flags, f"--workdir=runs/{out.name}")))
 
 
 def images(size: int, vae: str | None = None) -> None:
@@ -75,7 +95,11 @@ def images(size: int, vae: str | None = None) -> None:
     check_directory(out, kind)
     encoder = Encoder(open_vae(vae).to(processes().device), vae, FLIP.value, values) if vae else None
     counts = {"shard": SHARD.value, "batch": BATCH.value, "workers": WORKERS.value}
-    show(write_images(out, src, SIZE.value or size, encoder, skip_corrupt=SKIP_CORRUPT.value, **counts))
+    size = SIZE.value or size
+    show(write_images(out, src, size, encoder, skip_corrupt=SKIP_CORRUPT.value, **counts))
+    file = f"configs/imagenet{size}.py"
+    row = f"{file}:lagrangian" if Path(file).exists() else "FILE:ROW"
+    told(out, f"--config={row}", "--config.data.name=prepared", f"--config.data.root={out}")
 
 
 def vae_range() -> tuple[float, float]:
@@ -142,6 +166,7 @@ def trajectories() -> None:
     data = open_dataset(DATA.value, root=ROOT.value, size=size) if DATA.value else None
     solver = TrajectorySolver(teacher.to(processes().device), options)
     show(write_trajectories(out, solver, NUM.value, SEED.value, BATCH.value, SHARD.value, data))
+    told(out, "--config=FILE:mid_training", f"--config.trajectories.files={out}")
 
 
 COMMANDS = {"imagenet": lambda: images(64), "latents": latents, "trajectories": trajectories}

@@ -9,6 +9,7 @@ A row that is a chain trains its stages in WORKDIR/pre_training, mid_training an
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from training.cli import config_file
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from training.config import Config
 
 
 class Memory(flags.ArgumentParser[Any]):
@@ -81,6 +84,25 @@ def main() -> None:
             print(table(records))
     else:
         train(config, workdir)
+    if main and not DRY_RUN.value:
+        name = STAGE.value or list(stages)[-1]
+        print(next_commands(stages[name], str(Path(workdir) / name)), file=sys.stderr)
+
+
+def next_commands(config: "Config", workdir: str) -> str:
+    """Return the commands that sample from the run in ``workdir`` and score it, a line each."""
+    from flowmaps.cli import next_command
+    from flowmaps.data import Latents
+    from flowmaps.data.registry import FORMATS, prepared_kind
+    from flowmaps.info import FlowMapInfo
+    from training.config import build_objective
+
+    sampler, data = FlowMapInfo(kind=build_objective(config).kind).sampler, config.data
+    commands = [next_command.sample(workdir, sampler)]
+    if prepared_kind(Path(data.root)) is not Latents:  # which are not what the model is compared with
+        source = data.root if data.name in FORMATS else data.name
+        commands.append(next_command.fid(workdir, source, next_command.sampling(sampler), data.root))
+    return next_command.show(*commands)
 
 
 def _stage_refused(chain: bool) -> UserError:

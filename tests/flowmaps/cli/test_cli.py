@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,7 +116,16 @@ def test_sample_mistakes(tmp_path, runs, arguments, named):
 
 def test_sample_writes_what_it_says(tmp_path, runs):
     command = ["scripts/sample.py", f"--checkpoint={runs}/map", "--steps=1,2", "--num=12"]
-    run_script(*command, f"--out={tmp_path}/a", check=True)
+    said = run_script(*command, f"--out={tmp_path}/a", check=True).stdout
+    assert said.startswith(f"model    {runs}/map: a map of images of 1 x 8 x 8, ema 0.99, seed 0\n")
+    for line in (
+        "samples  1 step, map, uniform steps: 12 images, ",
+        "samples  2 steps, map, uniform steps: 12 images, ",
+    ):
+        assert re.search(line + r"[\d.e+]+ images/s\n", said)
+    assert f"wrote    {tmp_path}/a/: grid.png, samples-N.npz, steps-N/*.png\n" in said
+    score = f"--checkpoint={runs}/map --reference=digits:heldout --steps=1,2 --num=2000"
+    assert said.endswith(f"next     python scripts/fid.py {score}\n")
     run_script(*command, f"--out={tmp_path}/b", "--batch=5", check=True)
     archive = np.load(tmp_path / "a" / "samples-2.npz")
     assert archive["arr_0"].shape == (12, 8, 8, 1) and archive["arr_0"].dtype == np.uint8

@@ -1,0 +1,54 @@
+"""The command to type next, written as the present one was: `python scripts/fid.py` or `flowmaps fid`."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import flowmaps
+
+SCRIPTS = Path(flowmaps.__file__).parents[1] / "scripts"  # of a checkout
+FILES = {"import": "import_checkpoint.py", "prepare": "prepare_data.py"}  # of scripts not named after their command
+FIRST_SCORE = 2000  # samples: enough to compare runs, and quick
+SOLVER_STEPS = 32  # enough for a drift
+REAL_IMAGES = "FOLDER_OF_REAL_IMAGES"
+
+
+def command(name: str, *arguments: str) -> str:
+    """Return the command ``name`` with ``arguments``, quoted for a shell."""
+    script = Path(sys.argv[0])
+    if script.suffix == ".py" and script.resolve().parent == SCRIPTS.resolve():
+        return shlex.join(["python", str(script.with_name(FILES.get(name, f"{name}.py"))), *arguments])
+    return shlex.join(["flowmaps", name, *arguments])
+
+
+def sample(checkpoint: str, sampler: str, *flags: str) -> str:
+    """Return the command that samples from ``checkpoint`` by ``sampler``."""
+    out = f"--out=samples/{Path(checkpoint).resolve().name}"
+    return command("sample", f"--checkpoint={checkpoint}", *sampling(sampler), *flags, out)
+
+
+def fid(checkpoint: str, data: str, flags: Sequence[str], root: str = "data") -> str:
+    """Return the command that scores ``checkpoint``, sampled by ``flags``, against ``data``.
+
+    That is a built-in data set or a path; where it is neither, a name in capitals stands for it.
+    """
+    from flowmaps.data.registry import DATASETS
+
+    reference = f"{data}:heldout" if data in DATASETS else data if Path(data).exists() and data else REAL_IMAGES
+    where = [f"--root={root}"] if data in DATASETS and root != "data" else []
+    return command(
+        "fid", f"--checkpoint={checkpoint}", f"--reference={reference}", *where, *flags, f"--num={FIRST_SCORE}"
+    )
+
+
+def sampling(sampler: str) -> list[str]:
+    """Return the flags that ``sampler`` needs; the map, in 1, 2, 4 and 8 steps, is what commands do by themselves."""
+    if sampler in ("map", "stochastic"):
+        return [] if sampler == "map" else [f"--sampler={sampler}"]
+    return [f"--sampler={sampler}", f"--steps={SOLVER_STEPS}"]
+
+
+def show(*commands: str) -> str:
+    """Return lines that say what to type next."""
+    return "\n".join(f"next     {line}" for line in commands)
