@@ -144,7 +144,11 @@ def _train(
         while not last:
             done += 1
             at_interval = done == config.steps or done % config.log_every == 0
-            log.add(trainer.step(done - 1, term_norms=at_interval))
+            skipped = trainer.skipped + trainer.spikes.count
+            values = trainer.step(done - 1, term_norms=at_interval)
+            log.add(values)
+            if trainer.skipped + trainer.spikes.count > skipped:
+                log.skipped(done, values)
             for line in jvp_attention.notes if done == begin + 1 else ():
                 log.progress.say(f"note: {line}")
             last = done == config.steps or trainer.any_process(bool(stop.asked))  # once per step

@@ -219,7 +219,7 @@ class Objective:
         weight: nn.Module | None = None,
     ) -> Loss:
         """Compute the loss for given draws. Only dropout is random here."""
-        per_sample, terms = self.per_sample(fm, x1, label, draws, teacher, weight)
+        per_sample, _, terms = self.per_sample(fm, x1, label, draws, teacher, weight)
         return Loss(per_sample.mean(), terms)
 
     def per_sample(
@@ -230,18 +230,22 @@ class Objective:
         draws: Draws | Segments,
         teacher: Drift | None,
         weight: nn.Module | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss of each row [B], diagonal rows first, and the terms of ``Loss``."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the weighted loss of each row [B], the unweighted one, detached, and the terms of ``Loss``.
+
+        Diagonal rows are first.
+        """
         terms: dict[str, Tensor] = {}
         losses = self.row_losses(fm, x1, label, draws, teacher, terms)
+        residuals = losses.detach()
         if self.adaptive:  # Geng et al. 2025 (arXiv 2505.13447), with |r|^2 the sum over a sample's dimensions
-            total = losses.detach() * x1[0].numel()
+            total = residuals * x1[0].numel()
             losses = losses * (total + self.adaptive_floor).pow(-self.adaptive)
         if weight is not None:  # exp(-w) |r|^2 + w: w learns the log of the residual's variance
             w = weight(draws.s, draws.t)
             losses = torch.exp(-w) * losses + w
             terms["weight_min"], terms["weight_max"] = w.detach().amin(), w.detach().amax()
-        return losses, terms
+        return losses, residuals, terms
 
     def row_losses(
         self,
