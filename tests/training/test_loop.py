@@ -11,8 +11,9 @@ from helpers.runs import assert_same, tiny, weights
 from flowmaps import FlowMap, UserError
 from flowmaps.run_weights import list_checkpoints
 from training.best import BestModel
-from training.config import Decay, Optim
+from training.config import Decay, Optim, Optimizer
 from training.ema import EMA
+from training.log import read_log
 from training.loop import train
 from training.optim import learning_rate
 from training.trainer import Trainer
