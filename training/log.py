@@ -125,7 +125,7 @@ class Log:
     def interval(self, step: int, batch: int, **facts: float) -> None:
         """End the interval after ``step`` steps and log ``facts`` and its means over steps and processes; collective.
 
-        The residuals by time are one field: {"diagonal": [BINS numbers], "gap<1/4": ..., "largest": [residual, s, t]}.
+        The residuals by time are one field: a list of BINS numbers for each of GAPS, and "largest": [residual, s, t].
         """
         means = self._means()
         seconds = time.perf_counter() - self.clock

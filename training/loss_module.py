@@ -40,7 +40,7 @@ class LossModule(nn.Module):
         return Loss((per_sample * share).mean(), terms)
 
 
-GAPS = ("diagonal", "gap<1/4", "gap<1/2", "gap<=1")  # of t - s: the rows of a ``table``
+GAPS = ("diagonal", "gap_below_0.25", "gap_below_0.5", "gap_to_1")  # of t - s: the rows of a ``table``
 BINS = 5  # of s, its columns
 
 

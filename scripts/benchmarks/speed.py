@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compile": {"compile": True},
 }
 DIT = network(DiT, image_size=8, channels=1, patch=1, width=128, depth=4, heads=4, num_classes=10)
+TRANSFORMERS = {"DiT": DIT, "DiT/2": dataclasses.replace(DIT, patch=2)}
 
 
 def machine() -> dict[str, Any]:
@@ -66,21 +67,20 @@ def _trainer(config: Config) -> Trainer:
 
 
 def row_config(row: str, **changes: Any) -> Config:
-    """A row of configs/digits.py; "ROW+DiT": with a transformer; "ROW+muon", "ROW+DiT+muon": with that optimiser."""
+    """A row of configs/digits.py; "ROW+DiT" with a transformer, "ROW+muon" or "ROW+DiT+muon" with that optimiser."""
     name, *others = row.split("+")
     try:
         config = dataclasses.replace(load_row("configs/digits.py", name), **changes)
     except UserError as error:
         raise UserError(f"--rows={row}: {error}") from None
     for other in others:
-        if other == "DiT":
-            config.network = DIT
+        if other in TRANSFORMERS:
+            config.network = TRANSFORMERS[other]
         elif other in Optimizer.__members__:
             config.optim.name = Optimizer[other]
         else:
-            raise UserError(
-                f"--rows={row}: a row of configs/digits.py, +DiT, and + one of {', '.join(Optimizer.__members__)}"
-            )
+            known = ", ".join([*TRANSFORMERS, *Optimizer.__members__])
+            raise UserError(f"--rows={row}: after + may be {known}")
     return config
 
 

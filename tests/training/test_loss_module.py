@@ -130,5 +130,5 @@ def test_tensorboard_has_each_cell(tmp_path):
     log.add({"loss": torch.ones(()), "residuals": cells, "largest": torch.tensor([9.0, S, T])})
     log.interval(1, 1, lr=1.0)
     log.close()
-    assert written["residuals/diagonal/4"] == 4 and written["residuals/gap<=1/0"] == 15
+    assert written["residuals/diagonal/4"] == 4 and written["residuals/gap_to_1/0"] == 15
     assert [written[f"residuals/largest/{i}"] for i in range(3)] == pytest.approx([9, S, T])
