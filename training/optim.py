@@ -27,7 +27,7 @@ def build_optimizer(config: Optim, module: LossModule) -> torch.optim.Optimizer:
 
 
 def _adamw(config: Optim, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    """Create AdamW, fused where torch has that: one kernel per step. There is no fused RAdam."""
+    """Create AdamW, fused where torch has that: one kernel per step. RAdam has no fused form."""
     options: Any = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     return torch.optim.AdamW(parameters, fused={p.device.type for p in parameters} <= {"cpu", "cuda"}, **options)
 

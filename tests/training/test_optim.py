@@ -32,7 +32,7 @@ def test_muon_takes_the_weights_of_linear_layers(name):
     rest = all_of_them.keys() - taken.keys()
     assert all(taken[key] is all_of_them[key] for key in taken)
     linear = {f"{key}.weight" for key, layer in network.named_modules() if isinstance(layer, nn.Linear)}
-    if name.startswith("EDM2"):  # whose layers have a class of their own; the table of classes is one of them
+    if name.startswith("EDM2"):  # whose layers are MPLayers, the table of classes too
         assert "embedding.label.weight" in taken and {p.ndim for p in taken.values()} == {2}
         assert all(all_of_them[key].ndim in (1, 4) for key in rest)
     else:
