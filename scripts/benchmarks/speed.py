@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compile": {"compile": True},
 }
 DIT = network(DiT, image_size=8, channels=1, patch=1, width=128, depth=4, heads=4, num_classes=10)
-TRANSFORMERS = {"DiT": DIT, "DiT/2": dataclasses.replace(DIT, patch=2)}
+TRANSFORMERS = {"DiT": DIT, "small_DiT": dataclasses.replace(DIT, patch=2, width=64)}
 
 
 def machine() -> dict[str, Any]:

@@ -184,7 +184,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "learning": (learning, _MAPS),
     "mid_training": (mid_training, list(initialisation.SETTINGS)),
     "networks": (partial(several, network_costs), list(COST_NETWORKS)),
-    "optimisers": (optimisers, ["lagrangian", "lagrangian+DiT/2"]),
+    "optimisers": (optimisers, ["lagrangian", "lagrangian+small_DiT"]),
     "precision": (partial(several, precision_errors), ["gaussian", "digits"]),
     "profile": (partial(timed, profiles), list(COST_NETWORKS)),
     "resume": (partial(timed, resume_times), ["lagrangian"]),
