@@ -1,8 +1,10 @@
 # Two commands for a newcomer, `make demo` and `make test`; both set up .venv the first time and reuse it after.
+# `make demo TORCH=cpu` installs torch without CUDA's libraries (TORCH is a name below TORCH_INDEX: cpu, cu126, ...).
 # `make gpu` installs nothing: it takes the interpreter that it is given, else that of .venv, else python3.
 PYTHON ?= python3
 BIN := .venv/bin
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+TORCH_INDEX := https://download.pytorch.org/whl
 PARTS ?= abcd
 OUT ?= runs/gpu
 DATA ?= data
@@ -33,6 +35,8 @@ types: .venv/installed
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flowmaps needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing flowmaps and its dependencies into .venv$(if $(TORCH),, (on Linux about 6 GB, of which 5 GB are for CUDA: TORCH=cpu leaves them out))"
+	$(if $(TORCH),$(BIN)/python -m pip install --quiet torch torchvision --index-url $(TORCH_INDEX)/$(TORCH))
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from flowmaps import diffusers_hook
 from flowmaps.errors import UserError
 
 if TYPE_CHECKING:
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["FlowMap", "FlowMapInfo", "UserError", "__version__"]
+
+diffusers_hook.install()
 
 
 def __getattr__(name: str) -> Any:

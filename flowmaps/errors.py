@@ -1,6 +1,7 @@
 """Exceptions for a user's mistake and for a polite stop."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 LONGEST_VALUE, LONGEST_LINE = 200, 900  # characters of a value, and of a complete message
@@ -15,6 +16,25 @@ def shorten(value: object, longest: int = LONGEST_VALUE) -> str:
     cut = f" ... [{len(text):,} characters] ... "
     kept = longest - len(cut)
     return text[: kept - kept // 3] + cut + text[-(kept // 3) :]
+
+
+def closest(word: str, names: Iterable[str]) -> str:
+    """Return the name that is most similar to ``word``, in upper or lower case; an empty text if none is."""
+    known = {name.lower(): name for name in names}
+    found = difflib.get_close_matches(word[:LONGEST_VALUE].lower(), known, n=1)
+    return known[found[0]] if found else ""
+
+
+def choose(word: str, names: Iterable[str], every: bool = True) -> str:
+    """Return "did you mean NAME? choose one of NAMES", the question only if a name is similar to ``word``.
+
+    Without ``every`` the list is left out if there is such a name.
+    """
+    names = list(names)
+    similar = closest(word, names)
+    question = f"did you mean {similar}?" if similar else ""
+    listed = f"choose one of {', '.join(names)}" if every or not similar else ""
+    return f"{question} {listed}".strip()
 
 
 class UserError(ValueError):

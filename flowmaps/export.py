@@ -2,7 +2,7 @@
 
 model_index.json                            the pipeline's components, interpolant, base_std and FlowMapInfo
 network/config.json                         the network's class and arguments
-network/diffusion_pytorch_model.safetensors its weights
+network/diffusion_pytorch_model.safetensors its weights, large ones in shards
 scheduler/scheduler_config.json             conventions of the time grid
 vae/                                        of a model of latents: its VAE, if it was open when the model was written
 
@@ -12,6 +12,8 @@ pipeline are built on it.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,11 +25,11 @@ from torch import nn
 
 from flowmaps.errors import UserError, blame, shorten
 from flowmaps.files import WRITER, WRITTEN_BY, Layout, new_directory, writable_directory, write_file
-from flowmaps.hub import from_hub
+from flowmaps.hub import from_hub, shipped
 from flowmaps.info import FlowMapInfo
 from flowmaps.networks import NETWORKS
 from flowmaps.reading import parse, read_json
-from flowmaps.tensors import check_shapes, read_header, read_tensors
+from flowmaps.tensors import check_shapes, merged, model_files, read_header, read_tensors
 from samplers import Schedule
 
 if TYPE_CHECKING:
@@ -35,8 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 INDEX = "model_index.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-FILES = (INDEX, "scheduler/*.json", "network/*.json", f"network/{WEIGHTS}")
+FILES = (INDEX, "scheduler/*.json", "network/*.json", "network/diffusion_pytorch_model*.safetensors")
 MODEL = Layout(
     INDEX,
     b'"FlowMapPipeline"',
@@ -186,10 +187,10 @@ def _exported_directory(directory: Path) -> Path:
 
 
 def load(source: str | Path, network_class: type[nn.Module] | None = None) -> Exported:
-    """Read an exported directory, or download one by its hub id; anything unexpected is refused by file name.
+    """Read an exported directory, or one that is shipped or on the hub; anything unexpected is refused by file name.
 
     Args:
-        source: The directory, the directory of a run, or a hub id.
+        source: The directory, the directory of a run, the name of a shipped checkpoint, or a hub id.
         network_class: The class of a network that is not in ``flowmaps.networks``; its name must be the recorded one.
 
     Returns:
@@ -199,7 +200,9 @@ def load(source: str | Path, network_class: type[nn.Module] | None = None) -> Ex
         UserError: A file is missing, damaged, or does not fit the others.
     """
     directory = Path(source)
-    directory = _exported_directory(directory if directory.is_dir() else from_hub(str(source), FILES))
+    if not directory.is_dir():
+        directory = shipped(str(source)) or from_hub(str(source), FILES)
+    directory = _exported_directory(directory)
     file = directory / INDEX
     index = _parse(_Index, _read_json(file), file)
     scheduler = directory / "scheduler" / "scheduler_config.json"
@@ -239,28 +242,35 @@ def _network_class(file: Path, component: tuple[str, str], given: type[nn.Module
 
 def _load_network(directory: Path, network_class: type[nn.Module]) -> nn.Module:
     """Build the network that the config describes, once it is known to be that of the weights."""
-    file, weights = directory / "network" / "config.json", directory / "network" / WEIGHTS
+    folder = directory / "network"
+    file = folder / "config.json"
     config = {k: v for k, v in _read_json(file).items() if not k.startswith("_")}
-    if not weights.exists():
-        raise UserError(f"{weights} is missing: the checkpoint is incomplete")
-    shapes, _ = read_header(weights, REMEDY)
+    parts, _ = model_files(folder, REMEDY)
+    weights = parts[0] if len(parts) == 1 else folder
+    shapes = merged([read_header(part, REMEDY)[0] for part in parts], weights, REMEDY)
     layers = [len(v) if isinstance(v, list) else v for k, v in config.items() if k in LAYERS or isinstance(v, list)]
-    try:
+    with _describing(file, network_class):
         if any(isinstance(count, int) and count > max(len(shapes), 64) for count in layers):
             raise ValueError(f"it has more layers than {weights.name} has tensors")
         with torch.device("meta"):  # costs nothing, however wide a hostile config is
             planned = network_class(**config)
         numbers = sum(t.numel() for t in chain(planned.parameters(), planned.buffers()))
-        check_shapes(planned, shapes, weights, file)
-        if numbers > weights.stat().st_size + SPARE:
+    check_shapes(planned, shapes, weights, file)
+    with _describing(file, network_class):
+        if numbers > sum(part.stat().st_size for part in parts) + SPARE:
             raise ValueError(f"it has more numbers than {weights.name}")
         network = network_class(**config)
-    except Exception as error:  # anything can be wrong with the arguments in a file
-        if isinstance(error, UserError) and WEIGHTS in error.message:
-            raise
-        raise UserError(f"{file} does not describe a {network_class.__name__}: {shorten(error)}") from None
-    network.load_state_dict(read_tensors(weights, REMEDY))
+    network.load_state_dict(merged([read_tensors(part, REMEDY) for part in parts], weights, REMEDY))
     return network
+
+
+@contextmanager
+def _describing(file: Path, network_class: type[nn.Module]) -> Iterator[None]:
+    """Blame the config: anything can be wrong with the arguments in a file."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{file} does not describe a {network_class.__name__}: {shorten(error)}") from None
 
 
 def _json(values: dict[str, Any]) -> bytes:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowmaps.errors import UserError
 from flowmaps.info import FlowMapInfo
 from flowmaps.interpolants import INTERPOLANTS
+from flowmaps.labels import Label, given_label
 from flowmaps.rng import generator
 from samplers.callables import expand
 
@@ -20,14 +21,28 @@ if TYPE_CHECKING:
 
 # Arguments of networks that came later, at the value that changes nothing: fingerprints do not change with them.
 ADDED = (("variant", ""), ("norm_groups", 0), ("head_channels", 0))
+Time = Tensor | float  # of each row, or of all
+
+
+def _times(x: Tensor, s: Time, t: Time) -> tuple[Tensor, Tensor]:
+    """Return two times as [B] for x [B, ...]; numbers are checked, tensors pass unread."""
+    numbers = [time for time in (s, t) if not isinstance(time, Tensor)]
+    if not all(0 <= time <= 1 for time in numbers) or numbers != sorted(numbers):  # NaN fails this too
+        raise UserError(f"times must be 0 <= s <= t <= 1 (0 = noise, 1 = data), got {' and '.join(map(str, numbers))}")
+    dtype, batch = torch.promote_types(x.dtype, torch.float32), x.shape[0]  # len(x) would freeze it in an export
+    rows = [v if isinstance(v, Tensor) else torch.full((), v, dtype=dtype, device=x.device) for v in (s, t)]
+    first, second = (row if row.ndim else row.expand(batch) for row in rows)
+    return first, second
 
 
 class FlowMap(nn.Module):
     """X_{s,t}(x) = x + (t - s) v_{s,t}(x): jumps along the probability-flow ODE from time s to time t.
 
     Boffi, Albergo and Vanden-Eijnden 2025 (arXiv 2505.18825), parametrisation of section 3. Noise is at time 0, data at
-    time 1. In all methods ``x`` is [B, ...], times are floats [B] with s <= t, and ``label`` is int64 [B] or None ("no
-    label").
+    time 1. In all methods ``x`` is [B, ...] and times are floats [B] with s <= t, or one number for all rows. ``label``
+    is int64 [B], or one class for all rows by number or name. None means "no label": for an unconditional model, and
+    for one that was also trained without labels (``info.label_dropout``). Another would answer from an embedding that
+    was never trained, so in eval mode, as ``from_pretrained`` returns it, it refuses None; training may learn that row.
 
     Args:
         network: v(x, s, t, label), the average velocity between s and t: one of ``flowmaps.networks``, or any module.
@@ -36,7 +51,8 @@ class FlowMap(nn.Module):
         info: Facts about the network, which samplers respect.
 
     Raises:
-        UserError: An argument is out of range, or the network's weights were made for another path or noise.
+        UserError: An argument is out of range, or the network's weights were made for another path or noise. Calls
+            refuse a label that is missing or unknown, and numbers that are not times.
 
     Example:
         >>> network = UNet(image_size=8, channels=1, num_classes=10)
@@ -66,23 +82,28 @@ class FlowMap(nn.Module):
                 f"got {interpolant} and {base_std:g}"
             )
         self.network = network
+        self.training = network.training
         self.interpolant_name = interpolant
         self.interpolant = INTERPOLANTS[interpolant]
         self.base_std = base_std
         self.info = info or FlowMapInfo()
         self.decoder: Decoder | None = None  # of latents, made when needed; not a submodule
 
-    def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, s: Time, t: Time, label: Label | None = None) -> Tensor:
         """Return X_{s,t}(x), same shape as ``x``; refused for a drift, where only s = t was trained."""
         self.info.check_sampler("map")
+        s, t = _times(x, s, t)
         return x + expand(t - s, x).to(x.dtype) * self.velocity(x, s, t, label)
 
-    def velocity(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def velocity(self, x: Tensor, s: Time, t: Time, label: Label | None = None) -> Tensor:
         """Return v_{s,t}(x), the average velocity between s and t: the network's output, unchanged."""
-        v: Tensor = self.network(x, s, t, label)
+        if self.info.shape and x.shape[1:] != self.info.shape:
+            raise UserError(f"x is {list(x.shape)}, this model's samples are {['n', *self.info.shape]}")
+        given = given_label(self.info, label, x, trained=not self.training)
+        v: Tensor = self.network(x, *_times(x, s, t), given)
         return v
 
-    def drift(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def drift(self, x: Tensor, t: Time, label: Label | None = None) -> Tensor:
         """Return b_t(x) = v_{t,t}(x), the velocity of the probability-flow ODE."""
         return self.velocity(x, t, t, label)
 
@@ -152,7 +173,7 @@ class FlowMap(nn.Module):
         """Read what ``save_pretrained`` wrote, in eval mode on the CPU.
 
         Args:
-            source: A directory, a run's directory, or a Hugging Face hub id.
+            source: A directory, a run's directory, the name of a shipped checkpoint ("digits"), or a hub id.
             network_class: The class of the network, if it is not one of ``flowmaps.networks``; the directory must have
                 been written with a class of that name.
 

@@ -1,6 +1,6 @@
 """From a flow map to samples: noise and label by sample index, batch by batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -10,9 +10,11 @@ from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.guidance import Guided
 from flowmaps.info import FlowMapInfo
+from flowmaps.labels import labels_for
 from flowmaps.networks.conditioning import soft_label, with_guidance
-from samplers import SAMPLERS
+from samplers import SAMPLERS, check_times
 from samplers.callables import Drift
+from samplers.grids import STEP_COUNT, Times, is_step_count
 
 
 def nfe(info: FlowMapInfo, sampler: str, steps: int, guidance: float | None = None) -> int:
@@ -25,6 +27,7 @@ def check_sampling(
     fm: FlowMap, sampler: str, steps: int = 1, gamma: float = 1.0, guidance: float | None = None
 ) -> None:
     """Refuse a way to sample that ``fm`` was not trained for or that its path does not allow: ``UserError``."""
+    check_steps(steps)
     fm.info.check_sampler(sampler, steps, gamma)
     fm.info.check_guidance(guidance, sampler)
     if SAMPLERS[sampler].linear and fm.interpolant_name != "linear":
@@ -35,26 +38,21 @@ def check_sampling(
         )
 
 
-def labels_for(
-    info: FlowMapInfo, n: int, label: int | Sequence[int] | Tensor | None = None, start: int = 0
-) -> Tensor | None:
-    """Return labels int64 [n] of samples ``start`` .. ``start + n - 1``: the given ones, else index mod classes.
+def check_steps(steps: object, field: str = "steps") -> None:
+    """Refuse what is not a number of steps, such as 0 or NaN: ``UserError``."""
+    if not is_step_count(steps):
+        raise UserError(f"must be {STEP_COUNT}", field=field, value=steps)
 
-    None for an unconditional model; label ``num_classes`` asks a model trained with label dropout for "no label".
-    """
-    classes = info.num_classes
-    if not classes:
-        if label is not None:
-            raise UserError("this model is unconditional: leave label out", field="label", value=label)
-        return None
-    if label is None:
-        return torch.arange(start, start + n) % classes
-    wanted = torch.as_tensor(label, dtype=torch.int64)
-    most = classes if info.label_dropout else classes - 1
-    if bool(((wanted < 0) | (wanted > most)).any()):
-        no_label = f", or {classes} for no label" if info.label_dropout else ""
-        raise UserError(f"must be 0 .. {classes - 1}{no_label}", field="label", value=label)
-    return wanted.expand(n)
+
+def check_grid(times: Times, field: str = "times") -> Tensor:
+    """Return ``times`` as a grid from noise (0) to data (1): ``UserError`` if they are none."""
+    try:
+        grid = check_times(times)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error), field=field) from None
+    if float(grid[0]) != 0 or float(grid[-1]) != 1:
+        raise UserError("must lead from noise (time 0) to data (time 1)", field=field, value=grid.tolist())
+    return grid
 
 
 def guided_label(fm: FlowMap, label: Tensor | None, weight: float | None) -> Tensor | None:
@@ -77,12 +75,12 @@ def guided_drift(fm: FlowMap, weight: float | None) -> Drift:
 @torch.no_grad()
 def generate(
     fm: FlowMap,
-    times: Tensor,
+    times: Times,
     n: int,
     seed: int,
     *,
     sampler: str = "map",
-    label: int | None = None,
+    label: int | str | None = None,
     gamma: float = 1.0,
     guidance: float | None = None,
     batch: int = 500,
@@ -98,7 +96,7 @@ def generate(
         n: The number of samples.
         seed: The seed of their noise.
         sampler: A key of ``samplers.SAMPLERS``.
-        label: The class of all samples; None gives sample i the class i mod ``num_classes``.
+        label: The class of all samples, by number or name; None gives them those of ``labels_for``.
         gamma: The share of noise that ``sampler="stochastic"`` renews per step.
         guidance: The weight for a model that takes one (``FlowMapInfo.guidance_max``), None for 1. ODE solvers guide
             any model that was also trained without labels (classifier-free guidance).
@@ -109,7 +107,8 @@ def generate(
         (samples [b, *shape], labels int64 [b], or None for an unconditional model).
 
     Raises:
-        UserError: The model was not trained for the sampler, the label or the guidance.
+        UserError: The model was not trained for the sampler, the label or the guidance, or the times do not lead from
+            noise to data.
 
     Example:
         >>> fm = FlowMap.from_pretrained("assets/digits")
@@ -118,7 +117,8 @@ def generate(
         torch.Size([500, 1, 8, 8]) torch.Size([500])
         torch.Size([500, 1, 8, 8]) torch.Size([500])
     """
-    check_sampling(fm, sampler, len(times) - 1, gamma, guidance)
+    grid = check_grid(times)
+    check_sampling(fm, sampler, len(grid) - 1, gamma, guidance)
     row, device = SAMPLERS[sampler], next(fm.parameters()).device
     model = fm if row.of == "map" else guided_drift(fm, guidance)
     for start in range(first, first + n, batch):
@@ -128,7 +128,7 @@ def generate(
         x0, options = fm.noise(size, seed, start), {}
         if row.renoises:
             options = {"path": fm.interpolant, "noise": partial(_renoise, fm, size, seed, start), "gamma": gamma}
-        yield row.run(model, x0, times, guided_label(fm, y, guidance), **options), y
+        yield row.run(model, x0, grid, guided_label(fm, y, guidance), **options), y
 
 
 def _renoise(fm: FlowMap, n: int, seed: int, start: int, step: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Download files of a repository on the Hugging Face hub, and upload a folder when asked."""
+"""Checkpoints by name: those that come with this package, and those on the Hugging Face hub; upload when asked."""
 
 import re
 from collections.abc import Sequence
@@ -8,6 +8,14 @@ from huggingface_hub import constants, create_repo, get_token, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from flowmaps.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped(name: str) -> Path | None:
+    """Return the directory of a checkpoint of assets/: all of them in a checkout, digits in a wheel."""
+    folders = [place / "assets" / name for place in (PACKAGE, PACKAGE.parent)] if re.fullmatch(r"\w+", name) else []
+    return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
 
 
 def from_hub(hub_id: str, files: Sequence[str], field: str = "") -> Path:

@@ -13,6 +13,7 @@ from samplers import SAMPLERS, Schedule
 
 VAE_RANGE = (-1.0, 1.0)  # that Stable Diffusion's VAE was trained with
 MOST_CLASSES, LARGEST_SAMPLE = 1_000_000, 1 << 28  # bounds of what a file can claim: classes, numbers in one sample
+LONGEST_NAME = 255  # characters of a class name; a folder's name has no more
 
 
 def check_vae_range(values: tuple[float, float]) -> tuple[float, float]:
@@ -75,6 +76,8 @@ class FlowMapInfo:
     latent_shift: tuple[float, ...] = ()  # of latents: a sample is scale (z - shift), one number per channel, see
     latent_scale: tuple[float, ...] = ()  # flowmaps.vae; empty: samples are images or points
     origin: dict[str, str] = field(default_factory=dict)  # of imported weights: format, sha256, license and the like
+    class_names: tuple[str, ...] = field(default=(), metadata={"optional": True})  # by number; empty: unknown
+    class_shares: tuple[float, ...] = field(default=(), metadata={"optional": True})  # in the data; empty: equal ones
 
     def __post_init__(self) -> None:
         if self.kind not in ("map", "drift", "consistency"):
@@ -87,9 +90,16 @@ class FlowMapInfo:
                 raise UserError(f"must lie from {least:g} to {most:g}", field=name, value=value)
         if not 0 <= self.t_range[0] < self.t_range[1] <= 1:
             raise UserError("must be two increasing times in [0, 1]", field="t_range", value=self.t_range)
+        shares = self.class_shares
+        if shares and not (len(shares) == self.num_classes and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6):
+            raise UserError("must be a share for each class, 1 in all", field="class_shares", value=shorten(shares, 60))
         for sampler, schedule in self.schedules.items():
             if sampler not in SAMPLERS or schedule.sampler not in ("", sampler):
                 raise UserError(f"has one of {schedule.sampler or 'a sampler'} for {sampler}", field="schedules")
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise UserError(f"has {len(self.class_names):,} for {self.num_classes:,} classes", "class_names")
+        if wrong := [name for name in self.class_names if not 0 < len(name) <= LONGEST_NAME]:
+            raise UserError(f"must have 1 to {LONGEST_NAME} characters each", "class_names", repr(wrong[0]))
         check_vae_range(self.vae_range)
         channels = self.shape[0] if self.latent_scale and self.shape else 0
         numbers = (*self.latent_scale, *self.latent_shift)
@@ -109,15 +119,19 @@ class FlowMapInfo:
         return {"map": "map", "drift": "euler", "consistency": "stochastic"}[self.kind]
 
     def check_guidance(self, weight: float | None, sampler: str = "map") -> None:
-        """Refuse a guidance weight that neither the network nor the sampler can apply.
+        """Refuse a guidance weight that neither the network nor the sampler can apply; None and 1 mean no guidance.
 
         Raises:
             UserError: Guidance is baked in, was not trained, or the weight is out of range.
         """
         if weight is None:
             return
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise UserError("must be a number", field="guidance", value=weight)
         if not math.isfinite(weight):
             self._refuse_guidance(weight, "must be finite")
+        if weight == 1:
+            return
         if self.guidance is not None:
             self._refuse_guidance(weight, f"guidance {self.guidance:g} is baked into this model: leave guidance out")
         if self.guidance_max is None:
@@ -169,9 +183,15 @@ class FlowMapInfo:
         return schedule[steps]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ready for JSON, with the names of optional facts, if any, under ``"optional"``."""
-        optional = [f.name for f in fields(self) if f.metadata.get("optional")]
-        return asdict(self) | ({"optional": optional} if optional else {})
+        """Return plain values, ready for JSON, with the names of optional facts, if any, under ``"optional"``.
+
+        Optional facts that have their defaults are left out.
+        """
+        optional = [f for f in fields(self) if f.metadata.get("optional")]
+        unused = {f.name for f in optional if getattr(self, f.name) == f.default}
+        used = [f.name for f in optional if f.name not in unused]
+        values = {name: value for name, value in asdict(self).items() if name not in unused}
+        return values | ({"optional": used} if used else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -1,8 +1,8 @@
 """Attention inside a constant derivative by a fused kernel, where one can run.
 
 Torch's MATH kernel, the only one with a forward derivative, stores n x n numbers per head for n tokens, several times.
-The Triton kernel of the package jvp-flash-attention (``pip install 'flowmaps[attention]'``) computes value and tangent
-block by block (Lu and Song 2024, arXiv 2410.11081, appendix F). No gradient flows through its tangent, and a network
+The Triton kernel of the package jvp-flash-attention (the extra ``attention``) computes value and tangent block by
+block (Lu and Song 2024, arXiv 2410.11081, appendix F). No gradient flows through its tangent, and a network
 that calls the package itself loses that part of its gradient without an error. So it serves constant derivatives only.
 """
 
@@ -54,7 +54,7 @@ def obstacle(q: Tensor, memory: int) -> str:
         return f"{tokens} tokens, not a multiple of {BLOCK}"
     if SHARED_MEMORY[dtype][size] > memory:
         return f"heads of {size} need {SHARED_MEMORY[dtype][size]} KiB of shared memory, of {memory} here"
-    return "" if INSTALLED else "not installed, pip install 'flowmaps[attention]'"
+    return "" if INSTALLED else "not installed, pip install 'jvp-flash-attention>=0.14,<0.15'"
 
 
 def applies(*args: object, **kwargs: object) -> bool:

@@ -1,5 +1,6 @@
 """The model card: description, usage, measured results and origin of a checkpoint."""
 
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ TASK = "unconditional-image-generation"
 Record = dict[str, Any]  # of fid.py --json
 
 SOURCE = "https://github.com/flowmaps/flowmaps"  # flowmaps is on no package index yet
+NAMES = 20  # classes that a card names
 PICTURE = "samples.png"  # next to the card
 USE = """    pip install git+{source}
 
@@ -70,7 +72,7 @@ def card(
         "kind": info.kind,
         **({"trained on": data_name} if data_name else {}),
         "samples": " x ".join(map(str, info.shape)),
-        "classes": info.num_classes or "none",
+        "classes": f"{info.num_classes:,}{_names(info.class_names)}" if info.num_classes else "none",
         "t_range": f"{low:.5g} .. {high:.5g} (noise at 0, data at 1; outside, the drift is that of the nearest end)",
         "interpolant": fm.interpolant_name,
         "base_std": f"{fm.base_std:g}",
@@ -103,6 +105,13 @@ def card(
             "Weights imported by flowmaps, or trained from imported ones. The license of the source applies to them."
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _names(names: Sequence[str]) -> str:
+    """Return ": boot, coat and 8 more", in letters that mean nothing in a table of Markdown."""
+    plain = [re.sub(r"[^\w .,/()-]", " ", name) for name in names[:NAMES]]
+    more = [f"and {len(names) - NAMES:,} more"] if len(names) > NAMES else []
+    return f": {', '.join([*plain, *more])}" if names else ""
 
 
 def _steps(counts: Iterable[int]) -> str:

@@ -4,8 +4,12 @@ Only this module uses diffusers' direction of time. A network output v(x, s, t) 
 sigma = 1 - s, so that x + (t - s) v = x - (sigma_s - sigma_t) u.
 """
 
+import copy
+import logging
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import (
@@ -15,23 +19,39 @@ from diffusers import (
     ImagePipelineOutput,
     SchedulerMixin,
 )
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
 import flowmaps.networks  # noqa: F401  # diffusers resolves a network only from modules that are imported
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
-from flowmaps.generate import check_sampling, guided_drift, guided_label, labels_for
-from flowmaps.images import to_pil, to_uint8
+from flowmaps.generate import check_sampling, check_steps, guided_drift, guided_label
 from flowmaps.info import FlowMapInfo
+from flowmaps.labels import Label, flat, labels_for
+from flowmaps.pipeline_parts import check_count, check_finite, checked_sigmas, converted, sample_count, start
 from flowmaps.vae import decode
-from samplers import SAMPLERS
 
 Callback = Callable[["FlowMapPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+OUTPUTS = ("pil", "np", "pt", "latent")
+
+# diffusers warns of layers that should stay in float32 even if a network has none.
+logging.getLogger("diffusers.models.modeling_utils").addFilter(
+    lambda record: "should be kept in float32: []" not in record.getMessage()
+)
 
 
 class FlowMapScheduler(FlowMapEulerDiscreteScheduler, SchedulerMixin):  # diffusers looks the mixin up in this module
     """z_r = z_t - (sigma_t - sigma_r) u over the grid of ``set_timesteps``: one map evaluation per interval."""
+
+
+@dataclass
+class _Call:
+    """State of one call that its callback may read and change."""
+
+    guidance: float | None
+    steps: int
+    running: bool = True
+    interrupted: bool = False
 
 
 class FlowMapPipeline(DiffusionPipeline):
@@ -40,29 +60,61 @@ class FlowMapPipeline(DiffusionPipeline):
     A drift (``info["kind"] == "drift"``) is integrated by Euler steps on the same grid. A model of latents has the
     component ``vae`` (``pipe.vae.enable_tiling()`` for large images); to use another VAE, pass
     ``FlowMapPipeline.from_pretrained(directory, vae=AutoencoderKL.from_pretrained(...))``.
+
+    Several threads may call one pipeline at a time: each call has its own copy of the scheduler. Moving or offloading
+    the weights meanwhile is not safe. ``pipe._interrupt = True`` stops the call of the thread that sets it, or all
+    running calls if that thread has none; they return what they have.
+
+    Args:
+        network, scheduler, vae: The components.
+        interpolant, base_std, info: The facts of ``FlowMap``. The pipelines of a network remember them, so that
+            ``FlowMapPipeline(**pipe.components)`` has them too.
+
+    Raises:
+        UserError: ``info`` is missing for a network that never had any, or does not fit.
     """
 
     model_cpu_offload_seq = "network->vae"
     _optional_components: ClassVar[list[str]] = ["vae"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(
         self,
         network: nn.Module,
         scheduler: FlowMapScheduler,
-        interpolant: str = "linear",
-        base_std: float = 1.0,
+        interpolant: str | None = None,
+        base_std: float | None = None,
         info: dict[str, Any] | None = None,
         vae: AutoencoderKL | None = None,
     ) -> None:
         super().__init__()
+        given = {"interpolant": interpolant, "base_std": base_std, "info": info}
+        facts = {"interpolant": "linear", "base_std": 1.0, **getattr(network, "_flow_map_facts", {})}
+        facts |= {name: value for name, value in given.items() if value is not None}
+        if "info" not in facts:
+            raise UserError("missing: use from_flow_map, or pass **pipe.parameters with **pipe.components", "info")
+        self._calls: dict[int, _Call] = {}  # the latest one of each thread
         self.register_modules(network=network, scheduler=scheduler, vae=vae)
-        self.register_to_config(interpolant=interpolant, base_std=base_std, info=info)
+        self.register_to_config(**facts)
+        _ = self.flow_map  # which refuses facts that do not fit
+        network._flow_map_facts = facts  # type: ignore[assignment]
 
     @classmethod
-    def from_flow_map(cls, fm: FlowMap) -> "FlowMapPipeline":
+    def from_flow_map(cls, fm: FlowMap) -> Self:
         """Wrap ``fm``; the pipeline shares its network, and its VAE if that is loaded."""
         vae = None if fm.decoder is None else fm.decoder.vae
         return cls(fm.network, FlowMapScheduler(), fm.interpolant_name, fm.base_std, fm.info.to_dict(), vae)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **changed: Any) -> Self:
+        """Return a new pipeline with the components and facts of ``pipeline``, but for those in ``changed``.
+
+        They share the weights. These keep their type, unless ``dtype`` asks for another, for both pipelines.
+        """
+        dtypes = [changed.pop(name, None) for name in ("dtype", "torch_dtype")]
+        made = cls(**{**pipeline.components, **pipeline.parameters, **changed})
+        made.register_to_config(_name_or_path=pipeline.name_or_path)
+        return made.to(dtype=dtypes[0] or dtypes[1]) if any(dtypes) else made
 
     @property
     def flow_map(self) -> FlowMap:
@@ -70,90 +122,150 @@ class FlowMapPipeline(DiffusionPipeline):
         info = FlowMapInfo.from_dict(dict(self.config.info))
         return FlowMap(self.network, self.config.interpolant, self.config.base_std, info)
 
+    @property
+    def _call(self) -> _Call:
+        return self._calls.get(threading.get_ident()) or _Call(None, 0, running=False)
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of steps of this thread's latest call."""
+        return self._call.steps
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """The guidance weight of this thread's latest call; a callback changes it by ``pipe._guidance_scale``."""
+        return self._call.guidance
+
+    @property
+    def _guidance_scale(self) -> float | None:
+        return self._call.guidance
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, weight: float | None) -> None:
+        self._call.guidance = weight
+
+    @property
+    def interrupt(self) -> bool:
+        """True if this thread's latest call was interrupted."""
+        return self._call.interrupted
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._call.interrupted
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        for call in [self._call] if self._call.running else list(self._calls.values()):
+            call.interrupted = value
+
     @torch.no_grad()
     def __call__(
         self,
-        num_images: int = 1,
+        num_images: int | None = None,
         num_inference_steps: int = 1,
         sigmas: Sequence[float] | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: Label | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
+        callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
         decode_batch: int = 8,
+        batch_size: int | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate ``num_images`` samples, or one for each row of ``latents``.
+        """Generate samples: as many as there are ``class_labels`` or ``latents``, else ``num_images``, else one.
 
         Args:
             num_images: The number of samples.
             num_inference_steps: The number of steps. Without ``sigmas`` they are those of the model's schedule, if it
                 has one of this length, else equal.
             sigmas: Start points of the steps, decreasing from 1 (diffusers' direction); the final 0 is implied.
-            class_labels: One label for all samples or one each; None cycles through the classes.
+            class_labels: One label for all samples or a list, also nested, or tensor of one each: numbers of classes
+                or their names (``info["class_names"]``), of which a part that fits no other will do ("boot": Ankle
+                boot). None cycles through the classes.
             guidance_scale: The weight for a model that takes one (``info["guidance_max"]``), or for a drift that was
-                also trained without labels (classifier-free, twice the evaluations).
+                also trained without labels (classifier-free, twice the evaluations). None and 1 mean no guidance.
             generator: The random stream of the noise, or one for each sample.
             latents: Noise [n, *shape] of standard deviation ``base_std`` to start from.
-            output_type: "pil", "np" ([n, h, w, c] in 0 .. 1), "pt" (images in -1 .. 1, or points) or "latent" (samples
-                before the VAE).
+            output_type: "pil", "np" ([n, h, w, c]) or "pt" ([n, c, h, w]), images in 0 .. 1; or "latent", what the
+                network makes: latents before the VAE, or images about in -1 .. 1. Points are "pt" or "latent".
             return_dict: Return an ``ImagePipelineOutput`` rather than a tuple.
             callback_on_step_end: Called as ``callback(pipe, k, timestep, {"latents": x})`` after step k; "latents" that
                 it returns replace x.
             decode_batch: Latents that the VAE decodes at a time.
+            batch_size: Another name for ``num_images``, which other pipelines have.
+            callback_on_step_end_tensor_inputs: The tensors that the callback is given, of
+                ``_callback_tensor_inputs``.
 
         Returns:
             The samples, as ``images``.
 
         Raises:
-            UserError: The model was not trained for the guidance, labels or number of steps, or lacks a VAE.
+            UserError: The model was not trained for the guidance, labels or number of steps, or lacks a VAE; arguments
+                do not fit each other or the model; or samples are not finite.
 
         Example:
-            >>> pipe = FlowMapPipeline.from_pretrained("assets/digits")
-            >>> pipe(4, num_inference_steps=2, class_labels=7).images[0].size
-            (8, 8)
+            >>> pipe = FlowMapPipeline.from_pretrained("assets/fashion_mnist")
+            >>> pipe(class_labels=["boot", "bag"], num_inference_steps=2).images[0].size
+            (32, 32)
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise UserError("must be 'pil', 'np', 'pt' or 'latent'", field="output_type", value=repr(output_type))
         fm, device = self.flow_map, self._execution_device
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._check(fm, output_type, decode_batch, callback_on_step_end_tensor_inputs)
+        n = sample_count(num_images=num_images, batch_size=batch_size, class_labels=flat(class_labels), latents=latents)
+        label = labels_for(fm.info, n, class_labels, field="class_labels")
+        label = None if label is None else label.to(device)
+        sampler = "euler" if fm.info.kind == "drift" else "map"
+        if sigmas is not None:
+            sigmas = checked_sigmas(sigmas, complete=latents is None)
+        steps = num_inference_steps if sigmas is None else len(sigmas)
+        check_steps(steps, "num_inference_steps")
+        check_sampling(fm, sampler, steps, guidance=guidance_scale)
+        if sigmas is None and (times := fm.info.times(sampler, steps, guidance_scale)) is not None:
+            sigmas = (1 - times[:-1]).tolist()
+        scheduler = copy.copy(self.scheduler)  # of this call alone
+        scheduler.set_timesteps(steps, device=device, sigmas=sigmas)
+        grid = 1 - scheduler.sigmas.to(torch.float32)  # our times, 0 .. 1
+        x = start(fm, n, generator, latents, device, self.network.dtype)
+        call = self._calls[threading.get_ident()] = _Call(guidance_scale, steps)
+        try:
+            for k, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+                if call.interrupted:
+                    break
+                fm.info.check_guidance(call.guidance, sampler)  # which a callback may have changed
+                told, s, t = guided_label(fm, label, call.guidance), grid[k].expand(n), grid[k + 1].expand(n)
+                v = guided_drift(fm, call.guidance)(x, s, told) if sampler == "euler" else fm.velocity(x, s, t, told)
+                x = scheduler.step(-v, timestep, x, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    given = {name: {"latents": x}[name] for name in callback_on_step_end_tensor_inputs}
+                    x = (callback_on_step_end(self, k, timestep, given) or {}).get("latents", x)
+        finally:
+            call.running = False
+        check_finite(x, "samples", self.network.dtype)
+        if fm.info.latent_scale and output_type != "latent":
+            x = decode(self.vae, x, fm.info, decode_batch)
+            check_finite(x, "images of the VAE", self.vae.dtype)
+        self.maybe_free_model_hooks()
+        images = converted(x, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check(self, fm: FlowMap, output_type: str, decode_batch: int, tensors: Sequence[str]) -> None:
+        """Refuse what no model can do, and outputs that this one cannot give."""
+        if output_type not in OUTPUTS:
+            raise UserError("must be 'pil', 'np', 'pt' or 'latent'", field="output_type", value=repr(output_type))
         if fm.info.latent_scale and output_type != "latent" and self.vae is None:
             raise UserError(
                 "this model makes latents and came without a VAE: from_pretrained(directory, vae=AutoencoderKL...), or "
                 "output_type='latent'"
             )
-        sampler = "euler" if fm.info.kind == "drift" else "map"
-        steps = num_inference_steps if sigmas is None else len(sigmas)
-        check_sampling(fm, sampler, steps, guidance=guidance_scale)
-        drift = guided_drift(fm, guidance_scale) if SAMPLERS[sampler].of == "drift" else None
-        if latents is None:
-            shape = (num_images, *fm.info.shape)
-            latents = fm.base_std * randn_tensor(shape, generator=generator, device=device, dtype=self.network.dtype)
-        x = latents.to(device=device, dtype=self.network.dtype)
-        label = labels_for(fm.info, len(x), class_labels)
-        label = guided_label(fm, None if label is None else label.to(device), guidance_scale)
-        if sigmas is None and (times := fm.info.times(sampler, num_inference_steps, guidance_scale)) is not None:
-            sigmas = (1 - times[:-1]).tolist()
-        if sigmas is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        else:
-            self.scheduler.set_timesteps(sigmas=list(sigmas), device=device)
-        grid = 1 - self.scheduler.sigmas.to(torch.float32)  # our times, 0 .. 1
-        for k, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            s, t = grid[k].expand(len(x)), grid[k + 1].expand(len(x))
-            v = drift(x, s, label) if drift else fm.velocity(x, s, t, label)
-            x = self.scheduler.step(-v, timestep, x, return_dict=False)[0]
-            if callback_on_step_end is not None:
-                x = (callback_on_step_end(self, k, timestep, {"latents": x}) or {}).get("latents", x)
-        if fm.info.latent_scale and output_type != "latent":
-            x = decode(self.vae, x, fm.info, decode_batch)
-        self.maybe_free_model_hooks()
-        images: Any = x
-        if output_type in ("pil", "np") and x.ndim != 4:
-            raise UserError(f"samples of shape {tuple(x.shape[1:])} are not images: use output_type='pt'")
-        if output_type == "pil":
-            images = [to_pil(image) for image in to_uint8(x)]
-        elif output_type == "np":
-            images = (x.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if not fm.info.shape:
+            raise UserError("FlowMapInfo.shape is empty: set it to the shape of one sample")
+        if len(fm.info.shape) != 3 and output_type in ("pil", "np"):
+            raise UserError(f"samples of shape {fm.info.shape} are not images: use output_type='pt'")
+        check_count("decode_batch", decode_batch)
+        if unknown := [name for name in tensors if name not in self._callback_tensor_inputs]:
+            known = ", ".join(self._callback_tensor_inputs)
+            raise UserError(f"choose from {known}", "callback_on_step_end_tensor_inputs", unknown[0])

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from flowmaps.errors import UserError, blame
 from flowmaps.flow_map import FlowMap
-from flowmaps.generate import check_sampling, guided_drift, guided_label, labels_for
+from flowmaps.generate import check_sampling, guided_drift, guided_label
+from flowmaps.labels import labels_for
 from flowmaps.reading import read_json
 from samplers import SAMPLERS, Schedule, Trajectory, heun, trajectory, uniform_times
 from samplers.bellman import Endpoints, errors, euler_endpoints, heun_endpoints, map_endpoints, solve_all, vjp_to_end
 from samplers.callables import Drift
+from samplers.grids import is_step_count
 
 
 class Cost(NamedTuple):
@@ -127,7 +129,7 @@ def check_choices(steps: Sequence[int], sampler: str | None, cost: str, fine: in
     if fine is not None and not 1 <= fine <= FINEST:
         raise UserError(f"must be from 1 to {FINEST} steps", field="fine", value=fine)
     most = fine or (FINE[sampler] if sampler else max(FINE.values()))
-    if not steps or min(steps) < 1 or max(steps) > most or len(set(steps)) < len(steps):
+    if not steps or not all(map(is_step_count, steps)) or max(steps) > most or len(set(steps)) < len(steps):
         counts = ",".join(map(str, steps))
         raise UserError(f"must be different, from 1 to the {most} steps of the fine grid", "steps", counts)
 

@@ -19,12 +19,12 @@ from flowmaps.errors import UserError, blame
 from flowmaps.hub import from_hub
 from flowmaps.info import VAE_RANGE, FlowMapInfo
 from flowmaps.reading import parse, read_json
-from flowmaps.tensors import read_header
+from flowmaps.tensors import MODEL_FILE, merged, model_files, read_header
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+FILES = ("config.json", MODEL_FILE)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,11 +57,10 @@ def open_vae(source: str, dtype: torch.dtype = torch.float32) -> "AutoencoderKL"
         folder = vae_directory(source if Path(source).is_dir() else from_hub(source, wanted))
         if folder is None:
             raise UserError("no AutoencoderKL there (config.json of that class, or vae/ with one)")
-        _check_claims(folder)
+        variant = _check_claims(folder)
     try:
-        vae, found = AutoencoderKL.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        options = {"torch_dtype": dtype, "variant": variant or None, "use_safetensors": True, "local_files_only": True}
+        vae, found = AutoencoderKL.from_pretrained(folder, **options, output_loading_info=True)
         if wrong := [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]:
             raise ValueError(f"{wrong[0]} is missing, new or of another shape")
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
@@ -75,17 +74,23 @@ def open_vae(source: str, dtype: torch.dtype = torch.float32) -> "AutoencoderKL"
     return opened
 
 
-def _check_claims(folder: Path) -> None:
-    """Refuse a config that asks for more layers or channels than the file of weights has, before any is made."""
+def _check_claims(folder: Path) -> str:
+    """Refuse a config that asks for more layers or channels than the weights have, before any is made.
+
+    Returns the variant of the weights, such as "fp16", "" if they have none.
+    """
     remedy = "download it again"
-    shapes, config = read_header(folder / FILES[1], remedy)[0], read_json(folder / FILES[0], remedy)
+    files, variant = model_files(folder, remedy)
+    shapes = merged([read_header(file, remedy)[0] for file in files], folder, remedy)
+    config = read_json(folder / FILES[0], remedy)
     where = f"{folder / FILES[0]}: "
     channels = parse(tuple[int, ...], config.get("block_out_channels", []), f"{where}block_out_channels")
     layers = parse(int, config.get("layers_per_block", 1), f"{where}layers_per_block")
     latent = parse(int, config.get("latent_channels", 1), f"{where}latent_channels")
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     if max(latent, *channels, 0) > largest or len(channels) * layers > len(shapes):
-        raise UserError(f"{where}asks for more layers or channels than {FILES[1]} has: {remedy}")
+        raise UserError(f"{where}asks for more layers or channels than {files[0].name} has: {remedy}")
+    return variant
 
 
 def _check_facts(vae: "AutoencoderKL") -> None:

@@ -10,26 +10,26 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from samplers.grids import check_times
+from samplers.grids import Times, check_times
 
 Drift = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Map = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]  # called as callback(k, t_k, x_k) for k = 0 .. N
 
 
-def intervals(x: Tensor, times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def intervals(x: Tensor, times: Times) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (s, t) for each interval of the grid, both of shape [B], on the device of ``x``.
 
     Times keep at least float32 precision: rounded to the type of a bfloat16 sample, the grid would move.
     """
-    grid = rounded(check_times(times), x).to(x.device, non_blocking=True)
+    grid = rounded(times, x).to(x.device, non_blocking=True)
     for s, t in pairwise(grid):
         yield s.expand(x.shape[0]), t.expand(x.shape[0])
 
 
-def rounded(times: Tensor, x: Tensor) -> Tensor:
-    """Return ``times`` in the precision in which ``intervals`` yields them."""
-    return times.to(torch.promote_types(x.dtype, torch.float32))
+def rounded(times: Times, x: Tensor) -> Tensor:
+    """Return ``times``, checked, in the precision in which ``intervals`` yields them."""
+    return check_times(times).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def report(callback: Callback | None, k: int, t: Tensor, x: Tensor) -> None:

@@ -6,9 +6,10 @@ from typing import Protocol
 from torch import Tensor
 
 from samplers.callables import Callback, Map, expand, intervals, report, rounded
+from samplers.grids import Times
 
 
-def rollout(fm: Map, x: Tensor, times: Tensor, label: Tensor | None = None, callback: Callback | None = None) -> Tensor:
+def rollout(fm: Map, x: Tensor, times: Times, label: Tensor | None = None, callback: Callback | None = None) -> Tensor:
     """Apply the map along the grid: x <- X_{t_i, t_{i+1}}(x), one network evaluation per interval.
 
     Deterministic sampling of Boffi et al. 2025 (arXiv 2505.18825), section 3.
@@ -49,7 +50,7 @@ class Path(Protocol):
 def stochastic(
     fm: Map,
     x: Tensor,
-    times: Tensor,
+    times: Times,
     label: Tensor | None = None,
     callback: Callback | None = None,
     *,

@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 from samplers.callables import Callback, Drift, expand, intervals, report, rounded
+from samplers.grids import Times
 
 
 def euler(
-    drift: Drift, x: Tensor, times: Tensor, label: Tensor | None = None, callback: Callback | None = None
+    drift: Drift,
+    x: Tensor,
+    times: Times,
+    label: Tensor | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Euler's method, order 1: x <- x + (t - s) b_s(x), one network evaluation per step.
 
@@ -39,7 +44,11 @@ def euler(
 
 
 def heun(
-    drift: Drift, x: Tensor, times: Tensor, label: Tensor | None = None, callback: Callback | None = None
+    drift: Drift,
+    x: Tensor,
+    times: Times,
+    label: Tensor | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Heun's method (explicit trapezoid), order 2: two network evaluations per step.
 
@@ -56,7 +65,11 @@ def heun(
 
 
 def midpoint(
-    drift: Drift, x: Tensor, times: Tensor, label: Tensor | None = None, callback: Callback | None = None
+    drift: Drift,
+    x: Tensor,
+    times: Times,
+    label: Tensor | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Explicit midpoint method, order 2: two network evaluations per step.
 
@@ -74,7 +87,7 @@ def midpoint(
 def dpm_solver(
     drift: Drift,
     x: Tensor,
-    times: Tensor,
+    times: Times,
     label: Tensor | None = None,
     callback: Callback | None = None,
     *,

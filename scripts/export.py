@@ -1,7 +1,6 @@
-"""The command of flowmaps/cli/export.py."""
+"""The command ``flowmaps export``."""
 
-from flowmaps.cli import export
-from flowmaps.cli.run import run
+from flowmaps.cli.commands import run_command
 
 if __name__ == "__main__":
-    run(export)
+    run_command("export")

@@ -1,7 +1,6 @@
-"""The command of flowmaps/cli/fid.py."""
+"""The command ``flowmaps fid``."""
 
-from flowmaps.cli import fid
-from flowmaps.cli.run import run
+from flowmaps.cli.commands import run_command
 
 if __name__ == "__main__":
-    run(fid)
+    run_command("fid")

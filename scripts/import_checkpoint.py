@@ -1,7 +1,6 @@
-"""The command of flowmaps/cli/import_checkpoint.py."""
+"""The command ``flowmaps import``."""
 
-from flowmaps.cli import import_checkpoint
-from flowmaps.cli.run import run
+from flowmaps.cli.commands import run_command
 
 if __name__ == "__main__":
-    run(import_checkpoint)
+    run_command("import")

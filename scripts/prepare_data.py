@@ -1,7 +1,6 @@
-"""The command of training/cli/prepare.py."""
+"""The command ``flowmaps prepare``."""
 
-from flowmaps.cli.run import run
-from training.cli import prepare
+from flowmaps.cli.commands import run_command
 
 if __name__ == "__main__":
-    run(prepare)
+    run_command("prepare")

@@ -1,7 +1,6 @@
-"""The command of flowmaps/cli/sample.py."""
+"""The command ``flowmaps sample``."""
 
-from flowmaps.cli import sample
-from flowmaps.cli.run import run
+from flowmaps.cli.commands import run_command
 
 if __name__ == "__main__":
-    run(sample)
+    run_command("sample")

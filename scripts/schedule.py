@@ -1,7 +1,6 @@
-"""The command of flowmaps/cli/schedule.py."""
+"""The command ``flowmaps schedule``."""
 
-from flowmaps.cli import schedule
-from flowmaps.cli.run import run
+from flowmaps.cli.commands import run_command
 
 if __name__ == "__main__":
-    run(schedule)
+    run_command("schedule")

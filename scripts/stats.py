@@ -1,7 +1,6 @@
-"""The command of flowmaps/cli/stats.py."""
+"""The command ``flowmaps stats``."""
 
-from flowmaps.cli import stats
-from flowmaps.cli.run import run
+from flowmaps.cli.commands import run_command
 
 if __name__ == "__main__":
-    run(stats)
+    run_command("stats")

@@ -1,7 +1,6 @@
-"""The command of training/cli/train.py."""
+"""The command ``flowmaps train``."""
 
-from flowmaps.cli.run import run
-from training.cli import train
+from flowmaps.cli.commands import run_command
 
 if __name__ == "__main__":
-    run(train)
+    run_command("train")

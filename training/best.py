@@ -14,6 +14,7 @@ from flowmaps.evaluation import Reference, evaluate, open_reference
 from flowmaps.evaluation.evaluate import NotFinite
 from flowmaps.evaluation.samples import sample_batches
 from flowmaps.metrics import board_kl, sliced_w2
+from flowmaps.metrics.classifier import own_file, read_own
 from flowmaps.metrics.extractors import EXTRACTORS, METRIC_OF, POINTS, load_extractor
 from samplers import uniform_times
 from training.checkpoint import read_state
@@ -23,15 +24,30 @@ EXTRACTOR_OF = {METRIC_OF.get(name, f"FD-{name}"): name for name in EXTRACTORS i
 POINT_METRICS = ("KL", "W2")
 
 
-def check_best(best: Best, shape: tuple[int, ...]) -> None:
+def check_best(best: Best, shape: tuple[int, ...], root: str = "") -> None:
     """Refuse, before any slow work, settings that ``BestModel`` cannot use for samples of ``shape``."""
-    known = tuple(EXTRACTOR_OF) if len(shape) == 3 else POINT_METRICS
     with within("best"):
-        if best.metric not in known:
-            raise UserError(f"choose one of {', '.join(known)}", field="metric", value=best.metric)
+        if len(shape) == 3:
+            _extractor(best, root)
+        elif best.metric not in POINT_METRICS:
+            raise UserError(f"choose one of {', '.join(POINT_METRICS)}", field="metric", value=best.metric)
         for name, file in (("reference", best.reference), ("weights", best.weights)):
             if file and not Path(file).is_file():
                 raise UserError("no such file", field=name, value=file)
+
+
+def _extractor(best: Best, root: str) -> tuple[str, str | None]:
+    """Return the extractor of ``best.metric``, by name or file, and its weights if they are not the default ones."""
+    if best.metric in EXTRACTOR_OF:
+        return EXTRACTOR_OF[best.metric], best.weights or None
+    own = Path(best.weights) if best.weights else own_file(root)
+    names = list(EXTRACTOR_OF)
+    if own.is_file():
+        names.append(f"FD-{read_own(own).name}")
+    if best.metric != names[-1]:
+        remedy = "" if own.is_file() else ", or FD-NAME of an extractor file in best.weights"
+        raise UserError(f"choose one of {', '.join(names)}{remedy}", field="metric", value=best.metric)
+    return str(own), None
 
 
 class BestModel:
@@ -40,27 +56,30 @@ class BestModel:
     Make it once per run, since it holds the reference. The processes of a team share the samples and all get the score.
     """
 
-    def __init__(self, best: Best, data: DataSet, seed: int, device: torch.device, team: Team = ALONE) -> None:
-        check_best(best, data.shape)
+    def __init__(
+        self, best: Best, data: DataSet, seed: int, device: torch.device, team: Team = ALONE, root: str = ""
+    ) -> None:
+        """``root`` is where the data are; their own extractor may be next to it."""
+        check_best(best, data.shape, root)
         self.best, self.data, self.seed, self.team = best, data, seed, team
         self.name = f"{best.metric}@{best.steps}"  # as in the log: metric at a number of sampling steps
         self.facts: dict[str, Any] = {"metric": best.metric, "steps": best.steps, "num": best.num, "seed": seed}
         self.reference: Reference | None = None  # of images
         if len(data.shape) == 3:
             with within("best"):
-                self.reference = self._open_reference(device)
+                self.reference = self._open_reference(device, root)
             stats, extractor, _ = self.reference
             self.facts |= {"reference": stats.sha256(), "weights": extractor.origin.weights}
 
-    def _open_reference(self, device: torch.device) -> Reference:
-        best, name = self.best, EXTRACTOR_OF[self.best.metric]
+    def _open_reference(self, device: torch.device, root: str) -> Reference:
+        best, (name, weights) = self.best, _extractor(self.best, root)
         if best.reference:
-            return open_reference(best.reference, name, best.weights or None, device=device)
+            return open_reference(best.reference, name, weights, device=device)
         if isinstance(self.data, Latents):
             raise UserError(
                 "missing: latents are not images to compare with, give statistics (stats.py)", field="reference"
             )
-        extractor = load_extractor(name, best.weights or None, device)
+        extractor = load_extractor(name, weights, device)
         batches = (rows for rows, _ in iterate(self.data, self.team.split(len(self.data))))
         return Reference(self.team.all_reduce_stats(extractor.stats(batches)), extractor)
 

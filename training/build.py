@@ -115,7 +115,9 @@ def _check_augmentation(config: Config, made: DataSet) -> None:
         )
 
 
-def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int, **facts: Any) -> FlowMap:
+def build_flow_map(
+    config: Config, shape: tuple[int, ...], num_classes: int, class_names: tuple[str, ...] = (), **facts: Any
+) -> FlowMap:
     """Wrap a fresh network in a flow map for samples of ``shape``; ``facts`` are further fields of its info."""
     wants: Any = config.network
     if hasattr(wants, "dim") or hasattr(wants, "image_size"):
@@ -129,6 +131,7 @@ def build_flow_map(config: Config, shape: tuple[int, ...], num_classes: int, **f
     info = FlowMapInfo(
         shape=shape,
         num_classes=classes,
+        class_names=class_names if classes else (),
         kind=objective.kind,
         data=config.data.name,
         ema=config.ema[0],
@@ -149,8 +152,11 @@ def build_model(config: Config, data: DataSet) -> tuple[FlowMap, LogVariance | N
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        latents = data.info if isinstance(data, Latents) else {}
-        fm = build_flow_map(config, data.shape, data.num_classes, **latents)
+        facts = data.info if isinstance(data, Latents) else {}
+        if getattr(config.network, "num_classes", 0):
+            facts = {**facts, "class_shares": getattr(data, "class_shares", ())}
+        names = getattr(data, "class_names", ())  # a data set of the user's own class may have none
+        fm = build_flow_map(config, data.shape, data.num_classes, names, **facts)
         init_fingerprint = init_from_checkpoint(config, fm) if config.init_from else ""
         weight = LogVariance(limit=config.weight.limit) if config.weight.learned else None
         if config.lora:

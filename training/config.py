@@ -37,7 +37,7 @@ from training.config_sections import (
     Weight,
     may_change,
 )
-from training.config_values import check_values
+from training.config_values import check_assigned, check_values
 from training.network_section import NetworkSection, network, preset
 
 __all__ = [
@@ -135,6 +135,7 @@ class Config:
         self._check_optional_parts()
         self._check_averages()
         self._check_objective()
+        check_assigned(self)
 
     def _check_ranges(self) -> None:
         for least, names in (
@@ -214,7 +215,7 @@ class Config:
                 field="data.dropout_rows",
                 value=self.data.dropout_rows.name,
             )
-        if self.data.label_dropout and not getattr(self.network, "num_classes", 0):
+        if self.data.label_dropout and getattr(self.network, "num_classes", 0) == 0:
             raise UserError("needs labels: set network.num_classes", "data.label_dropout", self.data.label_dropout)
         field_name, weight = ("guidance", made.guidance) if made.guidance > 1 else ("guidance_max", made.guidance_max)
         if made.guided and not self.data.label_dropout:

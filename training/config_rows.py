@@ -1,6 +1,6 @@
 """Rows and variants of the files in configs/, and what these files share.
 
-This is not a file of configs/ itself, because a config file is loaded by its path and cannot import its neighbours.
+This is not a file of configs/ itself, so that a config file anywhere can import it.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flowmaps.errors import UserError
+from flowmaps.errors import UserError, choose
 from flowmaps.objectives import (
     OBJECTIVES,
     Eulerian,
@@ -97,12 +97,14 @@ def select(
 ) -> Config | Chain:
     """Build ``"row"`` or ``"row,variant"`` of a config file; a variant changes every stage of a chain."""
     row, *changes = choice.split(",")
+    if row in variants and row not in rows:
+        raise UserError(f"{row!r} is a variant: name a row before it, such as {next(iter(rows))},{row}")
     if row not in rows:
-        raise UserError(f"unknown row {row!r}: choose one of {', '.join(rows)}")
+        raise UserError(f"unknown row {row!r}: {choose(row, rows)}")
     made = rows[row]()
     for change in changes:
         if change not in variants:
-            raise UserError(f"unknown variant {change!r}: choose one of {', '.join(variants)}")
+            raise UserError(f"unknown variant {change!r}: {choose(change, variants)}")
         for config in made.stages().values() if isinstance(made, Chain) else [made]:
             variants[change](config)
     return made
@@ -112,7 +114,7 @@ def load_row(file: str, choice: str) -> Config:
     """Load the config of one run, as ``--config=file:choice`` does."""
     path = Path(file)
     if not path.is_file():
-        raise UserError(f"{file}: no such config file (run this in the repository's root)")
+        raise UserError(f"{file}: no such config file: run this in the root of the repository")
     made = runpy.run_path(str(path))["get_config"](choice)
     if not isinstance(made, Config):
         raise UserError(f"{choice!r} of {file} is a chain of runs: choose a row that is a single run")

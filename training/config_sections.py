@@ -94,12 +94,12 @@ class Weight:
 class Best:
     """Keep the model with the lowest ``metric`` in checkpoints/best."""
 
-    metric: str = may_change("")  # FID, FD-digits, FD-fashion_mnist; for points W2 or KL; empty: keep none
+    metric: str = may_change("")  # FID, FD-digits, FD-NAME of your own extractor; for points W2 or KL; empty: keep none
     steps: int = may_change(1)  # sampling steps
     num: int = may_change(2000)  # samples
     every: int = may_change(5000)  # training steps between two scores
     reference: str = may_change("")  # statistics file of stats.py; empty: the training data
-    weights: str = may_change("")  # weight file of the extractor
+    weights: str = may_change("")  # file of the extractor; empty: the default one, your own next to data.root
 
 
 if TYPE_CHECKING:

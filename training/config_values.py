@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin
 
-from flowmaps.errors import UserError, within
+from flowmaps.errors import UserError, choose, within
 
 LARGEST = 10**9  # of the integers of a config, so that a slip of the keyboard does not run for years
 LARGEST_OF = {  # and of these
@@ -52,6 +52,22 @@ def check_values(section: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(made):
             with within(f.name):
                 check_values(made, f"{path}.")
+
+
+def check_assigned(section: Any) -> None:
+    """Refuse what was assigned to a config, or to a part of it, under a name that is not a field.
+
+    Raises:
+        UserError: The message names the field that may have been meant.
+    """
+    for name in vars(section).keys() - vars(dataclasses.replace(section)).keys():
+        fields = [f.name for f in dataclasses.fields(section)]
+        reason = f"{type(section).__name__} has no such field: {choose(name, fields, every=False)}"
+        raise UserError(reason, field=name)
+    for f in dataclasses.fields(section):
+        if dataclasses.is_dataclass(value := getattr(section, f.name)):
+            with within(f.name):
+                check_assigned(value)
 
 
 def _tidy(hint: Any, value: Any) -> Any:

@@ -42,7 +42,7 @@ def dry_run(config: Config, batch: int = 4, out: Path | None = None) -> tuple[di
         out: Directory for the exported model, if any.
 
     Returns:
-        What was found, by name, and a grid of samples.
+        What was found, by name, and a grid: a row of the data as the network sees them, and rows of samples.
 
     Raises:
         UserError: Whatever ``train`` would refuse.
@@ -75,4 +75,5 @@ def _dry_run(config: Config, batch: int, out: Path | None) -> tuple[dict[str, An
     model = trainer.averaged(2)
     if out is not None:
         model.save_pretrained(out)
-    return facts, grid_image(model, config.sample_steps, config.seed, columns=min(16, 2 * small))
+    columns = min(16, 2 * small)
+    return facts, grid_image(model, config.sample_steps, config.seed, columns, trainer.data)

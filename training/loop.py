@@ -81,10 +81,12 @@ def train_section(config: Config, workdir: Path, data: Any, section: str, stop: 
             check_run_directory(workdir)
     with within(section):
         trainer = Trainer.build(config, data)
+        config = trainer.config  # with what the data decide
         team().check_same(trainer.origin())
         judge = None
         if config.best.metric:
-            judge = BestModel(config.best, trainer.data, config.seed, trainer.accelerator.device, team())
+            device = trainer.accelerator.device
+            judge = BestModel(config.best, trainer.data, config.seed, device, team(), config.data.root)
     with ExitStack() as stack:
         if main:
             stack.enter_context(disk_errors(workdir))
@@ -163,7 +165,7 @@ def _train(
                         log.score(done, "derivative_error", error)
                     model = trainer.averaged(done)
                     if main:
-                        picture = grid_image(model, config.sample_steps, config.seed)
+                        picture = grid_image(model, config.sample_steps, config.seed, data=trainer.data)
                         write_file(workdir / "samples" / f"step-{done:08d}.png", png(picture), check=False)
                         log.picture(done, picture)
                 if config.ema_widths and (done == config.steps or done % config.snapshot_every == 0):

@@ -13,7 +13,7 @@ def add_lora(network: nn.Module, rank: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError("needs peft: pip install 'flowmaps[lora]'", field="lora", value=rank) from None
+        raise UserError("needs peft: pip install peft", field="lora", value=rank) from None
     layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     if not layers:
         raise UserError(f"{type(network).__name__} has no Linear or Conv2d layers", field="lora", value=rank)

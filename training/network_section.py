@@ -1,6 +1,7 @@
 """The section of a config that describes a network: its class and the arguments of the constructor."""
 # No `from __future__ import annotations` here: ml_collections reads the annotations as types.
 
+import copy
 import dataclasses
 import inspect
 import typing
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from torch import nn
 
-from flowmaps.errors import UserError
+from flowmaps.errors import UserError, choose
 from flowmaps.networks import NETWORKS, PRESETS
 
 P = ParamSpec("P")
+FROM_DATA = ("channels", "num_classes", "attention_resolutions")  # arguments that may be None until the data are open
 
 
 @dataclass
@@ -35,8 +37,10 @@ class NetworkSection:
     else:
 
         def __setattr__(self, name, value):
-            if name not in {f.name for f in dataclasses.fields(self)}:
-                raise UserError(f"{self.network_class.__name__} has no such option", field=f"network.{name}")
+            names = [f.name for f in dataclasses.fields(self)]
+            if name not in names:
+                reason = f"{self.network_class.__name__} has no such option: {choose(name, names, every=False)}"
+                raise UserError(reason, field=f"network.{name}")
             super().__setattr__(name, value)
 
 
@@ -53,7 +57,11 @@ def network(cls: Callable[P, nn.Module], *args: P.args, **options: P.kwargs) -> 
     """
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise UserError(f"must be a class of networks, such as {', '.join(NETWORKS)}", field="network", value=cls)
-    made = _section_class(cls)
+    made, names = _section_class(cls), inspect.signature(cls).parameters
+    for name in options:
+        if name not in names:
+            reason = f"{cls.__name__} has no such option: {choose(name, names, every=False)}"
+            raise UserError(reason, field=f"network.{name}")
     try:
         given = inspect.signature(cls).bind(*args, **options).arguments
     except TypeError as error:
@@ -61,8 +69,29 @@ def network(cls: Callable[P, nn.Module], *args: P.args, **options: P.kwargs) -> 
     return made(**given)
 
 
+def fitted(section: NetworkSection, shape: tuple[int, ...], num_classes: int) -> NetworkSection:
+    """Return ``section`` with the arguments of ``FROM_DATA`` that are None chosen for samples of ``shape``.
+
+    Channels and classes are those of the data. Attention is at the two lowest resolutions of a U-Net.
+    """
+    made: Any = copy.copy(section)
+    for name in FROM_DATA:
+        if getattr(made, name, 0) is not None:
+            continue
+        if name == "attention_resolutions":
+            levels = [
+                made.image_size // getattr(made, "patch", 1) // 2**level for level in range(len(made.channel_mult))
+            ]
+            value: Any = tuple(levels[1:][-2:])
+        else:
+            value = shape[0] if name == "channels" else num_classes
+        setattr(made, name, value)
+    return typing.cast(NetworkSection, made)
+
+
 def _section_class(cls: type[nn.Module]) -> type[NetworkSection]:
     hints = typing.get_type_hints(inspect.unwrap(cls.__init__))
+    hints |= {name: hints[name] | None for name in FROM_DATA if name in hints}
     fields: list[Any] = [
         (p.name, hints.get(p.name, Any), field() if p.default is p.empty else field(default=p.default))
         for p in inspect.signature(cls).parameters.values()
@@ -79,7 +108,7 @@ def preset(name: str, **changes: Any) -> NetworkSection:
         UserError: There is no such preset, or the network does not have one of the options.
     """
     if name not in PRESETS:
-        raise UserError(f"choose one of {', '.join(PRESETS)}", field="preset", value=name)
+        raise UserError(f"no such network: {choose(name, PRESETS)}", field="preset", value=name)
     found = PRESETS[name]
     cls: Callable[..., nn.Module] = NETWORKS[found.network]
     return network(cls, **{**found.options, **changes})

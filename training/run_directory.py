@@ -158,12 +158,15 @@ def check_same_config(config: Config, path: Path) -> None:
             f"draws other times now than the run in {path.parent}: use a new workdir", "objective.times", "gap"
         )
     stored = _with_defaults(stored, _defaults(config))
-    allowed = config.resumable_fields()
+    allowed = config.resumable_fields() | {f"objective.{name}" for name in config.objective.idle()}
     if config.optim.decay in (Decay.constant, Decay.inverse_sqrt):  # the others depend on the number of steps
         allowed.add("steps")
     changed = [key for key in differences(stored, config.to_dict()) if key not in allowed]
     if changed:
-        raise UserError(f"differs from the run in {path.parent}: use its value or a new workdir", field=changed[0])
+        remedy = "use its value or a new workdir"
+        if not changed[0].startswith("network"):
+            remedy += f", there with init_from={path.parent} to start from the averaged weights of this run"
+        raise UserError(f"differs from the run in {path.parent}: {remedy}", field=changed[0])
 
 
 def _defaults(section: Any) -> dict[str, Any]:

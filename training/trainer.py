@@ -43,6 +43,7 @@ from training.ema import EMA, meta_copy
 from training.fsdp import full_tensor, gather_to_cpu, shard
 from training.lora import merge_lora
 from training.loss_module import LossModule, add_terms
+from training.network_section import fitted
 from training.optim import Spikes, build_optimizer, learning_rate
 from training.precision import StepPrecision, derivative_error, step_precision
 from training.run_directory import prune_checkpoints
@@ -88,8 +89,10 @@ class Trainer:
         config.validate()
         accelerator = build_accelerator(config)
         data = build_data(config, accelerator, data)
+        config = replace(config, network=fitted(config.network, data.shape, data.num_classes))
+        config.validate()
         if config.best.metric:
-            check_best(config.best, data.shape)
+            check_best(config.best, data.shape, config.data.root)
         size = micro_batch_size(config, accelerator.num_processes)
         objective = build_objective(config)
         check_diagonal(objective, size)

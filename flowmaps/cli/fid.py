@@ -3,6 +3,7 @@
 python scripts/fid.py --checkpoint=runs/digits --reference=digits:heldout --steps=1,2,4,8 --num=2000 --memorisation
 python scripts/fid.py --checkpoint=runs/digits --reference=heldout.npz --steps=1 --num=2000 --max_fid=9 --json=fid.json
 python scripts/fid.py --checkpoint=runs/cifar10 --reference=cifar10-train --metrics=fid,kid,is,prc --repeats=3
+python scripts/fid.py --checkpoint=runs/mine --reference=my/images --steps=1,4 --num=5000
 python scripts/fid.py --samples=samples/samples-4.npz --reference=digits:heldout
 
 Exit code: 0 scored and within the limits, 1 a limit exceeded, 2 not scored.
@@ -19,7 +20,7 @@ from flowmaps.errors import UserError, blame
 SAMPLING = SamplingFlags(num=50_000, several=True)
 SAMPLES = flags.DEFINE_string("samples", None, "Folder or .npz of images to score, instead of --checkpoint")
 REFERENCE = flags.DEFINE_string("reference", None, "Data set NAME[:split], folder, or statistics (stats.py, EDM, ADM)")
-EXTRACTOR = flags.DEFINE_string("extractor", None, "Feature extractor; by default the reference's own, else inception")
+EXTRACTOR = flags.DEFINE_string("extractor", None, "Its name or file; by default the reference's own, else inception")
 WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor")
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
 METRICS = flags.DEFINE_list("metrics", [], "fid; on inception also kid, is, prc; kl for points [fid, for points kl]")
@@ -31,7 +32,7 @@ TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "By how much: 0.05 is 5 percen
 JSON = flags.DEFINE_string("json", None, "File for the record")
 JUNIT = flags.DEFINE_string("junit", None, "File for the verdicts as JUnit XML")
 MEMORISATION = flags.DEFINE_bool("memorisation", False, "Floor and nearest-neighbour distances (small data sets)")
-READS, WRITES = (*SAMPLING.reads, SAMPLES, REFERENCE, WEIGHTS, MAX_REGRESSION), (JSON, JUNIT)
+READS, WRITES = (*SAMPLING.reads, SAMPLES, REFERENCE, EXTRACTOR, WEIGHTS, MAX_REGRESSION), (JSON, JUNIT)
 
 
 def _check_idle_flags() -> None:
@@ -53,10 +54,11 @@ def main() -> int:
     reference = required(REFERENCE, "digits:heldout")
     _check_idle_flags()
 
+    from flowmaps import FlowMap
     from flowmaps.data.registry import check_source
     from flowmaps.distributed import team
     from flowmaps.evaluation import evaluate, gate, open_reference
-    from flowmaps.evaluation.references import built_in, open_images
+    from flowmaps.evaluation.references import built_in, model_size, open_images
     from flowmaps.metrics.extractors import check_extractor
     from flowmaps.metrics.scores import check_names, distance_of, needs_reference_features
 
@@ -73,7 +75,8 @@ def main() -> int:
     limits = gate.Limits.read(MAX_FID.value, MAX_REGRESSION.value, TOLERANCE.value)
     everyone, keep = team(), needs_reference_features(METRICS.value)
     images = open_images(SAMPLES.value, ROOT.value, everyone) if SAMPLES.value else SAMPLING.load()
-    opened = open_reference(reference, EXTRACTOR.value, WEIGHTS.value, ROOT.value, keep=keep, team=everyone)
+    size = model_size(images) if isinstance(images, FlowMap) else None
+    opened = open_reference(reference, EXTRACTOR.value, WEIGHTS.value, ROOT.value, keep=keep, size=size, team=everyone)
     distance = distance_of(opened.extractor)
     if (MAX_FID.value is not None or MAX_REGRESSION.value) and distance not in (METRICS.value or [distance]):
         raise UserError(f"--max_fid and --max_regression need {distance} among --metrics")

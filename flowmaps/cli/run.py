@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from flowmaps.errors import LONGEST_LINE, Stopped, UserError, shorten
+from flowmaps.errors import LONGEST_LINE, Stopped, UserError, choose, shorten
 
 REMEDIES = {
     errno.ENOSPC: "free some space",
@@ -43,19 +43,22 @@ def run(command: ModuleType) -> NoReturn:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.stdout, sys.stderr = (_Terminal.around(stream) for stream in (sys.stdout, sys.stderr))
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
-        print(usage(command.__doc__ or ""))
+        print(usage(command.__doc__ or "", script))
         sys.exit(0)
     try:
         rest = flags.FLAGS(sys.argv)[1:]
         main = getattr(command, "main", None)
         if main is None:
             if not rest or rest[0] not in command.COMMANDS:
-                raise UserError(f"missing sub-command: choose one of {', '.join(command.COMMANDS)}")
+                wrong = f"unknown sub-command {rest[0]!r}" if rest else "missing sub-command"
+                raise UserError(f"{wrong}: {choose(''.join(rest[:1]), command.COMMANDS)}")
             main = command.COMMANDS[rest.pop(0)]
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}: flags look like --name=value")
         _check_values()
         _check_paths(getattr(command, "READS", ()), getattr(command, "WRITES", ()))
+    except flags.UnrecognizedFlagError as error:
+        fail(script, _unknown(error.flagname))
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError) as error:
         fail(script, error)
     except KeyboardInterrupt:
@@ -76,6 +79,13 @@ def run(command: ModuleType) -> NoReturn:
             fail(script, refused)
         traceback.print_exc()  # a bug must not look like a failed gate
         sys.exit(3)
+
+
+def _unknown(name: str) -> UserError:
+    """Return the error of a flag that does not exist."""
+    if "." in name and (section := name.partition(".")[0]) in flags.FLAGS:
+        return UserError(f"needs --{section}, whose field it is", field=name)
+    return UserError(f"unknown flag: {choose(f'--{name}', (f'--{f.name}' for f in _own_flags()), every=False)}", name)
 
 
 def _settled(error: Exception) -> UserError | None:
@@ -199,13 +209,26 @@ def required(flag: flags.FlagHolder[str | None], example: str) -> str:
     return flag.value
 
 
-def usage(doc: str) -> str:
-    """Return the command's docstring and its flags, absl's own left out."""
+def usage(doc: str, script: str) -> str:
+    """Return the docstring of the command ``script`` and its flags, absl's own left out."""
     lines = [
         f"  --{flag.name}  {flag.help}" + (f" [{flag.default_as_str}]" if flag.default is not None else "")
         for flag in _own_flags()
     ]
-    return f"{doc.strip()}\n\nFlags:\n" + "\n".join(sorted(lines))
+    text = as_typed(f"{doc.strip()}\n\nFlags:\n" + "\n".join(sorted(lines)), script)
+    return re.sub(r"\bconfigs/(\w+)\.py", r"\1", text) if script.startswith("flowmaps") else text
+
+
+def as_typed(text: str, script: str) -> str:
+    """Return a text with the scripts as they are called without a checkout, if ``script`` was called so."""
+    if not script.startswith("flowmaps"):
+        return text
+    scripts = "train|sample|fid|stats|schedule|export|import_checkpoint|prepare_data"
+    return re.sub(
+        rf"(?:python scripts/|(?<![\w/.=-])|(?<= )scripts/)({scripts})\.py\b",
+        lambda found: f"flowmaps {found[1].split('_')[0]}",
+        text,
+    )
 
 
 def fail(script: str, error: BaseException) -> NoReturn:
@@ -213,5 +236,5 @@ def fail(script: str, error: BaseException) -> NoReturn:
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, UserError) and error.field:
         message = f"--{message}"
-    print(f"{script}: error: {shorten(message, LONGEST_LINE)}", file=sys.stderr)
+    print(f"{script}: error: {as_typed(shorten(message, LONGEST_LINE), script)}", file=sys.stderr)
     sys.exit(2)

@@ -74,7 +74,7 @@ def main() -> None:
         rate = num / (time.perf_counter() - start)
         sizes = {"stored": "stored step sizes", "uniform": "uniform steps"}.get(grid, f"step sizes of {grid}")
         how = [counted(count, "step"), setting.sampler, sizes]
-        how += [f"{name} {guided[name]:g}" for name in ("label", "guidance") if guided[name] is not None]
+        how += [f"{name} {guided[name]}" for name in ("label", "guidance") if guided[name] is not None]
         show(f"samples  {', '.join(how)}: {num:,} {unit}, {rate:.3g} {unit}/s")
     shown = [rows]
     if others:

@@ -30,7 +30,9 @@ class SamplingFlags:
 
     def __init__(self, num: int, several: bool = False) -> None:
         self.several, more = several, " (several: a,b)" if several else ""
-        self.checkpoint = flags.DEFINE_string("checkpoint", None, "Exported directory, run directory or hub id")
+        self.checkpoint = flags.DEFINE_string(
+            "checkpoint", None, "Exported or run directory, digits (shipped), or hub id"
+        )
         self.steps = flags.DEFINE_list("steps", ["1", "2", "4", "8"], "Step counts")
         self.num = flags.DEFINE_integer("num", num, "Samples for each step count", lower_bound=1)
         self.seed = flags.DEFINE_integer("seed", 0, "Sample i depends only on (seed, i)")
@@ -44,7 +46,9 @@ class SamplingFlags:
         self.ema = flags.DEFINE_list(
             "ema", [], f"Weights of a run: the decay of an average, raw, or a width [what it exports]{more}"
         )
-        self.label = flags.DEFINE_integer("label", None, "Class of all samples; without it sample i has i mod classes")
+        self.label = flags.DEFINE_string(
+            "label", None, "Class of all samples, by number or name; without it, shares as in the data"
+        )
         self.guidance = flags.DEFINE_float(
             "guidance", None, "Guidance weight, for a model conditioned on one or for a solver", 1.0
         )

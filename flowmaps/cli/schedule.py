@@ -64,6 +64,7 @@ def main() -> None:
     from flowmaps.evaluation import check_scorable, evaluate, open_reference
     from flowmaps.evaluation.plots import step_sizes
     from flowmaps.evaluation.record import table
+    from flowmaps.evaluation.references import model_size
     from flowmaps.export import store_schedule
     from flowmaps.flow_map import FlowMap
     from flowmaps.images import write_png
@@ -71,8 +72,8 @@ def main() -> None:
     from samplers import Schedule
 
     check_choices(steps, SAMPLER.value, COST.value, FINE.value)
-    reference = open_reference(REFERENCE.value) if REFERENCE.value else None
     fm = FlowMap.from_pretrained(checkpoint).to(pick_device())
+    reference = open_reference(REFERENCE.value, size=model_size(fm)) if REFERENCE.value else None
     if reference:
         with blame("reference", REFERENCE.value):
             check_scorable(fm, reference, NUM.value)
@@ -122,7 +123,7 @@ def main() -> None:
     print(table(list(rows.values())))
     if STORE.value:
         counts = f"{', '.join(map(str, better))} step{'s' * (list(better) != [1])}" if better else "no number of steps"
-        print(f"stored   {checkpoint}: for {counts}; all others are sampled in uniform steps")
+        print(f"stored for {counts} in {checkpoint}; all other counts are sampled in uniform steps")
     for name, file in (("wrote", OUT.value), ("plot", PLOT.value)):
         if file:
             print(f"{name:8} {file}")

@@ -15,14 +15,14 @@ from flowmaps.files import check_new_file
 
 DATA = flags.DEFINE_string("data", None, "Data set NAME[:split], folder or zip of images, or .npz of images")
 OUT = flags.DEFINE_string("out", None, "Statistics file to write, an .npz whatever its name")
-EXTRACTOR = flags.DEFINE_string("extractor", None, "Feature extractor; by default the data set's own, else inception")
+EXTRACTOR = flags.DEFINE_string("extractor", None, "Its name or file; by default the data set's own, else inception")
 WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor")
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
 DOWNLOAD = flags.DEFINE_bool("download", False, "Fetch the data set's files into --root first")
 SIZE = flags.DEFINE_integer("size", None, "Crop and resize the images of a folder or zip to this", 1, 4096)
 FEATURES = flags.DEFINE_bool("features", False, "Also keep the features, for KID, precision and recall (large)")
 SKIP_CORRUPT = flags.DEFINE_bool("skip_corrupt", False, "Leave out files that are not complete images")
-READS, WRITES = (DATA, WEIGHTS), (OUT,)
+READS, WRITES = (DATA, EXTRACTOR, WEIGHTS), (OUT,)
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ from flowmaps.errors import UserError
 from flowmaps.reading import read_bytes
 from flowmaps.rng import generator
 
+FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"  # by number, as for CIFAR-10
+CIFAR = "airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck"
 LARGEST = 1 << 26  # bytes of a file, also unpacked; Fashion-MNIST's has 47 million
 REMEDY = "delete it and download the data set again"
 
@@ -33,6 +35,7 @@ class ArrayData(DataSet):
     num_classes: int = 0
     name: str = ""
     split: str = ""
+    class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.x)
@@ -63,12 +66,13 @@ def digits(split: str, root: str) -> ArrayData:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError("the digits data set needs scikit-learn: pip install 'flowmaps[demo]'") from None
+        raise UserError("the digits data set needs scikit-learn: pip install scikit-learn") from None
     scans = load_digits()
     images = torch.tensor(scans.images)[:, None] * (255 / 16)  # scans have 17 grey levels
     held_out = torch.arange(len(images)) % 4 == 3
     keep = held_out if split == "heldout" else ~held_out
-    return ArrayData(images[keep].round().to(torch.uint8), torch.tensor(scans.target)[keep], num_classes=10)
+    label, names = torch.tensor(scans.target)[keep], tuple("0123456789")
+    return ArrayData(images[keep].round().to(torch.uint8), label, 10, class_names=names)
 
 
 def fashion_mnist(split: str, root: str) -> ArrayData:
@@ -85,7 +89,7 @@ def fashion_mnist(split: str, root: str) -> ArrayData:
             f"{folder} has {part} images of shape {tuple(images.shape)} for {len(labels)} labels, which is not "
             "Fashion-MNIST: delete the folder and download the data set again"
         )
-    return ArrayData(F.pad(images[:, None], (2, 2, 2, 2)), labels, num_classes=10)
+    return ArrayData(F.pad(images[:, None], (2, 2, 2, 2)), labels, 10, class_names=tuple(FASHION.split(",")))
 
 
 def _idx(path: Path, dims: int, root: str) -> Tensor:
@@ -139,7 +143,7 @@ def cifar10(split: str, root: str) -> ArrayData:
     folder = Path(root) / "cifar-10-batches-py"
     parts = ["test_batch"] if split == "heldout" else [f"data_batch_{i}" for i in range(1, 6)]
     images, labels = zip(*(_cifar_batch(folder / part, root) for part in parts), strict=True)
-    return ArrayData(torch.cat(images), torch.cat(labels), num_classes=10)
+    return ArrayData(torch.cat(images), torch.cat(labels), 10, class_names=tuple(CIFAR.split(",")))
 
 
 def _cifar_batch(path: Path, root: str) -> tuple[Tensor, Tensor]:

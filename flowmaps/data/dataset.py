@@ -1,6 +1,6 @@
 """The interface of a data set, and iteration over one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -25,11 +25,21 @@ class DataSet(Protocol):
     def num_classes(self) -> int:
         """Number of classes; 0 without labels."""
 
+    @property
+    def class_shares(self) -> tuple[float, ...]:
+        """Share of each class in the data; empty where they are as good as equal, or not known."""
+        return ()
+
     def fetch(self, index: Tensor) -> Batch:
         """Return the items at ``index`` [b] as they are stored, with their labels int64 [b] or None."""
 
     def digest(self) -> str:
         """Return the fingerprint by which a resumed run recognises its data."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by number; empty if they have none but their numbers."""
+        return ()
 
     @property
     def name(self) -> str:
@@ -49,6 +59,11 @@ class DataSet(Protocol):
     def content(self) -> str:
         """Return a SHA-256 over everything that determines the pixels."""
         return self.digest()
+
+
+def named(classes: Sequence[str]) -> tuple[str, ...]:
+    """Return ``classes`` unless they are only the numbers 0, 1, ..., as those of a dataset.json are."""
+    return () if all(name == str(number) for number, name in enumerate(classes)) else tuple(classes)
 
 
 def iterate(data: DataSet, items: range | None = None, batch: int = 500) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flowmaps.data.dataset import Batch, DataSet
+from flowmaps.data.dataset import Batch, DataSet, named
 from flowmaps.data.file_source import LABELS, READ_ERRORS, SUFFIXES, FileSource, Folder, Zip
 from flowmaps.data.image_check import check_images, some
 from flowmaps.data.image_io import (
@@ -49,6 +49,15 @@ class ImageFiles(DataSet):
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return named(self.classes)
+
+    @property
+    def class_shares(self) -> tuple[float, ...]:
+        counts = [] if self.label is None else self.label.bincount(minlength=self.num_classes).tolist()
+        return tuple(count / len(self) for count in counts) if len(set(counts)) > 1 else ()
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowmaps.data.dataset import Batch, DataSet
+from flowmaps.data.dataset import Batch, DataSet, named
 from flowmaps.data.image_io import to_pixels
 from flowmaps.errors import UserError
 from flowmaps.info import MOST_CLASSES
@@ -24,6 +24,12 @@ class MapStyleData(DataSet):
     fingerprint: str
     shape: tuple[int, ...] = ()
     num_classes: int = 0
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        names = getattr(self.items, "classes", ())
+        texts = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        return named(names) if texts and len(names) == self.num_classes else ()
 
     @property
     def name(self) -> str:
@@ -53,8 +59,9 @@ def as_dataset(data: Any, num_classes: int | None = None) -> DataSet:
             the label 0.
 
     Returns:
-        A ``DataSet``. All items are read once here, for their check and for the digest (SHA-256 over items and
-        labels) by which a resumed run recognises its data; during training each is read again when visited.
+        A ``DataSet``. Its class names are those of the attribute ``classes`` of ``data``, if that is a list of one text
+        per class, as in torchvision. All items are read once here, for their check and for the digest (SHA-256 over
+        items and labels) by which a resumed run recognises its data; during training each is read again when visited.
 
     Raises:
         UserError: An item is none of these, or the items differ in shape.

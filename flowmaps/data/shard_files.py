@@ -51,10 +51,15 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFacts(Facts):
-    classes: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)  # their names by number
     crop: str = "none"
     files: str = ""  # SHA-256 over names and labels of the pictures
     sources: list[str] = field(default_factory=list)  # by shard, SHA-256 over their sizes and times
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.classes and len(self.classes) != self.num_classes:
+            raise UserError(f"classes has {len(self.classes):,} names for num_classes {self.num_classes:,}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flowmaps.data.dataset import Batch, DataSet
+from flowmaps.data.dataset import Batch, DataSet, named
 from flowmaps.data.shard_files import CHECKSUMS, identity, read_checksums, read_facts, shard_name, verify
 from flowmaps.errors import UserError
 from flowmaps.vae import channels
@@ -80,6 +80,10 @@ class Shards(DataSet):
     @property
     def num_classes(self) -> int:
         return int(self.facts["num_classes"])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return named(self.facts.get("classes", ()))
 
     @property
     def stored(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from flowmaps.distributed import ALONE, Team, pick_device
 from flowmaps.evaluation.record import Record, Row, describe
 from flowmaps.evaluation.references import (
     Reference,
+    model_size,
     nearest_neighbours,
     open_images,
     open_reference,
@@ -24,6 +25,7 @@ from flowmaps.evaluation.samples import sample_batches
 from flowmaps.evaluation.settings import Setting, sampling_settings
 from flowmaps.generate import nfe
 from flowmaps.images import to_uint8
+from flowmaps.labels import class_number
 from flowmaps.metrics import FeatureStats
 from flowmaps.metrics.extractors import POINTS
 from flowmaps.metrics.scores import (
@@ -55,7 +57,7 @@ def evaluate(
     seeds: Sequence[int] = (0,),
     sampler: str | Sequence[str] | None = None,
     schedule: str | Schedule | Sequence[str | Schedule] = "stored",
-    label: int | None = None,
+    label: int | str | None = None,
     guidance: float | None = None,
     gamma: float = 1.0,
     batch: int = 500,
@@ -75,8 +77,8 @@ def evaluate(
     Args:
         fm_or_images: A model, or images: uint8 [n, C, H, W] (points: float [n, dim]), a folder, zip or .npz, a data
             set or the name of one.
-        reference: A data set ``NAME[:split]``, a folder or zip, a statistics file, statistics, or a ``Reference`` of
-            ``open_reference``, which serves many calls.
+        reference: A data set ``NAME[:split]``, a folder or zip (cropped to a model's size as in training), a statistics
+            file, statistics, or a ``Reference`` of ``open_reference``, which serves many calls.
         steps: One or several step counts; each gives a row of the record. Only a model needs ``steps`` to ``gamma``
             (except ``metrics``).
         num: Samples to score.
@@ -87,11 +89,11 @@ def evaluate(
         sampler: One or several of ``flowmaps.generate.SAMPLERS``; by default the one that the model was trained for.
         schedule: One or several time grids: ``"stored"`` in the checkpoint (else uniform), ``"uniform"``, a schedule
             file or a ``Schedule``.
-        label: Class of all samples; by default sample i has class i mod the number of classes.
+        label: Class of all samples, by number or name; by default each class is as frequent as in the training data.
         guidance: Guidance weight.
         gamma: Share of the noise that the sampler ``"stochastic"`` renews per step.
         batch: Samples at a time.
-        extractor: Name of the feature extractor, by default the reference's own; see ``open_reference``.
+        extractor: Name or file of the feature extractor, by default the reference's own; see ``open_reference``.
         weights: Weight file of the extractor.
         root: Folder of the data set's files.
         kid_subset: Images in each of KID's subsets.
@@ -127,13 +129,15 @@ def evaluate(
     if fm is not None:
         samplers = [fm.info.sampler] if sampler is None else _several(sampler)
         settings = sampling_settings(fm, _several(steps), samplers, _several(schedule), **guided)
+        guided["label"] = None if label is None else class_number(fm.info, label)
         if not seeds:
             raise UserError("give at least one", field="seeds", value="()")
     if isinstance(reference, Reference) and (extractor or weights):
         raise UserError("the Reference already has one: leave it out", field="extractor" if extractor else "weights")
     if not isinstance(reference, Reference):
         keep = needs_reference_features(metrics)
-        reference = open_reference(reference, extractor, weights, root, keep=keep, team=team)
+        size = model_size(fm) if fm else None
+        reference = open_reference(reference, extractor, weights, root, keep=keep, size=size, team=team)
     metrics = metrics or [distance_of(reference.extractor)]
     num = num if data is None else len(data)
     shape = data.shape if data is not None else fm.info.shape if fm and not fm.info.latent_scale else ()

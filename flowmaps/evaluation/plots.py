@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from flowmaps.errors import UserError
+from flowmaps.markdown import counted
 from flowmaps.step_sizes import FittedSchedule
 from samplers import uniform_times
 
@@ -21,7 +22,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("the plot needs matplotlib: pip install 'flowmaps[demo]'") from None
+        raise UserError("the plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -69,12 +70,12 @@ def lines(
         if floor is not None:
             shown["floor"] = axes.axhline(floor, color="grey", linestyle="--", label="floor: training images")
         axes.set(xscale="log", yscale="log", xlabel=xlabel, title=f"{metric} (lower is better)")
+        for axis, subs, form in ((axes.xaxis, (1, 2, 5), "{:,g}"), (axes.yaxis, (1, 1.5, 2, 3, 5, 7), "{:g}")):
+            axis.set_major_locator(plt.LogLocator(subs=subs))
+            axis.set_major_formatter(plt.FuncFormatter(lambda value, _, form=form: form.format(value)))
+            axis.set_minor_locator(plt.NullLocator())
         if len(steps) <= 8:
-            axes.set_xticks(steps, [str(s) for s in steps])
-            axes.xaxis.set_minor_locator(plt.NullLocator())
-        axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(plt.NullLocator())
+            axes.set_xticks(steps)
         axes.grid(alpha=0.3)
     figure.legend(handles=list(shown.values()), loc="outside lower center", ncols=min(4, len(shown)), fontsize="small")
     return picture(figure)
@@ -84,12 +85,13 @@ def step_sizes(fitted: FittedSchedule) -> Image.Image:
     """Plot the times of each grid next to equal steps, and the matrix of costs with the grids' jumps in it."""
     schedule, cost = fitted
     figure, (left, right) = pyplot().subplots(1, 2, layout="constrained", figsize=(12, 4.5), dpi=110)
+    dot = {"markersize": 6, "markeredgecolor": "white"}
     for row, (steps, times) in enumerate(schedule.items()):
         left.plot(uniform_times(steps), [row - 0.15] * (steps + 1), "|", color="grey", markersize=9)
         left.plot(times, [row + 0.1] * (steps + 1), "|", color=f"C{row}", markersize=14, markeredgewidth=2)
         index = (times * schedule.fine).round()
-        right.plot(index[1:], index[:-1], "o", color=f"C{row}", markersize=5, label=f"{steps} steps")
-    left.set_yticks(range(len(schedule)), [f"{steps} steps" for steps in schedule])
+        right.plot(index[1:], index[:-1], "o", label=counted(steps, "step"), **dot, color=f"C{row}")
+    left.set_yticks(range(len(schedule)), [counted(steps, "step") for steps in schedule])
     left.set(xlabel="time (0 noise, 1 data); grey: equal steps", ylim=(-0.6, len(schedule) - 0.4))
     drawn = right.imshow(cost.where(cost > 0, torch.nan).log10(), cmap="viridis")
     figure.colorbar(drawn, ax=right, label=f"log10 of the cost: {schedule.cost}")

@@ -19,11 +19,21 @@ from flowmaps.data.registry import builtin_name, check_source
 from flowmaps.distributed import ALONE, Team, pick_device
 from flowmaps.errors import UserError, blame
 from flowmaps.files import cache_directory
+from flowmaps.flow_map import FlowMap
 from flowmaps.metrics import FeatureStats
-from flowmaps.metrics.extractors import EXTRACTORS, INCEPTION_HASH, Extractor, check_extractor, load_extractor
+from flowmaps.metrics.classifier import own_file
+from flowmaps.metrics.extractors import (
+    EXTRACTORS,
+    INCEPTION_HASH,
+    Extractor,
+    check_extractor,
+    extractor_name,
+    load_extractor,
+)
 from flowmaps.metrics.memorisation import Memorisation, memorisation
 from flowmaps.metrics.stats import REMEDY, frechet_distance
 from flowmaps.reading import npz_shapes
+from flowmaps.vae import reduction
 
 
 class Reference(NamedTuple):
@@ -45,6 +55,7 @@ def open_reference(
     *,
     device: torch.device | None = None,
     keep: bool = False,
+    size: int | None = None,
     team: Team = ALONE,
 ) -> Reference:
     """Open what samples are compared with.
@@ -52,12 +63,15 @@ def open_reference(
     Args:
         source: A data set ``NAME[:split]``, a folder or zip of images, an .npz of images, a statistics file (of
             ``FeatureStats.save``, EDM, EDM2 or ADM), or statistics. Those of images are kept in the cache directory.
-        extractor: Name of the feature extractor. By default that of the statistics, else the data set's own, else
+        extractor: Name of the feature extractor, or its file. By default that of the statistics, else the data set's
+            own (for a folder, zip file or prepared set ``NAME.extractor.safetensors`` next to it), else
             ``"inception"``.
         weights: Weight file of the extractor, instead of the default one.
         root: Folder of the data set's files.
         device: Where the extractor runs; by default the accelerator if there is one.
         keep: Keep the features of single images too, for KID, precision and recall.
+        size: Crop the images of a folder or zip file to squares of this many pixels, as training does; None leaves
+            them as they are.
         team: The processes that share the work; only the first one then has the statistics.
 
     Returns:
@@ -83,7 +97,7 @@ def open_reference(
     if is_archive and path.suffix != ".pkl":
         names = set(npz_shapes(source, REMEDY))
     if not is_archive or ("mu" not in names and {"samples", "arr_0"} & names):
-        images = open_for_scoring(source, root, team=team)  # refused before an extractor is downloaded
+        images = open_for_scoring(source, root, size, team=team)  # refused before an extractor is downloaded
         chosen = pick_extractor(extractor, weights, source, device)
         return Reference(cached_stats(images, chosen, keep, team), chosen, built_in(source))
     stats = FeatureStats.load(source)
@@ -106,9 +120,11 @@ def _extractor_of(
 ) -> Extractor:
     """Load the extractor that made ``stats``; refuse another one."""
     made_with = stats.origin.extractor
-    if name not in (None, made_with):
+    if name is None and made_with not in EXTRACTORS:
+        raise UserError(f"{source} was made with the extractor {made_with!r}: give its file", field="extractor")
+    if name is not None and extractor_name(name) != made_with:
         raise UserError(f"{source} was made with the extractor {made_with!r}", field="extractor", value=name)
-    return load_extractor(made_with, weights, device)
+    return load_extractor(name or made_with, weights, device)
 
 
 def built_in(source: str) -> str:
@@ -118,9 +134,26 @@ def built_in(source: str) -> str:
 
 
 def pick_extractor(name: str | None, weights: str | Path | None, source: str, device: torch.device) -> Extractor:
-    """Load the extractor ``name``, by default the one made for the data set ``source``, else Inception."""
-    data = built_in(source)
-    return load_extractor(name or (data if data in EXTRACTORS else "inception"), weights, device)
+    """Load the extractor ``name``, a name or a file, by default ``default_extractor``."""
+    return load_extractor(name or default_extractor(source, weights), weights, device)
+
+
+def default_extractor(source: str, weights: str | Path | None = None) -> str:
+    """Return the name of the extractor made for the data set ``source``, or its file; else Inception.
+
+    Given ``weights`` are those of a named one.
+    """
+    if data := built_in(source):
+        return data if data in EXTRACTORS else "inception"
+    own = own_file(source)
+    return str(own) if weights is None and own.is_file() else "inception"
+
+
+def model_size(fm: FlowMap) -> int | None:
+    """Return height and width of a model's images, decoded ones for latents; None for points."""
+    if len(fm.info.shape) != 3:
+        return None
+    return fm.info.shape[-1] * (reduction(fm.open_decoder().open()) if fm.info.latent_scale else 1)
 
 
 def cached_stats(images: DataSet, extractor: Extractor, keep: bool = False, team: Team = ALONE) -> FeatureStats:

@@ -67,8 +67,8 @@ def conclusions(results: Sequence[Row], metric: str, floor: float, drift_share: 
             f"it from all of its training rows, the flow map from {drift_share:.0%} of its: the rest teach jumps."
         )
     first, enough = min(jump), [n for n in sorted(euler) if euler[n] <= jump[min(jump)]]
-    needed = f"needs {_steps(enough[:1])}" if enough else f"does not get there in {_steps([max(euler)])}"
-    said.append(f"For what the flow map reaches in {_steps([first])}, {metric} {jump[first]:.3g}, Euler {needed}.")
+    needed = f"needs {_steps(enough[:1])}" if enough else f"needs more than {_steps([max(euler)])}"
+    said.append(f"To reach what the flow map does in {_steps([first])}, {metric} {jump[first]:.3g}, Euler {needed}.")
     best = min(results, key=lambda row: float(row[metric]))
     said.append(
         f"The best of all, {_the(best['model'])} in {_steps([best['steps']])}, is at {best[metric]:.3g}. "

@@ -17,12 +17,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from flowmaps.data import DataSet, ShuffledOrder, as_samples
 from flowmaps.errors import UserError
 from flowmaps.files import WRITER, WRITTEN_BY, Layout, lock_later, new_directory, new_file
 from flowmaps.flow_map import FlowMap
 from flowmaps.generate import generate
 from flowmaps.images import COLUMNS, png, sample_grid, to_pil, to_uint8
 from flowmaps.markdown import counted
+from flowmaps.rng import generator
 from samplers.grids import uniform_times
 
 PICTURES = Layout("000000.png", b"tEXtSoftware\0flowmaps", ("[0-9]*.png",))
@@ -123,8 +125,18 @@ def samples(fm: FlowMap, steps: int, n: int, seed: int) -> Tensor:
     return torch.cat([x for x, _ in sample_batches(fm, uniform_times(steps), range(n), seed)])
 
 
-def grid_image(fm: FlowMap, steps: Sequence[int], seed: int, columns: int = 16) -> Image.Image:
-    """Draw the same noise carried to data in different step counts, one row per count."""
-    n = columns if len(fm.info.shape) == 3 else 8192  # points are drawn as a density
+def real_samples(fm: FlowMap, data: DataSet, n: int, seed: int) -> Tensor:
+    """Return ``n`` of ``data``, drawn by ``seed``, as ``fm`` sees them: cropped, resized, latents through the VAE."""
+    items, noise = ShuffledOrder(len(data), seed).indices(0, n), generator(seed, "latents", 0)
+    x = as_samples(data, data.fetch(items)[0], lambda shape: torch.randn(shape, generator=noise))
+    return fm.decode(x.to(next(fm.parameters()).device)).cpu()
+
+
+def grid_image(
+    fm: FlowMap, steps: Sequence[int], seed: int, columns: int = 16, data: DataSet | None = None
+) -> Image.Image:
+    """Draw the same noise carried to data in different step counts, one row per count, below a row of ``data``."""
+    n = columns if len(fm.info.shape) == 3 else GRID  # points are drawn as a density
     n = min(n, 8) if fm.info.latent_scale else n  # large images
-    return to_pil(sample_grid([samples(fm, count, n, seed) for count in steps]))
+    rows = [] if data is None else [real_samples(fm, data, n, seed)]
+    return to_pil(sample_grid([*rows, *(samples(fm, count, n, seed) for count in steps)]))

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
-from flowmaps.generate import check_sampling, labels_for
+from flowmaps.generate import check_sampling
+from flowmaps.labels import labels_for
 from flowmaps.step_sizes import read_schedule
 from samplers import SAMPLERS, Schedule, uniform_times
-from samplers.grids import MOST_STEPS
+from samplers.grids import MOST_STEPS, is_step_count
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def sampling_settings(
     samplers: Sequence[str],
     schedules: Sequence[str | Schedule] = ("stored",),
     *,
-    label: int | None = None,
+    label: int | str | None = None,
     guidance: float | None = None,
     gamma: float = 1.0,
 ) -> list[Setting]:
@@ -52,7 +53,7 @@ def check_choices(
     steps: Sequence[int], samplers: Sequence[str], schedules: Sequence[str | Schedule] = ("stored",)
 ) -> None:
     """Refuse choices that no model allows, such as a step count of 0 or an unknown sampler."""
-    if not steps or min(steps) < 1 or max(steps) > MOST_STEPS or len(set(steps)) < len(steps):
+    if not steps or not all(map(is_step_count, steps)) or len(set(steps)) < len(steps):
         given = ",".join(map(str, steps))
         reason = f"give different whole numbers from 1 to {MOST_STEPS:,}"
         raise UserError(reason, field="steps", value=given)

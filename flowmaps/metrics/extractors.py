@@ -1,12 +1,12 @@
-"""Feature extractors by name: uint8 images in, features out. Only ``inception``'s Fréchet distance is called FID.
+"""Feature extractors by name or file: uint8 images in, features out.
 
-Points of the checkerboard are their own features and are scored by the KL divergence from its known density.
+Only ``inception``'s Fréchet distance is called FID. Points of the checkerboard are their own features and are scored by
+the KL divergence from its known density.
 """
 
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,53 +15,16 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import flowmaps
-from flowmaps.errors import UserError, shorten
+from flowmaps.errors import UserError, blame, shorten
 from flowmaps.files import sha256
 from flowmaps.images import from_uint8
+from flowmaps.metrics.classifier import CLASSIFIERS, SUFFIX, ClassifierOptions, read_own
 from flowmaps.metrics.stats import INCEPTION_DIM, FeatureStats, Origin, pixels
 from flowmaps.tensors import check_shapes, read_header, read_tensors
 
 INCEPTION_BATCH = {"cpu": 16}  # images of 299 x 299 at a time: more are slower (docs/metrics.md) and take memory
 INCEPTION_HASH = "6726825d"  # first digits of the SHA-256 of the weights that torch-fidelity releases
 INCEPTION_FILE = f"weights-inception-2015-12-05-{INCEPTION_HASH}.pth"  # as it caches them
-
-
-class Classifier(nn.Module):
-    """A small convolutional classifier; its features are the last hidden layer, before the ReLU.
-
-    Trained by ``scripts/train_extractor.py``. Images [n, channels, size, size] in [-1, 1].
-    """
-
-    def __init__(self, channels: int, size: int, classes: int, width: int, features: int) -> None:
-        super().__init__()
-
-        def stage(inputs: int, outputs: int) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(),
-                nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2),
-            )  # fmt: skip
-
-        widths = [channels, width]
-        while size // 2 ** (len(widths)) >= 2:  # down to 2 x 2, or 3 x 3
-            widths.append(min(2 * widths[-1], 4 * width))
-        self.stages = nn.Sequential(*[stage(a, b) for a, b in pairwise(widths)])
-        side = size // 2 ** (len(widths) - 1)
-        self.features = nn.Linear(widths[-1] * side**2, features)
-        self.head = nn.Linear(features, classes)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Features [n, features]."""
-        return cast(Tensor, self.features(self.stages(x).flatten(1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Class logits [n, classes]."""
-        return cast(Tensor, self.head(torch.relu(self.embed(x))))
-
-
-CLASSIFIERS: dict[str, dict[str, int]] = {
-    "digits": {"channels": 1, "size": 8, "classes": 10, "width": 32, "features": 64},
-    "fashion_mnist": {"channels": 1, "size": 32, "classes": 10, "width": 16, "features": 64},
-}
 
 
 @dataclass(frozen=True)
@@ -120,23 +83,39 @@ def extractor_file(name: str) -> Path:
     )
 
 
-def _classifier(name: str, weights: Path | None, device: torch.device) -> Extractor:
-    file, options = weights or extractor_file(name), CLASSIFIERS[name]
-    network = Classifier(**options)
+def _shipped(name: str, weights: Path | None, device: torch.device) -> Extractor:
     try:
-        check_shapes(network, read_header(file, "give another file")[0], file, f"the extractor {name}")
-        network.load_state_dict(read_tensors(file, "give another file"))
+        return _classifier(name, CLASSIFIERS[name], weights or extractor_file(name), device)
     except UserError as error:
-        raise UserError(f"not a weight file of {name!r}: {error}", field="weights", value=file) from None
+        if weights is None:
+            raise
+        raise UserError(f"not a weight file of {name!r}: {error}", field="weights", value=weights) from None
+
+
+def _classifier(name: str, options: ClassifierOptions, file: Path, device: torch.device) -> Extractor:
+    with torch.device("meta"):
+        network = options.build()
+    check_shapes(network, read_header(file, "give another file")[0], file, f"the extractor {name}")
+    network.to_empty(device="cpu").load_state_dict(read_tensors(file, "give another file"))
     network.to(device).eval().requires_grad_(False)
-    shape = (options["channels"], options["size"], options["size"])
+    shape = (options.channels, options.size, options.size)
 
     def embed(images: Tensor) -> Tensor:
         if images.shape[1:] != shape:
-            raise UserError(f"the extractor {name!r} takes images of shape {shape}, got {tuple(images.shape[1:])}")
+            raise UserError(
+                f"the extractor {name!r} takes images of shape {shape}, got {tuple(images.shape[1:])}: choose another "
+                "extractor, or train one at this size"
+            )
         return network.embed(from_uint8(images.to(device)))
 
-    return Extractor(embed, options["features"], Origin(extractor=name, weights=sha256(file), resize="none"))
+    return Extractor(embed, options.features, Origin(extractor=name, weights=sha256(file), resize="none"))
+
+
+def _own(name: str, weights: Path | None, device: torch.device) -> Extractor:
+    if weights:
+        raise UserError("this extractor is a file with its weights: leave it out", field="weights", value=weights)
+    own = read_own(Path(name))
+    return _classifier(own.name, own.network, Path(name), device)
 
 
 def _inception(name: str, weights: Path | None, device: torch.device) -> Extractor:
@@ -200,24 +179,42 @@ def _points(name: str, weights: Path | None, device: torch.device) -> Extractor:
 
 EXTRACTORS: dict[str, Callable[[str, Path | None, torch.device], Extractor]] = {
     "inception": _inception,
-    **dict.fromkeys(CLASSIFIERS, _classifier),
+    **dict.fromkeys(CLASSIFIERS, _shipped),
     POINTS: _points,
 }
 
 
 def load_extractor(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
-    """Return an extractor of ``EXTRACTORS``, with its own weights or those in the file ``weights``.
+    """Return an extractor of ``EXTRACTORS``, or of a file that ``train_extractor.py`` wrote.
+
+    Args:
+        name: The extractor's name, or its file, which ends in .safetensors and has its weights too.
+        weights: Other weights for a named one.
+        device: Where it runs.
 
     Raises:
         UserError: The extractor is unknown, or the weight file is missing or not one of this extractor.
     """
     check_extractor(name, weights)
-    return EXTRACTORS[name](name, None if weights is None else Path(weights), torch.device(device))
+    load = _own if name.endswith(SUFFIX) else EXTRACTORS[name]
+    return load(name, None if weights is None else Path(weights), torch.device(device))
+
+
+def extractor_name(name: str) -> str:
+    """Return the name of an extractor that is given by name or file."""
+    return read_own(Path(name)).name if name.endswith(SUFFIX) else name
 
 
 def check_extractor(name: str | None, weights: str | Path | None = None) -> None:
     """Refuse, before any work, an unknown extractor and a weight file that is not there; ``name`` None is any."""
-    if name is not None and name not in EXTRACTORS:
-        raise UserError(f"choose one of {', '.join(EXTRACTORS)}", field="extractor", value=name)
+    if name is not None and name.endswith(SUFFIX):
+        with blame("extractor", name):
+            read_own(Path(name))
+    elif name is not None and name not in EXTRACTORS:
+        raise UserError(
+            f"choose one of {', '.join(EXTRACTORS)}, or a file that train_extractor.py wrote",
+            field="extractor",
+            value=name,
+        )
     if weights is not None and not Path(weights).is_file():
         raise UserError("no such file", field="weights", value=weights)

@@ -284,6 +284,7 @@ def check_comparable(a: FeatureStats, b: FeatureStats) -> None:
         ours, theirs = getattr(a.origin, fact), getattr(b.origin, fact)
         if ours != theirs and (fact == "extractor" or (ours and theirs)):
             what = "images differ in size" if fact == "size" else f"features differ in {fact}"
-            raise UserError(f"{what} ({ours or 'unknown'} against {theirs or 'unknown'}): no distance")
+            remedy = "; stats.py --size=N makes a reference of another size" if fact == "size" else ""
+            raise UserError(f"{what} ({ours or 'unknown'} against {theirs or 'unknown'}): no distance{remedy}")
     if a.dim != b.dim:
         raise UserError(f"features differ in size ({a.dim} against {b.dim}): no distance")

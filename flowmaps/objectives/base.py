@@ -113,6 +113,10 @@ class Objective:
         """Largest guidance weight that the network is conditioned on, 1 for none."""
         return 1.0
 
+    def idle(self) -> set[str]:
+        """Return the options that have no effect at the present values of the others."""
+        return set() if self.adaptive else {"adaptive_floor"}
+
     @property
     def guided(self) -> bool:
         """True if guidance is baked in."""

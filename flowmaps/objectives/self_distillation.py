@@ -52,6 +52,10 @@ class DriftObjective(Objective):
                 "have no effect without guidance or guidance_max", field="guidance_times", value=self.guidance_times
             )
 
+    def idle(self) -> set[str]:
+        mix = set() if self.guided else {"guidance_mix"}
+        return super().idle() | mix | (set() if self.guidance_max > 1 else {"guidance_power"})
+
     def draw(self, fm: FlowMap, x1: Tensor, generator: torch.Generator, step: int = 0) -> Draws:
         draws = super().draw(fm, x1, generator, step)
         if not self.guided:

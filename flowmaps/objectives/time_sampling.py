@@ -70,6 +70,9 @@ class TimeSampling(Objective):
             if not used and value != getattr(type(self), name):
                 raise UserError(f"has no effect with times={self.times.name}: choose other times", name, value)
 
+    def idle(self) -> set[str]:
+        return super().idle() | (set() if self.times is Times.logit_normal else {"diagonal_draw"})
+
     def diagonal_times(self, uniform: Tensor) -> Tensor:
         if self.times is Times.triangle:
             return super().diagonal_times(uniform)

@@ -124,7 +124,9 @@ class Gaussian(FlowMap):
         self.wrong = wrong
         self.register_buffer("variances", torch.linspace(0.1, 2.0, dim, dtype=torch.float64))
 
-    def velocity(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def velocity(  # type: ignore[override]  # times of each row alone
+        self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None
+    ) -> Tensor:
         """Return (X_{s,t}(x) - x) / (t - s), with (sigma_t / sigma_s - 1) / (t - s) in a form that has no 0 / 0."""
         s, t, variances = s[:, None], t[:, None], self.get_buffer("variances")
         first, second = (((1 - u) ** 2 + u**2 * variances).sqrt() for u in (s, t))

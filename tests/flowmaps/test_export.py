@@ -26,7 +26,8 @@ def build(kind="map"):
     )
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    info = FlowMapInfo(shape=(1, 8, 8), num_classes=4, kind=kind, data="digits", ema=0.99, images_seen=12)
+    names = ("T-shirt/top", "é", "4", "d" * 255)
+    info = FlowMapInfo((1, 8, 8), 4, kind, data="digits", ema=0.99, images_seen=12, class_names=names)
     return FlowMap(network.eval(), "trigonometric", 0.5, info)
 
 
@@ -69,7 +70,7 @@ def test_pipeline_equals_native_sampler(tmp_path, kind, steps):
     with torch.no_grad():
         times = uniform_times(steps)
         native = rollout(fm, x, times, label) if kind == "map" else euler(fm.drift, x, times, label)
-    images = pipeline(latents=x, num_inference_steps=steps, class_labels=label, output_type="pt").images
+    images = pipeline(latents=x, num_inference_steps=steps, class_labels=label, output_type="latent").images
     torch.testing.assert_close(images, native, rtol=0, atol=1e-6)
 
 
@@ -80,7 +81,7 @@ def test_pipeline_takes_a_step_table_and_gives_images(saved):
     x, label = fm.noise(3, 0), torch.arange(3)
     with torch.no_grad():
         native = rollout(fm, x, torch.tensor([0.0, 0.7, 1.0]), label)
-    images = pipeline(latents=x, sigmas=[1.0, 0.3], class_labels=label, output_type="pt").images
+    images = pipeline(latents=x, sigmas=[1.0, 0.3], class_labels=label, output_type="latent").images
     torch.testing.assert_close(images, native, rtol=0, atol=1e-6)
     assert pipeline(3).images[0].size == (8, 8)
     assert pipeline(3, output_type="np").images.shape == (3, 8, 8, 1)
@@ -98,7 +99,7 @@ def test_callback_sees_every_step_and_may_replace_the_state(saved):
         seen.append((step, float(timestep), tensors["latents"]))
         return {"latents": tensors["latents"] + 1} if step == 0 else None
 
-    options = {"latents": x, "num_inference_steps": 2, "class_labels": label, "output_type": "pt"}
+    options = {"latents": x, "num_inference_steps": 2, "class_labels": label, "output_type": "latent"}
     made = pipeline(**options, callback_on_step_end=callback).images
     with torch.no_grad():
         half = fm(x, torch.zeros(2), torch.full((2,), 0.5), label)
@@ -115,7 +116,7 @@ def test_generators_one_each_or_one_for_all(saved):
     def generators(*seeds):
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    options = {"class_labels": 1, "output_type": "pt"}
+    options = {"class_labels": 1, "output_type": "latent"}
     pair = pipeline(2, generator=generators(3, 4), **options).images
     torch.testing.assert_close(pair[1:], pipeline(1, generator=generators(4), **options).images)
     one = [pipeline(2, generator=generators(3)[0], **options).images for _ in range(2)]
@@ -129,8 +130,8 @@ def test_half_precision(saved):
     assert pipeline.network.dtype == torch.bfloat16
     options = {"num_inference_steps": 4, "class_labels": torch.arange(3)}
     x = fm.noise(3, 0)
-    half = pipeline(latents=x, output_type="pt", **options).images
-    full = FlowMapPipeline.from_flow_map(fm)(latents=x, output_type="pt", **options).images
+    half = pipeline(latents=x, output_type="latent", **options).images
+    full = FlowMapPipeline.from_flow_map(fm)(latents=x, output_type="latent", **options).images
     assert half.dtype == torch.bfloat16
     assert (half.float() - full).square().mean().sqrt() < 0.03 * full.std()
     assert pipeline(3, **options).images[0].size == (8, 8)
@@ -141,7 +142,7 @@ def test_offloaded_is_the_same(saved, way):
     """The hooks that move weights to where they are needed fire; here from the CPU to the CPU."""
     fm, path = saved
     pipeline = FlowMapPipeline.from_pretrained(path)
-    options = {"latents": fm.noise(3, 0), "num_inference_steps": 2, "class_labels": 1, "output_type": "pt"}
+    options = {"latents": fm.noise(3, 0), "num_inference_steps": 2, "class_labels": 1, "output_type": "latent"}
     before = pipeline(**options).images
     cpu = torch.device("cpu")
     if way == "model":

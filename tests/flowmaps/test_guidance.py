@@ -22,7 +22,7 @@ from samplers import SAMPLERS, uniform_times
 def test_guidance_moves_the_target_to_the_guided_drift(name, drawn):
     """Class 1 stands for "no label": with dI_s/ds replaced by its mean given I_s and the label, the network's own drift
     is right where it equals w b(x; label) + (1 - w) b(x; no label), and not where it is b(x; label)."""
-    options = {"guidance_max": 3.0} if drawn else {"guidance": 3.0}
+    options = {"guidance_max" if drawn else "guidance": 3.0, "guidance_mix": 0.0}
     objective, exact = OBJECTIVES[name](**options), gaussian_map("linear", 0.5, classes=True)
     exact.info = FlowMapInfo(shape=(3,), num_classes=1)
     x1, _ = gaussian_data(exact, 64)
@@ -34,7 +34,7 @@ def test_guidance_moves_the_target_to_the_guided_drift(name, drawn):
     none = torch.ones_like(label)
     b, u = exact.drift(x_s, draws.s, label), exact.drift(x_s, draws.s, none)
     w = torch.where(label == 1, 1.0, w)
-    target, seen = objective.guided_velocity(exact, x_s, draws.s, label, b, draws.guidance)
+    target, seen = objective.guided_target(exact, x_s, draws.s, label, b, draws.guidance, exact.drift)
     torch.testing.assert_close(target, w[:, None] * b + (1 - w[:, None]) * u)
     assert torch.equal(seen, with_guidance(label, w, 1) if drawn else label)
     with pytest.raises(UserError, match="labels"):
@@ -43,10 +43,10 @@ def test_guidance_moves_the_target_to_the_guided_drift(name, drawn):
 
 @pytest.mark.parametrize("options", [{"guidance": 3.0}, {"guidance_max": 3.0}])
 def test_guidance_may_be_limited_to_some_times(options):
-    objective = OBJECTIVES["mean_flow"](**options, guidance_times=(0.2, 0.7), diagonal=0.5)
+    objective = OBJECTIVES["mean_flow"](**options, guidance_times=(0.3, 0.6), diagonal=0.5)
     exact = gaussian_map("linear", 0.5, classes=True)
     draws = objective.draw(exact, gaussian_data(exact, 4000)[0], generator())
-    inside = (draws.s >= 0.2) & (draws.s <= 0.7)
+    inside = (draws.s >= 0.3) & (draws.s <= 0.6)
     assert 0.3 < inside.double().mean() < 0.7 and bool((draws.guidance[~inside] == 1).all())
     free = OBJECTIVES["mean_flow"](**options, diagonal=0.5).draw(exact, gaussian_data(exact, 4000)[0], generator())
     assert torch.equal(draws.guidance[inside], free.guidance[inside]) and bool((free.guidance[~inside] > 1).all())
@@ -118,7 +118,7 @@ def test_generate_and_pipeline_pass_the_weight_on(augment_dim):
     assert not torch.allclose(made(3.0), made(None), atol=1e-3)
     pipeline = FlowMapPipeline.from_flow_map(fm)
     pipeline.set_progress_bar_config(disable=True)
-    found = pipeline(num_inference_steps=2, guidance_scale=3.0, latents=fm.noise(4, 0), output_type="pt").images
+    found = pipeline(num_inference_steps=2, guidance_scale=3.0, latents=fm.noise(4, 0), output_type="latent").images
     torch.testing.assert_close(found, made(3.0), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="from 1 to 4"):
         pipeline(guidance_scale=5.0)
@@ -148,7 +148,7 @@ def test_the_pipeline_guides_a_drift_as_generate_does():
     fm.info = replace(fm.eval().info, kind="drift", label_dropout=0.1)
     pipeline = FlowMapPipeline.from_flow_map(fm)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 3, "latents": fm.noise(4, 0), "output_type": "pt"}
+    options = {"num_inference_steps": 3, "latents": fm.noise(4, 0), "output_type": "latent"}
     for weight in (None, 1.0, 2.5):
         native, _ = next(generate(fm, uniform_times(3), 4, 0, sampler="euler", guidance=weight))
         torch.testing.assert_close(pipeline(**options, guidance_scale=weight).images, native, rtol=0, atol=1e-6)

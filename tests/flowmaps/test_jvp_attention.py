@@ -87,7 +87,7 @@ def test_the_kernel_needs_its_package_and_tf32_and_follows_autocast(monkeypatch)
         monkeypatch.setattr(jvp_attention, "INSTALLED", True)
         assert not jvp_attention.obstacle(q, GPU)  # in bfloat16
         monkeypatch.setattr(jvp_attention, "INSTALLED", False)
-        assert "flowmaps[attention]" in jvp_attention.obstacle(q, GPU)
+        assert "pip install 'jvp-flash-attention" in jvp_attention.obstacle(q, GPU)
     with tf32_products(False):
         assert "derivative_precision" in jvp_attention.obstacle(q, GPU)
 

@@ -72,6 +72,13 @@ def test_card_names_the_data_and_only_what_a_reader_has(facts, shown):
     assert ("--sampler=euler" in made.text) == (fm.info.kind == "drift")
 
 
+def test_card_names_classes_in_harmless_letters():
+    names = ("T-shirt/top", "a|b", "<b>\n# c", *(f"class {i}" for i in range(3, 30)))
+    network = UNet(**UNET, num_classes=30)
+    text = card(FlowMap(network, info=FlowMapInfo(shape=(1, 8, 8), num_classes=30, class_names=names)))
+    assert "| classes | 30: T-shirt/top, a b,  b    c, class 3, " in text and "class 19, and 10 more |" in text
+
+
 def test_a_picture_is_left_out_on_request(run, tmp_path):
     run_script("scripts/export.py", f"--checkpoint={run}", f"--out={tmp_path}/out", "--nopicture", check=True)
     assert not (tmp_path / "out" / PICTURE).exists() and PICTURE not in (tmp_path / "out" / "README.md").read_text()

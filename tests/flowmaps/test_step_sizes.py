@@ -197,7 +197,7 @@ def test_a_stored_schedule_is_used_by_the_pipeline_for_its_step_counts(start, tm
     assert fm.info.schedules == {"euler": SKEWED}
     x, label = fm.noise(4, 0), torch.arange(4)
     for steps, times in ((2, SKEWED[2]), (4, uniform_times(4))):
-        made = pipeline(latents=x, num_inference_steps=steps, class_labels=label, output_type="pt").images
+        made = pipeline(latents=x, num_inference_steps=steps, class_labels=label, output_type="latent").images
         with torch.no_grad():
             torch.testing.assert_close(made, euler(fm.drift, x, times, label), rtol=1e-5, atol=1e-6)
     other = replace(SKEWED, grids={2: (0, 0.2, 1)}, errors={})
@@ -268,7 +268,7 @@ def test_script_writes_stores_and_draws_and_samples_follow(tmp_path):
         (["--checkpoint=nowhere", "--out=x.json", "--sampler=heum"], "--sampler=heum"),
         (["--checkpoint=nowhere", "--out=x.json", "--fine=99999"], "--fine=99999: must be from 1 to 1024"),
         (["--checkpoint=owner/name", "--store"], "--checkpoint=owner/name: needs a directory for --store"),
-        (["--checkpoint=nowhere", "--out=x.json", "--reference=nowhere.npz"], "--reference=nowhere.npz"),
+        (["--checkpoint=CHECKPOINT", "--out=x.json", "--reference=nowhere.npz"], "--reference=nowhere.npz"),
         (
             ["--checkpoint=CHECKPOINT", "--out=x.json", "--reference=assets/references/fashion_mnist.npz"],
             "--reference=assets/references/fashion_mnist.npz: images differ in size",

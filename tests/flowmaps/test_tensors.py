@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from flowmaps import UserError
-from flowmaps.tensors import check_shapes, read_header, read_tensors
+from flowmaps.tensors import check_shapes, merged, model_files, read_header, read_tensors
 
 GOOD = save({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, {"step": "3"})
 
@@ -64,3 +64,49 @@ def test_only_regular_files_are_opened(tmp_path, kind):
 def test_weights_of_another_network(tmp_path, network, named):
     with pytest.raises(UserError, match=f"a does not fit it: {named}"):
         check_shapes(network, {"weight": (2, 3), "bias": (2,)}, tmp_path / "a", "it")
+
+
+def named(*parts):
+    return [f"diffusion_pytorch_model{part}.safetensors" for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("there", "found", "variant"),
+    [
+        (named(""), named(""), ""),
+        (named("", ".fp16"), named(""), ""),
+        (named(".fp16"), named(".fp16"), "fp16"),
+        (named("-00001-of-00002", "-00002-of-00002"), named("-00001-of-00002", "-00002-of-00002"), ""),
+        (named(".a-00001-of-00001"), named(".a-00001-of-00001"), "a"),
+    ],
+)
+def test_weights_in_one_file_in_shards_or_of_a_variant(tmp_path, there, found, variant):
+    for name in there:
+        (tmp_path / name).touch()
+    files, of = model_files(tmp_path, "remedy")
+    assert [file.name for file in files] == found and of == variant
+
+
+@pytest.mark.parametrize(
+    ("there", "reason"),
+    [
+        ([], r"diffusion_pytorch_model\.safetensors is missing: the checkpoint is incomplete$"),
+        (["diffusion_pytorch_model.bin"], r"there: diffusion_pytorch_model\.bin"),
+        (named(".fp16", ".bf16"), r"more than one variant; there: .*bf16.*fp16.*: remedy"),
+        (named("-00001-of-00002"), "incomplete set"),
+        (named("-00001-of-00002", "-00002-of-00003"), "incomplete set"),
+        (named("", "-00001-of-00001"), "incomplete set"),
+        (named("-00000-of-00001"), "incomplete set"),
+    ],
+)
+def test_weights_that_are_not_all_there_are_listed(tmp_path, there, reason):
+    for name in there:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=reason):
+        model_files(tmp_path, "remedy")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    assert merged([{"a": 1}, {"b": 2}], tmp_path, "remedy") == {"a": 1, "b": 2}
+    with pytest.raises(UserError, match="a is in two files: remedy"):
+        merged([{"a": 1}, {"a": 1}], tmp_path, "remedy")

@@ -31,7 +31,7 @@ def pipeline():
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_pipeline_makes_the_samples_of_the_cpu(steps, latents, device, record_property):
-    options = {"num_inference_steps": steps, "output_type": "pt", "class_labels": [i % 10 for i in range(32)]}
+    options = {"num_inference_steps": steps, "output_type": "latent", "class_labels": [i % 10 for i in range(32)]}
     with tf32_products(False):
         ours = pipeline().to(device)(latents=latents.to(device), **options).images.cpu()
     exact = pipeline()(latents=latents, **options).images
@@ -44,7 +44,7 @@ def test_the_pipeline_makes_the_samples_of_the_cpu(steps, latents, device, recor
 def test_offloading_changes_nothing(offload, latents, device):
     if device.type == "cpu":
         pytest.skip("offloading needs an accelerator")
-    options = {"num_inference_steps": 2, "output_type": "pt", "class_labels": 3}
+    options = {"num_inference_steps": 2, "output_type": "latent", "class_labels": 3}
     expected = pipeline().to(device)(latents=latents.to(device), **options).images
     pipe = pipeline()
     getattr(pipe, offload)()

@@ -15,8 +15,9 @@ import flowmaps.networks
 import flowmaps.objectives
 import samplers
 import training
+from flowmaps.cli.commands import COMMANDS
 from flowmaps.cli.sampling_flags import DTYPE_NAMES, SAMPLER_NAMES
-from flowmaps.metrics.extractors import CLASSIFIERS
+from flowmaps.metrics.classifier import CLASSIFIERS
 from flowmaps.metrics.scores import KID_SUBSET
 from flowmaps.objectives import OBJECTIVES
 from flowmaps.vae import DTYPES
@@ -31,6 +32,7 @@ OUTSIDE = {"configs", "scripts", "benchmarks", "tests", "helpers"}  # no package
 
 
 def floor(module):
+    module = module.replace("flowmaps.__main__", "flowmaps.cli.__main__")  # has to lie there
     return max((f for f in FLOORS if f"{module}.".startswith(f"{f}.")), key=len)
 
 
@@ -68,6 +70,16 @@ def test_no_import_goes_up(module):
         assert name not in MODULES or floor(name) not in above, f"{module} imports {name}"
 
 
+def test_only_the_table_of_commands_names_modules_above():
+    """A module looked up by its name at run time is an import too: `flowmaps` does this for its commands alone."""
+    for module, path in MODULES.items():
+        above = FLOORS[FLOORS.index(floor(module)) + 1 :]
+        texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        named = {text for text in texts & MODULES.keys() if "." in text and floor(text) in above}
+        assert named == ({"training.cli.train", "training.cli.prepare"} if module == "flowmaps.cli.commands" else set())
+    assert set(COMMANDS.values()) <= MODULES.keys()
+
+
 def test_no_circle_among_modules():
     """Remove modules without imports until none is left; also prints the number of modules and imports per package."""
     left = {module: {b for a, b in arrows() if a == module} for module in MODULES}
@@ -99,13 +111,29 @@ def test_samplers_import_only_torch():
     assert tops - set(sys.stdlib_module_names) <= {"torch", "samplers"}
 
 
-def test_wheel_holds_the_packages_types_and_extractors(tmp_path):
+def test_wheel_holds_packages_types_configs_commands_and_small_assets(tmp_path):
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+    file = next(tmp_path.glob("*.whl"))
+    assert file.stat().st_size < 8e6
+    with zipfile.ZipFile(file) as wheel:
         names = set(wheel.namelist())
+        (points,) = [wheel.read(name).decode() for name in names if name.endswith("entry_points.txt")]
+    assert "[console_scripts]\nflowmaps = flowmaps.cli.commands:main" in points
+    assert {f"flowmaps/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")} <= names
+    assert "flowmaps/assets/digits/network/diffusion_pytorch_model.safetensors" in names
     assert {"flowmaps/py.typed", "samplers/py.typed", "training/py.typed"} <= names
     assert {f"flowmaps/assets/extractors/{name}.safetensors" for name in CLASSIFIERS} <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"flowmaps", "samplers", "training"}
+
+
+@pytest.mark.parametrize("torch", ["cpu", "cu126", ""])
+def test_make_installs_torch_from_the_index_that_it_is_given(torch):
+    """TORCH=cpu leaves out 5 GB of CUDA, of which `make demo` warns before it installs them."""
+    command = ["make", "-nB", "demo", *([f"TORCH={torch}"] if torch else [])]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    pip = f"pip install --quiet torch torchvision --index-url https://download.pytorch.org/whl/{torch}\n"
+    assert (pip in shown) == bool(torch) and ("TORCH=cpu leaves them out" in shown) == (not torch)
+    assert shown.index("torch torchvision" if torch else "echo") < shown.index("--editable '.[dev]'")
 
 
 HEAVY = ("torch", "diffusers", "torch_fidelity", "accelerate", "numpy", "PIL")
@@ -133,8 +161,6 @@ def test_flags_name_every_sampler_and_precision():
     assert DTYPE_NAMES == list(DTYPES)
     shown = run_script("scripts/fid.py", "--help", check=True).stdout
     assert f"Images in each of KID's subsets ['{KID_SUBSET}']" in shown
-    shown = run_script("scripts/train_extractor.py", "--help", check=True).stdout
-    assert f"<{'|'.join(CLASSIFIERS)}>: Data set" in shown
 
 
 FROZEN = {
@@ -160,7 +186,7 @@ FLAGS = {
     | {"repeats", "max_regression", "tolerance", "junit"},
     "schedule.py": {"checkpoint", "steps", "out", "store", "plot", "sampler", "cost", "noises", "seed", "fine"}
     | {"guidance", "batch", "reference", "num"},
-    "train_extractor.py": {"data", "root", "out", "epochs", "seed"},
+    "train_extractor.py": {"data", "root", "size", "out", "epochs", "seed"},
     "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
     "demo.py": {"workdir", "steps", "num"},
     "gpu_check.py": {"parts", "out", "minutes", "data", "device", "smoke"},
@@ -192,5 +218,7 @@ def test_module_paths_in_checkpoints_do_not_change():
 
 def test_scripts_are_thin():
     for path in (ROOT / "scripts").glob("*.py"):
-        shim = ".cli import" in path.read_text().replace("flowmaps.cli.run import", "")
+        shim = "run_command" in path.read_text()
         assert len(path.read_text().splitlines()) < (10 if shim else 100), path
+    shims = [path.stem for path in (ROOT / "scripts").glob("*.py") if "run_command" in path.read_text()]
+    assert sorted(shim.split("_")[0] for shim in shims) == sorted(COMMANDS)

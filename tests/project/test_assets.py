@@ -71,7 +71,7 @@ def test_pipeline_makes_the_samples_of_rollout(name):
             (stored, {"num_inference_steps": steps}),
         ):
             times = uniform if times is None else times
-            made = pipeline(latents=x, class_labels=label, output_type="pt", **how).images
+            made = pipeline(latents=x, class_labels=label, output_type="latent", **how).images
             with torch.no_grad():
                 torch.testing.assert_close(made, rollout(fm, x, times, label), rtol=0, atol=1e-6)
 

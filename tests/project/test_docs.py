@@ -3,8 +3,9 @@
 import re
 
 import torch
-from helpers import CASES, ROOT, gaussian_data, gaussian_map
+from helpers import CASES, ROOT, gaussian_data, gaussian_map, run_script
 
+from flowmaps.cli.commands import COMMANDS
 from flowmaps.objectives import OBJECTIVES
 from training.config import class_name
 
@@ -36,6 +37,14 @@ def test_every_objective_has_a_row_in_readme_maths_and_each_config():
             continue
         configs = [module.get_config(row) for row in module.ROWS if "pipeline" not in row]
         assert {class_name(config.objective) for config in configs} == set(OBJECTIVES)
+
+
+def test_the_config_of_extending_md_trains_its_own_objective(tmp_path):
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)[-1]
+    (tmp_path / "mine.py").write_text(block)
+    flags = ["--config.objective.damping=0.2", "--config.batch=8", "--dry_run"]
+    done = run_script("scripts/train.py", *flags, f"--config={tmp_path}/mine.py:damped")
+    assert done.returncode == 0 and "loss of two steps" in done.stdout, done.stderr
 
 
 def test_architecture_md_names_every_module_and_no_other():
@@ -75,8 +84,9 @@ def test_commands_in_the_documents_name_real_flags():
         text = file.read_text().replace("\\\n", " ")
         for script, arguments in re.findall(r"^    python scripts/(\w+)\.py(.*)$", text, re.MULTILINE):
             shim = (ROOT / f"scripts/{script}.py").read_text()
-            command = re.search(r"from (flowmaps|training)\.cli import (\w+)", shim)
-            files = ["flowmaps/cli/sampling_flags.py", f"{command[1]}/cli/{command[2]}.py"] if command else []
+            module = COMMANDS[script.split("_")[0]].replace(".", "/") if "run_command" in shim else ""
+            module = "training/cli/extractor" if script == "train_extractor" else module
+            files = ["flowmaps/cli/sampling_flags.py", f"{module}.py"] if module else []
             source = shim + "".join((ROOT / file).read_text() for file in files)
             for flag in re.findall(r"--([\w.]+)", arguments):
                 if not flag.startswith("config."):

@@ -44,7 +44,7 @@ def test_the_pipeline_gives_the_same_samples():
     pipeline = FlowMapPipeline.from_pretrained(GOLDEN / "checkpoint")
     pipeline.set_progress_bar_config(disable=True)
     noise = pipeline.flow_map.noise(4, 3)
-    found = pipeline(latents=noise, num_inference_steps=4, output_type="pt").images
+    found = pipeline(latents=noise, num_inference_steps=4, output_type="latent").images
     torch.testing.assert_close(found, torch.from_numpy(SAMPLES["map-4"]), rtol=1e-4, atol=1e-5)
 
 

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import CASES, gaussian_data, gaussian_map
+from helpers import CASES, gaussian_data, gaussian_map, generator
 
 from flowmaps import FlowMap, FlowMapInfo
 from flowmaps.generate import generate
@@ -118,9 +118,23 @@ def test_samples_do_not_depend_on_the_batch_size(name):
 def test_bad_grids_are_refused(times):
     with pytest.raises(ValueError, match="times must"):
         euler(lambda x, t, label: x, torch.zeros(2, 3), torch.tensor(times))
+    with pytest.raises(ValueError, match="times must"):
+        euler(lambda x, t, label: x, torch.zeros(2, 3), times)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_times_may_be_a_list(name):
+    fm, times = gaussian_map(), [0.0, 0.3, 1.0]
+    row, x = SAMPLERS[name], torch.randn(4, 3, dtype=torch.float64, generator=generator())
+    options = {"path": fm.interpolant, "noise": lambda k: x} if row.renoises else {}
+    model = fm if row.of == "map" else fm.drift
+    assert torch.equal(
+        row.run(model, x, times, **options), row.run(model, x, torch.tensor(times, dtype=x.dtype), **options)
+    )
 
 
 def test_uniform_times():
     assert uniform_times(4).tolist() == [0, 0.25, 0.5, 0.75, 1]
-    with pytest.raises(ValueError, match="at least 1"):
-        uniform_times(0)
+    for steps in (0, -1, 1.5, float("nan"), True, None, 100_001):
+        with pytest.raises(ValueError, match="at least 1"):
+            uniform_times(steps)

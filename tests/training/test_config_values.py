@@ -123,25 +123,54 @@ def test_the_flag_of_a_tuple(hint, text, value):
 def test_a_config_file_may_have_a_colon_and_a_tilde_in_its_path(tmp_path, monkeypatch):
     folder = tmp_path / "a:b"
     folder.mkdir()
-    (folder / "c.py").write_text("")
+    (folder / "cats.py").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert _split(f"{folder}/c.py:row,x:y") == (folder / "c.py", ["row,x:y"])
-    assert _split("~/a:b/c.py") == (folder / "c.py", [])
-    with pytest.raises(flags.Error, match=r"^--config=.*d\.py:row: no such file"):
-        _split(f"{folder}/d.py:row")
+    assert _split(f"{folder}/cats.py:row,x:y") == (folder / "cats.py", ["row,x:y"])
+    assert _split("~/a:b/cats.py") == (folder / "cats.py", [])
+    with pytest.raises(flags.Error, match=r"^--config=.*cat\.py:row: no such config: did you mean .*cats\.py\?"):
+        _split(f"{folder}/cat.py:row")
 
 
 FILES = {
-    "syntax": ("def get_config(:", "SyntaxError.*line 1"),
-    "import": ("import no_such_module", "no_such_module.*line 1"),
+    "syntax": ("def get_config(:", r"line 1: cannot be used as a config \(SyntaxError"),
+    "import": ("import no_such_module", "line 1: .*no_such_module"),
     "none": ("def get_config(row): pass", "returns None, not a Config"),
     "empty": ("", "no function get_config"),
-    "raises": ("def get_config(row):\n    return {}[row]", "KeyError: 'x'.*line 2"),
+    "field": (
+        "from training.config import Data\ndef get_config(row):\n    return Data(nmae=1)",
+        r"line 3: .*\(Data has no field nmae: did you mean name\?\)",
+    ),
+    "attribute": (
+        "from flowmaps.configs.digits import get_config as g\ndef get_config(row):\n    return g().optim.lrr",
+        r"line 3: .*\(Optim has no field lrr: did you mean lr\?\)",
+    ),
+    "option": (
+        "from flowmaps.configs.digits import get_config as g\ndef get_config(row):\n    g().network.widht = 3",
+        r"line 3: network.widht: UNet has no such option: did you mean width\?",
+    ),
+    "assigned": (
+        "from flowmaps.configs.digits import get_config as g\ndef get_config(row):\n    c = g()\n"
+        "    c.optim.lrr = 3\n    return c",
+        r"--config.optim.lrr: Optim has no such field: did you mean lr\?",
+    ),
+    "assigned to the objective": (
+        "from flowmaps.configs.digits import get_config as g\ndef get_config(row):\n    c = g()\n"
+        "    c.objective.diagnal = 3\n    return c",
+        r"--config.objective.diagnal: Lagrangian has no such field: did you mean diagonal\?",
+    ),
+    "raises": ("def get_config(row):\n    return {}[row]", "line 2: .*KeyError: 'x'"),
     "deep": ("def get_config(row):\n    return get_config(row)", "RecursionError"),
 }
 FLAGS = {
     "--flagfile": "flagfile",
+    "--flagfile=nowhere": "Unable to open flagfile: .* 'nowhere'",
     "--config.=5": "--config.: Config has no such field",
+    "--config.nework.width=3": "--config.nework.width: .*did you mean --config.network.width?",
+    "--config.nework=3": "--config.nework: Config has no such field: did you mean network?",
+    "--config.lr=3": "--config.lr: Config has no such field: did you mean --config.optim.lr?",
+    "--config.steps.x=3": "--config.steps.x: this is not a section: set --config.steps",
+    "--config.qq=3": "--config.qq: Config has no such field: choose one of network, objective",
+    "--wrokdir=x": "--wrokdir: unknown flag: did you mean --workdir?",
     "--config.ema[0]=0.5": r"--config.ema\[0\]: Config has no such field",
     "--config.network=build": "--config.network: this is a section",
     "--config.data.rooot=x": "--config.data.rooot: Data has no such field",

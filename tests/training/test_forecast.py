@@ -113,7 +113,7 @@ def test_a_step_reads_one_number_and_knows_the_times_of_its_solver():
         trainer = Trainer.build(config, data)
         measure(trainer, ledger)
         counters = [state["step"].item() for state in trainer.optimizer.state.values()]
-        x = trainer.paths(torch.rand(2, 1, 8, 8), None, torch.Generator())
+        x = trainer.paths(torch.rand(2, 1, 8, 8), torch.arange(2), torch.Generator())
         assert x.times[0].item() == pytest.approx(0.0062) and x.times[-1].item() == 1
     assert ledger.asked == 1 and set(counters) == {2}
 

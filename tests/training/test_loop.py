@@ -75,7 +75,10 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
 def test_resume_refuses_another_config(tmp_path):
     train(tiny(), tmp_path)
     for change in ({"seed": 1}, {"batch": 32}, {"steps": 12}):  # the cosine rate follows the number of steps
-        with pytest.raises(UserError, match=f"^config.{next(iter(change))}: differs"):
+        way = (
+            f"^config.{next(iter(change))}: differs from the run in .* a new workdir, there with init_from={tmp_path} "
+        )
+        with pytest.raises(UserError, match=way):
             train(tiny(**change), tmp_path)
     train(tiny(log_every=1), tmp_path)
 

@@ -10,10 +10,12 @@ from helpers.runs import assert_same, tiny
 
 from configs.digits import get_config as digits
 from flowmaps import FlowMap, UserError
-from flowmaps.generate import labels_for
+from flowmaps.data.map_style import MapStyleData
 from flowmaps.images import from_uint8
+from flowmaps.labels import labels_for
 from flowmaps.objectives import OBJECTIVES, Draws
 from flowmaps.rng import generator
+from training.build import build_model
 from training.checkpoint import load_checkpoint
 from training.config import Precision
 from training.trainer import Trainer
@@ -115,6 +117,15 @@ def test_label_dropout_hides_its_share_of_labels_and_is_recorded(monkeypatch):
     assert abs(dropped.float().mean() - 0.2) < 0.05
     info = trainer.averaged(0).info
     assert info.label_dropout == 0.2 and labels_for(info, 2, 10).tolist() == [10, 10]
+
+
+def test_class_names_of_the_data_are_recorded_for_a_network_with_classes():
+    config, names = digits("lagrangian,smoke"), tuple("0123456789")
+    assert Trainer.build(config).averaged(0).info.class_names == names
+    own = MapStyleData(torch.utils.data.TensorDataset(torch.zeros(9, 1, 8, 8, dtype=torch.uint8)), "", (1, 8, 8), 10)
+    assert build_model(config, own)[0].info.class_names == ()
+    config.network.num_classes = 0
+    assert Trainer.build(config).averaged(0).info.class_names == ()
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from absl import flags
 
 from flowmaps.cli import next_command
 from flowmaps.cli.run import required
+from flowmaps.configs import shipped_configs
 from flowmaps.errors import UserError, blame
 from flowmaps.files import writable_directory
 
@@ -97,8 +98,8 @@ def images(size: int, vae: str | None = None) -> None:
     counts = {"shard": SHARD.value, "batch": BATCH.value, "workers": WORKERS.value}
     size = SIZE.value or size
     show(write_images(out, src, size, encoder, skip_corrupt=SKIP_CORRUPT.value, **counts))
-    file = f"configs/imagenet{size}.py"
-    row = f"{file}:lagrangian" if Path(file).exists() else "FILE:ROW"
+    name = f"imagenet{size}"
+    row = f"{name}:lagrangian" if name in shipped_configs() else "FILE:ROW"
     told(out, f"--config={row}", "--config.data.name=prepared", f"--config.data.root={out}")
 
 

@@ -33,7 +33,7 @@ class Memory(flags.ArgumentParser[Any]):
         return {"true": 80.0, "false": None}[argument] if argument in ("true", "false") else float(argument)
 
 
-CONFIG = config_file.define("File and row: configs/digits.py:lagrangian[,smoke]")
+CONFIG = config_file.define("Shipped config or your own file, and a row of it: digits:lagrangian[,smoke]")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run found there is resumed")
 STAGE = flags.DEFINE_string(
     "stage", "", "The only stage of a chain to train; the stages that it starts from must exist"
@@ -55,7 +55,7 @@ JSON = flags.DEFINE_string("json", None, "File for the forecast as a list of rec
 
 def main() -> None:
     if CONFIG.value is None:
-        raise UserError("missing, e.g. --config=configs/digits.py:lagrangian", field="config")
+        raise UserError("missing, e.g. --config=digits:lagrangian", field="config")
     config = CONFIG.value
     workdir = "" if DRY_RUN.value or FORECAST.value is not None else required(WORKDIR, "runs/digits")
 

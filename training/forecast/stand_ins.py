@@ -20,6 +20,7 @@ from flowmaps.metrics.lpips import lpips, untrained
 from flowmaps.vae import Decoder
 from training.build import build_flow_map, scaled
 from training.config import Config
+from training.network_section import fitted
 from training.teacher_trajectories import to_dict, trajectory_times
 
 ITEMS = 1024  # in a stand-in for a data set
@@ -75,15 +76,15 @@ def data_of(config: Config) -> DataSet:
         UserError: The network does not say the shape of its samples.
     """
     net: Any = config.network
-    classes = getattr(net, "num_classes", 0)
+    classes, channels = getattr(net, "num_classes", 0) or 0, getattr(net, "channels", 3) or 3  # None: as the data have
     if hasattr(net, "dim"):
         return Shapes((net.dim,), classes)
     if not hasattr(net, "image_size") or not hasattr(net, "channels"):
         raise UserError("needs the options image_size and channels, or dim, for a forecast", field="network")
-    shape = (net.channels, net.image_size, net.image_size)
-    if config.data.name != "prepared" or net.channels == 3:
+    shape = (channels, net.image_size, net.image_size)
+    if config.data.name != "prepared" or channels == 3:
         return Shapes(shape, classes)
-    scaling = {"latent_shift": net.channels * (0.0,), "latent_scale": net.channels * (1.0,), "vae_range": VAE_RANGE}
+    scaling = {"latent_shift": channels * (0.0,), "latent_scale": channels * (1.0,), "vae_range": VAE_RANGE}
     return scaled(config, LatentShapes(Path(), {"shape": shape, "num_classes": classes, "vae": "", **scaling}, [ITEMS]))
 
 
@@ -96,7 +97,9 @@ def stand_ins(config: Config, data: DataSet, runs: Mapping[str, Config]) -> Iter
 
     def load_flow_map(field: str, source: str, config: Config) -> FlowMap:
         latents = data.info if isinstance(data, Latents) else {}
-        fm = build_flow_map(runs.get(source, config), data.shape, data.num_classes, **latents)
+        made = runs.get(source, config)
+        made = replace(made, network=fitted(made.network, data.shape, data.num_classes))
+        fm = build_flow_map(made, data.shape, data.num_classes, **latents)
         if source not in runs:
             fm.info = replace(fm.info, kind="drift", guidance=None, guidance_max=None)
         return Unread(fm.network, fm.interpolant_name, fm.base_std, fm.info).eval()

@@ -85,6 +85,10 @@ SAMPLE_MISTAKES = {
     "label out of range": (["--checkpoint={runs}/map", "--label=11"], "label"),
     "negative label": (["--checkpoint={runs}/map", "--label=-1"], "label"),
     "no label": (["--checkpoint={runs}/map", "--label=10"], "label"),
+    "label of no class": (
+        ["--checkpoint=assets/fashion_mnist", "--label=boat"],
+        "did you mean Coat?",
+    ),
     "label of unconditional": (["--checkpoint={runs}/drift", "--sampler=euler", "--label=1"], "label"),
     "map of a drift": (["--checkpoint={runs}/drift", "--sampler=map"], "(sampler=euler)"),
     "guidance of a plain model": (["--checkpoint={runs}/map", "--guidance=2"], "--guidance"),
@@ -155,8 +159,13 @@ def test_sample_points_and_one_class(tmp_path, runs):
     run_script("scripts/sample.py", f"--checkpoint={runs}/drift", *points, check=True)
     assert np.load(tmp_path / "points" / "samples-3.npz")["arr_0"].shape == (50, 2)
     threes = ["--label=3", "--steps=1", "--num=4", f"--out={tmp_path}/threes"]
-    run_script("scripts/sample.py", f"--checkpoint={runs}/map", *threes, check=True)
+    said = run_script("scripts/sample.py", f"--checkpoint={runs}/map", *threes, check=True).stdout
+    assert "samples  1 step, map, uniform steps, label 3: 4 images, " in said
     assert np.load(tmp_path / "threes" / "samples-1.npz")["label"].tolist() == [3, 3, 3, 3]
+    assert FlowMap.from_pretrained(runs / "map").info.class_names == tuple("0123456789")
+    boots = ["--checkpoint=assets/fashion_mnist", "--label=boot", "--steps=1", "--num=2", f"--out={tmp_path}/boots"]
+    run_script("scripts/sample.py", *boots, check=True)
+    assert np.load(tmp_path / "boots" / "samples-1.npz")["label"].tolist() == [9, 9]
 
 
 def test_sample_with_guidance_and_from_a_consistency_model(tmp_path, runs):

@@ -27,6 +27,17 @@ def test_order_visits_every_item_once_an_epoch_and_depends_on_position_alone():
     assert not torch.equal(ShuffledOrder(10, seed=4).indices(0, 35), whole)
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [("digits", "0", "9"), ("fashion_mnist", "T-shirt/top", "Ankle boot"), ("cifar10", "airplane", "truck")],
+)
+def test_classes_have_names(name, first, last, data_root):
+    for split in ("train", "heldout"):
+        names = open_dataset(name, split, root=str(data_root)).class_names
+        assert (names[0], names[-1], len(names)) == (first, last, 10)
+    assert open_dataset("checkerboard").class_names == ()
+
+
 @pytest.mark.parametrize("name", DATASETS)
 def test_splits_are_fixed_and_disjoint(name, data_root):
     files = str(data_root)

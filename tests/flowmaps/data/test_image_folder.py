@@ -52,7 +52,7 @@ def test_a_zip_equals_the_folder(tmp_path):
         data = open_images(packed, 16, skip_corrupt=True)
         index = torch.arange(len(data))
         assert all(torch.equal(a, b) for a, b in zip(data.fetch(index), folder.fetch(index), strict=True))
-        assert data.classes == folder.classes
+        assert data.class_names == data.classes == folder.classes
 
 
 def test_a_damaged_entry_of_a_zip_is_named(tmp_path):
@@ -76,6 +76,7 @@ def test_labels_from_dataset_json(tmp_path):
     ):
         data = open_images(make(json.dumps({"labels": labels}).encode()), 8)
         assert data.label.tolist() == [3, 2, 1, 0] and data.num_classes == 4 and not data.left_out
+        assert data.class_names == ()  # numbers only
         data = open_images(make(b'{"labels": null}'), 8)
         assert data.label is None and data.num_classes == 0
         for wrong in (b"{", b"{}", b"[]", b'{"labels": [["a.png", 1]]}', b'{"labels": 3}', b'{"labels": [["x", -1]]}'):

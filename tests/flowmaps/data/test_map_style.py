@@ -48,6 +48,24 @@ def test_pictures_are_the_same_through_a_folder_and_through_a_dataset(folder, wo
         assert torch.equal(x, expected[0]) and torch.equal(label, expected[1])
 
 
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        (["ant", "bee"], ("ant", "bee")),
+        (("ant", "bee"), ("ant", "bee")),
+        (["0", "1"], ()),
+        (["ant"], ()),
+        ([("ant", "emmet"), ("bee",)], ()),
+        ("ab", ()),
+        (None, ()),
+    ],
+)
+def test_class_names_are_those_of_torchvision(folder, classes, names):
+    pictures = Pictures(folder)
+    pictures.classes = classes
+    assert as_dataset(pictures).class_names == names
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 4, 4), (2,)])
 @pytest.mark.parametrize("labelled", [True, False])
 def test_tensors_are_the_same_as_in_memory(shape, labelled):

@@ -48,6 +48,14 @@ def edit(file, change):
     file.write_text(json.dumps(content))
 
 
+@pytest.mark.parametrize("kind", ["images", "latents"])
+def test_class_names_are_kept(tmp_path, kind):
+    write(tmp_path / "named", kind, classes=["ant", "bee"])
+    write(tmp_path / "plain", kind)
+    assert CLASSES[kind].open(tmp_path / "named").class_names == ("ant", "bee")
+    assert CLASSES[kind].open(tmp_path / "plain").class_names == ()
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_what_is_written_is_read(tmp_path, kind):
     write(tmp_path / "set", kind)
@@ -124,6 +132,7 @@ def setting(name, value):
         ("images", setting("other", 1), "other is unknown"),
         ("images", setting("format", 3), "has format 3, this version reads 4"),
         ("images", lambda content: [content], "expected ImageFacts"),
+        ("images", setting("classes", ["ant"]), "classes has 1 names for num_classes 2"),
         ("trajectories", setting("times", [0, 0.7, 0.3]), "times must be"),
         ("trajectories", setting("times", [0]), "times must be"),
         ("trajectories", setting("made", None), "made is None"),

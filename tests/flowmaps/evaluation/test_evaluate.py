@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,6 +58,13 @@ def place(tmp_path_factory):
     (base / "cutsamples.npz").write_bytes((base / "real.npz").read_bytes()[:-100])
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(base / "odd.png")
     return base
+
+
+def test_a_class_by_name_is_recorded_by_its_number(place):
+    fm = FlowMap.from_pretrained(place / "map")
+    fm.info = replace(fm.info, class_names=tuple("abcdefghij"))
+    named, numbered = (evaluate(fm, str(place / "ref.npz"), num=100, label=label) for label in ("D", 3))
+    assert named["label"] == 3 and named["results"] == numbered["results"]
 
 
 def fid(place, *arguments, **options):  # {base} in an argument is the folder of the fixture

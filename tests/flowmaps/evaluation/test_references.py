@@ -114,7 +114,7 @@ REFUSED = {
     "crossed": "crossed.npz: mu of shape (2048,) and sigma of shape (64, 64) do not fit",
     "resize": "features differ in resize",
     "weights": "features differ in weights",
-    "extractor": "--extractor=dinov2: choose one of",
+    "extractor": "was made with the extractor 'dinov2': give its file",
     "old": "old.npz has no size",
     "hostile": "not a file of EDM2's reference statistics",
     "rows": "rows.npz: features must be 30 x 2048",

@@ -5,11 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from helpers.makers import encoded, photograph, write_folder
 from PIL import Image
 
-from flowmaps import UserError
-from flowmaps.evaluation.samples import write_samples
+from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.data import ShuffledOrder
+from flowmaps.data.image_folder import open_images
+from flowmaps.evaluation.samples import grid_image, write_samples
 from flowmaps.images import to_uint8
+from flowmaps.networks import UNet
 
 
 def batches(x, sizes):
@@ -76,3 +80,16 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     with pytest.raises(UserError, match="NaN"):
         write_samples([(x + 1, None), (x * float("nan"), None)], tmp_path, 1)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_the_first_row_of_a_grid_is_the_data_as_the_network_sees_them(tmp_path):
+    files = {f"{i}.png": encoded(photograph(i, 40, 30), "png") for i in range(5)}
+    data = open_images(write_folder(tmp_path / "mine", files), size=48)
+    network = UNet(image_size=48, width=8, channel_mult=(1,), blocks=1, attention_resolutions=(), patch=4)
+    fm = FlowMap(network, info=FlowMapInfo(shape=(3, 48, 48)))
+    rows = np.asarray(grid_image(fm, (1,), seed=0, columns=4, data=data))
+    without = np.asarray(grid_image(fm, (1,), seed=0, columns=4))
+    assert rows.shape[0] == 2 * without.shape[0] and (rows[52:] == without).all()
+    drawn = data.fetch(ShuffledOrder(5, 0).indices(0, 4))[0]
+    for i, image in enumerate(drawn):
+        assert (rows[2:50, 52 * i + 2 : 52 * i + 50] == image.movedim(0, -1).numpy()).all()

@@ -288,8 +288,9 @@ def test_an_imported_network_ignores_t_at_first(form, tmp_path):
     fm = import_checkpoint(form, file, **({"image_size": 32} if form == "rectified_flow" else {}))
     x, s = torch.randn(4, *fm.info.shape), torch.tensor([0.0, 0.2, 0.5, 1.0])
     t = torch.tensor([0.0, 0.9, 0.6, 1.0])
-    v = fm.velocity(x, s, t)
-    assert torch.equal(v, fm.drift(x, s)) and v.isfinite().all()
+    label = torch.arange(4) if fm.info.num_classes else None
+    v = fm.velocity(x, s, t, label)
+    assert torch.equal(v, fm.drift(x, s, label)) and v.isfinite().all()
     v.square().mean().backward()
     second = [
         p.grad for name, p in fm.network.named_parameters() if name.startswith(("embedding.gap.2", "embedding.gains"))

@@ -10,12 +10,14 @@ import torch
 from helpers.makers import Items
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from flowmaps import UserError
 from flowmaps.data import open_dataset
 from flowmaps.images import from_uint8
 from flowmaps.metrics import FeatureStats, board_kl, frechet_distance, sliced_w2
-from flowmaps.metrics.extractors import CLASSIFIERS, EXTRACTORS, extractor_file, load_extractor
+from flowmaps.metrics.classifier import CLASSIFIERS, ClassifierOptions, OwnExtractor, own_file, own_name
+from flowmaps.metrics.extractors import EXTRACTORS, extractor_file, load_extractor
 from flowmaps.metrics.memorisation import memorisation, nearest
 from flowmaps.metrics.stats import Origin
 
@@ -234,7 +236,7 @@ def test_nan_features_and_too_few_samples_are_refused():
 def test_shipped_extractors(name):
     extractor = load_extractor(name)
     options = CLASSIFIERS[name]
-    images = torch.randint(0, 256, (5, options["channels"], options["size"], options["size"]), dtype=torch.uint8)
+    images = torch.randint(0, 256, (5, options.channels, options.size, options.size), dtype=torch.uint8)
     assert extractor.embed(images).shape == (5, extractor.dim)
     assert extractor.metric == f"FD-{name}"  # never FID
     assert extractor_file(name).stat().st_size < 2**21
@@ -245,13 +247,64 @@ def test_shipped_extractors(name):
 def test_digits_extractor_knows_its_digits():
     from safetensors.torch import load_file
 
-    from flowmaps.metrics.extractors import Classifier
-
-    network = Classifier(**CLASSIFIERS["digits"]).eval()
+    network = CLASSIFIERS["digits"].build().eval()
     network.load_state_dict(load_file(extractor_file("digits")))
     x, label = open_dataset("digits", "heldout").fetch(torch.arange(449))
     x = from_uint8(x)
     assert (network(x).argmax(dim=1) == label).float().mean() > 0.98
+
+
+def own_extractor(file, name="mine", **options):
+    network = ClassifierOptions(**{"channels": 3, "size": 16, "classes": 2, "width": 4, "features": 8} | options)
+    weights = {k: v.contiguous() for k, v in ClassifierOptions(3, 16, 2, 4, 8).build().state_dict().items()}
+    save_file(weights, file, OwnExtractor(name, network, "classes").metadata())
+    return str(file)
+
+
+def test_an_extractor_is_a_file_with_its_name_and_network(tmp_path):
+    extractor = load_extractor(own_extractor(tmp_path / "a.safetensors"))
+    assert extractor.metric == "FD-mine" and extractor.dim == 8
+    assert extractor.embed(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).shape == (2, 8)
+    with pytest.raises(UserError, match=r"'mine' takes images of shape \(3, 16, 16\), got \(3, 8, 8\)"):
+        extractor.embed(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"name": "inception"}, "cannot be the name"),  # its distance would be called FID
+        ({"name": "a/b"}, "cannot be the name"),
+        ({"size": 10**9}, "size must lie in 1 .. 4,096"),
+        ({"classes": 0}, "classes must lie in"),
+        ({"width": 1000}, "does not fit the extractor"),
+    ],
+)
+def test_a_file_that_claims_another_extractor_is_refused(change, reason, tmp_path):
+    file = own_extractor(tmp_path / "a.safetensors", **change)
+    with pytest.raises(UserError, match=reason):
+        load_extractor(file)
+
+
+def test_a_file_that_is_not_an_extractor_is_refused(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    for name, reason in (("a", "is not an extractor"), ("none", "none.safetensors")):
+        with pytest.raises(UserError, match=reason) as error:
+            load_extractor(f"{tmp_path}/{name}.safetensors")
+        assert error.value.field == "extractor"
+    with pytest.raises(UserError, match="leave it out"):
+        load_extractor(own_extractor(tmp_path / "b.safetensors"), tmp_path / "a.safetensors")
+
+
+def test_an_extractor_has_the_name_of_its_data_and_lies_beside_them(tmp_path):
+    for data, file, name in (
+        ("faces", "faces", "faces"),
+        ("faces.zip", "faces", "faces"),
+        ("my faces (1)", "my faces (1)", "my-faces-1-"),
+        ("digits", "digits", "my-digits"),
+        ("inception", "inception", "my-inception"),
+    ):
+        assert own_file(tmp_path / data) == tmp_path / f"{file}.extractor.safetensors"
+        assert own_name(tmp_path / data) == name
 
 
 @pytest.mark.parametrize("name", EXTRACTORS)

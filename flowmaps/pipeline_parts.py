@@ -1,0 +1,91 @@
+"""The ends of a pipeline's call: its arguments, checked, and its samples in the form that was asked for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from flowmaps.errors import UserError
+from flowmaps.flow_map import FlowMap
+from flowmaps.images import to_pil, to_uint8
+from samplers import check_times
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def check_count(name: str, count: object) -> None:
+    """Refuse what is not a whole number of at least 1."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise UserError("must be a whole number of at least 1", field=name, value=count)
+
+
+def sample_count(**given: Any) -> int:
+    """Return the number of samples that the arguments agree on, as numbers or lengths; 1 if none of them says one."""
+    counts = {
+        name: len(value) if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0) else value
+        for name, value in given.items()
+    }
+    if counts.get("class_labels") == 1:  # for all
+        counts["class_labels"] = None
+    counts = {name: count for name, count in counts.items() if count is not None}
+    for name, count in counts.items():
+        check_count(name, count)
+    if len(set(counts.values())) > 1:
+        raise UserError(
+            f"{' and '.join(counts)} give {' and '.join(map(str, counts.values()))} samples: make them agree"
+        )
+    return next(iter(counts.values()), 1)
+
+
+def checked_sigmas(sigmas: Sequence[float] | Tensor, complete: bool) -> list[float]:
+    """Return the start points of steps to data, which must decrease, from 1 (noise) if ``complete``."""
+    try:
+        found: list[float] = torch.as_tensor(sigmas, dtype=torch.float64).tolist()
+        fits = bool(check_times([1 - sigma for sigma in (*found, 0.0)])[0] == 0) or not complete
+    except (ValueError, TypeError, RuntimeError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"must decrease{' from 1 (noise)' * complete} and stay above 0 (data)", field="sigmas", value=sigmas
+        )
+    return found
+
+
+def start(
+    fm: FlowMap, n: int, generator: Generators, latents: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return the noise [n, *shape] of n samples: ``latents`` if given, else drawn."""
+    streams = [generator] if isinstance(generator, torch.Generator) else generator
+    if streams is not None:
+        if not isinstance(streams, (list, tuple)) or not all(isinstance(one, torch.Generator) for one in streams):
+            raise UserError("must be a torch.Generator, or a list of one for each sample", field="generator")
+        if streams is generator and len(streams) != n:
+            raise UserError(f"has {len(streams)} for {n} samples: pass one, or one for each", field="generator")
+    shape = (n, *fm.info.shape)
+    if latents is None:
+        drawn: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return fm.base_std * drawn
+    if not isinstance(latents, Tensor) or latents.shape != shape or not latents.is_floating_point():
+        found = f"{latents.dtype} {list(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+        raise UserError(f"must be noise as a floating-point tensor {list(shape)}", field="latents", value=found)
+    return latents.to(device=device, dtype=dtype)
+
+
+def check_finite(x: Tensor, what: str, dtype: torch.dtype) -> None:
+    """Refuse samples with NaN or infinity, which as pictures would be black."""
+    if not bool(torch.isfinite(x).all()):
+        narrow = dtype == torch.float16
+        remedy = "float16 is too narrow for it, use bfloat16 or float32" if narrow else "check latents and weights"
+        raise UserError(f"{what} hold NaN or infinity, nothing is returned: {remedy}")
+
+
+def converted(x: Tensor, output_type: str) -> Any:
+    """Return samples as ``output_type`` has them; points, and what is called "latent", stay as they are."""
+    if output_type == "pil":
+        return [to_pil(image) for image in to_uint8(x)]
+    if output_type == "latent" or x.ndim != 4:
+        return x
+    images = (x / 2 + 0.5).clamp(0, 1)
+    return images if output_type == "pt" else images.float().permute(0, 2, 3, 1).cpu().numpy()
