@@ -46,11 +46,11 @@ def best_rates(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def optimiser_curves(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, int, float]]:
-    """Return (optimiser and rate, panel, images seen, score) at the best rates, with panels for each network."""
+    """Return (optimiser, panel, images seen, score) at the best rates, with panels for each network."""
     found = []
     for record in best_rates(records):
         row, _, optimiser = record["row"].rpartition("+")  # "lagrangian", "muon, lr 0.01"
         for name, value in record["scores"].items():
             metric, _, images = name.partition("@")
-            found.append((optimiser, f"{row}: {metric}", int(images), value))
+            found.append((optimiser.partition(",")[0], f"{row}: {metric}", int(images), value))
     return found

@@ -42,8 +42,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulate 2": {"accumulate": 2},
     "compile": {"compile": True},
 }
-DIT = network(DiT, image_size=8, channels=1, patch=1, width=128, depth=4, heads=4, num_classes=10)
-TRANSFORMERS = {"DiT": DIT, "small_DiT": dataclasses.replace(DIT, patch=2, width=64)}
+TRANSFORMERS = {
+    "DiT": network(DiT, image_size=8, channels=1, patch=1, width=128, depth=4, heads=4, num_classes=10),
+    "small_DiT": network(DiT, image_size=8, channels=1, patch=2, width=64, depth=4, heads=4, num_classes=10),
+}
 
 
 def machine() -> dict[str, Any]:

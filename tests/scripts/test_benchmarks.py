@@ -76,9 +76,9 @@ def test_of_each_optimiser_the_best_rate_is_shown():
     ]
     assert best_rates(records) == [records[k] for k in (1, 2, 4, 5)]
     assert optimiser_curves(records)[-3:] == [
-        ("muon, lr 0.001", "a+DiT: FD, steps=1", 128, 3.0),
-        ("muon, lr 0.1", "a: FD, steps=1", 64, 2.0),
-        ("muon, lr 0.1", "a: FD, steps=1", 128, 9.0),
+        ("muon", "a+DiT: FD, steps=1", 128, 3.0),
+        ("muon", "a: FD, steps=1", 64, 2.0),
+        ("muon", "a: FD, steps=1", 128, 9.0),
     ]
 
 
