@@ -3,6 +3,7 @@
 python scripts/benchmark.py --suite=checkerboard --seeds=0,1,2 --cpu_minutes=2 --json=checkerboard.json
 python scripts/benchmark.py --suite=digits --rows=lagrangian --seeds=0,1,2 --json=digits.json
 python scripts/benchmark.py --suite=learning --rows=lagrangian,lagrangian_edm2 --rates=2e-3,1e-2 --plot=learning.png
+python scripts/benchmark.py --suite=optimisers --rates=1e-3,3e-3,1e-2,3e-2 --seeds=0 --plot=optimisers.png
 python scripts/benchmark.py --suite=mid_training --rows=digits --threads=1 --plot=mid-training.png
 python scripts/benchmark.py --suite=bellman --rows=digits --threads=1 --plot=bellman.png
 python scripts/benchmark.py --suite=step --threads=1
@@ -36,11 +37,11 @@ SUITE = flags.DEFINE_string(
     "suite",
     None,
     "bellman (step sizes), checkerboard, digits, learning (curves), mid_training (its gain for post-training), "
-    "networks (time and memory of each objective), precision (errors of derivatives), routes (of a constant "
-    "derivative: time and memory), or timings: ema, fid, folders, layout, profile, resume, sample, step",
+    "networks (time and memory of each objective), optimisers (curves), precision (errors of derivatives), routes (of "
+    "a constant derivative: time and memory), or timings: ema, fid, folders, layout, profile, resume, sample, step",
 )
 ROWS = flags.DEFINE_list("rows", None, "Rows of the suite's config; of networks: small ones, or names of presets")
-RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning")
+RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning, optimisers")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds")
 TRAIN_STEPS = flags.DEFINE_integer("train_steps", None, "Training steps, instead of the config's", lower_bound=1)
 CPU_MINUTES = flags.DEFINE_float("cpu_minutes", None, "Process time to train for, instead of steps", 0.01)
@@ -56,7 +57,7 @@ WRITES = (JSON, PLOT)
 def main() -> None:
     import torch
     from benchmarks.speed import machine
-    from benchmarks.suites import PLOTTED, SUITES, Arguments, add_record, markdown, plot, stored_records
+    from benchmarks.suites import PLOTTED, RATED, SUITES, Arguments, add_record, markdown, plot, stored_records
 
     from flowmaps.images import write_png
 
@@ -70,8 +71,8 @@ def main() -> None:
     rows = rows if ROWS.value is None else ROWS.value
     if not seeds or not rows:
         raise UserError(f"--seeds={','.join(SEEDS.value)} --rows={','.join(rows)}: give integers and rows")
-    if (SUITE.value == "learning") != bool(rates) or not all(0 < rate < math.inf for rate in rates):
-        raise UserError(f"--rates={','.join(RATES.value)}: positive numbers, only for --suite=learning")
+    if (SUITE.value in RATED) != bool(rates) or not all(0 < rate < math.inf for rate in rates):
+        raise UserError(f"--rates={','.join(RATES.value)}: positive numbers, only for --suite={', '.join(RATED)}")
     if PLOT.value and (SUITE.value not in PLOTTED or not PLOT.value.endswith(".png")):
         raise UserError(f"--plot={PLOT.value}: a .png file, for --suite={', '.join(PLOTTED)}")
     for name, file in (("json", JSON.value), ("plot", PLOT.value)):

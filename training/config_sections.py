@@ -18,6 +18,7 @@ def may_change(default: T) -> T:
 class Optimizer(enum.Enum):
     radam = "radam"
     adamw = "adamw"
+    muon = "muon"  # for the matrices of a network, and AdamW for all else
 
 
 class Decay(enum.Enum):
@@ -74,7 +75,7 @@ class Data:
 class Optim:
     name: Optimizer = Optimizer.radam
     lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)  # of RAdam and AdamW; Muon's momentum is 0.95
     weight_decay: float = 0.0
     clip: float = 1.0  # global norm of the gradient; 0: no clipping
     spike: float = 0.0  # skip a step whose gradient norm exceeds this multiple of the recent median; 0 disables

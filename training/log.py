@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from flowmaps.distributed import team
 from flowmaps.files import finite, write_file
 from flowmaps.reading import parse, parse_json, read_bytes
+from training.loss_module import GAPS, largest
 
 LARGEST = 4 << 30  # bytes of a log; a line has some 300
 COLUMNS = 80  # that what is shown fits in
@@ -120,14 +123,39 @@ class Log:
         self.progress.bar.update()
 
     def interval(self, step: int, batch: int, **facts: float) -> None:
-        """End the interval after ``step`` steps and log its means and ``facts``."""
-        means = {name: float(sum(values)) / len(values) for name, values in self.values.items()}
+        """End the interval after ``step`` steps and log ``facts`` and its means over steps and processes; collective.
+
+        The residuals by time are one field: a list of BINS numbers for each of GAPS, and "largest": [residual, s, t].
+        """
+        means = self._means()
         seconds = time.perf_counter() - self.clock
+        cells, row = means.pop("residuals", None), means.pop("largest", None)
+        residuals = {**dict(zip(GAPS, cells, strict=True)), "largest": row} if cells else {}
         values = means | facts | {"images_per_second": self.count * batch / seconds}
-        self._write({"step": step, **values})
-        self._plot(step, values)
+        self._write({"step": step, **values, "residuals": residuals})
+        plots = {f"residuals/{name}/{i}": x for name, numbers in residuals.items() for i, x in enumerate(numbers)}
+        self._plot(step, values | plots)
         self.progress.show(step, values)
         self.clear()
+
+    def _means(self) -> dict[str, Any]:
+        """Return the interval's means over steps and processes as numbers, by one call to the other processes."""
+        found = {}
+        for name, values in self.values.items():
+            found[name] = largest(torch.stack(values)) if name == "largest" else torch.stack(values).mean(dim=0)
+        parts = team().all_gather(torch.cat([value.flatten().float() for value in found.values()])[None])
+        sizes = [value.numel() for value in found.values()]
+        for (name, value), part in zip(found.items(), torch.split(parts, sizes, dim=1), strict=True):
+            found[name] = largest(part) if name == "largest" else part.mean(dim=0).view(value.shape)
+        return {name: value.tolist() for name, value in found.items()}
+
+    def skipped(self, step: int, values: dict[str, Tensor]) -> None:
+        """Show where the largest residual of ``step`` was, which has been skipped; collective."""
+        residual, s, t = largest(team().all_gather(values["largest"][None])).tolist()
+        self.progress.say(
+            f"{self.progress.name} {step}/{self.steps} skipped: gradient norm {float(values['grad_norm']):.3g}, "
+            f"largest residual {residual:.3g} at s={s:.3f} t={t:.3f}"
+        )
 
     def score(self, step: int, name: str, value: float) -> None:
         """Log a score of the model after ``step`` steps."""
@@ -189,7 +217,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         values = parse_json(NO_JSON.sub("null", line), where, remedy)
-        row = parse(dict[str, bool | int | float | str | None], values, where)
+        row = parse(dict[str, bool | int | float | str | dict[str, list[float | None]] | None], values, where)
         parse(int, row.get("step"), f"{where}: step")
         rows.append(row)
     return rows

@@ -20,7 +20,7 @@ from flowmaps.images import png
 from flowmaps.run_weights import list_checkpoints
 from training.best import BestModel
 from training.checkpoint import State, load_checkpoint
-from training.config import Config, class_name
+from training.config import Config, Optimizer, class_name
 from training.log import Log
 from training.precision import DIFFERENTIATED, advice
 from training.run_directory import check_run_directory, check_same_config, disk_errors, remove_stale, run_lock
@@ -146,7 +146,11 @@ def _train(
         while not last:
             done += 1
             at_interval = done == config.steps or done % config.log_every == 0
-            log.add(trainer.step(done - 1, term_norms=at_interval))
+            skipped = trainer.skipped + trainer.spikes.count
+            values = trainer.step(done - 1, term_norms=at_interval)
+            log.add(values)
+            if trainer.skipped + trainer.spikes.count > skipped:
+                log.skipped(done, values)
             for line in jvp_attention.notes if done == begin + 1 else ():
                 log.progress.say(f"note: {line}")
             last = done == config.steps or trainer.any_process(bool(stop.asked))  # once per step
@@ -192,10 +196,13 @@ def banner(trainer: Trainer, workdir: Path, done: int) -> list[str]:
     card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     several = f"{number} processes on " if number > 1 else ""
     derivative = trainer.precision.name if module.objective.derivative_role in DIFFERENTIATED else ""
+    groups = [sum(p.numel() for p in group["params"]) for group in trainer.optimizer.param_groups]
+    muon = config.optim.name is Optimizer.muon
     return [
         f"data     {name}: {len(data):,} {kind} of {' x '.join(map(str, data.shape))}, {classes}",
         f"network  {class_name(config.network)}, {parameters:,} parameters{start}",
         f"learns   {class_name(module.objective)}, {config.steps:,} steps of {config.batch:,} {kind}{teacher}",
+        *[f"muon     trains the matrices, {groups[0] / sum(groups):.0%} of the weights; adamw the rest"] * muon,
         f"on       {several}{device.type}{card}, {config.precision.value}"
         + (f", derivatives {derivative}" if derivative else ""),
         f"writes   {workdir}" + (f" (resumes at step {done:,})" if done else ""),

@@ -2,25 +2,95 @@
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from flowmaps.errors import UserError
 from training.config import Decay, Optim, Optimizer
+from training.fsdp import copy_into_shard, full_tensor
+from training.loss_module import LossModule
 
 
-def build_optimizer(config: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Create RAdam (the paper's choice) or AdamW over ``parameters``.
-
-    AdamW is fused, one kernel per step, on the devices where torch has that; it has no fused RAdam.
-    """
-    parameters = list(parameters)
-    options: Any = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+def build_optimizer(config: Optim, module: LossModule) -> torch.optim.Optimizer:
+    """Create RAdam (the paper's choice), AdamW or Muon over what is trained in ``module``."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if config.name is Optimizer.muon:
+        return Muon(config, list(matrices(module.fm.network).values()), parameters)
     if config.name is Optimizer.radam:
-        return torch.optim.RAdam(parameters, **options)
+        return torch.optim.RAdam(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    return _adamw(config, parameters)
+
+
+def _adamw(config: Optim, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    """Create AdamW, fused where torch has that: one kernel per step. RAdam has no fused form."""
+    options: Any = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     return torch.optim.AdamW(parameters, fused={p.device.type for p in parameters} <= {"cpu", "cuda"}, **options)
+
+
+def matrices(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of ``network`` that Muon updates, by name: the trained 2-D weights of its layers.
+
+    Tables of embeddings have two dimensions too, but their rows are not used together. Kernels of convolutions have
+    four.
+    """
+    return {
+        f"{name}.{own}".lstrip("."): p
+        for name, layer in network.named_modules()
+        for own, p in layer.named_parameters(recurse=False)
+        if p.requires_grad and p.ndim == 2 and own.endswith("weight") and not isinstance(layer, nn.Embedding)
+    }
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for all other parameters, at one learning rate (Jordan et al. 2024).
+
+    Both are torch's. The state of a matrix is its momentum alone. torch's Muon on a sharded matrix would round
+    products of shards, and fail where a process holds none of it; here every process gathers the matrix, its gradient
+    and its momentum, takes the whole step, and keeps its own part.
+    """
+
+    def __init__(self, config: Optim, matrices: list[nn.Parameter], parameters: list[nn.Parameter]) -> None:
+        """``matrices``: those of ``parameters`` for Muon."""
+        if not matrices:
+            raise UserError("needs a layer with a trained 2-D weight: choose adamw", field="optim.name", value="muon")
+        known = set(matrices)
+        others = [p for p in parameters if p not in known]
+        options: Any = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "original"}
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.Muon(matrices, **options)]
+        if others:
+            self.parts.append(_adamw(config, others))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step with the gradients that are there."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.state, part.param_groups = self.state, [group]  # both are new objects after a load
+            if isinstance(part, torch.optim.Muon) and isinstance(group["params"][0], DTensor):
+                for p in group["params"]:
+                    self._whole_step(part, group, p)
+            else:
+                part.step()
+
+    def _whole_step(self, muon: torch.optim.Optimizer, group: dict[str, Any], p: Tensor) -> None:
+        if p.grad is None:
+            return
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        whole = nn.Parameter(full_tensor(p))
+        whole.grad = full_tensor(p.grad)
+        momentum = full_tensor(state["momentum_buffer"])
+        muon.state = defaultdict(dict, {whole: {"momentum_buffer": momentum}})
+        muon.param_groups = [group | {"params": [whole]}]
+        muon.step()
+        copy_into_shard(p, whole)
+        copy_into_shard(state["momentum_buffer"], momentum)
 
 
 def learning_rate(config: Optim, step: int, steps: int) -> float:

@@ -42,7 +42,7 @@ from training.config import Config, DropoutRows, build_objective
 from training.ema import EMA, meta_copy
 from training.fsdp import full_tensor, gather_to_cpu, shard
 from training.lora import merge_lora
-from training.loss_module import LossModule
+from training.loss_module import LossModule, add_terms
 from training.network_section import fitted
 from training.optim import Spikes, build_optimizer, learning_rate
 from training.precision import StepPrecision, derivative_error, step_precision
@@ -104,7 +104,7 @@ class Trainer:
         if config.shard:
             shard(module, accelerator.device, by_block=not config.compile)
         # After sharding, which replaces the parameters: the optimiser, the wrapper and the averages.
-        optimizer = build_optimizer(config.optim, [p for p in module.parameters() if p.requires_grad])
+        optimizer = build_optimizer(config.optim, module)
         wrapped = accelerator.prepare_model(module, evaluation_mode=config.shard)  # i.e. no DDP around FSDP
         ema = build_ema(config, objective, fm.network, meta)
         paths = None
@@ -137,8 +137,7 @@ class Trainer:
             if term_norms and not config.shard:
                 added = self._diagonal_gradient()
                 diagonal = [a + b for a, b in zip(diagonal, added, strict=True)] if diagonal else added
-            for name, value in {"loss": loss.value.detach(), **loss.terms}.items():
-                logged[name] = logged.get(name, 0) + value / micro_steps
+            add_terms(logged, {"loss": loss.value.detach(), **loss.terms}, micro_steps)
         if diagonal:
             logged |= self._term_norms(diagonal)
         limit = config.optim.clip or math.inf

@@ -75,7 +75,7 @@ def normalise_weights(module: nn.Module, eps: float = 1e-4) -> None:
         return
     weights: list[Tensor] = [getattr(w, "to_local", w.detach)() for w in layers]  # sharding keeps outputs in one piece
     rms = [torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True) for w in weights]
-    torch._foreach_div_(rms, [math.sqrt(w[0].numel()) for w in weights])
+    torch._foreach_div_(rms, [math.sqrt(w.shape[1:].numel()) for w in weights])
     torch._foreach_add_(rms, eps)
     for weight, size in zip(weights, rms, strict=True):
         weight.div_(size)

@@ -234,7 +234,7 @@ class Objective:
         weight: nn.Module | None = None,
     ) -> Loss:
         """Compute the loss for given draws. Only dropout is random here."""
-        per_sample, terms = self.per_sample(fm, x1, label, draws, teacher, weight)
+        per_sample, _, terms = self.per_sample(fm, x1, label, draws, teacher, weight)
         return Loss(per_sample.mean(), terms)
 
     def per_sample(
@@ -245,17 +245,21 @@ class Objective:
         draws: Draws | Segments,
         teacher: Drift | None,
         weight: nn.Module | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss of each row [B], diagonal rows first, and the terms of ``Loss``."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the weighted loss of each row [B], the unweighted one, detached, and the terms of ``Loss``.
+
+        Diagonal rows are first.
+        """
         terms: dict[str, Tensor] = {}
         losses = self.row_losses(fm, x1, label, draws, teacher, terms)
+        residuals = losses.detach()
         losses = self.adapted(losses, draws, x1[0].numel())
         if weight is not None:  # exp(-w) |r|^2 + w: w learns the log of the residual's variance
             w = weight(draws.s, draws.t)
             c = getattr(weight, "log_floor", 0.0)
             losses = torch.log(losses + c * torch.exp(w)) if c else torch.exp(-w) * losses + w
             terms["weight_min"], terms["weight_max"] = w.detach().amin(), w.detach().amax()
-        return losses, terms
+        return losses, residuals, terms
 
     def adapted(self, losses: Tensor, draws: Draws | Segments, dimensions: int) -> Tensor:
         """Return the losses [B] times the weights that the method itself defines, which are constants.

@@ -28,7 +28,7 @@ from flowmaps.networks import NETWORKS, DiT
 from flowmaps.rng import generator
 from samplers import euler, rollout, uniform_times
 from training.checkpoint import load_checkpoint
-from training.config import Config, Precision, network
+from training.config import Config, Optimizer, Precision, network
 from training.config_rows import load_row
 from training.ema import EMA
 from training.trainer import Trainer
@@ -42,7 +42,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulate 2": {"accumulate": 2},
     "compile": {"compile": True},
 }
-DIT = network(DiT, image_size=8, channels=1, patch=1, width=128, depth=4, heads=4, num_classes=10)
+TRANSFORMERS = {
+    "DiT": network(DiT, image_size=8, channels=1, patch=1, width=128, depth=4, heads=4, num_classes=10),
+    "small_DiT": network(DiT, image_size=8, channels=1, patch=2, width=64, depth=4, heads=4, num_classes=10),
+}
 
 
 def machine() -> dict[str, Any]:
@@ -65,25 +68,31 @@ def _trainer(config: Config) -> Trainer:
     return Trainer.build(config)
 
 
-def _row(row: str, **changes: Any) -> Config:
-    """A row of configs/digits.py; "ROW+DiT" with a transformer of about the same cost."""
-    name, _, other = row.partition("+")
-    if other not in ("", "DiT"):
-        raise UserError(f"--rows={row}: a row of configs/digits.py, or ROW+DiT")
+def row_config(row: str, **changes: Any) -> Config:
+    """A row of configs/digits.py; "ROW+DiT" with a transformer, "ROW+muon" or "ROW+DiT+muon" with that optimiser."""
+    name, *others = row.split("+")
     try:
         config = dataclasses.replace(load_row("configs/digits.py", name), **changes)
     except UserError as error:
         raise UserError(f"--rows={row}: {error}") from None
-    return dataclasses.replace(config, network=DIT) if other else config
+    for other in others:
+        if other in TRANSFORMERS:
+            config.network = TRANSFORMERS[other]
+        elif other in Optimizer.__members__:
+            config.optim.name = Optimizer[other]
+        else:
+            known = ", ".join([*TRANSFORMERS, *Optimizer.__members__])
+            raise UserError(f"--rows={row}: after + may be {known}")
+    return config
 
 
 def step_times(row: str, rounds: int = 15) -> Scores:
     """Seconds of a training step; ratios to it of its variants; and its own to a bare loop's and flow matching's."""
-    trainers = {"flow_matching": _trainer(_row("flow_matching" + row[len(row.partition("+")[0]) :]))}
+    trainers = {"flow_matching": _trainer(row_config("flow_matching" + row[len(row.partition("+")[0]) :]))}
     for name, changes in VARIANTS.items():
-        trainers[name] = _trainer(_row(row, **changes))
+        trainers[name] = _trainer(row_config(row, **changes))
     works: dict[str, Work] = {name: lambda k, t=t: float(t.step(k)["loss"]) for name, t in trainers.items()}  # type: ignore[misc]
-    works["bare loop"] = bare_loop(_row(row))
+    works["bare loop"] = bare_loop(row_config(row))
     median = medians(works, rounds)
     scores = {"fp32 s": median.pop("fp32")}
     for name in ("flow_matching", "bare loop"):
@@ -177,7 +186,7 @@ def sample_times(name: str, rounds: int = 7, batch: int = 32) -> Scores:
 
 def ema_times(row: str, rounds: int = 30) -> Scores:
     """Milliseconds of an update of one, two and three averages, and their share of a training step without any."""
-    config = _row(row)
+    config = row_config(row)
     trainer = _trainer(config)
     fm, bare = trainer.module.fm, bare_loop(config)
     kinds = {1: ((0.999,), ()), 2: ((), (0.05, 0.1)), 3: ((0.999,), (0.05, 0.1))}
@@ -191,7 +200,7 @@ def ema_times(row: str, rounds: int = 30) -> Scores:
 
 def resume_times(row: str, rounds: int = 5) -> Scores:
     """Seconds of writing and of reading a checkpoint, in steps too; its size; and that what is read is what was."""
-    trainer, other = (_trainer(_row(row)) for _ in range(2))
+    trainer, other = (_trainer(row_config(row)) for _ in range(2))
     trainer.step(0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step-00000001"

@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from PIL import Image
 from benchmarks import initialisation, step_sizes
 from benchmarks.derivatives import precision_errors, routes
 from benchmarks.folders import FOLDERS, folder_times
+from benchmarks.learning import best_rates, learning_scores, optimiser_curves, with_optimisers
 from benchmarks.objectives import COST_NETWORKS, network_costs
 from benchmarks.profiling import profiles
 from benchmarks.scoring import fid_costs
-from benchmarks.speed import ema_times, layout_times, resume_times, sample_times, step_times
+from benchmarks.speed import ema_times, layout_times, resume_times, row_config, sample_times, step_times
 from flowmaps import FlowMap, UserError
 from flowmaps.data import open_dataset
 from flowmaps.errors import blame
@@ -35,7 +36,8 @@ from training.config_rows import load_row
 from training.trainer import Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
-PLOTTED = ("bellman", "checkerboard", "digits", "learning", "mid_training")
+PLOTTED = ("bellman", "checkerboard", "digits", "learning", "mid_training", "optimisers")
+RATED = ("learning", "optimisers")  # that need --rates
 MEMORISATION = ("floor", "samples_to_train", "samples_to_heldout", "heldout_to_train", "memorisation_ratio")
 CALIBRATION = 30  # steps timed to turn CPU minutes into a number of steps
 
@@ -89,20 +91,6 @@ def digits_scores(fm: FlowMap, n: int = 2000) -> Scores:
     return scores | {key: row[key] for key in MEMORISATION}  # of the last sampler and step count
 
 
-def learning_scores(config: Config, num: int = 2000) -> Scores:
-    """Return FD-digits of ``num`` samples at 1 and 4 steps, after 1/8, 1/4, 1/2 and all of the training."""
-    heldout = open_reference("digits:heldout", device=torch.device("cpu"))
-    trainer, scores = Trainer.build(config), {}
-    marks = [config.steps // part for part in (8, 4, 2, 1)]
-    for step in range(config.steps):
-        trainer.step(step)
-        if step + 1 in marks:
-            fm = trainer.averaged(step + 1)
-            for row in evaluate(fm, heldout, steps=(1, 4), num=num, seeds=(1,), schedule="uniform")["results"]:
-                scores[f"FD-digits, steps={row['steps']}@{(step + 1) * config.batch}"] = row["FD-digits"]
-    return scores
-
-
 @dataclass(frozen=True)
 class Arguments:
     """The flags of benchmark.py; a record is identified by (row, seed), and those in ``done`` are not made again."""
@@ -138,12 +126,18 @@ def trained(file: str, score: Callable[..., Scores], args: Arguments) -> Records
 
 def learning(args: Arguments) -> Records:
     """Yield the learning curve of each row, rate and seed."""
+    score = partial(learning_scores, num=args.num or 2000)
     for row, rate, seed in itertools.product(args.rows, args.rates, args.seeds):
         name = f"{row}, lr {rate:g}"
         if (name, seed) not in args.done:
-            config = load_row("configs/digits.py", row)
+            config = row_config(row)
             config.seed, config.steps, config.optim.lr = seed, args.train_steps or config.steps, rate
-            yield {"row": name, "seed": seed, "train_steps": config.steps, "scores": learning_scores(config)}
+            yield {"row": name, "seed": seed, "train_steps": config.steps, "scores": score(config)}
+
+
+def optimisers(args: Arguments) -> Records:
+    """Yield the learning curve of each row with each optimiser, rate and seed."""
+    return learning(replace(args, rows=with_optimisers(args.rows)))
 
 
 def mid_training(args: Arguments) -> Records:
@@ -190,6 +184,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "learning": (learning, _MAPS),
     "mid_training": (mid_training, list(initialisation.SETTINGS)),
     "networks": (partial(several, network_costs), list(COST_NETWORKS)),
+    "optimisers": (optimisers, ["lagrangian", "lagrangian+small_DiT"]),
     "precision": (partial(several, precision_errors), ["gaussian", "digits"]),
     "profile": (partial(timed, profiles), list(COST_NETWORKS)),
     "resume": (partial(timed, resume_times), ["lagrangian"]),
@@ -258,7 +253,11 @@ PAPER: dict[str, dict[str, dict[str, float]]] = {
 
 
 def markdown(records: list[dict[str, Any]], suite: str = "") -> str:
-    """Return a Markdown table: mean over seeds and half the range of every score, and the paper's numbers."""
+    """Return a Markdown table: mean over seeds and half the range of every score, and the paper's numbers.
+
+    Of optimisers only at their best rates.
+    """
+    records = best_rates(records) if suite == "optimisers" else records
     found = list(dict.fromkeys(name for record in records for name in record["scores"]))
     metrics = list(dict.fromkeys(name.partition("@")[0] for name in found))
     names = sorted(found, key=lambda name: metrics.index(name.partition("@")[0]))
@@ -284,6 +283,8 @@ def plot(records: list[dict[str, Any]], suite: str) -> Image.Image:
         return lines(initialisation.curves(records), xlabel="images seen")
     if suite == "bellman":
         return lines(step_sizes.curves(records))
+    if suite == "optimisers":
+        return lines(optimiser_curves(records), xlabel="images seen")
     found = []
     for record in records:
         for name, value in record["scores"].items():

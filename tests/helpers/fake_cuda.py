@@ -182,7 +182,7 @@ def fake_trainer(config, batch: int, bf16: bool) -> tuple[Trainer, int]:
         clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
         no_sync=lambda module: nullcontext(),
     )
-    optimizer = build_optimizer(config.optim, list(module.parameters()))
+    optimizer = build_optimizer(config.optim, module)
     ema = EMA(fm.network, (*config.ema, *[objective.teacher_ema] * bool(objective.teacher_ema)), meta=module)
     loader = SimpleNamespace(batch=lambda k: (x, label))
     precision = step_precision(config, objective, device)

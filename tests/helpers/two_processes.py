@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from configs.digits import get_config
 from flowmaps.networks import DiT
-from training.config import Trajectories, network
+from training.config import Optimizer, Trajectories, network
 from training.fsdp import full_tensor
 from training.trainer import Trainer
 
@@ -26,9 +26,15 @@ DRIFT = "drift"  # in OUT: the teacher of rows that learn from trajectories
 
 
 def config_of(row, out, **changes):
-    """A small run of ``row`` with dropout; "lagrangian_dit" is lagrangian with a transformer."""
+    """A small run of ``row`` with dropout; with "_dit" that of a transformer, with "_muon" by Muon.
+
+    Muon's without clipping: it iterates in bfloat16, where the rounding of a norm would turn bits.
+    """
+    row, muon, _ = row.partition("_muon")
     config = get_config(f"{row.removesuffix('_dit')},smoke")
     config.steps, config.batch, config.optim.warmup = STEPS, 16, 5
+    if muon:
+        config.optim.name, config.optim.clip = Optimizer.muon, 0.0
     if row.endswith("_dit"):
         config.network = network(DiT, image_size=8, channels=1, patch=2, width=16, depth=2, heads=2, num_classes=10)
     config.network.dropout = 0.1
@@ -49,7 +55,7 @@ def run(config):
     losses = [trainer.step(k)["loss"] for k in range(STEPS)]
     if config.shard:
         state = next(iter(trainer.optimizer.state.values()))
-        assert isinstance(state["exp_avg"], DTensor)
+        assert isinstance(state.get("exp_avg", state.get("momentum_buffer")), DTensor)
     losses = trainer.accelerator.reduce(torch.stack(losses), "mean")
     return (
         losses,

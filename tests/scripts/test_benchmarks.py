@@ -1,11 +1,13 @@
 """The suites of benchmark.py whose records the documents quote: they run, and do not run again what is there."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
+from benchmarks.learning import best_rates, optimiser_curves
 from helpers import ROOT, run_script
 
 
@@ -51,6 +53,35 @@ def test_bellman(tmp_path):
     assert again == lines[-len(again) :]
 
 
+@pytest.mark.slow
+def test_optimisers(tmp_path):
+    flags = ["--suite=optimisers", "--rows=lagrangian+small_DiT", "--train_steps=8", "--num=32", "--seeds=0"]
+    lines, records = run(tmp_path / "o.json", *flags, "--rates=1e-3,1e-2", f"--plot={tmp_path}/o.png")
+    rates = [f"{name}, lr {rate}" for name in ("radam", "adamw", "muon") for rate in ("0.001", "0.01")]
+    assert [record["row"] for record in records] == [f"lagrangian+small_DiT+{rate}" for rate in rates]
+    assert len([line for line in lines if line.startswith("| lagrangian")]) == 3 and (tmp_path / "o.png").exists()
+
+
+def test_of_each_optimiser_the_best_rate_is_shown():
+    def record(row, *ends):
+        return {"row": row, "seed": 0, "scores": {f"FD, steps=1@{64 * k}": x for k, x in enumerate(ends, start=1)}}
+
+    records = [
+        record("a+DiT+adamw, lr 0.1", 1.0, math.nan),
+        record("a+DiT+adamw, lr 0.01", 5.0, 4.0),
+        record("a+DiT+adamw, lr 0.01", 5.0, 3.0),  # another seed
+        record("a+DiT+adamw, lr 0.001", 5.0, 3.6),
+        record("a+DiT+muon, lr 0.001", 2.0, 3.0),
+        record("a+muon, lr 0.1", 2.0, 9.0),
+    ]
+    assert best_rates(records) == [records[k] for k in (1, 2, 4, 5)]
+    assert optimiser_curves(records)[-3:] == [
+        ("muon", "a+DiT: FD, steps=1", 128, 3.0),
+        ("muon", "a: FD, steps=1", 64, 2.0),
+        ("muon", "a: FD, steps=1", 128, 9.0),
+    ]
+
+
 SPEED = {
     "profile": ("DiT", "lagrangian@matrix products, convolutions"),
     "ema": ("lagrangian", "share of a step@3"),
@@ -82,6 +113,11 @@ def test_folders(tmp_path):
 def test_unknown_rows_are_named(suite):
     done = run_script("scripts/benchmark.py", f"--suite={suite}", "--rows=moon")
     assert done.returncode == 2 and "--rows=moon" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_unknown_part_of_a_row_is_named():
+    done = run_script("scripts/benchmark.py", "--suite=step", "--rows=lagrangian+sgd")
+    assert done.returncode == 2 and "may be DiT, small_DiT, radam, adamw, muon" in done.stderr
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from training.trainer import Trainer
 
 QUICK = ["lagrangian"]
 ROWS = [*METHODS, "lagrangian_guided", "lagrangian_edm2", "mid_training", "straightening", "lagrangian_dit"]
+ROWS += ["lagrangian_dit_muon"]
 SLOW = [row for row in ROWS if row not in QUICK]
 DIGITS = "--config=configs/digits.py:lagrangian,smoke"
 
@@ -109,6 +110,11 @@ def test_a_checkpoint_does_not_know_how_many_processes_wrote_it(tmp_path, ways):
     found = go(ways[1], parts)
     assert {"event": "resume", "step": 2} in rows_of(parts)
     assert found.keys() == expected.keys()
+    logs = [next(row for row in rows_of(d) if row["step"] == 4 and "loss" in row) for d in (whole, parts)]
+    for name in ("loss", "diagonal", "off_diagonal"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4)
+    for name, numbers in logs[0]["residuals"].items():
+        assert logs[1]["residuals"][name] == pytest.approx(numbers, rel=1e-4), name
     for file, tensors in expected.items():
         assert found[file].keys() == tensors.keys()
         for name, value in tensors.items():

@@ -15,10 +15,13 @@ import pytest
 import torch
 from helpers.runs import tiny
 
+from configs.digits import get_config as digits
 from flowmaps.cli.run import _Terminal
 from flowmaps.run_weights import list_checkpoints
+from training.config import Optimizer, build_network
 from training.log import Log, Progress, read_log
 from training.loop import train
+from training.optim import matrices
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path):
@@ -92,8 +95,21 @@ def test_what_a_run_says_at_its_start_and_end(tmp_path, capsys):
         assert part in said
     assert "cpu, fp32, derivatives fp32\n" in said
     assert f"writes   {tmp_path}\n" in said and f"model    {tmp_path}/model\n" in said
+    assert "muon" not in said
     train(tiny(), tmp_path)
     assert capsys.readouterr().err == f"complete already: {tmp_path}\n"
     shutil.rmtree(list_checkpoints(tmp_path)[-1])
     train(tiny(), tmp_path)
     assert f"writes   {tmp_path} (resumes at step 3)\n" in capsys.readouterr().err
+
+
+def test_a_run_by_muon_says_how_much_it_trains(tmp_path, capsys):
+    """Of a U-Net little: its kernels go to AdamW."""
+    config = digits("lagrangian,smoke")
+    config.steps, config.optim.name = 1, Optimizer.muon
+    train(config, tmp_path)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("muon ")]
+    network = build_network(config)
+    share = sum(p.numel() for p in matrices(network).values()) / sum(p.numel() for p in network.parameters())
+    assert line == f"muon     trains the matrices, {share:.0%} of the weights; adamw the rest" and len(line) <= 80
+    assert 0.1 < share < 0.5

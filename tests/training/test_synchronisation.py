@@ -24,6 +24,7 @@ NORM = "_local_scalar_dense in training.trainer.Trainer.step"
     [
         (checkerboard, "lagrangian", "adamw"),
         (checkerboard, "lagrangian", "radam"),
+        (checkerboard, "lagrangian", "muon"),
         (checkerboard, "terminal_velocity", "adamw"),  # whose teacher follows
         (checkerboard, "mid_training", "adamw"),
         (digits, "lagrangian_edm2", "radam"),  # whose weights are normalised

@@ -1,6 +1,7 @@
 """Forecast of a run from its config alone, by its real trainer on tensors without memory."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -90,6 +91,10 @@ def forecast(config: Config, gpus: int = 1, runs: Mapping[str, Config] | None = 
             for phase, peak in ledger.peaks.items():
                 absent = gradients - peak.parts.get("gradients", 0)
                 ledger.peaks[phase] = Peak(peak.total + absent, peak.parts | {"gradients": gradients})
+        flops: Counter[str] = Counter()
+        for phase, products in ledger.products.items():  # each process does the whole update, once per step
+            times = gpus if phase == "update" else gpus * config.accumulate / micro_steps
+            flops.update({kind: value * times for kind, value in products.items()})
         highest = max(ledger.peaks.values(), key=lambda peak: peak.total)
         return Forecast(
             gpus=gpus,
@@ -101,7 +106,7 @@ def forecast(config: Config, gpus: int = 1, runs: Mapping[str, Config] | None = 
             phases={name: peak.total for name, peak in ledger.peaks.items()},
             parts={name: highest.parts.get(name, 0) for name in PARTS},
             gradients=gradients,
-            flops={k: v * gpus * config.accumulate / micro_steps for k, v in sorted(ledger.products.items())},
+            flops=dict(sorted(flops.items())),
         )
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ class Ledger(TorchDispatchMode):
         self.phase = ""
         self.live: Counter[str] = Counter()  # part -> bytes
         self.peaks: dict[str, Peak] = {}  # by phase
-        self.products: Counter[str] = Counter()  # precision -> FLOPs
+        self.products: defaultdict[str, Counter[str]] = defaultdict(Counter)  # phase -> precision -> FLOPs
         self.asked = 0
         self._storages: dict[int, tuple[str, int]] = {}  # address -> part, bytes
 
@@ -83,7 +83,7 @@ class Ledger(TorchDispatchMode):
                 self._add(tensor.untyped_storage())
         if func.overloadpacket in PRODUCTS:
             flops = PRODUCTS[func.overloadpacket](*args, **kwargs, out_val=out)
-            self.products[precision(made[0].dtype)] += flops
+            self.products[self.phase][precision(made[0].dtype)] += flops
         remember(func, args, kwargs, made)
         return out
 

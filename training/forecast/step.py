@@ -101,6 +101,7 @@ def measure(trainer: Trainer, ledger: Ledger) -> None:
         ledger.phase = "update"
 
     ledger.peaks.clear()
+    ledger.products.clear()
     with (
         patch.object(trainer, "micro_step_loss", forward_phase),
         patch.object(trainer.accelerator, "backward", backward_phase),
