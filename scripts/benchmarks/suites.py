@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks import initialisation, step_sizes
+from benchmarks import guidance, initialisation, step_sizes
 from benchmarks.derivatives import precision_errors, routes
 from benchmarks.folders import FOLDERS, folder_times
 from benchmarks.learning import best_rates, learning_scores, optimiser_curves, with_optimisers
@@ -154,6 +154,13 @@ def bellman(args: Arguments) -> Records:
             yield from step_sizes.records(data, seed, args.train_steps, args.num, args.done)
 
 
+def guided(args: Arguments) -> Records:
+    """Yield the records of ``benchmarks.guidance``."""
+    for target, seed in itertools.product(guidance.chosen(args.rows), args.seeds):
+        if (target, seed) not in args.done:
+            yield from guidance.records(target, seed, args.train_steps, args.num)
+
+
 def several(scores_of: Callable[[str], Iterator[tuple[str, Scores]]], args: Arguments) -> Records:
     """Yield the records that ``scores_of`` each row gives, unless one of them is done."""
     for name in args.rows:
@@ -180,6 +187,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "ema": (partial(timed, ema_times), ["lagrangian"]),
     "fid": (fid, ["all"]),
     "folders": (folders, list(FOLDERS)),
+    "guidance": (guided, list(guidance.TARGETS)),
     "layout": (partial(timed, layout_times), ["UNet", "EDM2UNet"]),
     "learning": (learning, _MAPS),
     "mid_training": (mid_training, list(initialisation.SETTINGS)),

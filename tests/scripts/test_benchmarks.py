@@ -54,6 +54,15 @@ def test_bellman(tmp_path):
 
 
 @pytest.mark.slow
+def test_guidance(tmp_path):
+    flags = ["--suite=guidance", "--train_steps=10", "--num=64", "--seeds=1"]
+    lines, records = run(tmp_path / "g.json", *flags)
+    assert [record["row"] for record in records] == ["mixed", "unmixed"] and lines[-1].startswith("| unmixed | 10 |")
+    assert all(0 <= records[0]["scores"][f"asked %, w={w}@{n}"] <= 100 for w in (1, 2, 4) for n in (1, 4))
+    assert records[0]["scores"] != records[1]["scores"]
+
+
+@pytest.mark.slow
 def test_optimisers(tmp_path):
     flags = ["--suite=optimisers", "--rows=lagrangian+small_DiT", "--train_steps=8", "--num=32", "--seeds=0"]
     lines, records = run(tmp_path / "o.json", *flags, "--rates=1e-3,1e-2", f"--plot={tmp_path}/o.png")
@@ -109,7 +118,7 @@ def test_folders(tmp_path):
     assert scores["opening"]["again, s"] < scores["opening"]["first, s"]
 
 
-@pytest.mark.parametrize("suite", ["mid_training", "bellman", "ema", "folders", "resume", "sample", "step"])
+@pytest.mark.parametrize("suite", ["mid_training", "bellman", "guidance", "ema", "folders", "resume", "sample", "step"])
 def test_unknown_rows_are_named(suite):
     done = run_script("scripts/benchmark.py", f"--suite={suite}", "--rows=moon")
     assert done.returncode == 2 and "--rows=moon" in done.stderr and done.stderr.count("\n") == 1
