@@ -86,7 +86,7 @@ def test_bfloat16_is_close_to_float32_and_keeps_the_derivative_exact():
 
 
 def numbers(logged):
-    """What a step logged, by name and position."""
+    """Return the values that a step logged, by name and position."""
     return {f"{name} {i}": x for name, value in logged.items() for i, x in enumerate(value.flatten().tolist())}
 
 
@@ -233,7 +233,7 @@ def test_gradient_norms_are_those_of_the_terms(name):
     if 0 < rows < len(x1):
         complete = gradient(module(x1, label, draws, torch.ones(len(x1))).value)
         few = Draws(*(value[:rows] for value in draws[:4]))
-        anchor = dataclasses.replace(module.objective, diagonal=1.0)  # small steps have a weight of their own
+        anchor = dataclasses.replace(module.objective, diagonal=1.0)  # small steps have their own weight
         anchor = OBJECTIVES["flow_matching"]() if name in PLAIN else anchor
         alone = anchor.loss(module.fm, x1[:rows], label[:rows], few).value
         diagonal = gradient(alone * rows / len(x1))

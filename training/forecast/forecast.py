@@ -92,7 +92,7 @@ def forecast(config: Config, gpus: int = 1, runs: Mapping[str, Config] | None = 
                 absent = gradients - peak.parts.get("gradients", 0)
                 ledger.peaks[phase] = Peak(peak.total + absent, peak.parts | {"gradients": gradients})
         flops: Counter[str] = Counter()
-        for phase, products in ledger.products.items():  # each process does the whole update, once per step
+        for phase, products in ledger.products.items():  # each process does the complete update, once per step
             times = gpus if phase == "update" else gpus * config.accumulate / micro_steps
             flops.update({kind: value * times for kind, value in products.items()})
         highest = max(ledger.peaks.values(), key=lambda peak: peak.total)

@@ -50,7 +50,7 @@ def test_consistency_shares_the_dropout_mask(compiled):
 
 @pytest.mark.parametrize("name", LIVE)
 def test_draws_are_keyed_by_the_generator(name):
-    """And uniform, where the objective does not have times of its own."""
+    """And uniform, where the objective does not have its own times."""
     fm, objective = gaussian_map(), OBJECTIVES[name]()
     x1, _ = gaussian_data(fm, 4000)
     x0, s, t, gamma, *_ = objective.draw(fm, x1, generator(5))
