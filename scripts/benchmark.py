@@ -9,8 +9,6 @@ python scripts/benchmark.py --suite=guidance --seeds=0,1,2 --threads=1
 python scripts/benchmark.py --suite=bellman --rows=digits --threads=1 --plot=bellman.png
 python scripts/benchmark.py --suite=step --threads=1
 python scripts/benchmark.py --suite=sample --threads=1
-python scripts/benchmark.py --suite=ema --threads=1
-python scripts/benchmark.py --suite=resume --threads=1
 python scripts/benchmark.py --suite=networks --threads=1
 python scripts/benchmark.py --suite=layout --threads=1
 python scripts/benchmark.py --suite=routes --threads=1

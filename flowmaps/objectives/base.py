@@ -252,7 +252,7 @@ class Objective:
         """
         terms: dict[str, Tensor] = {}
         losses = self.row_losses(fm, x1, label, draws, teacher, terms)
-        residuals = losses.detach()
+        residuals = terms.pop("residuals", losses).detach()
         losses = self.adapted(losses, draws, x1[0].numel())
         if weight is not None:  # exp(-w) |r|^2 + w: w learns the log of the residual's variance
             w = weight(draws.s, draws.t)
@@ -282,6 +282,7 @@ class Objective:
     ) -> Tensor:
         """Return the unweighted loss of each row [B], and put what to log into ``terms``.
 
+        Where the loss is more than the mean squared residual, ``terms["residuals"]`` [B] is that.
         ``draws`` is what ``prepare`` returned: ``Draws`` for data, ``Segments`` for trajectories.
         """
         raise NotImplementedError

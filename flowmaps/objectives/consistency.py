@@ -87,6 +87,7 @@ class Consistency(Objective):
             losses = mean_square(self.residual(fm, x1, label, draws, teacher))
         terms["off_diagonal"] = losses.detach().mean()
         if self.huber:
+            terms["residuals"] = losses
             losses = losses + (self.huber / self.level_gap(fm, draws)).square() / x1[0].numel()
         return losses
 

@@ -83,6 +83,7 @@ class FACM(DriftObjective):
         jump = mean_square(v - target)
         terms["diagonal"], terms["cosine"] = anchor.detach().mean(), 1 - turn.detach().mean()
         terms["off_diagonal"], terms["jvp_norm"] = jump.detach().mean(), rms(dv)
+        terms["residuals"] = jump
         map_weight = torch.cos(draws.s * math.pi / 2) * (jump.detach() + self.adaptive_floor) ** -self.adaptive
         return anchor + turn + map_weight * jump
 

@@ -30,10 +30,11 @@ COPIES = {
     "flowmaps.objectives.straightening.Straightening.segment_indices",
     "flowmaps.objectives.straightening.Straightening.states",
 }
-WIDE = {  # features of float32 points and times, larger than the points, or the digits
+WIDE = {  # features of float32 points and times, larger than the points, or the digits, and the table of residuals
     "flowmaps.networks.mlp.MLP.forward",
     "flowmaps.networks.conditioning.time_features",
     "flowmaps.objectives.loss_weight.LogVariance.forward",
+    "training.loss_module.table",
 }
 
 

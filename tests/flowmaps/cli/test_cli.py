@@ -47,7 +47,7 @@ TRAIN_MISTAKES = {
         ["--config=configs/digits.py:lagrangian", "--config.optim.lrr=1", "--workdir={tmp}/a"],
         "--config.optim.lrr:",
     ),
-    "unknown row": (["--config=configs/digits.py:nonsense", "--workdir={tmp}/a"], "lagrangian"),
+    "unknown row": (["--config=configs/checkerboard.py:nonsense", "--workdir={tmp}/a"], "lagrangian"),
     "unknown variant": (["--config=configs/digits.py:lagrangian,fast", "--workdir={tmp}/a"], "smoke"),
     "missing file": (["--config=configs/nothing.py:lagrangian", "--workdir={tmp}/a"], "configs/nothing.py"),
     "bad value": ([CHECKER, "--config.steps=many", "--workdir={tmp}/a"], "steps"),
