@@ -142,6 +142,12 @@ ROWS: dict[str, Callable[[], Config | Chain]] = {
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:
-    sizes: dict[str, Any] = {"width": 16, "channel_mult": (1, 1, 2), "blocks": 1, "attention_resolutions": None}
+    sizes: dict[str, Any] = {
+        "image_size": 32,
+        "width": 16,
+        "channel_mult": (1, 1, 2),
+        "blocks": 1,
+        "attention_resolutions": None,
+    }
     tiny = partial(smoke, trajectory_steps=8, **sizes)
     return select(choice, ROWS, {"small": small, "smoke": tiny, "taught": distil_init})

@@ -47,7 +47,7 @@ def test_config_mistakes_name_the_field(field, value):
         tiny(**{field: value}).validate()
 
 
-HEAVY = ("cifar10", "folder")  # networks of 50 million parameters: the whole row is a slow test
+HEAVY = ("cifar10", "folder")  # networks of 50 million parameters: no whole row is quick
 HUGE = ("imagenet64", "imagenet256", "imagenet512")  # 280 to 1,524 million: the whole row is for a larger machine
 MILLIONS = {  # of each row's network, as published
     "imagenet64:lagrangian": 280.0,
@@ -59,7 +59,6 @@ MILLIONS = {  # of each row's network, as published
     "imagenet512:cmt,mid_training": 1523.0,
     "imagenet512:cmt,post_training": 1523.0,
 }
-USUAL = ("flow_matching", "lagrangian")  # of the other methods the whole row is one too, unless it is small
 
 
 def config_rows():
@@ -71,8 +70,7 @@ def config_rows():
                 yield pytest.param(module, f"{row},smoke", id=f"{file.stem}:{row},smoke", marks=slow)
             continue
         for row in (row for row in module.ROWS if "pipeline" not in row):  # chains: tests/training/test_chain.py
-            small = file.stem in ("checkerboard", "digits") or (row in USUAL and file.stem not in HEAVY)
-            slow = [] if small else [pytest.mark.slow]
+            slow = [] if row == "lagrangian" and file.stem not in HEAVY else [pytest.mark.slow]
             yield pytest.param(module, row, id=f"{file.stem}:{row}", marks=slow)
             yield pytest.param(module, f"{row},smoke", id=f"{file.stem}:{row},smoke")
             if row.startswith("from_"):
@@ -133,6 +131,18 @@ def on_small_data(config, request, tmp_path):
             setattr(config, field, str(tmp_path))
     if getattr(config.objective, "distance", None) is Distance.lpips:
         config.objective.lpips_weights = str(write_lpips(tmp_path))
+
+
+@pytest.mark.parametrize("file", [path.stem for path in sorted((ROOT / "configs").glob("*.py"))])
+def test_every_row_at_its_size_is_valid_and_has_a_network(file):
+    module = importlib.import_module(f"configs.{file}")
+    for row in module.ROWS:
+        made = module.get_config(row)
+        for config in made.stages().values() if isinstance(made, Chain) else [made]:
+            config.validate()
+            with torch.device("meta"):
+                config = replace(config, network=fitted(config.network, (3,), 2))
+                assert sum(p.numel() for p in build_network(config).parameters()) > 1000
 
 
 @pytest.mark.parametrize("name", list(MILLIONS))
