@@ -9,7 +9,8 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from diffusers import (
@@ -26,6 +27,7 @@ import flowmaps.networks  # noqa: F401  # diffusers resolves a network only from
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.generate import check_sampling, check_steps, guided_drift, guided_label
+from flowmaps.hub import shipped
 from flowmaps.info import FlowMapInfo
 from flowmaps.labels import Label, flat, labels_for
 from flowmaps.pipeline_parts import check_count, check_finite, checked_sigmas, converted, sample_count, start
@@ -104,6 +106,12 @@ class FlowMapPipeline(DiffusionPipeline):
         """Wrap ``fm``; the pipeline shares its network, and its VAE if that is loaded."""
         vae = None if fm.decoder is None else fm.decoder.vae
         return cls(fm.network, FlowMapScheduler(), fm.interpolant_name, fm.base_std, fm.info.to_dict(), vae)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
+        """Load a directory, a shipped checkpoint by its name ("digits"), or a hub id; ``options`` are diffusers'."""
+        named = None if Path(source).is_dir() else shipped(str(source))
+        return cast(Self, super().from_pretrained(str(named or source), **options))
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **changed: Any) -> Self:

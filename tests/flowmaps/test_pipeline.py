@@ -336,7 +336,7 @@ def test_the_type_of_the_weights_changes_without_a_warning(capfd):
     assert pipe(2, output_type="pt").images.dtype == torch.bfloat16
 
 
-def test_a_name_of_a_shipped_checkpoint():
+def test_class_names_choose_labels():
     pipe = FlowMapPipeline.from_pretrained(ROOT / "assets/fashion_mnist")
     pipe.set_progress_bar_config(disable=True)
     how = {"num_inference_steps": 1, "output_type": "latent"}
@@ -345,3 +345,12 @@ def test_a_name_of_a_shipped_checkpoint():
     fm = pipe.flow_map
     by_name, by_number = (next(generate(fm, uniform_times(1), 2, 0, label=label)) for label in ("boot", 9))
     assert torch.equal(by_name[0], by_number[0]) and by_name[1].tolist() == [9, 9]
+
+
+def test_a_name_of_a_shipped_checkpoint(tmp_path, monkeypatch):
+    """A folder of the same name comes first."""
+    named, other = FlowMapPipeline.from_pretrained("digits"), FlowMap.from_pretrained("checkerboard")
+    assert named.flow_map.fingerprint() == FlowMap.from_pretrained(ROOT / "assets/digits").fingerprint()
+    FlowMapPipeline.from_flow_map(other).save_pretrained(tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    assert FlowMapPipeline.from_pretrained("digits").flow_map.fingerprint() == other.fingerprint()
