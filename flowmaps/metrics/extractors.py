@@ -135,7 +135,8 @@ def _inception(name: str, weights: Path | None, device: torch.device) -> Extract
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
             raise UserError(
                 f"the Inception weights are not in {file} and cannot be downloaded ({error}): "
-                f"fetch {URL_INCEPTION_V3} where there is a network and pass its file as weights"
+                f"fetch {URL_INCEPTION_V3} where there is a network and pass its file as weights, or score by an "
+                "extractor trained on your own images (train_extractor.py)"
             ) from None
     try:  # torch-fidelity would unpickle anything, so refuse everything but tensors first
         read_pickled(file)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from flowmaps.cli import next_command
 from flowmaps.cli.run import required
 from flowmaps.errors import UserError, blame
 from flowmaps.files import WRITER, WRITTEN_BY, check_new_file, write_file
@@ -87,8 +88,9 @@ def main() -> None:
     from safetensors.torch import save
 
     write_file(out, save(weights, {WRITTEN_BY: WRITER, **own.metadata()}))
-    flag = "" if not named and out.resolve() == own_file(source).resolve() else f" --extractor={out}"
-    print(f"{out}: fid.py --reference={source}{flag} gives FD-{own.name}")
+    flags = [] if not named and out.resolve() == own_file(source).resolve() else [f"--extractor={out}"]
+    print(f"wrote    {out}, which gives FD-{own.name}")
+    print(next_command.show(next_command.command("fid", f"--reference={source}", *flags, "--checkpoint=RUN")))
 
 
 def split(source: str, named: str) -> tuple[Part, Part]:
