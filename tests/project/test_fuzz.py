@@ -38,8 +38,9 @@ COMMANDS = {  # script: module, a call that succeeds, and its outputs
         "--config=configs/digits.py:lagrangian,smoke --config.steps=1 --config.batch=8",
         ["workdir"],
     ),
-    "train_extractor.py": ("scripts.train_extractor", "--data=digits --epochs=1", ["out"]),
+    "train_extractor.py": ("training.cli.extractor", "--data=digits --epochs=1", ["out"]),
 }
+OUT = {"stats.py": ".npz", "train_extractor.py": ".safetensors"}
 SUFFIX = {"json": ".json", "junit": ".xml", "plot": ".png"}
 
 
@@ -79,8 +80,8 @@ def arguments(script, files, place, **changes):
     _, good, outputs = COMMANDS[script]
     words = [word.format(files=files) for word in good.split()]
     given = {name: str(place / f"{name}{SUFFIX.get(name, '')}") for name in outputs} | changes
-    if script == "stats.py" and "out" not in changes:
-        given["out"] += ".npz"
+    if "out" in given and "out" not in changes:
+        given["out"] += OUT.get(script, "")
     kept = [word for word in words if word.lstrip("-").partition("=")[0] not in given]
     return kept + [f"--{name}={value}" for name, value in given.items() if value is not None]
 
