@@ -131,6 +131,7 @@ def interpreted() -> bool:
     return not triton.__version__.startswith("3.6.")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not interpreted(), reason="needs jvp-flash-attention and Triton 3.7")
 def test_the_kernel_in_tritons_interpreter_agrees_with_the_math_kernel():
     """In a separate process, since Triton decides when it is imported whether to interpret."""

@@ -35,6 +35,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_killed_in_the_second_stage_and_resumed(whole, tmp_path):
     command = [sys.executable, "scripts/train.py", *FLAGS, f"--workdir={tmp_path}"]
     process = subprocess.Popen(

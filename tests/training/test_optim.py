@@ -9,6 +9,7 @@ from helpers.small_networks import SMALL, small
 from helpers.two_processes import config_of
 from torch import nn
 
+from configs.checkerboard import get_config as checkerboard
 from configs.digits import get_config as digits
 from flowmaps import UserError
 from training.checkpoint import load_checkpoint
@@ -139,7 +140,7 @@ def test_the_rate_of_a_step_is_that_of_both(tmp_path):
 
 def test_a_forecast_knows_one_momentum_for_each_matrix_and_the_products_of_the_update():
     """On 2 GPUs and in 4 micro-steps the update is done twice, not eight times."""
-    config = digits("lagrangian,smoke")
+    config = checkerboard("lagrangian,smoke")
     config.batch = 32
     adamw = forecast(config)
     ours = forecast(muon(config))
