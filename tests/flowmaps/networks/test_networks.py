@@ -83,7 +83,7 @@ def test_mlp_has_no_label():
         MLP(width=8, depth=1)(torch.zeros(1, 2), s[:1], s[:1], torch.zeros(1, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("name", [name for name in IMAGES if name != "DiT decoupled"])
+@pytest.mark.parametrize("name", [name for name in IMAGES if not SMALL[name][1].get("decoupled")])
 def test_starts_as_a_one_time_network(name):
     """The branch of t - s starts at zero: a fresh network does not see the second time."""
     torch.manual_seed(0)
@@ -266,6 +266,8 @@ BOUNDS = [
     ("DiT", "norm", "group"),
     ("DiT", "decoupled", 3),
     ("DiT", "decoupled", -1),
+    ("DiT", "gap_embedding", "thin"),
+    ("DiT", "gap_embedding", "none"),
     ("DiT", "label_scale", 0.0),
     ("DiT", "label_scale", float("nan")),
     ("EDM2UNet", "num_classes", 10**12),
