@@ -5,7 +5,8 @@ python scripts/sample.py --checkpoint=teachers/edm --sampler=heun --steps=18 --n
 
 Formats: edm, edm2 (NVIDIA's .pkl), ect (ECT's and CMT's .pkl), dit, sit (facebookresearch's .pt), rectified_flow
 (.pth), diffusers_unet and diffusers_dit (folders); and of maps, soflow, meanflow_sit and dmf (.pt).
-Some files do not say everything about their network; the options below do, and are asked for where they are needed.
+Without --format the content decides. Some files do not say everything about their network; the options below do, and
+are asked for where they are needed.
 """
 
 from pathlib import Path
@@ -15,7 +16,6 @@ from absl import flags
 
 from flowmaps.cli import next_command
 from flowmaps.cli.run import required
-from flowmaps.errors import UserError
 
 if TYPE_CHECKING:
     from flowmaps.info import FlowMapInfo
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 FORMAT = flags.DEFINE_string(
     "format",
     None,
-    "Drifts: edm, edm2, ect, dit, sit, rectified_flow, diffusers_unet, diffusers_dit; maps: soflow, meanflow_sit, dmf",
+    "edm, edm2, ect, dit, sit, rectified_flow, diffusers_unet, diffusers_dit; of maps: soflow, meanflow_sit, dmf "
+    "[guessed from the content]",
 )
 SRC = flags.DEFINE_string("src", None, "The file, or for diffusers_unet and diffusers_dit the folder, as published")
 OUT = flags.DEFINE_string("out", None, "Directory to write; an exported one is replaced")
@@ -44,16 +45,19 @@ READS, WRITES = (SRC,), (OUT,)
 
 
 def main() -> None:
-    if FORMAT.value is None:
-        raise UserError("missing, e.g. --format=edm", field="format")
     src, out = Path(required(SRC, "edm-cifar10-32x32-cond-vp.pkl")), required(OUT, "teachers/edm")
     from flowmaps.export import check_output
-    from flowmaps.importers import check_options, import_checkpoint
+    from flowmaps.importers import check_options, guess_format, import_checkpoint
 
     given = {flag.name: flag.value for flag in OPTIONS}
-    check_options(FORMAT.value, given)
+    if FORMAT.value is not None:
+        check_options(FORMAT.value, given)
     directory = check_output(out)
-    fm = import_checkpoint(FORMAT.value, src, **given)
+    form = FORMAT.value or guess_format(src)
+    if FORMAT.value is None:
+        print(f"format   {form}, as its content shows: --format={form}")
+        check_options(form, given)
+    fm = import_checkpoint(form, src, **given)
     fm.save_pretrained(directory)
     millions = sum(p.numel() for p in fm.network.parameters()) / 1e6
     low, high = fm.info.t_range

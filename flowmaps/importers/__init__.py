@@ -15,6 +15,7 @@ from flowmaps.importers.diffusers_unet import diffusers_unet
 from flowmaps.importers.ect import ect
 from flowmaps.importers.edm import edm
 from flowmaps.importers.edm2 import edm2
+from flowmaps.importers.guess import guess_format
 from flowmaps.importers.inert import refusal
 from flowmaps.importers.maps import dmf, meanflow_sit, soflow
 from flowmaps.importers.rectified_flow import rectified_flow
@@ -68,7 +69,7 @@ def import_checkpoint(
     """Read a published checkpoint. Nothing in the file is executed.
 
     Args:
-        format: A key of ``FORMATS``, such as ``"edm"``.
+        format: A key of ``FORMATS``, such as ``"edm"``; ``guess_format(src)`` finds it.
         src: The published file, or the folder for ``"diffusers_unet"`` and ``"diffusers_dit"``.
         image_size: Height and width, where weights do not show them: "rectified_flow", and "diffusers_unet" without a
             ``sample_size``.
@@ -144,4 +145,4 @@ def check_options(format: str, given: dict[str, float | str | None]) -> Options:
     return Options(**found)  # type: ignore[arg-type]
 
 
-__all__ = ["FORMATS", "Format", "Options", "check_options", "import_checkpoint"]
+__all__ = ["FORMATS", "Format", "Options", "check_options", "guess_format", "import_checkpoint"]
