@@ -4,7 +4,7 @@ python scripts/import_checkpoint.py --format=edm --src=edm-cifar10-32x32-cond-vp
 python scripts/sample.py --checkpoint=teachers/edm --sampler=heun --steps=18 --num=64 --out=samples
 
 Formats: edm, edm2 (NVIDIA's .pkl), ect (ECT's and CMT's .pkl), dit, sit (facebookresearch's .pt), rectified_flow
-(.pth), diffusers_unet and diffusers_dit (folders); and of maps, soflow, meanflow_sit and dmf (.pt).
+(.pth), diffusers_unet and diffusers_dit (folders); and of maps, soflow, meanflow_sit, dmf (.pt) and tvm (.pkl).
 Without --format the content decides. Some files do not say everything about their network; the options below do, and
 are asked for where they are needed.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FORMAT = flags.DEFINE_string(
     "format",
     None,
-    "edm, edm2, ect, dit, sit, rectified_flow, diffusers_unet, diffusers_dit; of maps: soflow, meanflow_sit, dmf "
+    "edm, edm2, ect, dit, sit, rectified_flow, diffusers_unet, diffusers_dit; of maps: soflow, meanflow_sit, dmf, tvm "
     "[guessed from the content]",
 )
 SRC = flags.DEFINE_string("src", None, "The file, or for diffusers_unet and diffusers_dit the folder, as published")

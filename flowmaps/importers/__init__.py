@@ -20,6 +20,7 @@ from flowmaps.importers.inert import refusal
 from flowmaps.importers.maps import dmf, meanflow_sit, soflow
 from flowmaps.importers.rectified_flow import rectified_flow
 from flowmaps.importers.transformers import dit, sit
+from flowmaps.importers.tvm import tvm
 
 
 class Format(NamedTuple):
@@ -46,6 +47,7 @@ FORMATS = {
     "dmf": Format(
         dmf, "none is given for weights or code: all rights are kyungmnlee's", ("heads", "guidance", "decoupled")
     ),
+    "tvm": Format(tvm, "lumalabs' released weights: CC BY-NC-SA 4.0 (no commercial use)", ("guidance",)),
 }
 NOT_READ = {
     "facm": "its maps are of latents of VA-VAE, which has no reader here: it is another kind than AutoencoderKL"
@@ -82,9 +84,8 @@ def import_checkpoint(
 
     Returns:
         A flow map on the CPU in eval mode. Its kind is "drift": sample it with an ODE solver, or train a map from it;
-        or "consistency" for ECT and CMT; or "map" for "soflow", "meanflow_sit" and "dmf". Its ``info.origin`` has the
-        format, the file's hash, the license, under "assumed" what nobody said, and under "left out" what else the file
-        has.
+        or "consistency" for ECT and CMT; or "map" for published maps. Its ``info.origin`` has the format, the
+        file's hash, the license, under "assumed" what nobody said, and under "left out" what else the file has.
 
     Raises:
         UserError: The format is unknown, an option is out of range, missing, or not one of the format, or the file is

@@ -49,7 +49,11 @@ def _of_file(path: Path) -> str:
         head = file.read(len(MAGIC))
     if head[:1] == MAGIC[:1] and head[2:] != MAGIC[2:]:
         content = read_objects(path)
-        net = content.get("ema") if isinstance(content, dict) else None
+        if not isinstance(content, dict):
+            return ""
+        if isinstance(content.get("net"), Record):
+            return "tvm"
+        net = content.get("ema")
         if not isinstance(net, Record):
             return ""
         return "ect" if is_consistency(net, content) else NETS.get(net.name, "")

@@ -8,6 +8,7 @@ import torch
 from helpers import released, released_ect, released_edm2, run_script
 from helpers.released_maps import Map
 from helpers.released_state_dicts import NCSNpp, Transformer
+from helpers.released_tvm import save
 
 from flowmaps import UserError
 from flowmaps.importers import FORMATS, guess_format, import_checkpoint
@@ -17,6 +18,8 @@ def write(form, path):
     """Write a checkpoint of a format as published."""
     if form in ("soflow", "meanflow_sit", "dmf"):
         Map(form, width=64, depth=1).save(path)
+    elif form == "tvm":
+        save(path, width=64, depth=1, heads=1)
     elif form == "edm":
         released.edm("ddpm++", path)
     elif form == "edm2":
