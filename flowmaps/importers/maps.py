@@ -16,7 +16,7 @@ from samplers import Schedule
 
 MEANFLOW_SCALE = 0.18125  # as its code has it, instead of Stable Diffusion's 0.18215: its latents were made so
 MEANFLOW_GUIDANCE = {768: 2.0, 1024: 2.5, 1152: 2.5}  # of B, L and XL, by width
-DMF_BLOCKS = {28: 20, 24: 18}  # that are told the start alone, of XL and L, by depth
+DMF_BLOCKS = {28: 20, 24: 18}  # that know the start alone, of XL and L, by depth
 DMF_GRIDS = {n: [k / n / (1.5 - 0.5 * k / n) for k in range(n + 1)] for n in range(2, 9)}  # its sampler at 512
 
 

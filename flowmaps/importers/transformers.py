@@ -130,7 +130,7 @@ def _heads(args: dict[str, Any], width: int, depth: int, options: Options, head_
 def transformer(w: Weights, args: dict[str, Any], convention: str, options: Options, **network: Any) -> Source:
     """Return the source of a transformer from its weights under facebookresearch's names.
 
-    ``network`` has further arguments of our DiT; those of published maps may have normalised queries and keys.
+    ``network`` has further arguments of our DiT. Queries and keys of a published map may be normalised.
     """
     stem, table = w.pop("x_embedder.proj.weight"), w.pop("y_embedder.embedding_table.weight")
     if stem.ndim != 4 or table.ndim != 2 or stem.shape[2] != stem.shape[3]:

@@ -24,7 +24,7 @@ UNSCALED = (64, 2.5)  # size and weight of the published network whose output is
 
 
 def tvm(path: Path, options: Options) -> Source:
-    """Read ``im256_w2.pkl`` and the like; the weight that the network is told joins its embeddings of classes."""
+    """Read ``im256_w2.pkl`` and the like; the embedding of the weight of guidance joins those of classes."""
     content = read_objects(path)
     net = content.get("net") if isinstance(content, dict) else None
     if not isinstance(net, Record):

@@ -1,4 +1,4 @@
-"""How far counting alone moves a Fréchet distance: its bias and its deviation over other samples of the same model."""
+"""Bias and variance of a Fréchet distance over other samples of the same model, which are due to counting alone."""
 
 import torch
 from torch import Tensor

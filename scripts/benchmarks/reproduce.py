@@ -4,8 +4,8 @@ python scripts/benchmarks/reproduce.py --map=soflow-b4 --workdir=runs/soflow-b4
 python scripts/benchmarks/reproduce.py --map=meanflow-sit-b4 --file=MeanFlow-B-4.pt --workdir=runs/meanflow --num=5000
 python scripts/benchmarks/reproduce.py --map=dmf-xl2 --hub=MIRROR --workdir=runs/dmf
 
-Prints the published FID, ours, and how far counting alone allows the two to be apart. The same command goes on where it
-was stopped. MIRROR is a folder in place of the hub, with OWNER/NAME/FILE for each file, and ADM's statistics by name.
+Prints the published FID, ours, and how far counting alone allows the two to be apart. The same command resumes a
+stopped run. MIRROR is a folder in place of the hub, with OWNER/NAME/FILE for each file, and ADM's statistics by name.
 Nobody has run this on the real files yet: please report what it prints, whether it agrees or not.
 """
 

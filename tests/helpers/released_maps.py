@@ -21,7 +21,7 @@ SECOND = {
 
 
 class Map:
-    """Weights ``w`` under the published names, and v(x, s, t, label); label ``classes`` is no label."""
+    """Weights ``w`` under the published names, and v(x, s, t, label); ``classes`` stands for no label."""
 
     def __init__(
         self, form, size=8, patch=2, width=128, depth=3, heads=2, classes=5, blocks=2, qk_norm=False, scale=1.0

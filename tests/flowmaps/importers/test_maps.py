@@ -63,7 +63,7 @@ def test_facts_about_latents_are_those_of_the_authors(form, vae, scale, tmp_path
 
 
 def test_the_sampling_of_the_authors_is_recorded(tmp_path):
-    """SoFlow's two steps have fresh noise between them; DMF's at 512 have a grid of their own."""
+    """SoFlow's two steps have fresh noise between them; DMF's at 512 have another grid."""
     found = {form: import_checkpoint(form, Map(form).save(tmp_path / form), **OPTIONS[form]) for form in OPTIONS}
     assert {form: fm.info.sampler for form, fm in found.items()} == {
         "soflow": "stochastic",
