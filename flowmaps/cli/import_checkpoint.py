@@ -78,4 +78,4 @@ def _recommended(info: "FlowMapInfo") -> str:
     """Return a line on the sampling behind the figures of a map's authors."""
     how = "jumps with fresh noise between them (gamma 1)" if info.sampler == "stochastic" else "plain jumps"
     grid = "step sizes as stored" if info.schedules else "equal steps"
-    return f"sampling as its authors do it: --sampler={info.sampler}, {how}, {grid}"
+    return f"sampled as by its authors: --sampler={info.sampler}, {how}, {grid}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from flowmaps.errors import UserError
 from flowmaps.importers.build import Options, Source
-from flowmaps.importers.inert import Unsupported
+from flowmaps.importers.inert import Unsupported, shown
 from flowmaps.importers.torch_files import Weights, family
 from flowmaps.importers.transformers import known, read_network, transformer
 from samplers import Schedule
@@ -34,7 +34,8 @@ def meanflow_sit(path: Path, options: Options) -> Source:
     if known(args, "path_type", {"linear": "linear", "Linear": "linear", "cosine": "cosine"}) == "cosine":
         raise Unsupported("its path_type is cosine, and maps are read on the linear path alone")
     source = transformer(weights, args, "noise_at_one", options, gap_embedding="wide")
-    _is_map(source, options, left, MEANFLOW_GUIDANCE.get(source.options["width"]))
+    usual = MEANFLOW_GUIDANCE.get(source.options["width"])
+    _is_map(source, options, left, usual, said=_mixed(args))
     if source.latents:
         source.latents["latent_scale"] = 4 * (MEANFLOW_SCALE,)
     return source
@@ -72,13 +73,28 @@ def _read(path: Path, form: str) -> tuple[Weights, dict[str, Any], tuple[str, ..
     return weights, {"num_classes": len(table) - 1} | args, left
 
 
+def _mixed(args: dict[str, Any]) -> float | None:
+    """Return the weight omega / (1 - kappa) of the guidance in a training's arguments, None if they do not have it."""
+    omega, kappa = args.get("cfg_omega"), args.get("cfg_kappa")
+    if omega is None or kappa is None:
+        return None
+    if not all(isinstance(value, (int, float)) for value in (omega, kappa)) or not (omega >= 0 and 0 <= kappa < 1):
+        raise Unsupported(f"its cfg_omega and cfg_kappa are {shown(omega)} and {shown(kappa)}")
+    return float(max(1.0, omega / (1 - kappa)))  # 0 and 0 stand for none
+
+
 def _is_map(
-    source: Source, options: Options, left: tuple[str, ...], guidance: float | None, recommended: str = ""
+    source: Source,
+    options: Options,
+    left: tuple[str, ...],
+    guidance: float | None,
+    recommended: str = "",
+    said: float | None = None,
 ) -> None:
     """Record that a source is a map, with the weight of guidance that it was trained with and its sampler."""
     source.kind, source.left_out = "map", left
     if source.options["num_classes"]:
-        weight = options.settle("guidance", None, guidance)
+        weight = options.settle("guidance", said, guidance)
         source.facts["guidance"] = weight if weight > 1 else None
     source.facts["recommended_sampler"] = recommended
 

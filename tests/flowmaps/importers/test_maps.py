@@ -2,13 +2,16 @@
 
 import argparse
 
+import numpy as np
 import pytest
 import torch
 from helpers import run_script
+from helpers.makers import write_vae
 from helpers.released_maps import Map
 
 from flowmaps import FlowMap, UserError
 from flowmaps.importers import FORMATS, import_checkpoint
+from flowmaps.vae import Decoder
 from samplers import rollout, stochastic, uniform_times
 
 OPTIONS = {"soflow": {"heads": 2}, "meanflow_sit": {"heads": 2, "guidance": 2.0}, "dmf": {"heads": 2, "decoupled": 2}}
@@ -152,6 +155,21 @@ def test_other_conventions_are_refused(tmp_path):
         import_checkpoint("facm", tmp_path / "missing")
 
 
+@pytest.mark.parametrize(
+    ("omega", "kappa", "weight"),
+    [(0.2, 0.92, 2.5), (1.0, 0.5, 2.0), (0.0, 0.0, None), (1, 0, None), (-1, 0, "refused")],
+)
+def test_guidance_in_the_arguments_of_a_training_decides(omega, kappa, weight, tmp_path):
+    args = argparse.Namespace(cfg_omega=omega, cfg_kappa=kappa)
+    torch.save({"ema": Map("meanflow_sit").w, "args": args}, tmp_path / "net")
+    if weight == "refused":
+        with pytest.raises(UserError, match="cfg_omega and cfg_kappa are -1 and 0"):
+            import_checkpoint("meanflow_sit", tmp_path / "net", heads=2)
+        return
+    fm = import_checkpoint("meanflow_sit", tmp_path / "net", heads=2)
+    assert fm.info.guidance == (None if weight is None else pytest.approx(weight))
+
+
 def test_published_sizes_need_no_option(tmp_path):
     """Heads, guidance and the blocks of DMF follow from the published width and depth."""
     for form, sizes in (("soflow", {"width": 768, "depth": 12}), ("meanflow_sit", {"width": 768, "depth": 12})):
@@ -179,6 +197,19 @@ def test_stochastic_jumps_are_those_of_the_authors(tmp_path):
         expected = middle + 0.5 * theirs(middle, end / 2, end, LABEL)
         found = stochastic(fm, x, uniform_times(2), LABEL, path=fm.interpolant, noise=lambda step: fresh, gamma=1.0)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_commands_sample_as_the_authors_do_unless_told_otherwise(tmp_path):
+    """Two steps of SoFlow by default are the stochastic ones, whose second one starts from fresh noise."""
+    fm = import_checkpoint("soflow", Map("soflow", width=64, heads=1, depth=1).save(tmp_path / "net"))
+    fm.decoder = Decoder(str(write_vae(tmp_path / "vae")), fm.info)
+    fm.open_decoder()
+    fm.save_pretrained(tmp_path / "map")
+    for name, flags in (("usual", []), ("stochastic", ["--sampler=stochastic"]), ("plain", ["--sampler=map"])):
+        common = [f"--checkpoint={tmp_path}/map", "--steps=2", "--num=4", f"--out={tmp_path}/{name}"]
+        run_script("scripts/sample.py", *common, *flags, check=True)
+    usual, chosen, plain = (np.load(tmp_path / f"{n}/samples-2.npz")["arr_0"] for n in ("usual", "stochastic", "plain"))
+    assert (usual == chosen).all() and (usual != plain).any()
 
 
 def test_the_script_says_how_the_authors_sample_and_what_it_left_out(tmp_path):
