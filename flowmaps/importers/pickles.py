@@ -198,8 +198,6 @@ def _member(value: Any) -> Any:
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _reconstruct,
-    ("dnnlib.util", "EasyDict"): _Dict,
     ("collections", "OrderedDict"): _Dict,
     **{(builtins, "set"): _nothing for builtins in ("builtins", "__builtin__")},  # the second in protocol 2
     **{(builtins, "getattr"): _nothing for builtins in ("builtins", "__builtin__")},
@@ -217,17 +215,22 @@ _KNOWN: dict[tuple[str, str], Any] = {
     **{(f"numpy.{core}.numeric", "_frombuffer"): _array for core in ("core", "_core")},
 }
 
+# Of NVIDIA's torch_utils and dnnlib, which others keep in folders of other names.
+_ANYWHERE: dict[str, Any] = {"_reconstruct_persistent_obj": _reconstruct, "EasyDict": _Dict}
+
 
 class _ObjectReader(Reader):
-    """Makes records of what a pickle of NVIDIA's may name."""
+    """Makes records of what a pickle of persistent classes may name."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if name in _ANYWHERE:
+            return _ANYWHERE[name]
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no such checkpoint needs")
         return _KNOWN[module, name]
 
     def call(self, function: Any, arguments: list[Any]) -> Any:
-        if not any(function is known for known in _KNOWN.values()):
+        if not any(function is known for known in (*_KNOWN.values(), *_ANYWHERE.values())):
             raise pickle.UnpicklingError("it calls what is not a name")
         return function(*arguments)
 

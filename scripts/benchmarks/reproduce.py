@@ -114,6 +114,8 @@ def check_same(file: Path, facts: dict[str, Any]) -> None:
 
 def moments(fm: "FlowMap", reference: "Reference", steps: int, file: Path) -> "FeatureStats":
     """Return the moments of ``--num`` samples, going on from those in ``file`` and writing them every ``PART``."""
+    import torch
+
     from flowmaps.evaluation.samples import sample_batches
     from flowmaps.evaluation.settings import sampling_settings
     from flowmaps.images import to_uint8
@@ -128,7 +130,9 @@ def moments(fm: "FlowMap", reference: "Reference", steps: int, file: Path) -> "F
     while done is None or start < NUM.value:
         share = range(start, min(start + PART, NUM.value))
         made = sample_batches(fm, way.times, share, SEED.value, sampler=way.sampler, batch=BATCH.value, progress=True)
-        new = reference.extractor.stats(to_uint8(x) for x, _ in made)
+        new = reference.extractor.stats(to_uint8(x) for x, _ in made if bool(torch.isfinite(x).all()))
+        if new.n != len(share):
+            raise UserError("its samples hold NaN or infinity: nothing to score", field="map", value=MAP.value)
         done = new if done is None else done.merge(new)
         start = share.stop
         done.save(file)

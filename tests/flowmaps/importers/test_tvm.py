@@ -85,6 +85,14 @@ def test_no_text_in_the_file_runs(protocol, tmp_path, monkeypatch):
         assert (fm.velocity(x, s, t, LABEL) - theirs(x, s, t, LABEL)).abs().max() < 1e-4
 
 
+def test_persistence_in_a_folder_of_another_name(tmp_path):
+    save(tmp_path / "a_w2.pkl")
+    content = (tmp_path / "a_w2.pkl").read_bytes()
+    (tmp_path / "b_w2.pkl").write_bytes(content.replace(b"torch_utils.persistence", b"other_utils.persistence"))
+    one, two = (import_checkpoint("tvm", tmp_path / name) for name in ("a_w2.pkl", "b_w2.pkl"))
+    assert one.fingerprint() == two.fingerprint() and one.info.origin["sha256"] != two.info.origin["sha256"]
+
+
 def test_a_compiled_network(tmp_path):
     theirs = save(tmp_path / "a_w2.pkl", change=compiled)
     x, s, t = points()
