@@ -154,7 +154,7 @@ def test_the_output_of_rows_with_a_label_is_scaled():
     torch.testing.assert_close(scaled.velocity(x, s, t, label), expected)
     rows = with_guidance(label, torch.ones(6), 4)
     torch.testing.assert_close(scaled.velocity(x, s, t, rows), expected)
-    torch.testing.assert_close(scaled.velocity(x, s, t), plain.velocity(x, s, t), rtol=0, atol=0)
+    torch.testing.assert_close(scaled.network(x, s, t), plain.network(x, s, t), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", [{"image_size": 8, "channel_mult": (1, 1, 1, 1, 1)}, {"image_size": 9, "patch": 2}])
