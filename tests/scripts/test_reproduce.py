@@ -51,7 +51,7 @@ def reproduce(hub, workdir, name, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), zip(FILES, ([1, 2], [4], [2], [1]), strict=True))
+@pytest.mark.parametrize(("name", "steps"), list(zip(FILES, ([1, 2], [4], [2], [1]), strict=True)))
 def test_a_published_map_from_its_file_to_the_comparison(name, steps, hub, tmp_path):
     """One image of each class; the sampler is that of the authors, and what was read is in the record."""
     given = [] if steps == list(MAPS[name].fid) else [f"--steps={steps[0]}"]
