@@ -28,6 +28,7 @@ ADDED = (
     ("decoupled", 0),
     ("norm", "layer"),
     ("label_scale", 1.0),
+    ("gap_embedding", "narrow"),
 )
 Time = Tensor | float  # of each row, or of all
 

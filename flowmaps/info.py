@@ -77,6 +77,7 @@ class FlowMapInfo:
     latent_shift: tuple[float, ...] = ()  # of latents: a sample is scale (z - shift), one number per channel, see
     latent_scale: tuple[float, ...] = ()  # flowmaps.vae; empty: samples are images or points
     origin: dict[str, str] = field(default_factory=dict)  # of imported weights: format, sha256, license and the like
+    recommended_sampler: str = field(default="", metadata={"optional": True})  # of a map whose authors say so
     class_names: tuple[str, ...] = field(default=(), metadata={"optional": True})  # by number; empty: unknown
     class_shares: tuple[float, ...] = field(default=(), metadata={"optional": True})  # in the data; empty: equal ones
 
@@ -97,6 +98,8 @@ class FlowMapInfo:
         for sampler, schedule in self.schedules.items():
             if sampler not in SAMPLERS or schedule.sampler not in ("", sampler):
                 raise UserError(f"has one of {schedule.sampler or 'a sampler'} for {sampler}", field="schedules")
+        if self.recommended_sampler:
+            self.check_sampler(self.recommended_sampler, 2)
         if self.class_names and len(self.class_names) != self.num_classes:
             raise UserError(f"has {len(self.class_names):,} for {self.num_classes:,} classes", "class_names")
         if wrong := [name for name in self.class_names if not 0 < len(name) <= LONGEST_NAME]:
@@ -116,8 +119,11 @@ class FlowMapInfo:
 
     @property
     def sampler(self) -> str:
-        """The default sampler: one that takes any number of steps and asks only for what the network was trained on."""
-        return {"map": "map", "drift": "euler", "consistency": "stochastic"}[self.kind]
+        """The default sampler: one that takes any number of steps and asks only for what the network was trained on.
+
+        Of a published map it is the one by which its authors' figures were made.
+        """
+        return self.recommended_sampler or {"map": "map", "drift": "euler", "consistency": "stochastic"}[self.kind]
 
     def check_guidance(self, weight: float | None, sampler: str = "map") -> None:
         """Refuse a guidance weight that neither the network nor the sampler can apply; None and 1 mean no guidance.

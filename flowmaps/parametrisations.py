@@ -57,6 +57,12 @@ def velocity(t: Tensor, base_std: float, data_std: float) -> Reading:
     return Reading(one, t, torch.zeros_like(t), one)
 
 
+def noise_at_one(t: Tensor, base_std: float, data_std: float) -> Reading:
+    """F is minus the drift, with time from data to noise, as most published maps have it: SoFlow, MeanFlow SiT, DMF."""
+    one = torch.ones_like(t)
+    return Reading(one, 1 - t, torch.zeros_like(t), -one)
+
+
 def rectified_flow(t: Tensor, base_std: float, data_std: float) -> Reading:
     """As ``velocity``, with c_noise = 999 max(t, 1e-3), as in the training of Liu et al. 2023 (arXiv 2209.03003).
 
@@ -164,6 +170,7 @@ def discrete(predicts: str, table: Tensor) -> Parametrisation:
 
 PARAMETRISATIONS = {
     "velocity": Parametrisation(velocity),
+    "noise_at_one": Parametrisation(noise_at_one),
     "rectified_flow": Parametrisation(rectified_flow),
     "denoiser": Parametrisation(denoiser, EDM_NOISE),
     "edm": Parametrisation(edm, EDM_NOISE),

@@ -89,7 +89,7 @@ def fit(
         >>> schedule = fit(fm, [2, 4], sampler="euler").schedule
         >>> samples = generate(fm, schedule[4], n=16, seed=0, sampler="euler")
     """
-    sampler = sampler or fm.info.sampler
+    sampler = sampler or ("map" if fm.info.kind == "map" else fm.info.sampler)
     check_choices(steps, None if fm.info.kind == "consistency" else sampler, cost, fine)
     if fm.info.kind == "consistency":
         raise UserError(UNFIT, "sampler", sampler)

@@ -41,7 +41,7 @@ class SamplingFlags:
             ["map"],
             "map: jump with the map; stochastic: jump, adding fresh noise; or a solver of the drift: "
             + ", ".join(SAMPLER_NAMES[2:])
-            + more,
+            + f"; of a published map the one of its authors{more}",
         )
         self.ema = flags.DEFINE_list(
             "ema", [], f"Weights of a run: the decay of an average, raw, or a width [what it exports]{more}"
@@ -101,6 +101,8 @@ class SamplingFlags:
         source = required(self.checkpoint, "runs/digits")
         self._check()
         fm = FlowMap.from_pretrained(source)
+        if fm.info.recommended_sampler and not self.sampler.present:
+            flags.FLAGS[self.sampler.name].value = [fm.info.recommended_sampler]
         self.settings(fm)
         for file in set(self.schedule.value) - {"stored", "uniform"}:
             if read_schedule(file).checkpoint not in ("", fm.fingerprint()):

@@ -1,6 +1,7 @@
 """Import published checkpoints as flow maps, without running anything in them."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +15,12 @@ from flowmaps.importers.diffusers_unet import diffusers_unet
 from flowmaps.importers.ect import ect
 from flowmaps.importers.edm import edm
 from flowmaps.importers.edm2 import edm2
+from flowmaps.importers.guess import guess_format
 from flowmaps.importers.inert import refusal
+from flowmaps.importers.maps import dmf, meanflow_sit, soflow
 from flowmaps.importers.rectified_flow import rectified_flow
 from flowmaps.importers.transformers import dit, sit
+from flowmaps.importers.tvm import tvm
 
 
 class Format(NamedTuple):
@@ -28,6 +32,7 @@ class Format(NamedTuple):
 
 
 LARGEST_SIZE = 1 << 14  # of an image
+SHOWN = 12  # names of what is left out
 FORMATS = {
     "edm": Format(edm, "NVIDIA's released weights: CC BY-NC-SA 4.0 (no commercial use)"),
     "edm2": Format(edm2, "NVIDIA's released weights: CC BY-NC-SA 4.0 (no commercial use)"),
@@ -37,6 +42,15 @@ FORMATS = {
     "rectified_flow": Format(rectified_flow, "see the publisher of the weights", ("image_size",)),
     "diffusers_unet": Format(diffusers_unet, "see the model card of the weights", ("image_size", "prediction")),
     "diffusers_dit": Format(diffusers_dit, "see the model card of the weights", ("prediction",)),
+    "soflow": Format(soflow, "code MIT; of the weights see zlab-princeton's model card", ("heads", "guidance")),
+    "meanflow_sit": Format(meanflow_sit, "code MIT; of the weights see zhuyu-cs's page", ("heads", "guidance")),
+    "dmf": Format(
+        dmf, "none is given for weights or code: all rights are kyungmnlee's", ("heads", "guidance", "decoupled")
+    ),
+    "tvm": Format(tvm, "lumalabs' released weights: CC BY-NC-SA 4.0 (no commercial use)", ("guidance",)),
+}
+NOT_READ = {
+    "facm": "its maps are of latents of VA-VAE, which has no reader here: it is another kind than AutoencoderKL"
 }
 PREDICTIONS = {"velocity": "velocity", "v": "velocity", "noise": "noise", "epsilon": "noise", "score": "score"}
 PREDICTIONS |= {"v_prediction": "velocity", "data": "data", "sample": "data"}
@@ -51,23 +65,27 @@ def import_checkpoint(
     heads: int | None = None,
     prediction: str | None = None,
     path: str | None = None,
+    guidance: float | None = None,
+    decoupled: int | None = None,
 ) -> FlowMap:
     """Read a published checkpoint. Nothing in the file is executed.
 
     Args:
-        format: A key of ``FORMATS``, such as ``"edm"``.
+        format: A key of ``FORMATS``, such as ``"edm"``; ``guess_format(src)`` finds it.
         src: The published file, or the folder for ``"diffusers_unet"`` and ``"diffusers_dit"``.
         image_size: Height and width, where weights do not show them: "rectified_flow", and "diffusers_unet" without a
             ``sample_size``.
-        heads: The number of attention heads of "dit" and "sit", if it is not the published one of their size.
+        heads: The number of attention heads of a transformer, if it is not the published one of its size.
         prediction: What a "sit", "diffusers_unet" or "diffusers_dit" predicts, if its file does not say: "velocity",
             "noise", "data" or "score".
         path: The path of a "sit", if its file does not say: "linear", "trigonometric" (SiT's GVP) or "vp".
+        guidance: The weight of the guidance that a published map was trained with, if it is not that of its authors.
+        decoupled: The number of blocks of a "dmf" that know the start alone, if it is not the published one.
 
     Returns:
         A flow map on the CPU in eval mode. Its kind is "drift": sample it with an ODE solver, or train a map from it;
-        or "consistency" for ECT and CMT. Its
-        ``info.origin`` has the format, the file's hash, the license, and under "assumed" what nobody said.
+        or "consistency" for ECT and CMT; or "map" for published maps. Its ``info.origin`` has the format, the
+        file's hash, the license, under "assumed" what nobody said, and under "left out" what else the file has.
 
     Raises:
         UserError: The format is unknown, an option is out of range, missing, or not one of the format, or the file is
@@ -77,7 +95,8 @@ def import_checkpoint(
         >>> fm = import_checkpoint("edm", Path("edm-cifar10-32x32-cond-vp.pkl"))
         >>> fm.save_pretrained("teachers/edm")
     """
-    given = {"image_size": image_size, "heads": heads, "prediction": prediction, "path": path}
+    given: dict[str, float | str | None] = {"image_size": image_size, "heads": heads, "prediction": prediction}
+    given |= {"path": path, "guidance": guidance, "decoupled": decoupled}
     options = check_options(format, given)
     src, chosen = Path(src), FORMATS[format]
     if not src.exists():
@@ -87,19 +106,29 @@ def import_checkpoint(
         fm, files = build(source), source.files or (src,)
     except Exception as error:  # a foreign file can raise anything
         raise refusal(src, error) from None
-    facts = {"format": format, "sha256": ", ".join(map(sha256, files)), "license": chosen.license}
+    facts = {"format": format, "sha256": ", ".join(map(sha256, files)), "license": chosen.license, **source.origin}
     if options.assumed:
         facts["assumed"] = ", ".join(f"{name} {value}" for name, value in options.assumed.items())
+    if source.left_out:
+        facts["left out"] = listed(source.left_out)
     fm.info = replace(fm.info, origin=facts)
     return fm
 
 
-def check_options(format: str, given: dict[str, int | str | None]) -> Options:
+def listed(names: Sequence[str]) -> str:
+    """Return names of a file for a line of text: "ema, opt and 12 more", without characters that mean anything."""
+    plain = [re.sub(r"[^\w.*/ -]", "?", name)[:40] for name in names[:SHOWN]]
+    return ", ".join(plain) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def check_options(format: str, given: dict[str, float | str | None]) -> Options:
     """Check a format and the options given with it, before any file is opened.
 
     Raises:
         UserError: The format is unknown, or an option is out of range or not one of the format.
     """
+    if format in NOT_READ:
+        raise UserError(f"is not supported: {NOT_READ[format]}", field="format", value=format)
     if format not in FORMATS:
         raise UserError(f"choose one of {', '.join(FORMATS)}", field="format", value=format)
     found = {name: value for name, value in given.items() if value is not None}
@@ -117,4 +146,4 @@ def check_options(format: str, given: dict[str, int | str | None]) -> Options:
     return Options(**found)  # type: ignore[arg-type]
 
 
-__all__ = ["FORMATS", "Format", "Options", "check_options", "import_checkpoint"]
+__all__ = ["FORMATS", "Format", "Options", "check_options", "guess_format", "import_checkpoint"]

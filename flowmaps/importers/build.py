@@ -17,7 +17,7 @@ from flowmaps.importers.torch_files import Weights
 from flowmaps.info import FlowMapInfo
 from flowmaps.networks import NETWORKS
 
-ZERO_AT_FIRST = ("embedding.gap.", "embedding.gains.")  # the second time: no published network has one
+ZERO_AT_FIRST = ("embedding.gap.", "embedding.gains.")  # the second time, which no published drift has
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Options:
     heads: int | None = None
     prediction: str | None = None
     path: str | None = None
+    guidance: float | None = None
+    decoupled: int | None = None
     assumed: dict[str, str] = field(default_factory=dict)
 
     def settle(self, name: str, found: Any, default: Any = None) -> Any:
@@ -59,6 +61,9 @@ class Source:
     latents: dict[str, Any] = field(default_factory=dict)  # fields of FlowMapInfo, if the network works on latents
     files: tuple[Path, ...] = ()  # of the weights, if they are in a folder
     kind: str = "drift"  # of FlowMapInfo
+    facts: dict[str, Any] = field(default_factory=dict)  # other fields of FlowMapInfo
+    origin: dict[str, str] = field(default_factory=dict)  # entries of FlowMapInfo.origin
+    left_out: tuple[str, ...] = ()  # names of what the file has and the import does not take
 
 
 def build(source: Source) -> FlowMap:
@@ -66,7 +71,7 @@ def build(source: Source) -> FlowMap:
     cls, options = NETWORKS[source.network], source.options
     with torch.device("meta"):
         expected = {name: tuple(w.shape) for name, w in cls(**options).state_dict().items()}
-    wanted = {name for name in expected if not name.startswith(ZERO_AT_FIRST)}
+    wanted = {name for name in expected if source.kind == "map" or not name.startswith(ZERO_AT_FIRST)}
     if wrong := sorted(wanted ^ source.weights.keys()):
         raise UnpicklingError(f"its structure differs: {wrong[0]} is {'missing' if wrong[0] in wanted else 'new'}")
     for name in sorted(wanted):
@@ -88,6 +93,7 @@ def build(source: Source) -> FlowMap:
         t_range=network.parametrisation.t_range(base_std),
         label_dropout=source.label_dropout if classes else 0.0,
         **source.latents,
+        **source.facts,
     )
     return FlowMap(network, source.interpolant, base_std, info).eval()
 

@@ -11,14 +11,24 @@ from torch import Tensor
 from flowmaps.importers.build import Options, Source, check_empty, layer
 from flowmaps.importers.inert import Unsupported
 from flowmaps.importers.pickles import Record
-from flowmaps.importers.snapshots import as_consistency, common_dropout, is_consistency, layout, level_shapes, read_ema
+from flowmaps.importers.snapshots import (
+    as_consistency,
+    common_dropout,
+    is_consistency,
+    layout,
+    level_shapes,
+    others,
+    read_ema,
+)
 from flowmaps.importers.torch_files import Weights
 
 
 def edm(path: Path, options: Options) -> Source:
     """Read ``network-snapshot-*.pkl`` and released ``edm-*.pkl`` files of EDM; one of ECT is a consistency model."""
     net, content = read_ema(path, ("EDMPrecond", "ECMPrecond"))
-    return as_consistency(edm_source(net), net) if is_consistency(net, content) else edm_source(net)
+    source = edm_source(net)
+    source.left_out = others(content)
+    return as_consistency(source, net) if is_consistency(net, content) else source
 
 
 def edm_source(net: Record) -> Source:

@@ -9,7 +9,15 @@ import numpy as np
 from flowmaps.importers.build import Options, Source, check_empty
 from flowmaps.importers.inert import Unsupported, shown
 from flowmaps.importers.pickles import Record
-from flowmaps.importers.snapshots import as_consistency, common_dropout, is_consistency, layout, level_shapes, read_ema
+from flowmaps.importers.snapshots import (
+    as_consistency,
+    common_dropout,
+    is_consistency,
+    layout,
+    level_shapes,
+    others,
+    read_ema,
+)
 from flowmaps.importers.torch_files import Weights
 from flowmaps.networks.edm2unet import BALANCE, LABEL_BALANCE, LIMIT
 
@@ -26,6 +34,7 @@ def edm2(path: Path, options: Options) -> Source:
     net, content = read_ema(path, ("Precond",))
     consistent = is_consistency(net, content)
     source = edm2_source(net, content, mixed=consistent)
+    source.left_out = others(content)
     return as_consistency(source, net) if consistent else source
 
 

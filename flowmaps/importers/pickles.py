@@ -1,4 +1,4 @@
-"""NVIDIA's pickles (EDM, EDM2) read as data: no code in them runs, and what no checkpoint needs is refused by name.
+"""Pickles of persistent classes (EDM, EDM2, TVM) as data: no code in them runs, what no checkpoint needs is refused.
 
 They are pickles of objects that carry the source code of their classes. ``read_objects`` turns these into inert records
 without looking at that source, and hands the storages inside to torch's ``weights_only`` reader.
@@ -19,12 +19,27 @@ from flowmaps.importers.inert import REMEDY, Reader, Unsupported, check_extent, 
 from flowmaps.importers.torch_files import check_sizes, weights_only
 from flowmaps.reading import regular_file
 
-# The classes in files of EDM, EDM2, ECT and CMT. A record of one of these is a name and a state, whatever it says.
+# The classes in files of EDM, EDM2, ECT, CMT and TVM. A record of one of these is a name and a state, whatever it says.
 CLASSES = {
     *("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond", "SongUNet", "DhariwalUNet", "UNetBlock", "Linear"),
     *("Conv2d", "GroupNorm", "PositionalEmbedding", "FourierEmbedding", "EDMLoss", "VPLoss", "VELoss", "AugmentPipe"),
     *("ECMPrecond", "ECMLoss", "DPMSolverLoss"),
     *("Precond", "UNet", "Block", "MPConv", "MPFourier", "EDM2Loss", "StandardRGBEncoder", "StabilityVAEEncoder"),
+    *("TVMWrapper", "DiT", "DiT_XL_2_18h", "TimestepEmbedder", "LabelEmbedder", "DiTBlock", "FinalLayer", "Attention"),
+}
+# Classes that a pickle may name, by module: records of them are made as of the others.
+MODULES = {
+    "torch.nn.modules.container": "ModuleDict ModuleList Sequential",
+    "torch.nn.modules.conv": "Conv2d",
+    "torch.nn.modules.linear": "Linear Identity",
+    "torch.nn.modules.sparse": "Embedding",
+    "torch.nn.modules.normalization": "RMSNorm",
+    "torch.nn.modules.activation": "GELU SiLU",
+    "torch.nn.modules.dropout": "Dropout",
+    "torch._dynamo.eval_frame": "OptimizedModule",
+    "timm.layers.patch_embed": "PatchEmbed",
+    "timm.layers.mlp": "Mlp",
+    "timm.models.vision_transformer": "PatchEmbed Mlp",
 }
 
 
@@ -139,7 +154,7 @@ def _reconstruct(meta: Any) -> Record:
     name, kind = (meta.get(key) if isinstance(meta, dict) else None for key in ("class_name", "type"))
     if kind != "class" or not isinstance(name, str) or name not in CLASSES:
         raise pickle.UnpicklingError(
-            f"it brings its own code for {shown(name)}, which is not a class of EDM, EDM2 or ECT"
+            f"it brings its own code for {shown(name)}, which is not a class of EDM, EDM2, ECT or TVM"
         )
     record = Record()
     record.name, record.state = name, _state(meta.get("state"))
@@ -177,9 +192,12 @@ def _no_bytes() -> bytes:
     return b""
 
 
+def _member(value: Any) -> Any:
+    """Stands for a member of timm's Format."""
+    return value
+
+
 _KNOWN: dict[tuple[str, str], Any] = {
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _reconstruct,
-    ("dnnlib.util", "EasyDict"): _Dict,
     ("collections", "OrderedDict"): _Dict,
     **{(builtins, "set"): _nothing for builtins in ("builtins", "__builtin__")},  # the second in protocol 2
     **{(builtins, "getattr"): _nothing for builtins in ("builtins", "__builtin__")},
@@ -188,7 +206,8 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch.storage", "_load_from_bytes"): _storage,
-    **{("torch.nn.modules.container", name): Record for name in ("ModuleDict", "ModuleList", "Sequential")},
+    **{(module, name): Record for module, names in MODULES.items() for name in names.split()},
+    ("timm.layers.format", "Format"): _member,
     ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): _Array,
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
@@ -196,17 +215,22 @@ _KNOWN: dict[tuple[str, str], Any] = {
     **{(f"numpy.{core}.numeric", "_frombuffer"): _array for core in ("core", "_core")},
 }
 
+# Of NVIDIA's torch_utils and dnnlib, which others keep in folders of other names.
+_ANYWHERE: dict[str, Any] = {"_reconstruct_persistent_obj": _reconstruct, "EasyDict": _Dict}
+
 
 class _ObjectReader(Reader):
-    """Makes records of what a pickle of NVIDIA's may name."""
+    """Makes records of what a pickle of persistent classes may name."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if name in _ANYWHERE:
+            return _ANYWHERE[name]
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no such checkpoint needs")
         return _KNOWN[module, name]
 
     def call(self, function: Any, arguments: list[Any]) -> Any:
-        if not any(function is known for known in _KNOWN.values()):
+        if not any(function is known for known in (*_KNOWN.values(), *_ANYWHERE.values())):
             raise pickle.UnpicklingError("it calls what is not a name")
         return function(*arguments)
 

@@ -87,7 +87,9 @@ def rectified_flow(path: Path, options: Options) -> Source:
         "convention": "rectified_flow",
         "base_std": 1.0,
     }
-    return Source("UNet", arguments, ours)
+    taken = "model" if average is None else "ema"
+    others = [str(name) for name in content if name != taken] if isinstance(content.get("model"), dict) else []
+    return Source("UNet", arguments, ours, left_out=tuple(others))
 
 
 def _inputs(block: Weights) -> int:

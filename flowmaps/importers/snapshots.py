@@ -30,6 +30,11 @@ def read_ema(path: Path, names: tuple[str, ...]) -> tuple[Record, dict[str, Any]
     return net, content
 
 
+def others(content: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of what a snapshot has besides the average and the scaling of latents."""
+    return tuple(str(name) for name in content if name not in ("ema", "encoder"))
+
+
 def as_consistency(source: Source, net: Record) -> Source:
     """Turn the source of a denoiser into that of a consistency model."""
     least = net.number("sigma_min") if net.name == "ECMPrecond" else 0

@@ -6,8 +6,9 @@ import itertools
 import pickle
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -23,7 +24,13 @@ WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 # Parts of a training checkpoint that can have the weights, averages first, and counters that averages keep with them.
 CONTAINERS = ("ema", "model_ema", "ema_model", "state_dict_ema", "state_dict", "model", "module", "network", "net")
 COUNTERS = {"n_averaged", "initted", "step", "num_updates", "decay"}
-FAMILIES = {  # the format of weights by one of their names
+FAMILIES = {  # the format of weights by a part of one of their names; the first that is found
+    "guidance_embedder.": "tvm",
+    "s_embedder.mlp.": "soflow",
+    "r_embedder.mlp.": "meanflow_sit",
+    "logvar_linear.": "dmf",
+    "q_norm.scale": "dmf",
+    "mlp.w12.": "facm",
     "x_embedder.proj.weight": "dit or sit",
     "all_modules.": "rectified_flow",
     "transformer_blocks.": "diffusers_dit, which takes its folder",
@@ -177,10 +184,19 @@ def plain_names(weights: Any) -> Weights:
     return found
 
 
-def network_weights(content: Any, first: str) -> tuple[Weights, bool]:
-    """Return the weights of the network that has a weight called ``first``, and whether they are a part of ``content``.
+class Found(NamedTuple):
+    """The weights of a network in a file, whether they are a part of its content, and the names of the rest."""
 
-    They may lie in a part of it, and their names may start with "model.", "ema." and the like; averages are preferred.
+    weights: Weights
+    inside: bool
+    left_out: tuple[str, ...]
+
+
+def network_weights(content: Any, first: str) -> Found:
+    """Return the weights of the network that has a weight called ``first``.
+
+    They may lie in a part of ``content``, and their names may start with "model.", "ema." and the like; averages are
+    preferred.
     """
     outer = [content[name] for name in CONTAINERS if name in content] if isinstance(content, dict) else []
     parts = [[part, *(part[name] for name in CONTAINERS if name in part)] for part in outer if isinstance(part, dict)]
@@ -194,10 +210,28 @@ def network_weights(content: Any, first: str) -> tuple[Weights, bool]:
         if prefixes:
             best = min(prefixes, key=lambda prefix: ("ema" not in prefix, len(prefix)))
             others = tuple(prefix for prefix in prefixes if prefix and prefix != best)
-            return {
+            kept = {
                 name.removeprefix(best): weight
                 for name, weight in weights.items()
                 if name.startswith(best) or not (name.startswith(others) or name.split(".")[-1] in COUNTERS)
-            }, part is not content
-    family = next((form for start, form in FAMILIES.items() if any(start in name for name in seen)), "")
-    raise pickle.UnpicklingError(f"it has no {first}" + (f", and seems to be of format {family}" if family else ""))
+            }
+            left = [] if part is content else _others(content, part)
+            return Found(kept, part is not content, (*left, *(f"{prefix}*" for prefix in others)))
+    form = family(seen)
+    raise pickle.UnpicklingError(f"it has no {first}" + (f", and seems to be of format {form}" if form else ""))
+
+
+def _others(content: dict[Any, Any], part: Any) -> list[str]:
+    """Return the names of everything in ``content`` but ``part``, which may lie one level down."""
+    found = []
+    for name, value in content.items():
+        inside = isinstance(value, dict) and any(item is part for item in value.values())
+        found += [f"{name}.{key}" for key, item in value.items() if item is not part] if inside else []
+        found += [str(name)] if not inside and value is not part else []
+    return found
+
+
+def family(names: Iterable[str]) -> str:
+    """Return the format of weights with these names, or an empty text."""
+    names = list(names)
+    return next((form for start, form in FAMILIES.items() if any(start in name for name in names)), "")

@@ -119,6 +119,9 @@ def check_guidance(num_classes: int, guidance: bool, interval: bool) -> None:
 class TimeEmbedding(nn.Module):
     """Embeds (s, t, label) as one vector [B, channels]: MLP(level) + MLP(t - s) + class and guidance vectors.
 
+    ``gap`` is the MLP for t - s: "narrow", which adds little to a published network with one time; "wide", with
+    the sizes and frequencies of that of the level (SoFlow, MeanFlow SiT); or "none", where t is a level too (DMF).
+
     The MLPs see ``features`` time features; the highest frequency for the level (s, or a published network's noise
     level) is ``last``; with ``fourier`` the frequencies travel with the weights (NCSN++). Augmentation parameters are
     added to the level's features. So are class vectors if ``label_first`` (DDPM++); otherwise they are added to the
@@ -140,6 +143,7 @@ class TimeEmbedding(nn.Module):
         label_first: bool = False,
         last: float = 32.0,
         fourier: bool = False,
+        gap: str = "narrow",
     ) -> None:
         super().__init__()
         check_guidance(num_classes, guidance, interval)
@@ -148,7 +152,9 @@ class TimeEmbedding(nn.Module):
         self.frequencies: Tensor | None
         self.register_buffer("frequencies", geometric(features, last) if fourier else None)
         self.start = nn.Sequential(nn.Linear(features, channels), nn.SiLU(), nn.Linear(channels, channels))
-        self.gap = self.second(features, channels)
+        self.gap_last = last if gap == "wide" else 32.0
+        hidden = channels if gap == "wide" else features
+        self.gap = None if gap == "none" else self.second(features, channels, hidden)
         self.label = nn.Embedding(num_classes + 1, features if label_first else channels) if num_classes else None
         self.augmentation = nn.Linear(augment_dim, features, bias=False) if augment_dim else None
         self.guidance = self.second(features, channels) if guidance else None
@@ -156,9 +162,10 @@ class TimeEmbedding(nn.Module):
         self.high = self.second(features, channels) if interval else None
 
     @staticmethod
-    def second(features: int, channels: int) -> nn.Sequential:
-        """Return an MLP whose output starts at zero; it is narrow, so that a published network keeps its size."""
-        return nn.Sequential(nn.Linear(features, features), nn.SiLU(), zero(nn.Linear(features, channels)))
+    def second(features: int, channels: int, hidden: int = 0) -> nn.Sequential:
+        """Return an MLP whose output starts at zero, with ``hidden`` numbers inside (0: as many as ``features``)."""
+        hidden = hidden or features
+        return nn.Sequential(nn.Linear(features, hidden), nn.SiLU(), zero(nn.Linear(hidden, channels)))
 
     def forward(self, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         guided, interval = self.guidance is not None, self.low is not None
@@ -170,7 +177,9 @@ class TimeEmbedding(nn.Module):
             start = start + self.augmentation(given.augmentation.to(dtype))
         if classes is not None and self.label_first:
             start = start + classes
-        embedding: Tensor = self.start(start) + self.gap(time_features(t - s, self.channels).to(dtype))
+        embedding: Tensor = self.start(start)
+        if self.gap is not None:
+            embedding = embedding + self.gap(time_features(t - s, self.channels, self.gap_last).to(dtype))
         if classes is not None and not self.label_first:
             embedding = embedding + classes
         told = ((self.guidance, 1 / given.guidance), (self.low, given.low), (self.high, 1 - given.high))

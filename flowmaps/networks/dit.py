@@ -92,7 +92,8 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
     (0: all know both). It has the parameters of the network without, and at s = t it is the same function bit for bit:
     DMF (arXiv 2510.24474), which makes a map of a drift. ``norm="rms"`` divides tokens, and every shift, scale and gate
     of the modulation, by their root mean square; ``label_scale`` multiplies v of rows with a label, by the weight of
-    baked-in guidance: both are Terminal Velocity Matching's (arXiv 2511.19797). ``data_std``,
+    baked-in guidance: both are Terminal Velocity Matching's (arXiv 2511.19797). ``gap_embedding`` is the MLP for t - s:
+    "narrow", "wide" or, in a decoupled network, "none" (``conditioning.TimeEmbedding``). ``data_std``,
     ``augment_dim``, ``guidance``, ``guidance_interval``, ``convention`` and ``base_std`` as in ``UNet``.
     """
 
@@ -121,13 +122,18 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
         decoupled: int = 0,
         norm: str = "layer",
         label_scale: float = 1.0,
+        gap_embedding: str = "narrow",
     ) -> None:
         super().__init__()
         if variant not in ("", "diffusers"):
             raise ValueError(f"variant must be diffusers or empty, got {variant}")
         if norm not in ("layer", "rms"):
             raise ValueError(f"norm must be layer or rms, got {norm}")
+        if gap_embedding not in ("narrow", "wide", "none"):
+            raise ValueError(f"gap_embedding must be narrow, wide or none, got {gap_embedding}")
         check_sizes(self.config)
+        if gap_embedding == "none" and not decoupled:
+            raise ValueError("gap_embedding=none needs decoupled: no block would know t")
         if decoupled > depth:
             raise ValueError(f"decoupled ({decoupled}) must not be above depth ({depth})")
         if not 0 < label_scale < math.inf or (label_scale != 1 and not num_classes):
@@ -148,7 +154,8 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
         self.stem = nn.Linear(pixels, width)
         eps = 1e-5 if variant else 1e-6
         last = 10000.0 ** -(1 if variant else 127 / 128) if convention else 32.0
-        self.embedding = TimeEmbedding(256, width, num_classes, augment_dim, guidance, guidance_interval, last=last)
+        told = (num_classes, augment_dim, guidance, guidance_interval)
+        self.embedding = TimeEmbedding(256, width, *told, last=last, gap=gap_embedding)
         sizes = (width, heads, mlp_ratio, qk_norm, dropout, eps, self.rms)
         self.blocks = nn.ModuleList(TransformerBlock(*sizes) for _ in range(depth))
         self.modulation, self.head = zero(nn.Linear(width, 2 * width)), zero(nn.Linear(width, pixels))

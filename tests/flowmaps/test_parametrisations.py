@@ -102,7 +102,10 @@ def test_learned_variance_is_left_out_and_rectified_flow_counts_999ths():
     assert torch.equal(drift(x, t), noise_drift(predict_noise)(x, t))
     reading = PARAMETRISATIONS["rectified_flow"](torch.tensor([0.0, 0.5, 1.0]), 1.0)
     torch.testing.assert_close(reading.c_noise, torch.tensor([0.999, 499.5, 999.0]))
-    assert PARAMETRISATIONS["velocity"].t_range(1.0) == (0.0, 1.0)
+    reading = PARAMETRISATIONS["noise_at_one"](torch.tensor([0.0, 0.25, 1.0]), 1.0)
+    assert [part.tolist() for part in reading] == [[1, 1, 1], [1, 0.75, 0], [0, 0, 0], [-1, -1, -1]]
+    for name in ("velocity", "noise_at_one"):
+        assert PARAMETRISATIONS[name].t_range(1.0) == (0.0, 1.0)
 
 
 def test_guidance_is_that_of_the_denoiser_and_leaves_rows_without_label_alone():

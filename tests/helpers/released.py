@@ -34,11 +34,13 @@ class Persistent(nn.Module):
         return (_reconstruct_persistent_obj, ({**meta, "state": dict(self.__dict__)},), None, None, None)
 
 
-def dump(content, path, protocol=4):
-    """Pickle under the modules' true names, as NVIDIA's code does."""
-    fakes = {
-        name: types.ModuleType(name) for name in ("dnnlib", "dnnlib.util", "torch_utils", "torch_utils.persistence")
-    }
+def dump(content, path, protocol=4, more=()):
+    """Pickle under the modules' true names, as NVIDIA's code does; ``more`` classes are of other packages."""
+    full = ["dnnlib.util", "torch_utils.persistence", *(cls.__module__ for cls in more)]
+    names = {".".join(name.split(".")[: i + 1]) for name in full for i in range(name.count(".") + 1)}
+    fakes = {name: types.ModuleType(name) for name in names - sys.modules.keys()}
+    for cls in more:
+        setattr(fakes[cls.__module__], cls.__name__, cls)
     fakes["dnnlib.util"].EasyDict = EasyDict
     fakes["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
     sys.modules.update(fakes)

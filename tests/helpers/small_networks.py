@@ -27,6 +27,8 @@ SMALL = {
     "DiT diffusers": (DiT, {**DIT, "variant": "diffusers", "convention": "ddpm:velocity:squaredcos_cap_v2:1000"}),
     "DiT qk_norm": (DiT, {**DIT, "qk_norm": True, "mlp_ratio": 2.0}),
     "DiT decoupled": (DiT, {**DIT, "depth": 5, "decoupled": 2}),
+    "DiT wide": (DiT, {**DIT, "gap_embedding": "wide", "convention": "noise_at_one"}),
+    "DiT none": (DiT, {**DIT, "decoupled": 1, "gap_embedding": "none", "convention": "noise_at_one"}),
     "DiT rms": (DiT, {**DIT, "norm": "rms", "qk_norm": True, "label_scale": 2.0}),
 }
 IMAGES = [name for name in SMALL if name != "MLP"]

@@ -193,7 +193,9 @@ FLAGS = {
     "demo.py": {"workdir", "steps", "num"},
     "gpu_check.py": {"parts", "out", "minutes", "data", "device", "smoke"},
     "export.py": {"checkpoint", "ema", "out", "name", "license", "results", "how", "push_to_hub", "picture"},
-    "import_checkpoint.py": {"format", "src", "out", "image_size", "heads", "prediction", "path"},
+    "import_checkpoint.py": {
+        *("format", "src", "out", "image_size", "heads", "prediction", "path", "guidance", "decoupled"),
+    },
     "prepare_data.py": {"teacher", "out", "num", "solver", "steps", "substeps", "grid", "low", "high", "times", "start"}
     | {"data", "root", "seed", "batch", "shard", "src", "size", "vae", "vae_range", "flip", "skip_corrupt", "workers"},
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, released
+from helpers import ROOT, released, released_ect
 from helpers.makers import (
     encoded,
     photograph,
@@ -23,6 +23,8 @@ from helpers.makers import (
     write_inception,
     write_vae,
 )
+from helpers.released_maps import Map
+from helpers.released_state_dicts import NCSNpp
 
 from flowmaps.metrics.extractors import INCEPTION_FILE
 
@@ -168,6 +170,13 @@ def furnished(copy):
         write_vae(folder / f"stabilityai/sd-vae-ft-{name}")
     shape = {"classes": 10, "size": 32, "mult": (1, 2, 2), "blocks": 1, "attention": (16,)}  # of from_edm,smoke
     released.edm("ddpm++", folder / "edm-cifar10-32x32-cond-vp.pkl", **shape)
+    released_ect.ect(folder / "network-snapshot-latest.pkl")
+    NCSNpp().save(folder / "checkpoint_10.pth")
+    mirrored = folder / "mirror/zlab-princeton/SoFlow/B-4-cond"
+    mirrored.mkdir(parents=True)
+    for file in (folder / "SoFlow-B-4.pt", mirrored / "400000.pt"):
+        Map("soflow", width=64, heads=1).save(file)
+    write_vae(folder / "mirror/stabilityai/sd-vae-ft-mse")
     tree = write_imagenet(folder / "imagenet", classes=40)
     with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as archive:
         for synset in sorted(tree.iterdir()):
@@ -178,6 +187,7 @@ def furnished(copy):
     pictures = np.stack([np.asarray(photograph(i, 256, 256)) for i in range(8)])
     moments = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
     np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=pictures, **moments)
+    np.savez(folder / "mirror/VIRTUAL_imagenet256_labeled.npz", **moments)
     for path in UNNAMED:
         copy.make(path)
     return copy

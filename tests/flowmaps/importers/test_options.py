@@ -8,7 +8,7 @@ from helpers.released_state_dicts import NCSNpp, Transformer
 from flowmaps import UserError
 from flowmaps.importers import FORMATS, import_checkpoint
 
-VALUES = {"image_size": 32, "heads": 2, "prediction": "velocity", "path": "linear"}
+VALUES = {"image_size": 32, "heads": 2, "prediction": "velocity", "path": "linear", "guidance": 2.5, "decoupled": 3}
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -60,7 +60,8 @@ def test_the_size_of_a_rectified_flow_is_asked_for(size, attention, tmp_path):
         (["--format=sit", "--path=zigzag"], "--path=zigzag: choose one of linear, trigonometric"),
         (["--format=sit", "--prediction=x0"], "--prediction=x0: choose one of velocity"),
         (["--format=onnx"], "--format=onnx: choose one of"),
-        ([], "--format: missing"),
+        ([], "--src={src}: is not a checkpoint of this format"),
+        (["--src=nowhere.pkl"], "--src=nowhere.pkl: no such file"),
         (["--format=edm", "--src=nowhere.pkl"], "--src=nowhere.pkl: no such file"),
         (["--format=edm", "--out={src}"], "--out={src}: is also --src"),
         (["--format=edm", "--out=tests"], "--out=tests: tests has files that flowmaps did not write"),

@@ -9,10 +9,11 @@ from helpers.small_networks import randomised
 from flowmaps.networks import PRESETS, DiT
 
 
-def dit(weights, x, s, t, label, patch, heads, data_std, qk_norm, rms=False, decoupled=0):
+def dit(weights, x, s, t, label, patch, heads, data_std, qk_norm, rms=False, decoupled=0, wide=False):
     """DiT with adaLN-zero (arXiv 2212.09748, section 3.2), two times added; ``t`` None: one time, as published.
 
     ``rms``: TVM's (arXiv 2511.19797); ``decoupled`` blocks are given s, the others and the head t: DMF's (2510.24474).
+    ``wide``: the second time at the frequencies of MeanFlow's and SoFlow's (2512.15657), and as they count it.
     """
     w = weights
 
@@ -35,7 +36,8 @@ def dit(weights, x, s, t, label, patch, heads, data_std, qk_norm, rms=False, dec
         return [root(part) for part in parts] if rms else parts
 
     def mlp(name, time):
-        frequencies = torch.tensor([32 ** (k / 127) for k in range(128)], dtype=x.dtype)
+        frequencies = [10000 ** (-k / 128) if wide else 32 ** (k / 127) for k in range(128)]
+        frequencies = torch.tensor(frequencies, dtype=x.dtype)
         phase = time[:, None] * frequencies
         features = torch.cat([phase.cos(), phase.sin()], dim=1)
         return linear(f"embedding.{name}.2", silu(linear(f"embedding.{name}.0", features)))
@@ -57,7 +59,8 @@ def dit(weights, x, s, t, label, patch, heads, data_std, qk_norm, rms=False, dec
     if decoupled:
         e, later = (silu(mlp("start", time) + mlp("gap", 0 * time) + table) for time in (s, t))
     else:
-        e = later = silu(mlp("start", s) + table + (0 if t is None else mlp("gap", t - s)))
+        first = mlp("start", 1 - s if wide else s)
+        e = later = silu(first + table + (0 if t is None else mlp("gap", t - s)))
     depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
     for k in range(depth):
         e = e if k < decoupled else later
@@ -78,7 +81,7 @@ def dit(weights, x, s, t, label, patch, heads, data_std, qk_norm, rms=False, dec
     for k in range(n * n):
         i, j = divmod(k, n)
         out[:, :, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch] = h[:, k].reshape(b, c, patch, patch)
-    return data_std * out
+    return -out if wide else data_std * out
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -104,8 +107,12 @@ def test_dit_is_the_published_one(qk_norm):
 
 @pytest.mark.parametrize(
     ("options", "scale"),
-    [({"norm": "rms", "qk_norm": True, "label_scale": 1.75}, 1.75), ({"decoupled": 2}, 1.0)],
-    ids=["terminal velocity matching", "decoupled"],
+    [
+        ({"norm": "rms", "qk_norm": True, "label_scale": 1.75}, 1.75),
+        ({"decoupled": 2}, 1.0),
+        ({"gap_embedding": "wide", "convention": "noise_at_one", "base_std": 1.0, "data_std": 1.0}, 1.0),
+    ],
+    ids=["terminal velocity matching", "decoupled", "wide"],
 )
 def test_dit_of_a_published_map_is_its(options, scale):
     network = DiT(image_size=8, channels=3, patch=2, width=32, depth=3, heads=4, num_classes=5, **options)
@@ -114,8 +121,8 @@ def test_dit_of_a_published_map_is_its(options, scale):
     s, t = torch.rand(2, 4).sort(dim=0).values
     with torch.no_grad():
         ours = network(x, s, t, label)
-    rms, decoupled = "norm" in options, options.get("decoupled", 0)
-    theirs = dit(dict(network.state_dict()), x, s, t, label, 2, 4, 0.5, options.get("qk_norm", False), rms, decoupled)
+    chosen = (options.get("qk_norm", False), "norm" in options, options.get("decoupled", 0), "gap_embedding" in options)
+    theirs = dit(dict(network.state_dict()), x, s, t, label, 2, 4, options.get("data_std", 0.5), *chosen)
     theirs = theirs * torch.where(label == 5, 1.0, scale)[:, None, None, None]
     assert theirs.std() > 0.01
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
@@ -127,3 +134,32 @@ def test_options_of_published_maps_add_no_parameter(options):
     with torch.device("meta"):
         plain, made = (DiT(**preset.options, **added).state_dict() for added in ({}, options))
     assert {name: w.shape for name, w in plain.items()} == {name: w.shape for name, w in made.items()}
+
+
+def test_sizes_of_the_networks_of_published_maps():
+    """In millions, as counted in the code of SoFlow, MeanFlow SiT and DMF, where positions are weights."""
+    with torch.device("meta"):
+        for width, depth, patch, heads, millions in ((768, 12, 4, 12, 131.21), (768, 12, 2, 12, 131.29)):
+            sizes = {"width": width, "depth": depth, "patch": patch, "heads": heads, "num_classes": 1000}
+            network = DiT(**sizes, gap_embedding="wide", convention="noise_at_one")
+            assert round((network.num_parameters() + network.positions.numel()) / 1e6, 2) == millions
+        for size, qk_norm, millions in ((32, False, 675.11), (64, True, 676.00)):
+            options = {**PRESETS["dit-xl2-imagenet256"].options, "image_size": size, "qk_norm": qk_norm}
+            network = DiT(**options, decoupled=20, gap_embedding="none")
+            assert round((network.num_parameters() + network.positions.numel()) / 1e6, 2) == millions
+
+
+def test_time_from_data_to_noise_is_the_same_drift():
+    """``noise_at_one`` of F(x, 1 - s) and the opposite sign is ``velocity`` of F(x, s)."""
+    plain, turned = (
+        DiT(image_size=8, width=32, depth=2, heads=2, convention=c, data_std=1.0, base_std=1.0)
+        for c in ("velocity", "noise_at_one")
+    )
+    randomised(plain, std=0.15)
+    weights = plain.state_dict()
+    turned.load_state_dict(weights | {k: -w for k, w in weights.items() if k.startswith("head.")})
+    x, s = torch.randn(4, 4, 8, 8), torch.rand(4)
+    with torch.no_grad():
+        level = turned.body(x, s, s, s, None)
+        torch.testing.assert_close(-level, plain(x, s, s), rtol=0, atol=1e-5)
+        torch.testing.assert_close(turned(x, s, s), -turned.body(x, 1 - s, s, s, None), rtol=0, atol=1e-5)
