@@ -10,7 +10,6 @@ from helpers.two_processes import config_of
 from torch import nn
 
 from configs.checkerboard import get_config as checkerboard
-from configs.digits import get_config as digits
 from flowmaps import UserError
 from training.checkpoint import load_checkpoint
 from training.config import Optim, Optimizer
