@@ -168,7 +168,7 @@ def test_at_weight_one_improved_mean_flow_is_the_one_without_guidance():
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", ["UNet", "EDM2UNet", "DiT"])
+@pytest.mark.parametrize("name", ["UNet", "EDM2UNet", "DiT", "IMFDiT"])
 def test_a_network_takes_the_interval_and_all_times_are_neutral(name):
     fm = small(name, guidance_interval=True).double().eval()
     x, label = torch.randn(6, *fm.info.shape, dtype=torch.float64, generator=generator()), torch.arange(6) % 5
