@@ -6,11 +6,11 @@ python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/dig
 from collections.abc import Callable
 from functools import partial
 
-from flowmaps.networks import DiT, EDM2UNet, UNet
+from flowmaps.networks import DiT, EDM2UNet, IMFDiT, UNet
 from flowmaps.objectives import Consistency, FlowMatching, Lagrangian, MeanFlow, MidTraining, Objective
 from flowmaps.objectives.mid_training import Target
 from training.config import Config, Data, Decay, Optim, Optimizer, Solver, Trajectories, network
-from training.config_rows import Chain, decouple, objective_configs, select, smoke, straightening_configs
+from training.config_rows import Chain, decouple, improve, objective_configs, select, smoke, straightening_configs
 
 
 def base(objective: Objective) -> Config:
@@ -71,6 +71,16 @@ def dmf() -> Config:
     return config
 
 
+def imf() -> Config:
+    """Improved MeanFlow with its network, small; size, rate and steps are ours."""
+    config = base(MeanFlow())
+    config.network = network(
+        IMFDiT, image_size=8, channels=1, patch=2, width=96, depth=6, head_depth=3, heads=4, num_classes=10
+    )
+    improve(config)
+    return config
+
+
 def mid(steps: int, target: Target = Target.pairs) -> Config:
     """Mid-training on the trajectories of the drift in runs/digits-flow, from its weights."""
     config = base(MidTraining(target=target))
@@ -116,6 +126,7 @@ ROWS: dict[str, Callable[[], Config | Chain]] = {
     "pipeline_consistency": lambda: pipeline(Consistency(stage_steps=200)),
     "lagrangian_guided": lambda: guided(Lagrangian(guidance_max=4.0)),
     "dmf": dmf,
+    "imf": imf,
 }
 
 
