@@ -75,7 +75,7 @@ def imf() -> Config:
     """Improved MeanFlow with its network, small; size, rate and steps are ours."""
     config = base(MeanFlow())
     config.network = network(
-        IMFDiT, image_size=8, channels=1, patch=2, width=96, depth=6, head_depth=3, heads=4, num_classes=10
+        IMFDiT, image_size=8, channels=1, patch=2, width=64, depth=4, head_depth=2, heads=2, num_classes=10
     )
     improve(config)
     return config

@@ -1,6 +1,7 @@
 """Weights inside a run directory: checkpoints, their moving averages, and averages reconstructed afterwards."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def take_weights(fm: FlowMap, run: str, which: str) -> None:
     fm.info = replace(fm.info, ema=None if which == "raw" else float(which))
 
 
-def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load weights of a run into its ``network`` as it is exported, which can lack a head that only training needs."""
     config = getattr(network, "config", {})
     unused = ("second_",) if config.get("second_head") is False else ()

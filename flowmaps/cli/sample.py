@@ -51,6 +51,7 @@ def main() -> None:
     fm = SAMPLING.load()
     settings = SAMPLING.settings(fm)
     guided: dict[str, Any] = {name: getattr(SAMPLING, name).value for name in ("label", "guidance", "gamma")}
+    guided["guidance_interval"] = SAMPLING.interval()
     others = []
     if BESIDE.value:
         others = sampling_settings(fm, counts, [BESIDE.value], ["uniform"], **guided)

@@ -254,8 +254,7 @@ class Objective:
         losses = self.row_losses(fm, x1, label, draws, teacher, terms)
         residuals = losses.detach()
         losses = self.adapted(losses, draws, x1[0].numel())
-        if losses.ndim > 1:  # of two heads
-            residuals, losses = residuals[0], losses.sum(dim=0)
+        residuals, losses = (residuals, losses) if losses.ndim == 1 else (residuals[0], losses.sum(dim=0))  # two heads
         if weight is not None:  # exp(-w) |r|^2 + w: w learns the log of the residual's variance
             w = weight(draws.s, draws.t)
             c = getattr(weight, "log_floor", 0.0)

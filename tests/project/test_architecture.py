@@ -176,7 +176,7 @@ FROZEN = {
 }
 
 SAMPLING = {"checkpoint", "steps", "num", "seed", "sampler", "label", "guidance", "gamma", "batch", "schedule"}
-SAMPLING |= {"vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
+SAMPLING |= {"guidance_interval", "vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
 SCORING = {"extractor", "weights", "root"}
 FLAGS = {
     "train.py": {"config", "workdir", "dry_run", "stage", "forecast", "gpus", "mfu", "json"},
