@@ -1,129 +1,32 @@
 """The transformer of improved MeanFlow: conditions are tokens, and a second head learns the drift."""
 
 import copy
+from collections.abc import Iterable
 from typing import Self, cast
 
 import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
 from flowmaps.networks.conditioning import check_guidance, condition, time_features
 from flowmaps.networks.interface import registered
-from flowmaps.networks.layers import check_sizes, rms_norm, run, without_tangent, zero
+from flowmaps.networks.layers import check_sizes, run, without_tangent, zero
+from flowmaps.networks.rotary import (
+    FEATURES,
+    ConditionTokens,
+    PlainBlock,
+    RMSNorm,
+    Table,
+    grid_turns,
+    number_mlp,
+    sequence_turns,
+)
+from samplers.callables import expand
 
-FEATURES, LAST = 256, 10000.0 ** -(127 / 128)  # of a number that is told: how many, and their lowest frequency
+LAST = 10000.0 ** -(127 / 128)  # lowest frequency of the features of a number that is told
+NEAREST = 0.05  # least 1 - s by which the difference to predicted data is divided
 PREFIX = {"classes": 8, "guidance": 4, "high": 2, "low": 2, "gap": 4}  # tokens of each condition, in this order
-
-
-def turns(places: Tensor, size: int) -> Tensor:
-    """Return cos and sin of the angles at ``places`` [n]: [2, n, size / 2], place times 10000^(-2 i / size)."""
-    frequencies = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-    angles = places[:, None] * frequencies
-    return torch.stack([angles.cos(), angles.sin()])
-
-
-def sequence_turns(tokens: int, size: int) -> Tensor:
-    """Return ``turns`` of a head of ``size`` channels for a sequence: token j is turned by j."""
-    return turns(torch.arange(tokens, dtype=torch.float64), size).float()
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs of channels (2 i, 2 i + 1) of x [B, heads, n, c] by angles with (cos, sin) [2, n, c / 2]."""
-    cos, sin = rotation
-    a, b = rearrange(x, "... (pairs two) -> two ... pairs", two=2)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """Division by the root mean square of the last dimension, then a weight for each channel."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x) * self.weight.to(x.dtype)
-
-
-class RotaryAttention(nn.Module):
-    """Self-attention over tokens [B, n, width] whose queries and keys are normalised, then rotated."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
-
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(layer(x), "b n (heads c) -> b heads n c", heads=self.heads) for layer in (self.q, self.k, self.v)
-        )
-        y = F.scaled_dot_product_attention(rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation), v)
-        out: Tensor = self.out(rearrange(y, "b heads n c -> b n (heads c)"))
-        return out
-
-
-class SwiGLU(nn.Module):
-    """W2(SiLU(W1 x) W3 x)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
-        return out
-
-
-class PlainBlock(nn.Module):
-    """Attention and SwiGLU, each normalised before and scaled by channel after; starts as the identity."""
-
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
-        self.attention, self.mlp = RotaryAttention(width, heads), SwiGLU(width, hidden)
-        self.attention_scale, self.mlp_scale = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        x = torch.addcmul(x, self.attention_scale.to(x.dtype), self.attention(self.norm1(x), rotation).to(x.dtype))
-        return torch.addcmul(x, self.mlp_scale.to(x.dtype), self.mlp(self.norm2(x)).to(x.dtype))
-
-
-class ConditionTokens(nn.Module):
-    """Tokens [B, count, width] of one condition: learned ones, plus the condition as one vector for all of them."""
-
-    def __init__(self, count: int, width: int, embed: nn.Module) -> None:
-        super().__init__()
-        self.tokens = nn.Parameter(torch.randn(count, width) * width**-0.5)
-        self.embed = embed
-
-    def forward(self, told: Tensor) -> Tensor:
-        """``told``: what ``embed`` takes, with the batch first."""
-        embedded: Tensor = self.embed(told.to(self.tokens.dtype))
-        return self.tokens + embedded[:, None]
-
-
-class Table(nn.Embedding):
-    """A table of vectors [classes, width], looked up by one-hot rows [B, classes]."""
-
-    def __init__(self, classes: int, width: int) -> None:
-        super().__init__(classes, width)
-        nn.init.normal_(self.weight, std=width**-0.5)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return rows @ self.weight
-
-
-def number_mlp(width: int) -> nn.Sequential:
-    """Return the MLP from the features of a number to a vector."""
-    layers = [nn.Linear(FEATURES, width), nn.Linear(width, width)]
-    for layer in layers:
-        nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(layers[0], nn.SiLU(), layers[1])
 
 
 class IMFDiT(ModelMixin, ConfigMixin):
@@ -135,6 +38,9 @@ class IMFDiT(ModelMixin, ConfigMixin):
     modulation. The last ``head_depth`` of ``depth`` blocks are the head of v. With ``second_head`` as many others,
     behind the same trunk, give a second velocity, which ``improved_mean_flow`` trains as the drift: see ``pair`` and
     ``second``. Exports are without it (``for_sampling``). A fresh network gives 0.
+
+    ``prediction="data"``, ``bottleneck`` and ``rotation="grid"`` make it the network of pixel MeanFlow (arXiv
+    2601.22158): the heads give an image F(x, s, t), and v = (F - x) / max(1 - s, 0.05), so that X_{0,1}(x) = F.
 
     Args:
         image_size: Height and width of x.
@@ -150,6 +56,10 @@ class IMFDiT(ModelMixin, ConfigMixin):
         guidance: True to condition on a guidance weight in the label (``conditioning.with_guidance``).
         guidance_interval: True to condition on the times of guidance too.
         second_head: True to have the second velocity.
+        prediction: What the heads give: "velocity", or "data".
+        bottleneck: Channels between two linear layers that embed a patch, 0 for one layer.
+        rotation: "sequence" rotates every token by its position; "grid" patches alone, by row and column, and adds a
+            learned table of positions to all tokens.
 
     Raises:
         ValueError: The arguments do not fit together.
@@ -173,6 +83,9 @@ class IMFDiT(ModelMixin, ConfigMixin):
         guidance: bool = False,
         guidance_interval: bool = False,
         second_head: bool = True,
+        prediction: str = "velocity",
+        bottleneck: int = 0,
+        rotation: str = "sequence",
     ) -> None:
         super().__init__()
         check_sizes(self.config)
@@ -186,11 +99,19 @@ class IMFDiT(ModelMixin, ConfigMixin):
                 f"image_size ({image_size}) must be divisible by patch ({patch}), width ({width}) by twice the heads "
                 f"({heads})"
             )
+        for name, value, known in (
+            ("prediction", prediction, ("velocity", "data")),
+            ("rotation", rotation, ("sequence", "grid")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, got {value}")
+        if rotation == "grid" and width % (4 * heads):
+            raise ValueError(f"rotation=grid needs width ({width}) divisible by four times the heads ({heads})")
         if not 0 < data_std < float("inf"):
             raise ValueError(f"data_std must be positive, got {data_std}")
         self.patch, self.size, self.num_classes, self.data_std = patch, image_size // patch, num_classes, data_std
         self.guidance, self.interval = guidance, guidance_interval
-        self.gradient_checkpointing = False
+        self.data, self.gradient_checkpointing = prediction == "data", False
         told = {"classes": num_classes > 0, "guidance": guidance, "high": guidance_interval, "low": guidance_interval}
         classes, hidden = num_classes + 1, hidden or 8 * width // 3
         self.prefix = nn.ModuleDict(
@@ -201,9 +122,13 @@ class IMFDiT(ModelMixin, ConfigMixin):
             }
         )
         before = sum(PREFIX[name] for name in self.prefix)
-        self.register_buffer("rotation", sequence_turns(before + self.size**2, width // heads), persistent=False)
+        tokens, size = before + self.size**2, width // heads
+        turned = grid_turns(before, self.size, size) if rotation == "grid" else sequence_turns(tokens, size)
+        self.register_buffer("turned", turned, persistent=False)
+        self.positions = nn.Parameter(0.02 * torch.randn(tokens, width)) if rotation == "grid" else None
         pixels = channels * patch**2
-        self.stem = nn.Conv2d(channels, width, patch, stride=patch)
+        first = nn.Conv2d(channels, bottleneck or width, patch, stride=patch)
+        self.stem = nn.Sequential(first, nn.Conv2d(bottleneck, width, 1)) if bottleneck else nn.Sequential(first)
 
         def blocks(count: int) -> nn.ModuleList:
             return nn.ModuleList(PlainBlock(width, heads, hidden) for _ in range(count))
@@ -218,8 +143,9 @@ class IMFDiT(ModelMixin, ConfigMixin):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and "blocks" in name:
                 nn.init.normal_(module.weight, std=0.32 * module.in_features**-0.5)
-        nn.init.xavier_uniform_(self.stem.weight.data.flatten(1))
-        nn.init.zeros_(cast(Tensor, self.stem.bias))
+        for layer in cast(Iterable[nn.Conv2d], self.stem):
+            nn.init.xavier_uniform_(layer.weight.data.flatten(1))
+            nn.init.zeros_(cast(Tensor, layer.bias))
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Return v_{s,t}(x), same shape as ``x``."""
@@ -254,12 +180,15 @@ class IMFDiT(ModelMixin, ConfigMixin):
         told["classes"] = given.classes
         patches = self.stem(x / self.data_std).flatten(2).mT
         tokens = [part(told[name]).to(patches.dtype) for name, part in self.prefix.items()]
-        return self.through(torch.cat([*tokens, patches], dim=1), self.blocks)
+        sequence = torch.cat([*tokens, patches], dim=1)
+        if self.positions is not None:
+            sequence = sequence + self.positions.to(sequence.dtype)
+        return self.through(sequence, self.blocks)
 
     def through(self, tokens: Tensor, blocks: nn.ModuleList) -> Tensor:
         """Apply ``blocks`` to tokens [B, n, width]."""
         for block in blocks:
-            tokens = run(self, block, tokens, self.rotation)
+            tokens = run(self, block, tokens, self.turned)
         return tokens
 
     def velocity(self, x: Tensor, s: Tensor, trunk: Tensor, blocks: nn.ModuleList, output: nn.Module) -> Tensor:
@@ -267,7 +196,10 @@ class IMFDiT(ModelMixin, ConfigMixin):
         tokens = self.through(trunk, blocks)[:, -(self.size**2) :]
         p = self.patch
         out = rearrange(output(tokens), "b (h w) (p q c) -> b c (h p) (w q)", h=self.size, p=p, q=p)
-        v: Tensor = -self.data_std * out  # the authors' sign
+        if self.data:
+            v: Tensor = (self.data_std * out - x) / expand(1 - s, x).clamp(min=NEAREST).to(x.dtype)
+        else:
+            v = -self.data_std * out  # the authors' sign
         return v
 
     def for_sampling(self) -> Self:

@@ -259,7 +259,7 @@ def check_sizes(config: Mapping[str, Any]) -> None:
         ("channels width dim", 1, 65_536),
         ("depth head_depth blocks heads", 1, 512),
         ("num_classes", 0, MOST_CLASSES),
-        ("augment_dim fourier_features norm_groups head_channels decoupled hidden", 0, 65_536),
+        ("augment_dim fourier_features norm_groups head_channels decoupled hidden bottleneck", 0, 65_536),
     ):
         for name in names.split():
             if name in config and not (_whole(config[name]) and least <= config[name] <= most):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flowmaps.derivatives import pair_jvp
+from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.objectives.base import Draws, Segments, mean_square, new_option, rms
 from flowmaps.objectives.eulerian import MeanFlow, Velocity
@@ -25,6 +26,21 @@ class ImprovedMeanFlow(MeanFlow):
 
     adaptive_floor: float = new_option(0.01, before=1e-3)
     tangent: Velocity = Velocity.model
+    end_floor: float = new_option(0.0, before=0.0)  # c > 0: (x1 - I_s) / max(1 - s, c) in place of dI_s/ds, which is
+    # the same up to s = 1 - c on the linear path. Pixel MeanFlow (arXiv 2601.22158): 0.05, as its network divides
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.end_floor < 1:
+            raise UserError("must be in [0, 1)", field="end_floor", value=self.end_floor)
+
+    def path_velocity(self, fm: FlowMap, x0: Tensor, x1: Tensor, s: Tensor) -> Tensor:
+        velocity = super().path_velocity(fm, x0, x1, s)
+        if not self.end_floor:
+            return velocity
+        if fm.interpolant_name != "linear":
+            raise UserError("is for the linear path only", field="end_floor", value=self.end_floor)
+        return velocity * expand(((1 - s) / self.end_floor).clamp(max=1), velocity)
 
     def own_drift(self, fm: FlowMap) -> Drift:
         network: Any = fm.network

@@ -76,6 +76,10 @@ class DriftObjective(Objective):
         told = torch.stack([guidance, interval[0], 1 - interval[1]], dim=1)
         return draws._replace(guidance=guidance_at(told, draws.s)[:, 0], told=told)
 
+    def path_velocity(self, fm: FlowMap, x0: Tensor, x1: Tensor, s: Tensor) -> Tensor:
+        """Return the velocity of the path from x0 to x1 [B, ...] at s [B]: dI_s/ds."""
+        return fm.interpolant.conditional_velocity(x0, x1, s)
+
     def own_drift(self, fm: FlowMap) -> Drift:
         """Return the drift of ``fm`` that stands in targets."""
         return fm.drift
@@ -96,7 +100,7 @@ class DriftObjective(Objective):
         they give at s, and is mixed of drifts that are guided at all times (arXiv 2512.02012).
         """
         x_s = fm.interpolant.point(draws.x0, x1, draws.s)
-        velocity = fm.interpolant.conditional_velocity(draws.x0, x1, draws.s)
+        velocity = self.path_velocity(fm, draws.x0, x1, draws.s)
         if draws.guidance is not None:
             drift = teacher if teacher is not None and self.teacher_ema else self.own_drift(fm)
             given = label

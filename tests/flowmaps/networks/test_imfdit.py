@@ -6,18 +6,27 @@ import pytest
 import torch
 from helpers.small_networks import inputs, randomised, small
 
+from flowmaps import FlowMap
 from flowmaps.derivatives import velocity_jvp
 from flowmaps.networks import NETWORKS, PRESETS, IMFDiT
 from flowmaps.networks.conditioning import with_guidance
-from flowmaps.networks.imfdit import rotate, sequence_turns
+from flowmaps.networks.rotary import grid_turns, rotate, sequence_turns
 
 OPTIONS = {"image_size": 8, "channels": 3, "patch": 2, "width": 32, "depth": 4, "head_depth": 2, "heads": 4}
 TOLD = {"num_classes": 5, "guidance": True, "guidance_interval": True}
-INFERENCE = {"b2": 88.95, "m2": 173.92, "l2": 409.07, "xl2": 610.43}  # millions, with an unused last layer
+INFERENCE = {  # millions; of imf with an unused last layer
+    **{"imf-b2-imagenet256": 88.95, "imf-m2-imagenet256": 173.92},
+    **{"imf-l2-imagenet256": 409.07, "imf-xl2-imagenet256": 610.43},
+    **{"pmf-b16-imagenet256": 118.23, "pmf-l16-imagenet256": 410.32, "pmf-h16-imagenet256": 955.51},
+    **{"pmf-b32-imagenet512": 120.30, "pmf-l32-imagenet512": 412.98, "pmf-h32-imagenet512": 959.05},
+}
 
 
-def imf(weights, x, s, t, label, told, patch, heads, data_std, head="head"):
-    """Improved MeanFlow's network (arXiv 2512.02012) with conditions ``told`` = (w, low, high)."""
+def imf(weights, x, s, t, label, told, patch, heads, data_std, head="head", pixels=False):
+    """Improved MeanFlow's network (arXiv 2512.02012) with conditions ``told`` = (w, low, high).
+
+    ``pixels``: pixel MeanFlow's (arXiv 2601.22158).
+    """
     w = weights
 
     def linear(name, y):
@@ -32,11 +41,19 @@ def imf(weights, x, s, t, label, told, patch, heads, data_std, head="head"):
         y = linear(f"prefix.{name}.embed.0", torch.cat([phase.cos(), phase.sin()], dim=1))
         return linear(f"prefix.{name}.embed.2", y * torch.sigmoid(y))
 
-    def turned(y):  # [n, c], token j by j 10000^(-2i/c)
+    def angle_of(j, i, c):
+        if not pixels:
+            return j * 10000 ** (-2 * i / c)
+        if j < 20:
+            return 0.0
+        row, column = divmod(j - 20, n)
+        return (row if i < c // 4 else column) * 10000 ** (-2 * (i % (c // 4)) / (c // 2))
+
+    def turned(y):  # [n, c]
         made = torch.zeros_like(y)
         for j in range(len(y)):
             for i in range(y.shape[1] // 2):
-                angle = j * 10000 ** (-2 * i / y.shape[1])
+                angle = angle_of(j, i, y.shape[1])
                 a, b = y[j, 2 * i], y[j, 2 * i + 1]
                 made[j, 2 * i] = a * math.cos(angle) - b * math.sin(angle)
                 made[j, 2 * i + 1] = a * math.sin(angle) + b * math.cos(angle)
@@ -71,12 +88,13 @@ def imf(weights, x, s, t, label, told, patch, heads, data_std, head="head"):
         "gap": emb("gap", t - s),
     }
     h = [w[f"prefix.{name}.tokens"] + vector[:, None] for name, vector in vectors.items()]
-    kernel = w["stem.weight"].flatten(1)
+    kernel = w["stem.0.weight"].flatten(1)
     for i in range(n):
         for j in range(n):
             cut = x[:, :, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch] / data_std
-            h.append((cut.reshape(b, -1) @ kernel.T + w["stem.bias"])[:, None])
-    h = torch.cat(h, dim=1)
+            y = cut.reshape(b, -1) @ kernel.T + w["stem.0.bias"]
+            h.append((y @ w["stem.1.weight"][..., 0, 0].T + w["stem.1.bias"] if pixels else y)[:, None])
+    h = torch.cat(h, dim=1) + (w["positions"] if pixels else 0)
     assert h.shape[1] == 20 + n**2
     for part in ("blocks", f"{head}_blocks"):
         for k in range(sum(name.startswith(f"{part}.") and name.endswith("norm1.weight") for name in w)):
@@ -88,6 +106,8 @@ def imf(weights, x, s, t, label, told, patch, heads, data_std, head="head"):
         i, j = divmod(k, n)
         made = h[:, k].reshape(b, patch, patch, c).permute(0, 3, 1, 2)
         out[:, :, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch] = made
+    if pixels:
+        return (data_std * out - x) / torch.clamp(1 - s, min=0.05)[:, None, None, None]
     return -data_std * out
 
 
@@ -100,9 +120,14 @@ def drawn(n=4, dtype=torch.float32):
     return x, s, t, label, told + torch.tensor([[1.0], [0.0], [0.5]])
 
 
-def test_both_heads_are_the_published_ones():
-    network = randomised(IMFDiT(**OPTIONS, **TOLD), std=0.2)
+PIXELS = {"prediction": "data", "bottleneck": 6, "rotation": "grid", "hidden": 88}
+
+
+@pytest.mark.parametrize("options", [{}, PIXELS], ids=["improved MeanFlow", "pixel MeanFlow"])
+def test_both_heads_are_the_published_ones(options):
+    network = randomised(IMFDiT(**OPTIONS, **TOLD, **options), std=0.2)
     x, s, t, label, told = drawn()
+    s[-1], t[-1] = 0.97, 0.99  # where 1 - s is clamped
     rows = with_guidance(label, told.T, 5)
     with torch.no_grad():
         v, second = network.pair(x, s, t, rows)
@@ -110,18 +135,18 @@ def test_both_heads_are_the_published_ones():
     assert torch.equal(alone[0], v) and torch.equal(alone[1], second) and torch.equal(alone[2], v)
     weights = dict(network.state_dict())
     for ours, head in ((v, "head"), (second, "second")):
-        theirs = imf(weights, x, s, t, label, told, 2, 4, 0.5, head)
+        theirs = imf(weights, x, s, t, label, told, 2, 4, 0.5, head, pixels=bool(options))
         assert theirs.std() > 0.01
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("size", INFERENCE)
-def test_presets_have_the_published_size_with_and_without_the_second_head(size):
-    preset = PRESETS[f"imf-{size}-imagenet256"]
+@pytest.mark.parametrize("name", INFERENCE)
+def test_presets_have_the_published_size_with_and_without_the_second_head(name):
+    preset = PRESETS[name]
     with torch.device("meta"):
         network = NETWORKS[preset.network](**preset.options)
         without = NETWORKS[preset.network](**preset.options, second_head=False)
-    for made, millions in ((network, preset.millions), (without, INFERENCE[size])):
+    for made, millions in ((network, preset.millions), (without, INFERENCE[name])):
         assert sum(p.numel() for p in made.parameters()) / 1e6 == pytest.approx(millions, rel=3e-3)
     assert network.for_sampling().state_dict().keys() == without.state_dict().keys()
 
@@ -139,7 +164,7 @@ def test_a_fresh_network_is_zero_and_has_the_published_spread():
         (network.prefix["gap"].embed[0].weight, 1 / 16),
         (network.prefix["classes"].embed.weight, 1 / 16),
         (network.prefix["guidance"].tokens, 1 / 16),
-        (network.stem.weight, math.sqrt(2 / (12 + 256))),
+        (network.stem[0].weight, math.sqrt(2 / (12 + 256))),
     ):
         assert weight.std().item() == pytest.approx(std, rel=0.1)
 
@@ -173,10 +198,35 @@ def test_a_rotated_product_depends_on_the_difference_of_positions():
     assert torch.allclose(rotate(q, turns).norm(dim=-1), q.norm(dim=-1))
 
 
+def test_a_rotated_product_of_patches_depends_on_the_differences_of_rows_and_columns():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 3 + 16, 8)
+    turns = grid_turns(3, 4, 8)
+    products = (rotate(q, turns) @ rotate(k, turns).mT)[0, 0]
+    torch.testing.assert_close(products[:3, :3], products[0, 0].expand(3, 3))  # the prefix stays
+    patches, seen = products[3:, 3:].reshape(4, 4, 4, 4), {}
+    for a, b, c, d in torch.cartesian_prod(*4 * [torch.arange(4)]).tolist():
+        seen.setdefault((c - a, d - b), []).append(patches[a, b, c, d].item())
+    assert all(max(values) - min(values) < 1e-5 for values in seen.values())
+    assert len({round(values[0], 4) for values in seen.values()}) > 40  # of 49
+
+
+def test_a_fresh_network_of_pixels_predicts_zero():
+    network = IMFDiT(**OPTIONS, **TOLD, **PIXELS)
+    x, s, t, *_ = drawn()
+    s[-1], t[-1] = 0.97, 0.99
+    v = -x / torch.clamp(1 - s, min=0.05)[:, None, None, None]
+    for made in network.pair(x, s, t):
+        torch.testing.assert_close(made, v)
+    torch.testing.assert_close(FlowMap(network)(x, 0.0, 1.0, torch.arange(4)), 0 * x)
+
+
+@pytest.mark.parametrize("options", [{}, PIXELS], ids=["velocity", "data"])
 @pytest.mark.parametrize("moving", ["x", "s", "t"])
-def test_derivatives_match_central_differences(moving):
-    fm = small("IMFDiT").double()
+def test_derivatives_match_central_differences(moving, options):
+    fm = small("IMFDiT", **options).double()
     x, s, t, label = inputs(fm, 6, torch.float64)
+    s[-1], t[-1] = 0.97, 0.99  # where 1 - s is clamped: no term from the denominator
     dx, step = torch.randn_like(x), 1e-5
     rates = {"x": {"dx": dx}, "s": {"ds": 1.0}, "t": {"dt": 1.0}}[moving]
     v, dv = velocity_jvp(fm, x, s, t, label, **rates)

@@ -8,7 +8,7 @@ from helpers.small_networks import small
 from torch import nn
 from torch.autograd import forward_ad
 
-from flowmaps import FlowMap, FlowMapInfo
+from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.networks.conditioning import condition
 from flowmaps.objectives import OBJECTIVES
 
@@ -159,3 +159,17 @@ def test_blocks_of_the_second_head_carry_no_tangent(monkeypatch):
     x1, label = torch.randn(4, *fm.info.shape, generator=generator()), torch.arange(4)
     OBJECTIVES["improved_mean_flow"](diagonal=0.0, **DRAWN)(fm, x1, label, generator=generator())
     assert moving == {name: not name.startswith("second") for name in moving} and len(moving) == 5
+
+
+def test_near_data_the_velocity_of_the_path_is_that_of_the_network_of_pixels():
+    objective, fm = OBJECTIVES["improved_mean_flow"](end_floor=0.05), FlowMap(Toy())
+    x0, x1 = torch.randn(2, 3, 2, dtype=torch.float64, generator=generator())
+    s = torch.tensor([0.2, 0.95, 0.97], dtype=torch.float64)
+    x = fm.interpolant.point(x0, x1, s)
+    expected = (x1 - x) / (1 - s).clamp(min=0.05)[:, None]
+    torch.testing.assert_close(objective.path_velocity(fm, x0, x1, s), expected)
+    torch.testing.assert_close(expected[:2], (x1 - x0)[:2])
+    with pytest.raises(UserError, match="end_floor=0.05: is for the linear path only"):
+        objective.path_velocity(FlowMap(Toy(), "trigonometric"), x0, x1, s)
+    with pytest.raises(UserError, match="end_floor=1.5: must be in"):
+        OBJECTIVES["improved_mean_flow"](end_floor=1.5)
