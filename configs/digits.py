@@ -10,7 +10,16 @@ from flowmaps.networks import DiT, EDM2UNet, IMFDiT, UNet
 from flowmaps.objectives import Consistency, FlowMatching, Lagrangian, MeanFlow, MidTraining, Objective
 from flowmaps.objectives.mid_training import Target
 from training.config import Config, Data, Decay, Optim, Optimizer, Solver, Trajectories, network
-from training.config_rows import Chain, decouple, improve, objective_configs, select, smoke, straightening_configs
+from training.config_rows import (
+    Chain,
+    decouple,
+    improve,
+    objective_configs,
+    pixels,
+    select,
+    smoke,
+    straightening_configs,
+)
 
 
 def base(objective: Objective) -> Config:
@@ -72,12 +81,19 @@ def dmf() -> Config:
 
 
 def imf() -> Config:
-    """Improved MeanFlow with its network, small; size, rate and steps are ours."""
+    """Improved MeanFlow with its network, small; size, rate, noise and steps are ours."""
     config = base(MeanFlow())
     config.network = network(
         IMFDiT, image_size=8, channels=1, patch=2, width=64, depth=4, head_depth=2, heads=2, num_classes=10
     )
     improve(config)
+    return config
+
+
+def pmf() -> Config:
+    """Pixel MeanFlow with the same network; patches of 2 x 2 need no bottleneck. The rest is ours, as for imf."""
+    config = imf()
+    pixels(config)
     return config
 
 
@@ -127,6 +143,7 @@ ROWS: dict[str, Callable[[], Config | Chain]] = {
     "lagrangian_guided": lambda: guided(Lagrangian(guidance_max=4.0)),
     "dmf": dmf,
     "imf": imf,
+    "pmf": pmf,
 }
 
 

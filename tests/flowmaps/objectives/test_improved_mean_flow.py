@@ -169,7 +169,7 @@ def test_near_data_the_velocity_of_the_path_is_that_of_the_network_of_pixels():
     expected = (x1 - x) / (1 - s).clamp(min=0.05)[:, None]
     torch.testing.assert_close(objective.path_velocity(fm, x0, x1, s), expected)
     torch.testing.assert_close(expected[:2], (x1 - x0)[:2])
-    with pytest.raises(UserError, match="end_floor=0.05: is for the linear path only"):
+    with pytest.raises(UserError, match=r"end_floor=0\.05: is for the linear path only"):
         objective.path_velocity(FlowMap(Toy(), "trigonometric"), x0, x1, s)
-    with pytest.raises(UserError, match="end_floor=1.5: must be in"):
+    with pytest.raises(UserError, match=r"end_floor=1\.5: must be in"):
         OBJECTIVES["improved_mean_flow"](end_floor=1.5)
