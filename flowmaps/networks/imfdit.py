@@ -24,7 +24,7 @@ from flowmaps.networks.rotary import (
 )
 from samplers.callables import expand
 
-LAST = 10000.0 ** -(127 / 128)  # lowest frequency of the features of a number that is told
+LAST = 10000.0 ** -(127 / 128)  # lowest frequency of the features of a number
 NEAREST = 0.05  # least 1 - s by which the difference to predicted data is divided
 PREFIX = {"classes": 8, "guidance": 4, "high": 2, "low": 2, "gap": 4}  # tokens of each condition, in this order
 

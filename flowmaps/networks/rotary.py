@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from flowmaps.networks.layers import rms_norm
 
-FEATURES = 256  # of a number that is told
+FEATURES = 256  # of a number
 
 
 def turns(places: Tensor, size: int) -> Tensor:

@@ -79,7 +79,7 @@ class ImprovedMeanFlow(MeanFlow):
     def adapted(self, losses: Tensor, draws: Draws | Segments, dimensions: int) -> Tensor:
         """With two heads, return |r|^2 / sg[|r|^2 + c]^p of sums over dimensions, as published.
 
-        The sum of the two is near 2 for p = 1 in any dimension, so that Adam's epsilon is as small beside the gradient.
+        The sum of the two is near 2 for p = 1 in any dimension, so that the gradient is far above Adam's epsilon.
         """
         weighted = super().adapted(losses, draws, dimensions)
         return weighted * dimensions**self.adaptive if losses.ndim > 1 else weighted
