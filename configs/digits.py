@@ -91,9 +91,13 @@ def imf() -> Config:
 
 
 def pmf() -> Config:
-    """Pixel MeanFlow with the same network; patches of 2 x 2 need no bottleneck. The rest is ours, as for imf."""
+    """Pixel MeanFlow with the same network; patches of 2 x 2 need no bottleneck. The rest is ours, as for imf.
+
+    The rate is the best of docs/training.md for Muon and a small DiT.
+    """
     config = imf()
     pixels(config)
+    config.optim = Optim(name=Optimizer.muon, lr=1e-2, betas=(0.9, 0.95), warmup=50, decay=Decay.cosine, clip=0.0)
     return config
 
 
