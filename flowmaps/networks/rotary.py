@@ -36,9 +36,9 @@ def grid_turns(before: int, side: int, size: int) -> Tensor:
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn the pairs of channels (2 i, 2 i + 1) of x [B, heads, n, c] by angles with (cos, sin) [2, n, c / 2]."""
-    cos, sin = rotation
+    cos, sin = rotation.to(x.dtype)
     a, b = rearrange(x, "... (pairs two) -> two ... pairs", two=2)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
 class RMSNorm(nn.Module):
