@@ -81,12 +81,13 @@ def dmf() -> Config:
 
 
 def imf() -> Config:
-    """Improved MeanFlow with its network, small; size, rate, noise and steps are ours."""
+    """Improved MeanFlow with its network, small, without clipping; size, rate, noise and steps are ours."""
     config = base(MeanFlow())
     config.network = network(
         IMFDiT, image_size=8, channels=1, patch=2, width=64, depth=4, head_depth=2, heads=2, num_classes=10
     )
     improve(config)
+    config.optim.clip = 0.0
     return config
 
 
