@@ -63,6 +63,8 @@ MILLIONS = {  # of each row's network, as published
     "imagenet256:pmf": 175.5,
     "imagenet256:pmf_l16": 511.8,
     "imagenet512:imf": 711.11,
+    "imagenet256:pmf_h16": 1113.9,
+    "imagenet512:pmf_h32": 1120.4,
     "imagenet512:pmf": 179.3,
     "imagenet512:pmf_l32": 516.8,
     "imagenet512:cmt,mid_training": 1523.0,
