@@ -13,6 +13,8 @@ from helpers.small_networks import small
 
 from configs.digits import get_config
 from flowmaps import FlowMap, UserError
+from flowmaps.evaluation.evaluate import evaluate
+from flowmaps.evaluation.gate import Limits
 from flowmaps.evaluation.settings import sampling_settings
 from flowmaps.flow_map import FlowMapInfo
 from flowmaps.generate import generate
@@ -137,6 +139,18 @@ def test_a_schedule_was_fitted_for_all_times():
     assert grids == ["stored", "uniform"]
     with pytest.raises(UserError, match="at all times: leave guidance_interval out"):
         sampling_settings(fm, [2], ["map"], [schedule], guidance=3.0, guidance_interval=(0.4, 0.6))
+
+
+def test_scores_record_the_interval_and_are_not_compared_with_others(run, tmp_path):
+    fm, file = FlowMap.from_pretrained(run / "whole"), tmp_path / "before.json"
+    options = {"num": 40, "guidance": 2.0}
+    record = evaluate(fm, "digits:heldout", guidance_interval=(0.4, 0.6), **options)
+    assert record["guidance_interval"] == [0.4, 0.6]
+    file.write_text(json.dumps(record))
+    limits = Limits.read(None, str(file), 0.0)
+    limits.check(record)
+    with pytest.raises(UserError, match=r"another guidance_interval \(\[0.4, 0.6\], now None\)"):
+        limits.check(evaluate(fm, "digits:heldout", **options))
 
 
 def test_the_flags_reach_the_samples(run, tmp_path):
