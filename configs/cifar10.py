@@ -39,15 +39,19 @@ q = 4096 are those of the authors' scripts [2]. Only ours: the last of 16 steps 
 mean_flow is the second version of the authors' PyTorch file (start logits (0.6, 1.6), ends (4, 1.6), 3/4 of the rows
 diagonal, lr 6e-4, three averages); dropout 0.2, warm-up and augmentation are second-hand. soflow is the authors'
 setting: noise of deviation 1, start logits (0.9, 1.6), ends (4, 1.6), no diagonal rows, a from 1 to 1/3200, dropout in
-both jumps, augmentation; clipping is ours. improved_mean_flow (arXiv 2512.02012), alpha_flow, facm and consistency have
-the shares, times and weights of their papers in the first row's setting. All rows cost what the first one does, times
-the step's cost relative to lagrangian's (docs/maths.md), or less where they have fewer steps. Nothing here was run by
+both jumps, augmentation; clipping is ours. imf and pmf are improved and pixel MeanFlow with their own network (33
+million parameters, 47 in training), class-conditional and guided, whose papers have ImageNet alone: objective, betas
+and, for pmf, Muon and its rate are theirs; size, batch, steps, noise of deviation 0.5 and averages are ours; pmf has no
+perceptual losses. improved_mean_flow (arXiv 2512.02012), alpha_flow, facm and consistency have the shares, times and
+weights of their papers in the first row's setting. All rows cost what the first one does, times the step's cost
+relative to lagrangian's (docs/maths.md), or less where they have fewer steps. Nothing here was run by
 the authors of this package.
 """
 
 from functools import partial
 from typing import Any
 
+from flowmaps.networks import IMFDiT
 from flowmaps.objectives import (
     FACM,
     AlphaFlow,
@@ -72,9 +76,19 @@ from training.config import (
     Start,
     Trajectories,
     Weight,
+    network,
     preset,
 )
-from training.config_rows import Chain, distil_init, objective_configs, select, smoke, straightening_configs
+from training.config_rows import (
+    Chain,
+    distil_init,
+    improve,
+    objective_configs,
+    pixels,
+    select,
+    smoke,
+    straightening_configs,
+)
 
 
 def base(objective: Objective) -> Config:
@@ -185,11 +199,30 @@ def soflow() -> Config:
     return config
 
 
+def imf() -> Config:
+    """Improved MeanFlow with its network, conditional."""
+    config = unweighted(ImprovedMeanFlow())
+    config.network = network(IMFDiT, image_size=32, channels=3, patch=2, width=384, depth=18, heads=6, num_classes=10)
+    improve(config)
+    config.optim = Optim(name=Optimizer.adamw, lr=1e-4, betas=(0.9, 0.95), warmup=1000, clip=0.0)
+    return config
+
+
+def pmf() -> Config:
+    """Pixel MeanFlow; patches of 4 x 4 through a bottleneck."""
+    config = imf()
+    config.network.patch, config.network.bottleneck = 4, 32
+    pixels(config)
+    return config
+
+
 DDPM = {"channel_mult": (1, 2, 2, 2)}
 ROWS = objective_configs(base) | {
     "mean_flow": mean_flow,
     **straightening_configs(short, "teachers/rectified_flow"),
     "improved_mean_flow": lambda: unweighted(ImprovedMeanFlow(diagonal=0.5, adaptive=1.0)),
+    "imf": imf,
+    "pmf": pmf,
     "soflow": soflow,
     "alpha_flow": lambda: unweighted(AlphaFlow()),
     "consistency": lambda: unweighted(Consistency()),
@@ -203,5 +236,5 @@ ROWS = objective_configs(base) | {
 
 
 def get_config(choice: str = "lagrangian") -> Config | Chain:
-    small = partial(smoke, trajectory_steps=8, width=16, channel_mult=(1, 2, 2), blocks=1)
+    small = partial(smoke, trajectory_steps=8, width=16, channel_mult=(1, 2, 2), blocks=1, depth=2, heads=2)
     return select(choice, ROWS, {"ddpmpp": ddpmpp, "taught": distil_init, "smoke": small})

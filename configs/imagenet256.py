@@ -20,8 +20,21 @@ mean_flow            3.43 / 2.93 (second-hand): the authors' file for XL/2 and 2
 improved_mean_flow   1.72 / 1.54 (second-hand; arXiv 2512.02012). Half of the rows have s < t, p = 1, c = 0.01; batch
                      1024, 640 epochs, warm-up 10 epochs, as in the authors' file for their B/2; the network is
                      conditioned on a guidance weight with density 1 / w on [1, 8], mixed 1 - 1 / w, and on the
-                     interval that is guided; labels are left out on diagonal rows alone. Their XL/2 takes conditions
-                     as tokens, with a second head, and has 610 million parameters.
+                     interval that is guided; labels are left out on diagonal rows alone. Here with DiT-XL/2.
+imf                  The same with its own network, whose conditions are tokens, and the second head: XL/2, 610 million
+                     parameters (711 in training). imf_l2 1.86, imf_m2 2.27, imf_b2 3.39 in one step; all but their size
+                     as imf_b2, the only one whose file is published. Latents of sd-vae-ft-mse scaled by channel, drawn
+                     anew each step, float32, no clipping. Sample with --guidance=8 --guidance_interval=0.38,0.58 (XL/2
+                     and, with 0.35,0.6, B/2), in two steps 4 and 0.36,0.64; L/2 and M/2 with 10.5, beyond what is
+                     trained, and 0.4,0.6.
+pmf                  3.12 in one step, straight in pixels, with perceptual losses, which are not here: without them 9.56
+                     for 3.53 after 160 epochs (pixel MeanFlow, arXiv 2601.22158). B/16, the authors' file: batch 1024,
+                     320 epochs, Muon; their averages have half-lives of 2, 1 and 0.5 million images, which a rise over
+                     the run cuts short at first. Sample with --guidance=8.5 --guidance_interval=0.3,0.9. pmf_l16 (2.52;
+                     7 and 0.3,0.8) draws weights with density 1 / w^2. pmf_h16 (2.22; 7 and 0.4,0.8): noise of
+                     deviation 2, times with logits (0, 0.8) or for a tenth of the rows uniform, 360 epochs, averages of
+                     1, 2 and 0.5 million images.
+                     prepare_data.py imagenet --src=ILSVRC/train --size=256 --out=data/imagenet256-images
 terminal_velocity    3.29 / 2.80 at weight 2, in 4 steps 1.99 at 1.75 (TVM, arXiv 2511.19797): the authors' file. Gaps
                      (-0.8, 1), then ends (-0.4, 1) on the paper's axis; 2,048 images per step, each with a row of the
                      map and a diagonal row: 4,096 rows here, whose images differ; losses over the squared weight;
@@ -84,7 +97,10 @@ from training.config import (
     Weight,
     preset,
 )
-from training.config_rows import Chain, decouple, select, smoke
+from training.config_rows import Chain, decouple, improve, pixels, select, smoke
+
+MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)  # of the latents, per channel
+SCALE = tuple(1 / std for std in (4.85503674, 5.31922414, 3.93725398, 3.9870003))
 
 
 def base(objective: Objective) -> Config:
@@ -112,11 +128,33 @@ def mean_flow() -> Config:
     return config
 
 
-def improved() -> Config:
-    config = base(ImprovedMeanFlow(diagonal=0.5, adaptive=1.0, guidance_max=8.0, guidance_interval=True))
-    config.network.guidance = config.network.guidance_interval = True
-    config.data.dropout_rows = DropoutRows.diagonal
+def improved(network: str = "dit-xl2-imagenet256") -> Config:
+    config = base(ImprovedMeanFlow())
+    config.network = preset(network)
+    improve(config)
     config.batch, config.steps, config.optim.warmup = 1024, 800_000, 12_500
+    return config
+
+
+def imf(size: str) -> Config:
+    config = improved(f"imf-{size}-imagenet256")
+    config.data.latent_shift, config.data.latent_scale = MEAN, SCALE
+    config.optim.clip, config.precision = 0.0, Precision.fp32
+    return config
+
+
+def pmf(size: str, power: float = 1.0, **law: float) -> Config:
+    config = base(ImprovedMeanFlow())
+    config.data.root, config.network = "data/imagenet256-images", preset(f"pmf-{size}-imagenet256")
+    pixels(config, power=power, **law)
+    config.batch, config.steps, config.precision = 1024, 400_000, Precision.fp32
+    config.ema = (0.999645, 0.99929, 0.99858)
+    return config
+
+
+def pmf_h16() -> Config:
+    config = pmf("h16", time_mean=0.0, uniform=0.1)
+    config.base_std, config.steps, config.ema = 2.0, 450_000, (0.99929, 0.999645, 0.99858)
     return config
 
 
@@ -124,8 +162,7 @@ def terminal() -> Config:
     weight = 2.0
     config = base(TerminalVelocity(guidance=weight))
     config.network = preset("dit-xl2-heads64-imagenet256", qk_norm=True, norm="rms", label_scale=weight)
-    config.data.latent_shift = (0.86488, -0.27787343, 0.21616915, 0.3738409)
-    config.data.latent_scale = tuple(1 / std for std in (4.85503674, 5.31922414, 3.93725398, 3.9870003))
+    config.data.latent_shift, config.data.latent_scale = MEAN, SCALE
     config.batch, config.steps, config.optim.clip = 4096, 300_000, 0.0
     return config
 
@@ -181,6 +218,13 @@ ROWS: dict[str, Callable[[], Config | Chain]] = {
     "lagrangian": lagrangian,
     "mean_flow": mean_flow,
     "improved_mean_flow": improved,
+    "imf": partial(imf, "xl2"),
+    "imf_l2": partial(imf, "l2"),
+    "imf_m2": partial(imf, "m2"),
+    "imf_b2": partial(imf, "b2"),
+    "pmf": partial(pmf, "b16"),
+    "pmf_l16": partial(pmf, "l16", 2.0),
+    "pmf_h16": pmf_h16,
     "terminal_velocity": terminal,
     "dmf": dmf,
     "soflow": soflow,

@@ -1,4 +1,4 @@
-"""Exact directional derivatives of a flow map: every rule about forward-mode differentiation lives here.
+"""Exact directional derivatives of a flow map, and every rule about forward-mode differentiation.
 
 The rules, each measured (torch 2.15):
 
@@ -10,25 +10,21 @@ The rules, each measured (torch 2.15):
 * The derivative is taken in at least float32 with autocast off; float64 stays float64. ``derivative_dtype`` lowers its
   products to bfloat16, and torch's switches for TF32 apply to it as to any float32 product.
 * Activations cannot be recomputed inside it (activation checkpointing), but all of it can be recomputed.
-* Where torch's own tangent is expensive, a formula replaces it (``AnalyticTangents``).
+* Where torch's own tangent is expensive, a formula replaces it (``tangents.AnalyticTangents``).
 * Only the arguments that move get a tangent: no spatial Jacobian when x stands still.
 * Where no gradient flows through the derivative, no graph of tangents is kept (``constant``).
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
-from flowmaps import jvp_attention
 from flowmaps.networks.layers import run_whole
+from flowmaps.tangents import AnalyticTangents
 from samplers.callables import expand
 
 
@@ -91,98 +87,6 @@ def recorded_derivatives() -> Iterator[list[Tensor]]:
         _derivatives = before
 
 
-Rule = Callable[..., tuple[Tensor, Tensor]]  # (function, x, its tangent, further arguments) -> value, its tangent
-
-
-def linear_tangent(
-    layer: Callable[..., Tensor],
-    x: Tensor,
-    dx: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *args: Any,
-    **kw: Any,
-) -> tuple[Tensor, Tensor]:
-    """Linear layer. Torch would also compute the layer at a zero tangent of the weight and add that."""
-    return layer(x, weight, bias, *args, **kw), layer(dx, weight, None, *args, **kw)
-
-
-def sigmoid_gate_tangent(x: Tensor, dx: Tensor, gate: Tensor, slope: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x g with the gate g = sigmoid(z) and dz = ``slope`` dx (None: 1). Torch's second derivatives take more passes."""
-    y = x * gate
-    bend = y - y * gate
-    return y, dx * (gate + (bend if slope is None else bend * slope))
-
-
-def silu_tangent(silu: Callable[..., Tensor], x: Tensor, dx: Tensor, **kw: Any) -> tuple[Tensor, Tensor]:
-    """x sigmoid(x)."""
-    return sigmoid_gate_tangent(x, dx, torch.sigmoid(x))
-
-
-def gelu_tangent(gelu: Callable[..., Tensor], x: Tensor, dx: Tensor, **kw: Any) -> tuple[Tensor, Tensor]:
-    """GELU's tanh form is x sigmoid(a x + b x^3): Hendrycks and Gimpel 2016 (arXiv 1606.08415), section 2."""
-    a, square = math.sqrt(8 / math.pi), x.square()
-    b = 0.044715 * a
-    return sigmoid_gate_tangent(x, dx, torch.sigmoid(x * (b * square + a)), 3 * b * square + a)
-
-
-TANGENT_RULES: dict[Any, Rule] = {
-    F.linear: linear_tangent,
-    F.conv2d: linear_tangent,
-    F.silu: silu_tangent,
-    F.gelu: gelu_tangent,
-}
-
-
-def unpack(value: Any) -> tuple[Any, Tensor | None]:
-    """Return a value and its tangent, None if it does not move."""
-    if not isinstance(value, Tensor):
-        return value, None
-    return forward_ad.unpack_dual(value)  # type: ignore[no-untyped-call,no-any-return]
-
-
-def without_tangent_graph(value: Any) -> Any:
-    """Return ``value``, a tensor or a sequence of them, with its tangent as a constant; its own graph stays.
-
-    Inside torch.func.jvp a tangent says that it needs no gradient even where it does, so all are detached.
-    """
-    if isinstance(value, (tuple, list)):
-        return type(value)(without_tangent_graph(item) for item in value)
-    primal, tangent = unpack(value)
-    return value if tangent is None else forward_ad.make_dual(primal, tangent.detach())  # type: ignore[no-untyped-call]
-
-
-class AnalyticTangents(TorchFunctionMode):
-    """Inside a jvp, apply TANGENT_RULES to functions of which only the first argument moves. The results are equal.
-
-    Backward and torch.compile go through a rule as through any code. With ``constant`` no tangent has a graph.
-    """
-
-    def __init__(self, constant: bool = False) -> None:
-        super().__init__()
-        self.constant = constant
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.constant and func is F.scaled_dot_product_attention and jvp_attention.applies(*args, **kwargs):
-            return jvp_attention.attention(*args)
-        result = self._apply(func, args, kwargs)
-        return without_tangent_graph(result) if self.constant else result
-
-    @staticmethod
-    def _apply(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is torch.native_group_norm:  # in torch 2.11 its forward derivative fails on channels-last tensors
-            args = (args[0].contiguous(), *args[1:])
-        covered = func in TANGENT_RULES and args and not kwargs.get("inplace")
-        if not covered or (func is F.gelu and kwargs.get("approximate") != "tanh"):
-            return func(*args, **kwargs)
-        x, dx = unpack(args[0])
-        if dx is None or any(unpack(value)[1] is not None for value in (*args[1:], *kwargs.values())):
-            return func(*args, **kwargs)
-        value, tangent = TANGENT_RULES[func](func, x, dx, *args[1:], **kwargs)
-        return forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
-
-
 def velocity_jvp(
     fm: TwoTime,
     x: Tensor,
@@ -221,32 +125,65 @@ def velocity_jvp(
         >>> v, dv = velocity_jvp(fm, x, s, t, dt=1.0)
         >>> dX_dt = v + (t - s)[:, None, None, None] * dv
     """
+    (v,), dv = _derivative(
+        lambda **at: (fm.velocity(**at, label=label),), getattr(fm, "network", None), (x, s, t), (dx, ds, dt), constant
+    )
+    return v, dv
+
+
+def pair_jvp(
+    network: Any, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None, dx: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute both velocities of ``network.pair``, and the constant derivative of the first along (dx, ds = 1).
+
+    The arguments are those of ``velocity_jvp``, all results [B, ...] in at least float32.
+    """
+    (v, second), dv = _derivative(
+        lambda **at: network.pair(**at, label=label), network, (x, s, t), (dx, 1.0, 0.0), constant=True
+    )
+    return v, second, dv
+
+
+def _derivative(
+    function: Callable[..., tuple[Tensor, ...]],
+    network: Any,
+    point: tuple[Tensor, Tensor, Tensor],
+    rates: tuple[Tensor | None, float, float],
+    constant: bool,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return the results of ``function(x=, s=, t=)`` at ``point``, and the derivative of the first along ``rates``."""
+    x = point[0]
     at_least = torch.promote_types(x.dtype, torch.float32)
     # clones, since a compiled jvp cannot view a moving time that is a view itself
-    point = {"x": x.to(at_least), "s": s.to(at_least).clone(), "t": t.to(at_least).clone()}
+    here = {
+        "x": x.to(at_least),
+        **{name: time.to(at_least).clone() for name, time in zip("st", point[1:], strict=True)},
+    }
     tangent = {}
-    if dx is not None:
-        tangent["x"] = dx.to(at_least)
-    for name, rate in (("s", ds), ("t", dt)):
+    if rates[0] is not None:
+        tangent["x"] = rates[0].to(at_least)
+    for name, rate in zip("st", rates[1:], strict=True):
         if rate:
-            tangent[name] = torch.full_like(point[name], rate)
+            tangent[name] = torch.full_like(here[name], rate)
 
-    def velocity(*moving: Tensor) -> Tensor:
-        return fm.velocity(**(point | dict(zip(tangent, moving, strict=True))), label=label)
+    def parts(*moving: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        first, *others = function(**(here | dict(zip(tangent, moving, strict=True))))
+        return first, tuple(others)
 
-    def derivative(*primals: Tensor) -> tuple[Tensor, Tensor]:
+    def derivative(*primals: Tensor) -> tuple[Tensor, ...]:
         with sdpa_kernel(SDPBackend.MATH), derivative_autocast(x), AnalyticTangents(constant):
-            v, dv = torch.func.jvp(velocity, primals, tuple(tangent.values()))[:2]
-        return v.to(at_least), dv.to(at_least)
+            moved: Any = torch.func.jvp(parts, primals, tuple(tangent.values()), has_aux=True)
+            v, dv, others = moved
+        return tuple(value.to(at_least) for value in (dv, v, *others))
 
     own_pass = constant and torch.is_autocast_enabled(x.device.type) and _dtype is torch.float32
     with torch.no_grad() if own_pass else nullcontext():
-        v, dv = run_whole(getattr(fm, "network", None), derivative, *(point[name] for name in tangent))
+        dv, *values = run_whole(network, derivative, *(here[name] for name in tangent))
     if own_pass:
-        v = fm.velocity(x, s, t, label).to(at_least)
+        values = [value.to(at_least) for value in function(**dict(zip("xst", point, strict=True)))]
     if _derivatives is not None:
         _derivatives.append(dv.detach())
-    return v, dv
+    return tuple(values), dv
 
 
 def velocity_difference(

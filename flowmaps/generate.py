@@ -16,6 +16,8 @@ from samplers import SAMPLERS, check_times
 from samplers.callables import Drift
 from samplers.grids import STEP_COUNT, Times, is_step_count
 
+Interval = tuple[float, float] | None
+
 
 def nfe(info: FlowMapInfo, sampler: str, steps: int, guidance: float | None = None) -> int:
     """Return the network evaluations of ``steps`` steps; classifier-free guidance of a solver doubles them."""
@@ -24,12 +26,17 @@ def nfe(info: FlowMapInfo, sampler: str, steps: int, guidance: float | None = No
 
 
 def check_sampling(
-    fm: FlowMap, sampler: str, steps: int = 1, gamma: float = 1.0, guidance: float | None = None
+    fm: FlowMap,
+    sampler: str,
+    steps: int = 1,
+    gamma: float = 1.0,
+    guidance: float | None = None,
+    interval: Interval = None,
 ) -> None:
     """Refuse a way to sample that ``fm`` was not trained for or that its path does not allow: ``UserError``."""
     check_steps(steps)
     fm.info.check_sampler(sampler, steps, gamma)
-    fm.info.check_guidance(guidance, sampler)
+    fm.info.check_guidance(guidance, sampler, interval)
     if SAMPLERS[sampler].linear and fm.interpolant_name != "linear":
         raise UserError(
             f"is for the linear path only, but this model has the {fm.interpolant_name} path: use heun",
@@ -55,14 +62,15 @@ def check_grid(times: Times, field: str = "times") -> Tensor:
     return grid
 
 
-def guided_label(fm: FlowMap, label: Tensor | None, weight: float | None) -> Tensor | None:
-    """Return ``label`` [n] with the guidance ``weight`` attached, if ``fm`` takes one; else the label itself."""
+def guided_label(fm: FlowMap, label: Tensor | None, weight: float | None, interval: Interval = None) -> Tensor | None:
+    """Return ``label`` [n] with the guidance ``weight`` and its times attached, if ``fm`` takes one; else ``label``."""
     if label is None or weight is None or fm.info.guidance_max is None:
         return label
     augment_dim = getattr(getattr(fm.network, "config", None), "augment_dim", 0)
     unchanged = torch.zeros(len(label), augment_dim, device=label.device)
     rows = soft_label(label, unchanged, fm.info.num_classes)
-    return with_guidance(rows, torch.full((len(label),), weight, device=label.device), fm.info.num_classes)
+    told = torch.tensor([weight, *(interval or ())], dtype=torch.float32, device=label.device)
+    return with_guidance(rows, told.expand(len(label), -1), fm.info.num_classes)
 
 
 def guided_drift(fm: FlowMap, weight: float | None) -> Drift:
@@ -83,6 +91,7 @@ def generate(
     label: int | str | None = None,
     gamma: float = 1.0,
     guidance: float | None = None,
+    guidance_interval: Interval = None,
     batch: int = 500,
     first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -100,6 +109,8 @@ def generate(
         gamma: The share of noise that ``sampler="stochastic"`` renews per step.
         guidance: The weight for a model that takes one (``FlowMapInfo.guidance_max``), None for 1. ODE solvers guide
             any model that was also trained without labels (classifier-free guidance).
+        guidance_interval: The times from which and up to which the weight applies, for a model that takes them
+            (``FlowMapInfo.guidance_interval``), None for all times.
         batch: Samples at a time.
         first: The index of the first sample.
 
@@ -118,7 +129,7 @@ def generate(
         torch.Size([500, 1, 8, 8]) torch.Size([500])
     """
     grid = check_grid(times)
-    check_sampling(fm, sampler, len(grid) - 1, gamma, guidance)
+    check_sampling(fm, sampler, len(grid) - 1, gamma, guidance, guidance_interval)
     row, device = SAMPLERS[sampler], next(fm.parameters()).device
     model = fm if row.of == "map" else guided_drift(fm, guidance)
     for start in range(first, first + n, batch):
@@ -128,7 +139,7 @@ def generate(
         x0, options = fm.noise(size, seed, start), {}
         if row.renoises:
             options = {"path": fm.interpolant, "noise": partial(_renoise, fm, size, seed, start), "gamma": gamma}
-        yield row.run(model, x0, grid, guided_label(fm, y, guidance), **options), y
+        yield row.run(model, x0, grid, guided_label(fm, y, guidance, guidance_interval), **options), y
 
 
 def _renoise(fm: FlowMap, n: int, seed: int, start: int, step: int) -> Tensor:

@@ -125,12 +125,17 @@ class FlowMapInfo:
         """
         return self.recommended_sampler or {"map": "map", "drift": "euler", "consistency": "stochastic"}[self.kind]
 
-    def check_guidance(self, weight: float | None, sampler: str = "map") -> None:
-        """Refuse a guidance weight that neither the network nor the sampler can apply; None and 1 mean no guidance.
+    def check_guidance(
+        self, weight: float | None, sampler: str = "map", interval: tuple[float, float] | None = None
+    ) -> None:
+        """Refuse guidance that neither the network nor the sampler can apply; a weight of None or 1 means none.
 
         Raises:
-            UserError: Guidance is baked in, was not trained, or the weight is out of range.
+            UserError: Guidance is baked in, was not trained, or the weight or its ``interval`` of times is out of
+                range; the field is "guidance" or "guidance_interval".
         """
+        if interval is not None:
+            self._check_interval(weight, interval)
         if weight is None:
             return
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
@@ -149,6 +154,15 @@ class FlowMapInfo:
             self._refuse_guidance(weight, f"this model was not trained {reason}: {remedy}")
         elif not 1 <= weight <= self.guidance_max:
             self._refuse_guidance(weight, f"this model takes weights from 1 to {self.guidance_max:g}")
+
+    def _check_interval(self, weight: float | None, interval: tuple[float, float]) -> None:
+        given = ",".join(map(str, interval))
+        if not self.guidance_interval:
+            raise UserError("this model was not trained to take one: leave it out", "guidance_interval", given)
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:  # NaN fails this too
+            raise UserError("must be two times in order from 0 to 1, such as 0.4,0.6", "guidance_interval", given)
+        if weight is None:
+            raise UserError("has no effect without guidance", "guidance_interval", given)
 
     def _refuse_guidance(self, weight: float, reason: str) -> None:
         raise UserError(reason, field="guidance", value=f"{weight:g}")

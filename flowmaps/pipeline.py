@@ -174,6 +174,7 @@ class FlowMapPipeline(DiffusionPipeline):
         sigmas: Sequence[float] | None = None,
         class_labels: Label | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -195,6 +196,8 @@ class FlowMapPipeline(DiffusionPipeline):
                 boot). None cycles through the classes.
             guidance_scale: The weight for a model that takes one (``info["guidance_max"]``), or for a drift that was
                 also trained without labels (classifier-free, twice the evaluations). None and 1 mean no guidance.
+            guidance_interval: The times from which and up to which the weight applies, 0 noise and 1 data, for a model
+                that takes them (``info["guidance_interval"]``); None: all times.
             generator: The random stream of the noise, or one for each sample.
             latents: Noise [n, *shape] of standard deviation ``base_std`` to start from.
             output_type: "pil", "np" ([n, h, w, c]) or "pt" ([n, c, h, w]), images in 0 .. 1; or "latent", what the
@@ -231,8 +234,9 @@ class FlowMapPipeline(DiffusionPipeline):
             sigmas = checked_sigmas(sigmas, complete=latents is None)
         steps = num_inference_steps if sigmas is None else len(sigmas)
         check_steps(steps, "num_inference_steps")
-        check_sampling(fm, sampler, steps, guidance=guidance_scale)
-        if sigmas is None and (times := fm.info.times(sampler, steps, guidance_scale)) is not None:
+        check_sampling(fm, sampler, steps, guidance=guidance_scale, interval=guidance_interval)
+        times = None if guidance_interval else fm.info.times(sampler, steps, guidance_scale)
+        if sigmas is None and times is not None:
             sigmas = (1 - times[:-1]).tolist()
         scheduler = copy.copy(self.scheduler)  # of this call alone
         scheduler.set_timesteps(steps, device=device, sigmas=sigmas)
@@ -243,8 +247,9 @@ class FlowMapPipeline(DiffusionPipeline):
             for k, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
                 if call.interrupted:
                     break
-                fm.info.check_guidance(call.guidance, sampler)  # which a callback may have changed
-                told, s, t = guided_label(fm, label, call.guidance), grid[k].expand(n), grid[k + 1].expand(n)
+                fm.info.check_guidance(call.guidance, sampler, guidance_interval)  # a callback may have changed it
+                told = guided_label(fm, label, call.guidance, guidance_interval)
+                s, t = grid[k].expand(n), grid[k + 1].expand(n)
                 v = guided_drift(fm, call.guidance)(x, s, told) if sampler == "euler" else fm.velocity(x, s, t, told)
                 x = scheduler.step(-v, timestep, x, return_dict=False)[0]
                 if callback_on_step_end is not None:

@@ -1,11 +1,12 @@
 """Weights inside a run directory: checkpoints, their moving averages, and averages reconstructed afterwards."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowmaps.errors import UserError
 from flowmaps.files import sha256
@@ -94,5 +95,12 @@ def run_weights(run: str, which: str) -> dict[str, Tensor]:
 
 def take_weights(fm: FlowMap, run: str, which: str) -> None:
     """Load the weights of ``run_weights`` into ``fm``, and record in its info which they are."""
-    fm.network.load_state_dict(run_weights(run, which))
+    load_weights(fm.network, run_weights(run, which))
     fm.info = replace(fm.info, ema=None if which == "raw" else float(which))
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load weights of a run into its ``network`` as it is exported, which can lack a head that only training needs."""
+    config = getattr(network, "config", {})
+    unused = ("second_",) if config.get("second_head") is False else ()
+    network.load_state_dict({name: w for name, w in weights.items() if not name.startswith(unused)})

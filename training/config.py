@@ -38,7 +38,7 @@ from training.config_sections import (
     may_change,
 )
 from training.config_values import check_assigned, check_values
-from training.network_section import NetworkSection, network, preset
+from training.network_section import NetworkSection, check_fit, network, preset
 
 __all__ = [
     "WIDEST",
@@ -225,12 +225,7 @@ class Config:
                 field=f"objective.{name}",
                 value=f"{getattr(made, name):g}",
             )
-        told = {"guidance": ("guidance_max", made.guidance_max > 1)}
-        told["guidance_interval"] = ("guidance_interval", made.guidance_interval)
-        for option, (name, given) in told.items():
-            if getattr(self.network, option, False) != given:
-                reason = f"needs network.{option}={given}: the network is conditioned on it, or not"
-                raise UserError(reason, field=f"objective.{name}", value=getattr(made, name))
+        check_fit(self.network, made)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON (config.json of a run)."""

@@ -15,6 +15,7 @@ from flowmaps.errors import UserError, choose
 from flowmaps.objectives import (
     OBJECTIVES,
     Eulerian,
+    ImprovedMeanFlow,
     Lagrangian,
     MeanFlow,
     Objective,
@@ -26,7 +27,7 @@ from flowmaps.objectives.eulerian import StopGradient
 from flowmaps.objectives.progressive import IntermediateTime
 from flowmaps.objectives.straightening import TrainPoint
 from flowmaps.objectives.time_sampling import DiagonalDraw
-from training.config import Config, Precision, Trajectories, Weight
+from training.config import Config, DropoutRows, Optim, Optimizer, Precision, Trajectories, Weight
 
 
 @dataclass
@@ -86,15 +87,48 @@ def decouple(config: Config, blocks: int) -> None:
     config.weight = Weight(learned=True, limit=20.0, log_floor=0.01)
 
 
+def improve(config: Config) -> ImprovedMeanFlow:
+    """Make ``config`` a run of improved MeanFlow as published (arXiv 2512.02012), and return the objective.
+
+    Half of the rows are diagonal, and they alone lose their label; c of the adaptive weight is 0.01; weights have a
+    density 1 / w on [1, 8], as in the authors' file for their B/2.
+    """
+    objective = ImprovedMeanFlow(diagonal=0.5, adaptive=1.0, guidance_max=8.0, guidance_interval=True)
+    config.objective = objective
+    config.network.guidance = config.network.guidance_interval = True
+    config.data.label_dropout, config.data.dropout_rows = 0.1, DropoutRows.diagonal
+    return objective
+
+
+def pixels(config: Config, time_mean: float = -0.8, power: float = 1.0, uniform: float = 0.0) -> None:
+    """Make ``config``, whose network is an IMFDiT, a run of pixel MeanFlow as published (arXiv 2601.22158).
+
+    Without its perceptual losses. Both times have logits (``time_mean``, 0.8), or in a share ``uniform`` of the rows
+    are uniform, and a diagonal row draws one; guidance weights have a density 1 / w^``power``: the defaults are those
+    of the files of B. Muon at 1e-3, without warm-up or clipping; the Adam beside it has Nesterov momentum there, and
+    none here.
+    """
+    objective = improve(config)
+    objective.time_mean, objective.time_std = (time_mean, time_mean), (0.8, 0.8)
+    objective.diagonal_draw, objective.end_floor, objective.guidance_power = DiagonalDraw.single, 0.05, power
+    objective.uniform_share = uniform
+    config.network.prediction, config.network.rotation = "data", "grid"
+    config.optim = Optim(name=Optimizer.muon, lr=1e-3, betas=(0.9, 0.95), warmup=0, clip=0.0)
+
+
 def smoke(config: Config, batch: int = 16, trajectory_steps: int | None = None, **network: Any) -> None:
     """Shrink a run to seconds on two cores, where every part runs and nothing is learned.
 
-    ``network`` are arguments of a small network; ``trajectory_steps`` limits the length of trajectories.
+    ``network`` are arguments of a small network, as far as the row's has them; ``trajectory_steps`` limits the length
+    of trajectories.
     """
     for name, value in network.items():
-        setattr(config.network, name, value)
+        if hasattr(config.network, name):
+            setattr(config.network, name, value)
     if getattr(config.network, "decoupled", 0):
         config.network.decoupled = config.network.depth // 2
+    if hasattr(config.network, "head_depth"):
+        config.network.head_depth, config.network.hidden = (config.network.depth + 1) // 2, 0
     config.steps, config.batch, config.precision = 20, batch, Precision.fp32
     config.data.workers = min(config.data.workers, 1)
     if trajectory_steps is not None:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,15 @@ class EMA:
         widths: tuple[float, ...] = (),
         meta: nn.Module | None = None,
     ) -> None:
-        """``meta``: the ``meta_copy`` of the network from before it was sharded, if it was."""
+        """``meta``: the ``meta_copy`` of the network from before it was sharded, if it was.
+
+        What ``for_sampling`` of the network leaves out has no average.
+        """
         self.rates: dict[str, Callable[[int], float]] = {str(d): partial(_exponential, d) for d in decays}
         self.rates |= {f"width-{w}": partial(_power, exponent(w)) for w in widths}
         self.meta = meta_copy(network) if meta is None else meta
-        live = network.state_dict(keep_vars=True)
+        kept = self.meta.state_dict()
+        live = {k: v for k, v in network.state_dict(keep_vars=True).items() if k in kept}
         self.shadows = {name: {k: _shadow(v) for k, v in live.items()} for name in self.rates}
         self._floats = {k: v for k, v in live.items() if v.is_floating_point()}
         self._others = {k: v for k, v in live.items() if not v.is_floating_point()}
@@ -79,10 +84,16 @@ class EMA:
 
 
 def meta_copy(network: nn.Module) -> nn.Module:
-    """Return a copy of ``network`` whose weights are on the meta device and take no memory."""
-    meta = copy.deepcopy(network)
+    """Return ``sampling_copy(network)`` with its weights on the meta device, where they take no memory."""
+    meta = sampling_copy(network)
     meta.load_state_dict({k: v.to("meta") for k, v in meta.state_dict().items()}, assign=True)
     return meta
+
+
+def sampling_copy(network: Any) -> nn.Module:
+    """Return a copy of ``network`` without what only training needs: its ``for_sampling``, if it has one."""
+    made: nn.Module = network.for_sampling() if hasattr(network, "for_sampling") else copy.deepcopy(network)
+    return made
 
 
 def _shadow(tensor: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The checkpoints that a run depends on: the weights it starts from, and its teacher."""
 
-import copy
 import json
 import math
 from dataclasses import replace
@@ -10,11 +9,12 @@ from flowmaps import FlowMap, UserError
 from flowmaps.errors import blame
 from flowmaps.networks import NETWORKS
 from flowmaps.objectives import Objective
-from flowmaps.run_weights import run_weights
+from flowmaps.run_weights import load_weights, run_weights
 from training.config import Config, class_name
+from training.ema import sampling_copy
 
 # Arguments of the network that may differ from those of the checkpoint, and those that may be True for the first time.
-MAY_DIFFER, MAY_COME = {"dropout", "decoupled"}, {"guidance", "guidance_interval"}
+MAY_DIFFER, MAY_COME = {"dropout", "decoupled"}, {"guidance", "guidance_interval", "second_head"}
 
 
 def load_flow_map(field: str, source: str, config: Config) -> FlowMap:
@@ -38,7 +38,7 @@ def init_from_checkpoint(config: Config, fm: FlowMap) -> str:
     start = load_flow_map("init_from", config.init_from, config)
     if config.init_ema:
         with blame("init_ema", config.init_ema):
-            start.network.load_state_dict(run_weights(config.init_from, config.init_ema))
+            load_weights(start.network, run_weights(config.init_from, config.init_ema))
 
     def refused(reason: str) -> UserError:
         return UserError(reason, field="init_from", value=config.init_from)
@@ -95,7 +95,10 @@ def _check_latents(field: str, source: str, theirs: FlowMap, ours: FlowMap) -> N
 def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap | None:
     """Return the frozen flow map whose drift is the target: ``config.teacher``, a copy for an average, or None."""
     if not config.teacher:
-        return copy.deepcopy(fm).requires_grad_(False).eval() if objective.teacher_ema else None
+        if not objective.teacher_ema:
+            return None
+        copied = FlowMap(sampling_copy(fm.network), fm.interpolant_name, fm.base_std, fm.info)
+        return copied.requires_grad_(False).eval()
 
     def refused(reason: str) -> UserError:
         return UserError(reason, field="teacher", value=config.teacher)

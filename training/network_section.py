@@ -13,6 +13,7 @@ from torch import nn
 
 from flowmaps.errors import UserError, choose
 from flowmaps.networks import NETWORKS, PRESETS
+from flowmaps.objectives import ImprovedMeanFlow, Objective
 
 P = ParamSpec("P")
 FROM_DATA = ("channels", "num_classes", "attention_resolutions")  # arguments that may be None until the data are open
@@ -87,6 +88,18 @@ def fitted(section: NetworkSection, shape: tuple[int, ...], num_classes: int) ->
             value = shape[0] if name == "channels" else num_classes
         setattr(made, name, value)
     return typing.cast(NetworkSection, made)
+
+
+def check_fit(section: NetworkSection, objective: Objective) -> None:
+    """Refuse a network that is not told what the objective tells it, or has a head that it does not train."""
+    told = {"guidance": ("guidance_max", objective.guidance_max > 1)}
+    told["guidance_interval"] = ("guidance_interval", objective.guidance_interval)
+    for option, (name, given) in told.items():
+        if getattr(section, option, False) != given:
+            reason = f"needs network.{option}={given}: the network is conditioned on it, or not"
+            raise UserError(reason, field=f"objective.{name}", value=getattr(objective, name))
+    if getattr(section, "second_head", False) and not isinstance(objective, ImprovedMeanFlow):
+        raise UserError("only ImprovedMeanFlow trains it: set it to False", field="network.second_head", value=True)
 
 
 def _section_class(cls: type[nn.Module]) -> type[NetworkSection]:

@@ -91,6 +91,7 @@ def main() -> int:
         schedule=SAMPLING.schedule.value,
         label=SAMPLING.label.value,
         guidance=SAMPLING.guidance.value,
+        guidance_interval=SAMPLING.interval(),
         gamma=SAMPLING.gamma.value,
         batch=SAMPLING.batch.value,
         root=ROOT.value,

@@ -51,6 +51,7 @@ def main() -> None:
     fm = SAMPLING.load()
     settings = SAMPLING.settings(fm)
     guided: dict[str, Any] = {name: getattr(SAMPLING, name).value for name in ("label", "guidance", "gamma")}
+    guided["guidance_interval"] = SAMPLING.interval()
     others = []
     if BESIDE.value:
         others = sampling_settings(fm, counts, [BESIDE.value], ["uniform"], **guided)
@@ -75,6 +76,8 @@ def main() -> None:
         sizes = {"stored": "stored step sizes", "uniform": "uniform steps"}.get(grid, f"step sizes of {grid}")
         how = [counted(count, "step"), setting.sampler, sizes]
         how += [f"{name} {guided[name]}" for name in ("label", "guidance") if guided[name] is not None]
+        if interval := guided["guidance_interval"]:
+            how[-1] += f" from {interval[0]:g} to {interval[1]:g}"
         show(f"samples  {', '.join(how)}: {num:,} {unit}, {rate:.3g} {unit}/s")
     shown = [rows]
     if others:

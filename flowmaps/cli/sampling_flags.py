@@ -52,6 +52,9 @@ class SamplingFlags:
         self.guidance = flags.DEFINE_float(
             "guidance", None, "Guidance weight, for a model conditioned on one or for a solver", 1.0
         )
+        self.guidance_interval = flags.DEFINE_list(
+            "guidance_interval", None, "LOW,HIGH: times between which it applies, for a model that takes them [0,1]"
+        )
         self.gamma = flags.DEFINE_float(
             "gamma", 1.0, "Share of the noise that --sampler=stochastic renews per step", 0.0, 1.0
         )
@@ -76,8 +79,8 @@ class SamplingFlags:
 
     def typed(self) -> list[str]:
         """Return those that were given and say how a model is sampled, as they are typed."""
-        chosen = (self.steps, self.sampler, self.schedule, self.ema, self.guidance, self.gamma, self.vae)
-        return [flags.FLAGS[flag.name].serialize() for flag in chosen if flag.present]
+        names = "steps sampler schedule ema guidance guidance_interval gamma vae".split()
+        return [flags.FLAGS[name].serialize() for name in names if flags.FLAGS[name].present]
 
     def counts(self) -> list[int]:
         """Return the step counts of ``--steps``."""
@@ -90,6 +93,17 @@ class SamplingFlags:
             raise UserError("give different whole numbers of at least 1", field="steps", value=given) from None
         check_choices(counts, self.sampler.value, self.schedule.value)
         return counts
+
+    def interval(self) -> tuple[float, float] | None:
+        """Return the times of ``--guidance_interval``, None if it was left out."""
+        given = self.guidance_interval.value
+        if given is None:
+            return None
+        try:
+            low, high = map(float, given)
+        except ValueError:
+            raise UserError("must be two times, such as 0.4,0.6", "guidance_interval", ",".join(given)) from None
+        return low, high
 
     def load(self) -> "FlowMap":
         """Open the flow map of ``--checkpoint``, on the accelerator if there is one, and check all flags against it."""
@@ -120,6 +134,7 @@ class SamplingFlags:
         from flowmaps.step_sizes import read_schedule
 
         self.counts()
+        self.interval()
         for file in set(self.schedule.value) - {"stored", "uniform"}:
             read_schedule(file)
         if len(set(self.ema.value)) < len(self.ema.value):
@@ -139,6 +154,7 @@ class SamplingFlags:
             self.schedule.value,
             label=self.label.value,
             guidance=self.guidance.value,
+            guidance_interval=self.interval(),
             gamma=self.gamma.value,
         )
 

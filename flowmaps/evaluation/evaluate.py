@@ -23,7 +23,7 @@ from flowmaps.evaluation.references import (
 )
 from flowmaps.evaluation.samples import sample_batches
 from flowmaps.evaluation.settings import Setting, sampling_settings
-from flowmaps.generate import nfe
+from flowmaps.generate import Interval, nfe
 from flowmaps.images import to_uint8
 from flowmaps.labels import class_number
 from flowmaps.metrics import FeatureStats
@@ -38,6 +38,7 @@ from flowmaps.metrics.scores import (
     scores,
 )
 from flowmaps.metrics.stats import check_comparable, pixels
+from flowmaps.run_weights import load_weights
 from samplers import Schedule
 
 Weights = Callable[[], Mapping[str, Tensor]]
@@ -59,6 +60,7 @@ def evaluate(
     schedule: str | Schedule | Sequence[str | Schedule] = "stored",
     label: int | str | None = None,
     guidance: float | None = None,
+    guidance_interval: Interval = None,
     gamma: float = 1.0,
     batch: int = 500,
     extractor: str | None = None,
@@ -91,6 +93,7 @@ def evaluate(
             file or a ``Schedule``.
         label: Class of all samples, by number or name; by default each class is as frequent as in the training data.
         guidance: Guidance weight.
+        guidance_interval: Times between which it applies, for a model that takes them.
         gamma: Share of the noise that the sampler ``"stochastic"`` renews per step.
         batch: Samples at a time.
         extractor: Name or file of the feature extractor, by default the reference's own; see ``open_reference``.
@@ -125,6 +128,7 @@ def evaluate(
     fm = fm_or_images if isinstance(fm_or_images, FlowMap) else None
     data = None if isinstance(fm_or_images, FlowMap) else open_images(fm_or_images, root, team)
     guided: dict[str, Any] = {"label": label, "guidance": guidance, "gamma": gamma}
+    guided["guidance_interval"] = guidance_interval and list(guidance_interval)  # as a record in a file has it
     settings = []
     if fm is not None:
         samplers = [fm.info.sampler] if sampler is None else _several(sampler)
@@ -228,7 +232,7 @@ def _samplings(
     """Yield the rows of a model; the batches of one are to be used before the next one is asked for."""
     for ema in averages or [fm.info.ema]:
         if averages:
-            fm.network.load_state_dict(averages[ema]())
+            load_weights(fm.network, averages[ema]())
             fm.info = replace(fm.info, ema=ema)
         weights = fm.fingerprint()
         for way in settings:

@@ -14,7 +14,7 @@ from flowmaps.evaluation.record import ROW_KEY, Record, Row, read_record, table
 from flowmaps.files import WRITER, WRITTEN_BY, check_new_file, writable_directory, write_file, write_json
 
 # What two records must agree in before their distances can be compared.
-PROTOCOL = ("metric", "extractor", "num", "seeds", "label", "guidance", "gamma")
+PROTOCOL = ("metric", "extractor", "num", "seeds", "label", "guidance", "guidance_interval", "gamma")
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Limits:
         if self.baseline is None:
             return
         for fact in PROTOCOL:
-            if report[fact] != self.baseline[fact]:
+            if report[fact] != self.baseline.get(fact):
                 raise self._refusal(
-                    f"was made with another {fact} ({self.baseline[fact]}, now {report[fact]}): make it again, or "
+                    f"was made with another {fact} ({self.baseline.get(fact)}, now {report[fact]}): make it again, or "
                     "score as it was made"
                 )
         ours, theirs = report["reference"], self.baseline["reference"]

@@ -54,6 +54,7 @@ class _Record:
     device: str
     versions: dict[str, str]
     results: list[Row]
+    guidance_interval: list[float] | None = None
     failed: list[str] = field(default_factory=list)  # reasons why the run that wrote it failed its gate
     written_by: str = ""
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
-from flowmaps.generate import check_sampling
+from flowmaps.generate import Interval, check_sampling
 from flowmaps.labels import labels_for
 from flowmaps.step_sizes import read_schedule
 from samplers import SAMPLERS, Schedule, uniform_times
@@ -37,6 +37,7 @@ def sampling_settings(
     *,
     label: int | str | None = None,
     guidance: float | None = None,
+    guidance_interval: Interval = None,
     gamma: float = 1.0,
 ) -> list[Setting]:
     """Return every combination of sampler, schedule and step count; refuse what the model was not trained for."""
@@ -44,8 +45,8 @@ def sampling_settings(
     labels_for(fm.info, 1, label)
     found = []
     for sampler, schedule, count in product(samplers, schedules, steps):
-        check_sampling(fm, sampler, count, gamma, guidance)
-        found.append(_setting(fm, sampler, schedule, count, guidance))
+        check_sampling(fm, sampler, count, gamma, guidance, guidance_interval)
+        found.append(_setting(fm, sampler, schedule, count, guidance, guidance_interval))
     return found
 
 
@@ -64,9 +65,12 @@ def check_choices(
         raise UserError(f"choose from {', '.join(SAMPLERS)}", field="sampler", value=unknown[0])
 
 
-def _setting(fm: FlowMap, sampler: str, schedule: str | Schedule, steps: int, guidance: float | None) -> Setting:
-    if schedule == "stored" and (times := fm.info.times(sampler, steps, guidance)) is not None:
-        return Setting(sampler, "stored", times)
+def _setting(
+    fm: FlowMap, sampler: str, schedule: str | Schedule, steps: int, guidance: float | None, interval: Interval
+) -> Setting:
+    stored = None if interval else fm.info.times(sampler, steps, guidance)  # which is for guidance at all times
+    if schedule == "stored" and stored is not None:
+        return Setting(sampler, "stored", stored)
     if schedule in ("stored", "uniform"):
         return Setting(sampler, "uniform", uniform_times(steps))
     name = "given" if isinstance(schedule, Schedule) else schedule
@@ -81,4 +85,6 @@ def _setting(fm: FlowMap, sampler: str, schedule: str | Schedule, steps: int, gu
         )
     if (schedule.guidance or 1) != (guidance or 1):
         raise UserError(f"made with guidance={schedule.guidance}, not {guidance}", field="schedule", value=name)
+    if interval:
+        raise UserError("made for guidance at all times: leave guidance_interval out", field="schedule", value=name)
     return Setting(sampler, name, schedule[steps])

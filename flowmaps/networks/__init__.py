@@ -6,11 +6,12 @@ The path ``flowmaps.networks.<module>`` and the class name are written into ever
 
 from flowmaps.networks.dit import DiT
 from flowmaps.networks.edm2unet import EDM2UNet
+from flowmaps.networks.imfdit import IMFDiT
 from flowmaps.networks.interface import Network, registered
 from flowmaps.networks.mlp import MLP
 from flowmaps.networks.presets import PRESETS
 from flowmaps.networks.unet import UNet
 
-NETWORKS = {network.__name__: network for network in (MLP, UNet, EDM2UNet, DiT)}
+NETWORKS = {network.__name__: network for network in (MLP, UNet, EDM2UNet, DiT, IMFDiT)}
 
-__all__ = ["MLP", "NETWORKS", "PRESETS", "DiT", "EDM2UNet", "Network", "UNet", "registered"]
+__all__ = ["MLP", "NETWORKS", "PRESETS", "DiT", "EDM2UNet", "IMFDiT", "Network", "UNet", "registered"]

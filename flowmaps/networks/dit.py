@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flowmaps.networks.conditioning import TimeEmbedding, without_label
 from flowmaps.networks.interface import registered
-from flowmaps.networks.layers import Dropout, check_sizes, layer_norm, own_type, run, zero
+from flowmaps.networks.layers import Dropout, check_sizes, layer_norm, rms_norm, run, zero
 from flowmaps.networks.preconditioning import Preconditioned
 from samplers.callables import expand
 
@@ -24,12 +24,6 @@ def positions(size: int, width: int) -> Tensor:
     rows, columns = torch.meshgrid(*2 * [torch.arange(size, dtype=torch.float64)], indexing="ij")
     phases = [coordinate.flatten()[:, None] * frequencies for coordinate in (columns, rows)]
     return torch.cat([part for phase in phases for part in (phase.sin(), phase.cos())], dim=1).float()
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """Divide x by its root mean square along the last dimension."""
-    with own_type(x):
-        return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def modulation(layer: nn.Module, embedding: Tensor, x: Tensor, count: int, rms: bool) -> tuple[Tensor, ...]:

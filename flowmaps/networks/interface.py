@@ -37,6 +37,8 @@ class Network(Protocol):
     * for activation checkpointing, set ``_supports_gradient_checkpointing = True`` on the class and
       ``self.gradient_checkpointing = False`` in the constructor, and call large blocks by
       ``layers.run(self, block, *args)``; sharded training gathers the weights per item of a ``ModuleList``;
+    * a part that only training needs (the second head of ``IMFDiT``) goes with a method ``for_sampling``, which returns
+      a copy without it: averages and exports are of that;
     * initialise the last layer of whatever depends on t - s to zero if weights of a network with one time will be
       loaded: it is then the same function at s = t.
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from flowmaps.errors import shorten
@@ -59,6 +60,12 @@ def shared_dropout(network: nn.Module) -> Iterator[None]:
             layer.shared, layer.mask = False, None
 
 
+def without_tangent(x: Tensor) -> Tensor:
+    """Return x without the tangent that it has inside a forward derivative; its graph stays."""
+    primal: Tensor = forward_ad.unpack_dual(x).primal  # type: ignore[no-untyped-call]
+    return primal
+
+
 def zero(layer: nn.Module) -> nn.Module:
     """Set the weights of ``layer`` to zero, so that its branch starts at zero."""
     for p in layer.parameters():
@@ -88,6 +95,12 @@ def layer_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     silently wrong (pytorch issue 196700; seen in 2.11 and 2.15).
     """
     return group_norm(x.flatten(0, 1), 1, eps).view_as(x)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Divide x by its root mean square along the last dimension."""
+    with own_type(x):
+        return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def group_norm(x: Tensor, groups: int, eps: float) -> Tensor:
@@ -244,9 +257,9 @@ def check_sizes(config: Mapping[str, Any]) -> None:
     for names, least, most in (
         ("image_size patch", 1, 16_384),
         ("channels width dim", 1, 65_536),
-        ("depth blocks heads", 1, 512),
+        ("depth head_depth blocks heads", 1, 512),
         ("num_classes", 0, MOST_CLASSES),
-        ("augment_dim fourier_features norm_groups head_channels decoupled", 0, 65_536),
+        ("augment_dim fourier_features norm_groups head_channels decoupled hidden bottleneck", 0, 65_536),
     ):
         for name in names.split():
             if name in config and not (_whole(config[name]) and least <= config[name] <= most):

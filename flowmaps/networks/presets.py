@@ -24,6 +24,8 @@ _LATENTS_256 = {"image_size": 32, "channels": 4, "num_classes": 1000, "data_std"
 BOFFI, EDM2 = "Boffi et al. 2025 (arXiv 2505.18825)", "Karras et al. 2024 (arXiv 2312.02696)"
 DIT = "Peebles and Xie 2023 (arXiv 2212.09748)"
 TERMINAL_VELOCITY = "heads as in Terminal Velocity Matching 2025 (arXiv 2511.19797)"
+PIXEL_MEAN_FLOW = "pixel MeanFlow 2026 (arXiv 2601.22158), with the second head"
+IMPROVED_MEAN_FLOW = "Geng et al. 2025 (arXiv 2512.02012), with the second head"
 EDM, TWO_TIMES = "Karras et al. 2022 (arXiv 2206.00364)", "Geng et al. 2025 (arXiv 2505.13447), two times"
 
 
@@ -32,6 +34,19 @@ def _dit(patch: int, width: int, depth: int, heads: int, millions: float, source
     return Preset(
         "DiT", {"image_size": 32, "channels": 4, "num_classes": 1000, "data_std": 1.0, **sizes}, millions, source
     )
+
+
+def _imf(width: int, depth: int, heads: int, millions: float) -> Preset:
+    options = {"patch": 2, "width": width, "depth": depth, "heads": heads, "guidance": True, "guidance_interval": True}
+    return Preset("IMFDiT", {**_LATENTS_256, **options}, millions, IMPROVED_MEAN_FLOW)
+
+
+def _pmf(image_size: int, width: int, depth: int, bottleneck: int, millions: float) -> Preset:
+    sizes = {"image_size": image_size, "channels": 3, "patch": image_size // 16, "bottleneck": bottleneck}
+    sizes |= {"width": width, "depth": depth, "heads": 12 if width == 768 else 16}
+    sizes |= {"hidden": 3416} if width == 1280 else {}  # rounded up to a multiple of 8
+    told = {"num_classes": 1000, "data_std": 1.0, "guidance": True, "guidance_interval": True}
+    return Preset("IMFDiT", {**sizes, **told, "prediction": "data", "rotation": "grid"}, millions, PIXEL_MEAN_FLOW)
 
 
 PRESETS = {
@@ -59,4 +74,14 @@ PRESETS = {
     "dit-l2-imagenet256": _dit(2, 1024, 24, 16, 459.0, TWO_TIMES),
     "dit-xl2-imagenet256": _dit(2, 1152, 28, 16, 675.1, DIT),
     "dit-xl2-heads64-imagenet256": _dit(2, 1152, 28, 18, 675.1, f"{DIT}, {TERMINAL_VELOCITY}"),
+    "imf-b2-imagenet256": _imf(768, 12, 12, 145.60),
+    "imf-m2-imagenet256": _imf(768, 24, 12, 230.57),
+    "imf-l2-imagenet256": _imf(1024, 32, 16, 509.75),
+    "imf-xl2-imagenet256": _imf(1024, 48, 16, 711.11),
+    "pmf-b16-imagenet256": _pmf(256, 768, 16, 128, 175.5),
+    "pmf-l16-imagenet256": _pmf(256, 1024, 32, 128, 511.8),
+    "pmf-h16-imagenet256": _pmf(256, 1280, 48, 256, 1113.9),
+    "pmf-b32-imagenet512": _pmf(512, 768, 16, 128, 179.3),
+    "pmf-l32-imagenet512": _pmf(512, 1024, 32, 128, 516.8),
+    "pmf-h32-imagenet512": _pmf(512, 1280, 48, 256, 1120.4),
 }

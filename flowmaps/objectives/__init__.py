@@ -6,9 +6,10 @@ base of methods that learn from data, ``TrajectoryObjective`` of those that lear
 
 from flowmaps.objectives.base import Draws, Loss, Objective
 from flowmaps.objectives.consistency import Consistency
-from flowmaps.objectives.eulerian import Eulerian, ImprovedMeanFlow, MeanFlow
+from flowmaps.objectives.eulerian import Eulerian, MeanFlow
 from flowmaps.objectives.facm import FACM
 from flowmaps.objectives.flow_matching import FlowMatching
+from flowmaps.objectives.improved_mean_flow import ImprovedMeanFlow
 from flowmaps.objectives.lagrangian import Lagrangian, TerminalVelocity
 from flowmaps.objectives.loss_weight import LogVariance
 from flowmaps.objectives.mid_training import MidTraining

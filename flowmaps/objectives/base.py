@@ -254,6 +254,7 @@ class Objective:
         losses = self.row_losses(fm, x1, label, draws, teacher, terms)
         residuals = terms.pop("residuals", losses).detach()
         losses = self.adapted(losses, draws, x1[0].numel())
+        residuals, losses = (residuals, losses) if losses.ndim == 1 else (residuals[0], losses.sum(dim=0))  # two heads
         if weight is not None:  # exp(-w) |r|^2 + w: w learns the log of the residual's variance
             w = weight(draws.s, draws.t)
             c = getattr(weight, "log_floor", 0.0)
@@ -282,8 +283,9 @@ class Objective:
     ) -> Tensor:
         """Return the unweighted loss of each row [B], and put what to log into ``terms``.
 
-        Where the loss is more than the mean squared residual, ``terms["residuals"]`` [B] is that.
-        ``draws`` is what ``prepare`` returned: ``Draws`` for data, ``Segments`` for trajectories.
+        [2, B] if a row has two losses, each with its own weight; the log shows residuals of the first. Where the loss
+        is more than the mean squared residual, ``terms["residuals"]`` [B] is that. ``draws`` is what ``prepare``
+        returned: ``Draws`` for data, ``Segments`` for trajectories.
         """
         raise NotImplementedError
 

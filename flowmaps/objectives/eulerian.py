@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowmaps.derivatives import velocity_jvp
 from flowmaps.flow_map import FlowMap
-from flowmaps.objectives.base import DerivativeRole, new_option, rms
+from flowmaps.objectives.base import DerivativeRole, rms
 from flowmaps.objectives.self_distillation import OffDiagonalBatch, SelfDistillation
 from flowmaps.objectives.time_sampling import Times, TimeSampling
 from samplers.callables import Drift, expand
@@ -83,22 +83,15 @@ class MeanFlow(TimeSampling, SelfDistillation):
     def derivative_role(self) -> DerivativeRole:
         return DerivativeRole.constant
 
-    def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
+    def velocities(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None) -> tuple[Tensor, Tensor]:
+        """Return tangent and target [n, ...]."""
         choices = {Velocity.conditional: batch.conditional_velocity}
         if self.uses_teacher:
             choices[Velocity.model] = self.target_drift(fm, teacher, batch.x, batch.s, batch.label)
-        return slim_residual(fm, batch, choices[self.tangent], choices[self.target], terms)
+        return choices[self.tangent], choices[self.target]
 
-
-@dataclass
-class ImprovedMeanFlow(MeanFlow):
-    """MeanFlow along the model's own velocity: a regression of v - (t - s) sg[d_s v + grad v . v_{s,s}] on dI_s/ds.
-
-    Geng et al. 2025 (arXiv 2512.02012).
-    """
-
-    adaptive_floor: float = new_option(0.01, before=1e-3)
-    tangent: Velocity = Velocity.model
+    def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
+        return slim_residual(fm, batch, *self.velocities(fm, batch, teacher), terms)
 
 
 def slim_residual(

@@ -76,6 +76,14 @@ class DriftObjective(Objective):
         told = torch.stack([guidance, interval[0], 1 - interval[1]], dim=1)
         return draws._replace(guidance=guidance_at(told, draws.s)[:, 0], told=told)
 
+    def path_velocity(self, fm: FlowMap, x0: Tensor, x1: Tensor, s: Tensor) -> Tensor:
+        """Return the velocity of the path from x0 to x1 [B, ...] at s [B]: dI_s/ds."""
+        return fm.interpolant.conditional_velocity(x0, x1, s)
+
+    def own_drift(self, fm: FlowMap) -> Drift:
+        """Return the drift of ``fm`` that stands in targets."""
+        return fm.drift
+
     def guidance_weights(self, uniform: Tensor) -> Tensor:
         """Return weights in [1, guidance_max] with density proportional to w^-guidance_power from uniform numbers."""
         power = 1 - self.guidance_power
@@ -92,9 +100,9 @@ class DriftObjective(Objective):
         they give at s, and is mixed of drifts that are guided at all times (arXiv 2512.02012).
         """
         x_s = fm.interpolant.point(draws.x0, x1, draws.s)
-        velocity = fm.interpolant.conditional_velocity(draws.x0, x1, draws.s)
+        velocity = self.path_velocity(fm, draws.x0, x1, draws.s)
         if draws.guidance is not None:
-            drift = teacher if teacher is not None and self.teacher_ema else fm.drift
+            drift = teacher if teacher is not None and self.teacher_ema else self.own_drift(fm)
             given = label
             velocity, label = self.guided_target(fm, x_s, draws.s, given, velocity, draws.guidance, drift)
             if draws.told is not None and given is not None:
@@ -191,10 +199,16 @@ class SelfDistillation(DriftObjective):
             gamma, label = (part(a, rows, None) for a in (draws.gamma, label))
             batch = OffDiagonalBatch(x0, x1, x_s, velocity, s, t, gamma, label)
             with self.off_diagonal_dropout(fm.network):
-                residual = self.residual(fm, batch, teacher, terms)
-            losses.append(mean_square(residual))
-            terms["off_diagonal"] = losses[-1].detach().mean()
-        return torch.cat(losses)
+                losses.append(self.jump_losses(fm, batch, teacher, terms))
+        return torch.cat(losses, dim=-1)
+
+    def jump_losses(
+        self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]
+    ) -> Tensor:
+        """Return |residual|^2 of rows with s < t: [n]."""
+        losses = mean_square(self.residual(fm, batch, teacher, terms))
+        terms["off_diagonal"] = losses.detach().mean()
+        return losses
 
     def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         """Return the off-diagonal residual [n, ...], with the method's stop-gradients; put what to log into ``terms``.
@@ -212,7 +226,7 @@ class SelfDistillation(DriftObjective):
         if self.guidance_interval and label is not None:
             label = guidance_at(label, t)
         with torch.no_grad(), derivative_autocast(x):
-            return (teacher or fm.drift)(x, t, label)
+            return (teacher or self.own_drift(fm))(x, t, label)
 
 
 def part(values: Tensor | None, start: int, stop: int | None) -> Tensor | None:

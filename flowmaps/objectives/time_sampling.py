@@ -75,6 +75,7 @@ class TimeSampling(Objective):
     time_mean: tuple[float, ...] = (0.4, 0.4)  # of the logits of the two times, or of gap's end and gap; a third
     # number: of the diagonal's time with diagonal_draw=own
     time_std: tuple[float, ...] = (1.0, 1.0)
+    uniform_share: float = new_option(0.0, before=0.0)  # of rows whose times are uniform, with times=logit_normal
     diagonal_draw: DiagonalDraw = new_option(DiagonalDraw.smaller, before=DiagonalDraw.single)  # noqa: RUF009
 
     def __post_init__(self) -> None:
@@ -85,13 +86,17 @@ class TimeSampling(Objective):
             raise UserError(f"must be {words} numbers", field="time_mean", value=self.time_mean)
         if drawn and (len(self.time_std) != count or not all(std > 0 for std in self.time_std)):
             raise UserError(f"must be {words} positive numbers", field="time_std", value=self.time_std)
-        for name, used in (("time_mean", drawn), ("time_std", drawn), ("diagonal_draw", pair)):
+        if not 0 <= self.uniform_share < 1:
+            raise UserError("a share must lie in [0, 1)", field="uniform_share", value=self.uniform_share)
+        uniform = ("uniform_share", self.times is Times.logit_normal)
+        for name, used in (("time_mean", drawn), ("time_std", drawn), ("diagonal_draw", pair), uniform):
             value = getattr(self, name)
             if not used and value != getattr(type(self), name):
                 raise UserError(f"has no effect with times={self.times.name}: choose other times", name, value)
 
     def idle(self) -> set[str]:
-        return super().idle() | (set() if self.times in PAIRS else {"diagonal_draw"})
+        idle = set() if self.times in PAIRS else {"diagonal_draw"}
+        return super().idle() | idle | (set() if self.times is Times.logit_normal else {"uniform_share"})
 
     def diagonal_times(self, uniform: Tensor) -> Tensor:
         if self.times is Times.triangle:
@@ -99,6 +104,8 @@ class TimeSampling(Objective):
         draw = DiagonalDraw.single if self.times is Times.gap else self.diagonal_draw
         if draw is DiagonalDraw.smaller:
             return self.pair(uniform)[0]
+        if draw is DiagonalDraw.single and self.times is Times.logit_normal:
+            return self.unordered(uniform)[0]
         law = 2 if draw is DiagonalDraw.own else 0
         return logit_normal(uniform[0], self.time_mean[law], self.time_std[law])
 
@@ -113,5 +120,15 @@ class TimeSampling(Objective):
             return gap_first(uniform, self.time_mean, self.time_std)
         if self.times is Times.raised:
             return raised_end(uniform, self.time_mean, self.time_std)
-        a, b = (logit_normal(uniform[i], self.time_mean[i], self.time_std[i]) for i in (0, 1))
+        a, b = self.unordered(uniform)
         return torch.minimum(a, b), torch.maximum(a, b)
+
+    def unordered(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two times [n] from uniform numbers [2, n]: logit-normal, in ``uniform_share`` of the rows uniform."""
+        share, (first, second) = self.uniform_share, uniform
+        chosen = first < share
+        if share:  # given the choice, this is uniform again
+            first = torch.where(chosen, first / share, (first - share) / (1 - share))
+        drawn = (logit_normal(u, self.time_mean[i], self.time_std[i]) for i, u in enumerate((first, second)))
+        a, b = (torch.where(chosen, u, time) for u, time in zip((first, second), drawn, strict=True))
+        return a, b

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from configs.digits import get_config as digits
 from flowmaps import FlowMap, UserError
-from flowmaps.networks import NETWORKS, DiT, EDM2UNet, UNet
+from flowmaps.networks import NETWORKS, DiT, EDM2UNet, IMFDiT, UNet
 from flowmaps.posthoc_ema import coefficients, exponent, inner, list_snapshots, reconstruct
 from training.config import WIDEST, network
 from training.ema import EMA
@@ -83,6 +83,7 @@ KINDS = {
     "UNet": network(UNet, **SMALL, channel_mult=(1, 2), blocks=1, attention_resolutions=()),
     "EDM2UNet": network(EDM2UNet, **SMALL, channel_mult=(1, 2), blocks=1, attention_resolutions=()),
     "DiT": network(DiT, **SMALL, patch=2, depth=1, heads=2),
+    "IMFDiT": network(IMFDiT, **SMALL, patch=2, depth=1, head_depth=1, heads=2, second_head=False),
 }
 
 

@@ -26,7 +26,7 @@ PRECISIONS = {
     "bf16": ({"precision": Precision.bf16}, 0.1, 0.2),
     "bf16_derivative": ({"precision": Precision.bf16, "derivative_precision": DerivativePrecision.bf16}, 0.1, 0.2),
 }
-NETWORKS = ["MLP", "UNet", "EDM2UNet", "DiT"]
+NETWORKS = ["MLP", "UNet", "EDM2UNet", "DiT", "IMFDiT"]
 
 
 def randomise(fm):

@@ -16,6 +16,7 @@ RUNS = [
     ("flow_matching", "DiT", CompileMode.default),
     ("lagrangian", "DiT", CompileMode.reduce_overhead),
     ("mean_flow", "UNet", CompileMode.default),
+    ("improved_mean_flow", "IMFDiT", CompileMode.default),
     ("lagrangian", "EDM2UNet", CompileMode.default),
 ]
 

@@ -193,7 +193,10 @@ def write_vae(folder: Path, levels: int = 4, channels: int = 4, **options: objec
 
 
 def write_imagenet_sets(root: Path, images: int = 32) -> Path:
-    """Write imagenet64, 256 and 512 as prepare_data.py does, from ``images`` classes of one image each."""
+    """Write imagenet64, 256 and 512 as prepare_data.py does, from ``images`` classes of one image each.
+
+    64 is of images, the others are of latents; imagenet256-images and imagenet512-images are of images.
+    """
     from flowmaps.data.prepare import Encoder, write_images
     from flowmaps.vae import open_vae
 
@@ -202,6 +205,8 @@ def write_imagenet_sets(root: Path, images: int = 32) -> Path:
     for size in (64, 256, 512):
         encoder = Encoder(open_vae(vae), vae) if size > 64 else None
         list(write_images(root / f"imagenet{size}", src, size, encoder, shard=10, batch=8))
+        if encoder:
+            list(write_images(root / f"imagenet{size}-images", src, size, None, shard=10, batch=8))
     return root
 
 

@@ -3,12 +3,13 @@
 import torch
 
 from flowmaps import FlowMap, FlowMapInfo
-from flowmaps.networks import MLP, DiT, EDM2UNet, UNet
+from flowmaps.networks import MLP, DiT, EDM2UNet, IMFDiT, UNet
 
 LABELS = {"num_classes": 4, "guidance": True}
 INTERVAL = {**LABELS, "guidance_interval": True}
 UNET = {"image_size": 8, "channels": 1, "width": 8, "channel_mult": (1, 2), "blocks": 1, "attention_resolutions": (4,)}
 DIT = {"image_size": 8, "channels": 1, "patch": 4, "width": 16, "depth": 2, "heads": 2, **LABELS}
+IMF = {**DIT, **INTERVAL, "depth": 3, "head_depth": 2, "second_head": False}
 SMALL = {
     "MLP": (MLP, {"width": 16, "depth": 2, "fourier_features": 3}),
     "UNet": (UNet, {**UNET, **LABELS}),
@@ -30,6 +31,7 @@ SMALL = {
     "DiT wide": (DiT, {**DIT, "gap_embedding": "wide", "convention": "noise_at_one"}),
     "DiT none": (DiT, {**DIT, "decoupled": 1, "gap_embedding": "none", "convention": "noise_at_one"}),
     "DiT rms": (DiT, {**DIT, "norm": "rms", "qk_norm": True, "label_scale": 2.0}),
+    "IMFDiT": (IMFDiT, IMF),
 }
 IMAGES = [name for name in SMALL if name != "MLP"]
 LABELLED = [name for name, (_, options) in SMALL.items() if "num_classes" in options]

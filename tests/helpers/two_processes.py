@@ -37,7 +37,8 @@ def config_of(row, out, **changes):
         config.optim.name, config.optim.clip = Optimizer.muon, 0.0
     if row.endswith("_dit"):
         config.network = network(DiT, image_size=8, channels=1, patch=2, width=16, depth=2, heads=2, num_classes=10)
-    config.network.dropout = 0.1
+    if hasattr(config.network, "dropout"):
+        config.network.dropout = 0.1
     if row in ("mid_training", "straightening", "reflow"):
         config.init_from, config.teacher = "", str(out / DRIFT)
         config.trajectories = Trajectories(steps=4)

@@ -167,7 +167,7 @@ def test_flags_name_every_sampler_and_precision():
 
 FROZEN = {
     flowmaps: {"FlowMap", "FlowMapInfo", "UserError", "__version__"},
-    flowmaps.networks: {"MLP", "NETWORKS", "PRESETS", "UNet", "EDM2UNet", "DiT", "Network", "registered"},
+    flowmaps.networks: {"MLP", "NETWORKS", "PRESETS", "UNet", "EDM2UNet", "DiT", "IMFDiT", "Network", "registered"},
     flowmaps.objectives: {cls.__name__ for cls in OBJECTIVES.values()}
     | {"OBJECTIVES", "Draws", "LogVariance", "Loss", "Objective", "SelfDistillation", "TrajectoryObjective"},
     samplers: {"check_times", "dpm_solver", "euler", "heun", "log_snr_times", "rollout", "stochastic"}
@@ -176,7 +176,7 @@ FROZEN = {
 }
 
 SAMPLING = {"checkpoint", "steps", "num", "seed", "sampler", "label", "guidance", "gamma", "batch", "schedule"}
-SAMPLING |= {"vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
+SAMPLING |= {"guidance_interval", "vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
 SCORING = {"extractor", "weights", "root"}
 FLAGS = {
     "train.py": {"config", "workdir", "dry_run", "stage", "forecast", "gpus", "mfu", "json"},
@@ -217,7 +217,7 @@ def test_help_lists_the_frozen_flags_and_an_example(script):
 
 def test_module_paths_in_checkpoints_do_not_change():
     paths = {name: cls.__module__ for name, cls in flowmaps.networks.NETWORKS.items()}
-    assert paths == {name: f"flowmaps.networks.{name.lower()}" for name in ("MLP", "UNet", "EDM2UNet", "DiT")}
+    assert paths == {name: f"flowmaps.networks.{name.lower()}" for name in flowmaps.networks.NETWORKS}
 
 
 def test_scripts_are_thin():

@@ -18,6 +18,7 @@ SHRUNKEN = {
     "UNet": {"width": 32, "blocks": 1, "channel_mult": (1, 2)},
     "EDM2UNet": {"width": 32, "blocks": 1, "channel_mult": (1, 2)},
     "DiT": {"width": 96, "depth": 2, "heads": 2},
+    "IMFDiT": {"width": 96, "depth": 2, "head_depth": 1, "heads": 2, "hidden": 0},
 }
 # Copies to the device that a step makes, none of which waits. "In each pass" is said of weights from DDPM.
 COPIES = {

@@ -24,7 +24,7 @@ from training.trainer import Trainer
 
 QUICK = ["lagrangian"]
 ROWS = [*METHODS, "lagrangian_guided", "lagrangian_edm2", "mid_training", "straightening", "lagrangian_dit"]
-ROWS += ["lagrangian_dit_muon"]
+ROWS += ["lagrangian_dit_muon", "imf"]
 SLOW = [row for row in ROWS if row not in QUICK]
 DIGITS = "--config=configs/digits.py:lagrangian,smoke"
 

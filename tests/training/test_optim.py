@@ -39,9 +39,9 @@ def test_muon_takes_the_weights_of_linear_layers(name):
         assert taken.keys() == linear
         tables = {f"{key}.weight" for key, layer in network.named_modules() if isinstance(layer, nn.Embedding)}
         assert {key for key in rest if all_of_them[key].ndim == 2} - tables <= {
-            key for key in rest if key.endswith("attention.scales")
+            key for key in rest if key.endswith(("attention.scales", ".tokens"))
         }
-    assert any(p.ndim == 4 for p in all_of_them.values()) is ("UNet" in name)  # kernels, for AdamW
+    assert any(p.ndim == 4 for p in all_of_them.values()) is ("UNet" in name or "IMF" in name)  # kernels, for AdamW
 
 
 def by_name(trainer):

@@ -3,17 +3,15 @@
 import pytest
 import torch
 from helpers import generator
+from helpers.guided import CLASSES, DRAWN, Guided
 from helpers.small_networks import small
 from torch import nn
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
-from flowmaps.networks.conditioning import condition, guidance_at, with_guidance
+from flowmaps.networks.conditioning import guidance_at, with_guidance
 from flowmaps.objectives import OBJECTIVES, LogVariance
 from flowmaps.objectives.eulerian import StopGradient
-from samplers.callables import expand
 
-CLASSES = 2  # and "no label", whose data are Gaussian too, so that guidance shifts a mean and the map stays affine
-DRAWN = {"guidance_max": 8.0, "guidance_interval": True}
 EXACT = {  # residuals that vanish at the exact map, MeanFlow's only in the mean over (x0, x1) given I_s
     "lagrangian": ("lagrangian", {}),
     "eulerian": ("eulerian", {}),
@@ -23,38 +21,6 @@ EXACT = {  # residuals that vanish at the exact map, MeanFlow's only in the mean
     "terminal_velocity": ("terminal_velocity", {"guidance_mix": 0.5}),
 }
 IN_THE_MEAN = {"mean_flow": ("mean_flow", {}), "improved_mean_flow": ("improved_mean_flow", {})}
-
-
-class Guided(nn.Module):
-    """Exact v_{s,t} of data N(mean of the label, std^2) under a weight w that is 1 outside [low, high], plus errors."""
-
-    def __init__(self):
-        super().__init__()
-        self.mean = torch.tensor([[0.3, -0.5, 1.0], [-1.0, 0.2, 0.4], [0.5, 0.5, -0.5]], dtype=torch.float64)
-        self.std = torch.tensor([0.4, 1.0, 2.0], dtype=torch.float64)
-        self.wrong = nn.Parameter(torch.zeros((), dtype=torch.float64))
-        self.bent = nn.Parameter(torch.zeros((), dtype=torch.float64))
-
-    def forward(self, x, s, t, label=None):
-        given = condition(label, s, CLASSES, guidance=True, interval=True)
-        plain, nothing, w = given.classes @ self.mean, self.mean[CLASSES], given.guidance[:, None]
-        guided = w * plain + (1 - w) * nothing
-
-        def variance(u):
-            return (1 - u) ** 2 + u**2 * self.std**2
-
-        def carried(x, a, b, mean):
-            a, b = a[:, None], b[:, None]
-            return b * mean + (variance(b) / variance(a)).sqrt() * (x - a * mean)
-
-        same = (s == t)[:, None]
-        a, b = torch.minimum(given.low.clamp(min=s), t), torch.minimum(given.high.clamp(min=s), t)
-        end = carried(carried(carried(x, s, a, plain), a, b, guided), b, t, plain)
-        u = s[:, None]
-        mean = torch.where((given.low <= s)[:, None] & (s <= given.high)[:, None], guided, plain)
-        drift = mean + ((u - 1) + u * self.std**2) / variance(u) * (x - u * mean)
-        average = (end - x) / torch.where(same, 1.0, expand(t - s, x))
-        return torch.where(same, drift, average) + self.wrong + self.bent * expand(t - s, x) * x
 
 
 def example(n=64):
@@ -168,7 +134,7 @@ def test_at_weight_one_improved_mean_flow_is_the_one_without_guidance():
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", ["UNet", "EDM2UNet", "DiT"])
+@pytest.mark.parametrize("name", ["UNet", "EDM2UNet", "DiT", "IMFDiT"])
 def test_a_network_takes_the_interval_and_all_times_are_neutral(name):
     fm = small(name, guidance_interval=True).double().eval()
     x, label = torch.randn(6, *fm.info.shape, dtype=torch.float64, generator=generator()), torch.arange(6) % 5

@@ -26,6 +26,8 @@ COMPILED += [
     pytest.param("UNet adm", name, {"guidance_max": 3.0, "guidance_interval": True}, marks=pytest.mark.slow)
     for name in ("improved_mean_flow", "lagrangian")
 ]
+TOLD = {"guidance_max": 3.0, "guidance_interval": True}
+COMPILED += [pytest.param("IMFDiT second_head", "improved_mean_flow", TOLD)]
 COMPILED += [
     pytest.param(*pair, {}, marks=pytest.mark.slow)
     for pair in itertools.product(IMAGES, ("lagrangian", "eulerian"))
@@ -196,7 +198,8 @@ def test_weights_of_small_steps(name, p):
 @pytest.mark.parametrize(("network", "name", "options"), COMPILED)
 def test_compiled_loss_equals_eager(network, name, options):
     """fullgraph: no graph break, the derivative included."""
-    fm, objective = small(network), OBJECTIVES[name](**options)
+    network, _, head = network.partition(" second_head")
+    fm, objective = small(network, **({"second_head": True} if head else {})), OBJECTIVES[name](**options)
     x1, label = torch.randn(8, *fm.info.shape), torch.arange(8) % 3 if fm.info.num_classes else None
     batch = x1
     if issubclass(OBJECTIVES[name], TrajectoryObjective):  # two paths of four steps: eight rows

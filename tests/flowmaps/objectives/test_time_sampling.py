@@ -11,6 +11,7 @@ from flowmaps.objectives import OBJECTIVES
 from flowmaps.objectives.time_sampling import DiagonalDraw, Times, gap_first, raised_end
 
 N = 1_000_000
+PIXELS = {"diagonal_draw": DiagonalDraw.single, "time_std": (0.8, 0.8)}
 LAWS = {  # objective and options: mean gap, P(gap > 0.8), mean time of diagonal rows
     "terminal_velocity": ({}, 0.340, 0.0145, 0.582),
     "mean_flow": ({}, 0.233, 0.0009, 0.465),
@@ -18,13 +19,16 @@ LAWS = {  # objective and options: mean gap, P(gap > 0.8), mean time of diagonal
     "soflow": ({}, 0.269, 0.0013, 0.541),
     "alpha_flow": ({}, 0.233, 0.0009, 0.465),
     "lagrangian": ({}, 1 / 3, 0.04, 0.5),
+    "improved_mean_flow of pixels, B": ({**PIXELS, "time_mean": (-0.8, -0.8)}, 0.180, 4e-5, 0.331),
+    "improved_mean_flow of pixels, L": ({**PIXELS, "time_mean": (0.0, 0.0)}, 0.202, 6e-5, 0.5),
+    "improved_mean_flow of pixels, H": ({**PIXELS, "time_mean": (0.0, 0.0), "uniform_share": 0.1}, 0.215, 0.0041, 0.5),
 }
 
 
 @pytest.mark.parametrize("name", LAWS)
 def test_times_have_the_stated_law(name):
     options, gap, tail, diagonal = LAWS[name]
-    objective = OBJECTIVES[name](diagonal=0.5, **options)
+    objective = OBJECTIVES[name.partition(" ")[0]](diagonal=0.5, **options)
     x1 = torch.zeros(2 * N, 1)
     _, s, t, *_ = objective.draw(FlowMap(MLP(1)), x1, torch.Generator().manual_seed(0))
     assert torch.equal(s[:N], t[:N]) and bool((s[N:] <= t[N:]).all())
@@ -76,6 +80,8 @@ def test_a_raised_end_has_its_logit_where_it_was_above_the_start():
         ({"diagonal_draw": DiagonalDraw.own}, "time_mean"),
         ({"diagonal_draw": DiagonalDraw.own, "time_mean": (0.0, 0.0, 0.0)}, "time_std"),
         ({"time_mean": (0.0, 0.0, 0.0)}, "time_mean"),
+        ({"times": Times.gap, "uniform_share": 0.1}, "uniform_share"),
+        ({"uniform_share": 1.0}, "uniform_share"),
         ({"times": Times.gap, "time_mean": (float("nan"), 0.0)}, "time_mean"),
     ],
 )
