@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowmaps.derivatives import velocity_jvp
 from flowmaps.flow_map import FlowMap
-from flowmaps.objectives.base import DerivativeRole, rms
+from flowmaps.objectives.base import DerivativeRole, Draws, Segments, rms
 from flowmaps.objectives.self_distillation import OffDiagonalBatch, SelfDistillation
 from flowmaps.objectives.time_sampling import Times, TimeSampling
 from samplers.callables import Drift, expand
@@ -92,6 +92,13 @@ class MeanFlow(TimeSampling, SelfDistillation):
 
     def residual(self, fm: FlowMap, batch: OffDiagonalBatch, teacher: Drift | None, terms: dict[str, Tensor]) -> Tensor:
         return slim_residual(fm, batch, *self.velocities(fm, batch, teacher), terms)
+
+    def adapted(self, losses: Tensor, draws: Draws | Segments, dimensions: int) -> Tensor:
+        """Return |r|^2 / sg[|r|^2 + c / dimensions]^p with |r|^2 averaged: for p = 1 the published weight of the sum.
+
+        A loss near 1 in any dimension keeps the gradient of a large network far above Adam's epsilon.
+        """
+        return super().adapted(losses, draws, dimensions) * float(dimensions) ** self.adaptive
 
 
 def slim_residual(

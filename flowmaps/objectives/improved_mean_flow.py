@@ -9,7 +9,7 @@ from torch import Tensor
 from flowmaps.derivatives import pair_jvp
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
-from flowmaps.objectives.base import Draws, Segments, mean_square, new_option, rms
+from flowmaps.objectives.base import mean_square, new_option, rms
 from flowmaps.objectives.eulerian import MeanFlow, Velocity
 from flowmaps.objectives.self_distillation import OffDiagonalBatch
 from samplers.callables import Drift, expand
@@ -75,14 +75,6 @@ class ImprovedMeanFlow(MeanFlow):
         terms["off_diagonal"], terms["second_off_diagonal"] = losses.detach().mean(dim=1)
         terms["jvp_norm"] = rms(dv)
         return losses
-
-    def adapted(self, losses: Tensor, draws: Draws | Segments, dimensions: int) -> Tensor:
-        """With two heads, return |r|^2 / sg[|r|^2 + c]^p of sums over dimensions, as published.
-
-        The sum of the two is near 2 for p = 1 in any dimension, so that the gradient is far above Adam's epsilon.
-        """
-        weighted = super().adapted(losses, draws, dimensions)
-        return weighted * dimensions**self.adaptive if losses.ndim > 1 else weighted
 
 
 def has_second_head(fm: FlowMap) -> bool:

@@ -165,13 +165,16 @@ def test_pseudo_huber_consistency_has_the_gradient_of_its_norm():
         OBJECTIVES["consistency"](huber=0.06, adaptive=0.0)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [*PLAIN, "mean_flow", "improved_mean_flow"])
 def test_adaptive_weight_divides_by_a_constant_power(name):
-    """One row per batch: the loss is r^2 / (3 r^2 + c)^p and its gradient that of r^2 over the same constant."""
+    """One row per batch: the loss is r^2 / (3 r^2 + c)^p and its gradient that of r^2 over the same constant.
+
+    MeanFlow's is r^2 / (r^2 + c / 3)^p.
+    """
     fm, c = gaussian_map(wrong=0.3), 0.01 if name == "improved_mean_flow" else 1e-3
     x1, _ = gaussian_data(fm, 1)
     plain, weighted = (OBJECTIVES[name](adaptive=p)(fm, x1, generator=generator()) for p in (0.0, 0.75))
-    constant = (3 * plain.value.detach() + c) ** 0.75
+    constant = (3 * plain.value.detach() + c) ** 0.75 / (3**0.75 if "mean_flow" in name else 1)
     torch.testing.assert_close(weighted.value, plain.value / constant)
     gradients = [torch.autograd.grad(loss.value, fm.network.wrong)[0] for loss in (plain, weighted)]
     torch.testing.assert_close(gradients[1], gradients[0] / constant)
