@@ -98,7 +98,8 @@ class MeanFlow(TimeSampling, SelfDistillation):
 
         A loss near 1 in any dimension keeps the gradient of a large network far above Adam's epsilon.
         """
-        return super().adapted(losses, draws, dimensions) * float(dimensions) ** self.adaptive
+        as_large: Tensor = super().adapted(losses, draws, dimensions) * dimensions**self.adaptive
+        return as_large
 
 
 def slim_residual(
