@@ -56,7 +56,7 @@ class ReadAhead:
         self._asked = first  # the next batch to ask for
         self._last = False
         self._busy: dict[int, int] = {}  # batch by worker
-        self._rows: dict[int, Batch] = {}  # by batch
+        self._rows: dict[int, Batch | BaseException] = {}  # by batch; an error is raised when its batch is taken
         self._processes: list[Any] = []
         self._sockets: list[socket.socket] = []
         self.close = weakref.finalize(self, _end, self._processes, self._sockets)
@@ -92,7 +92,10 @@ class ReadAhead:
                     f"no data worker has read an item for {PATIENCE} seconds{self._files(self._busy)}: does the disk "
                     f"answer? Without workers {SETTING} its own error is seen"
                 )
-        return self._rows.pop(k)
+        rows = self._rows.pop(k)
+        if isinstance(rows, BaseException):
+            raise rows
+        return rows
 
     def _exchange(self, k: int, timeout: float) -> bool:
         """Take in what is ready while batch ``k`` is needed, and give idle workers more; return whether any was."""
@@ -115,12 +118,12 @@ class ReadAhead:
             self._asked += 1
         return bool(ready)
 
-    def _receive(self, worker: int) -> Batch:
+    def _receive(self, worker: int) -> Batch | BaseException:
         end = self._sockets[worker]
         try:
             answer = _answer(end)
             if isinstance(answer, BaseException):
-                raise answer
+                return answer
             x, labels = (None if kind is None else self._tensor(end, *kind) for kind in answer)
             assert x is not None
             return x, labels

@@ -167,5 +167,5 @@ def test_a_noise_prediction_is_not_read_where_there_is_only_noise():
     ],
 )
 def test_names_that_are_not_conventions(name):
-    with pytest.raises(ValueError, match="convention must be one of velocity, rectified_flow"):
+    with pytest.raises(ValueError, match="convention must be one of velocity, noise_at_one"):
         parametrisation(name)

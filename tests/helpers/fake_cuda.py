@@ -183,7 +183,7 @@ def fake_trainer(config, batch: int, bf16: bool) -> tuple[Trainer, int]:
         no_sync=lambda module: nullcontext(),
     )
     optimizer = build_optimizer(config.optim, module)
-    ema = EMA(fm.network, (*config.ema, *[objective.teacher_ema] * bool(objective.teacher_ema)), meta=module)
+    ema = EMA(fm.network, (*config.ema, *[objective.teacher_ema] * bool(objective.teacher_ema)), meta=fm.network)
     loader = SimpleNamespace(batch=lambda k: (x, label))
     precision = step_precision(config, objective, device)
     trainer = Trainer(config, data, loader, accelerator, module, wrapped, optimizer, ema, precision, paths=paths)

@@ -58,8 +58,8 @@ def sets(tmp_path_factory):
 @pytest.mark.parametrize(
     ("run", "batch"),
     [
-        (run_script, 64),
         (run_two, 7),
+        pytest.param(run_script, 64, marks=pytest.mark.slow),
         pytest.param(run_script, 7, marks=pytest.mark.slow),
         pytest.param(run_two, 64, marks=pytest.mark.slow),
     ],

@@ -170,6 +170,7 @@ def test_guidance_in_the_arguments_of_a_training_decides(omega, kappa, weight, t
     assert fm.info.guidance == (None if weight is None else pytest.approx(weight))
 
 
+@pytest.mark.slow
 def test_published_sizes_need_no_option(tmp_path):
     """Heads, guidance and the blocks of DMF follow from the published width and depth."""
     for form, sizes in (("soflow", {"width": 768, "depth": 12}), ("meanflow_sit", {"width": 768, "depth": 12})):

@@ -27,7 +27,7 @@ COMPILED += [
     for name in ("improved_mean_flow", "lagrangian")
 ]
 TOLD = {"guidance_max": 3.0, "guidance_interval": True}
-COMPILED += [pytest.param("IMFDiT second_head", "improved_mean_flow", TOLD)]
+COMPILED += [pytest.param("IMFDiT second_head", "improved_mean_flow", TOLD, marks=pytest.mark.slow)]
 COMPILED += [
     pytest.param(*pair, {}, marks=pytest.mark.slow)
     for pair in itertools.product(IMAGES, ("lagrangian", "eulerian"))
