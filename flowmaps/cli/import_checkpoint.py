@@ -80,4 +80,8 @@ def _recommended(info: "FlowMapInfo") -> str:
     """Return a line on the sampling behind the figures of a map's authors."""
     how = "jumps with fresh noise between them (gamma 1)" if info.sampler == "stochastic" else "plain jumps"
     grid = "step sizes as stored" if info.schedules else "equal steps"
-    return f"sampled as by its authors: --sampler={info.sampler}, {how}, {grid}"
+    line = f"sampled as by its authors: --sampler={info.sampler}, {how}, {grid}"
+    if usual := info.usual_guidance():
+        low, high = usual["guidance_interval"]
+        line += f", --guidance={usual['guidance']:g} --guidance_interval={low:g},{high:g}"
+    return line

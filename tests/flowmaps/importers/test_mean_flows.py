@@ -1,5 +1,8 @@
 """Files of improved and pixel MeanFlow, of the true nesting, names and shapes, against the papers' formulas."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from helpers.released_mean_flows import MeanFlow
@@ -169,3 +172,47 @@ def test_other_files_of_pixels_are_refused(change, options, reason, tmp_path):
     with pytest.raises(UserError, match=reason) as refused:
         import_checkpoint("pmf", tmp_path / "net", **options)
     assert "\n" not in str(refused.value)
+
+
+def test_commands_sample_with_the_guidance_of_the_authors_unless_told_otherwise(tmp_path):
+    """The import prints it, the card has it, and samples are those of the same weight and times given by hand."""
+    sizes = {"width": 768, "heads": 12, "shared": 4, "head": 8, "hidden": 8, "patch": 4}
+    MeanFlow("imf", **sizes).save(tmp_path / "net.pth")
+    flags = [f"--src={tmp_path}/net.pth", f"--out={tmp_path}/map", "--image_size=8"]
+    done = run_script("scripts/import_checkpoint.py", *flags, check=True)
+    line = "--sampler=map, plain jumps, equal steps, --guidance=8 --guidance_interval=0.35,0.6"
+    assert line in done.stdout and "left out of the file: v_final_layer.*" in done.stdout
+    assert "format   imf, as its content shows" in done.stdout
+    card = (tmp_path / "map/README.md").read_text()
+    assert "num_inference_steps=1, guidance_scale=8, guidance_interval=(0.35, 0.6)" in card
+    fm = FlowMap.from_pretrained(tmp_path / "map")
+    fm.decoder = Decoder(str(write_vae(tmp_path / "vae")), fm.info)
+    fm.open_decoder()
+    fm.save_pretrained(tmp_path / "map")
+    made = {}
+    given = {"usual": [], "alike": ["--guidance=8", "--guidance_interval=0.35,0.6"], "none": ["--guidance=1"]}
+    for name, more in given.items():
+        common = [f"--checkpoint={tmp_path}/map", "--steps=2", "--num=3", f"--out={tmp_path}/{name}"]
+        assert ("from 0.35 to 0.6" in run_script("scripts/sample.py", *common, *more, check=True).stdout) != (
+            name == "none"
+        )
+        made[name] = np.load(tmp_path / name / "samples-2.npz")["arr_0"]
+    assert (made["usual"] == made["alike"]).all() and (made["usual"] != made["none"]).any()
+    options = fm.info.usual_guidance()
+    x = torch.cat([x for x, _ in generate(fm, uniform_times(2), 3, 0, **options)])
+    assert (to_uint8(fm.decode(x)).permute(0, 2, 3, 1).numpy() == made["usual"]).all()
+
+
+def test_step_sizes_of_such_a_map_are_for_no_guidance_and_the_next_command_says_so(tmp_path):
+    fm = import_checkpoint("imf", MeanFlow("imf").save(tmp_path / "net"), image_size=8)
+    fm.info = replace(fm.info, recommended_guidance=(3.0, 0.2, 0.6))
+    fm.save_pretrained(tmp_path / "map")
+    flags = [f"--checkpoint={tmp_path}/map", "--steps=2", "--noises=2", "--fine=4", f"--out={tmp_path}/steps.json"]
+    done = run_script("scripts/schedule.py", *flags, check=True)
+    assert f"--schedule={tmp_path}/steps.json --guidance=1" in done.stdout
+
+
+@pytest.mark.parametrize("recommended", [(3.0,), (13.0, 0.2, 0.5), (3.0, 0.5, 0.2), (float("nan"), 0.2, 0.5)])
+def test_a_recommendation_that_the_map_cannot_follow_is_refused(recommended):
+    with pytest.raises(UserError, match=r"^guidance"):
+        FlowMapInfo(guidance_max=12.0, guidance_interval=True, num_classes=5, recommended_guidance=recommended)
