@@ -167,25 +167,16 @@ def report(rows: list[dict[str, Any]], fm: "FlowMap") -> str:
     """Return a table of the rows, and what it was made from."""
     from flowmaps.markdown import markdown_table
 
-    title = [
-        "steps",
-        "sampler",
-        "guidance",
-        "published FID",
-        f"expected at {NUM.value:,}",
-        "ours",
-        "counting allows",
-        "agrees",
-    ]
+    title = ["steps", "sampler", "guidance", "published FID", f"expected at {NUM.value:,}", "ours"]
+    title += ["counting allows", "agrees"]
     cells = []
     for row in rows:
         known = "published" in row
         figures = [f"{row['published']:g}", f"{row['expected']:.2f}"] if known else ["", ""]
         verdict = [f"± {row['tolerance']:.2f}", "yes" if row["agrees"] else "no"] if known else ["", ""]
-        guidance = "{guidance:g} from {guidance_interval[0]:g} to {guidance_interval[1]:g}" if "guidance" in row else ""
-        cells.append(
-            [str(row["steps"]), row["sampler"], guidance.format(**row), *figures, f"{row['fid']:.2f}", *verdict]
-        )
+        low, high = row.get("guidance_interval", (0, 1))
+        guidance = f"{row['guidance']:g} from {low:g} to {high:g}" if "guidance" in row else ""
+        cells.append([str(row["steps"]), row["sampler"], guidance, *figures, f"{row['fid']:.2f}", *verdict])
     origin = "\n".join(f"{name}: {value}" for name, value in fm.info.origin.items())
     return f"{markdown_table(title, cells)}\n\n{origin}"
 
