@@ -50,7 +50,10 @@ class SamplingFlags:
             "label", None, "Class of all samples, by number or name; without it, shares as in the data"
         )
         self.guidance = flags.DEFINE_float(
-            "guidance", None, "Guidance weight, for a model conditioned on one or for a solver [authors']", 1.0
+            "guidance",
+            None,
+            "Guidance weight, for a model conditioned on one or for a solver; of a published map that of its authors",
+            1.0,
         )
         self.guidance_interval = flags.DEFINE_list(
             "guidance_interval", None, "LOW,HIGH: times between which it applies, for a model that takes them [0,1]"

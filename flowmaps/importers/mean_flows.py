@@ -31,7 +31,7 @@ PMF = {
     (32, 1280, 48): (4.0, (5.5, 0.4, 0.9)),
 }
 UNUSED = ("v_final_layer.", "v_heads.", "rope_freqs")  # the second head, of use in training alone, and a table
-NAMES = {  # theirs by ours, in this order
+NAMES = {  # parts of their names to ours, in this order
     "_flax_linear.": "",
     "_flax_embedding.": "",
     "class_tokens": "prefix.classes.tokens",
@@ -89,8 +89,10 @@ def _read(path: Path, first: str) -> tuple[Weights, tuple[str, ...]]:
     unused = [name for name in theirs if name.startswith(UNUSED)]
     parts = {name.partition(".")[0] + ".*" * ("." in name): None for name in unused}
     weights: Weights = {}
-    for name in theirs.keys() - set(unused):
-        ours, tensor = name, theirs[name]
+    for name, tensor in theirs.items():
+        if name in unused:
+            continue
+        ours = f"{name}.weight" if name.endswith(".w2") else name  # as far as is known it may be bare
         for part, replacement in NAMES.items():
             ours = ours.replace(part, replacement)
         if ours in weights:

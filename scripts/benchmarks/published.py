@@ -46,8 +46,9 @@ def _tvm(name: str, guidance: float, fid: dict[int, float], size: int = 256) -> 
     return Published("tvm", "lumaai/tvm", f"im{size}_{name}.pkl", fid, {"guidance": guidance}, size)
 
 
-def _imf(name: str, fid: dict[int, float], **guided: dict[int, dict[str, Any]]) -> Published:
-    return Published("imf", "Lyy0725/iMF", f"iMF-{name}-2.pth", fid, {"image_size": 32}, **guided)
+def _imf(name: str, fid: dict[int, float], two_steps: dict[str, Any] | None = None) -> Published:
+    guided = {2: two_steps} if two_steps else {}
+    return Published("imf", "Lyy0725/iMF", f"iMF-{name}-2.pth", fid, {"image_size": 32}, guided=guided)
 
 
 def _pmf(name: str, base_std: float, fid: float, size: int = 256) -> Published:
@@ -69,7 +70,7 @@ MAPS = {
     "imf-b2": _imf("B", {1: 3.39}),
     "imf-m2": _imf("M", {1: 2.27}),
     "imf-l2": _imf("L", {1: 1.86}),
-    "imf-xl2": _imf("XL", {1: 1.72, 2: 1.54}, guided={2: {"guidance": 4.0, "guidance_interval": (0.36, 0.64)}}),
+    "imf-xl2": _imf("XL", {1: 1.72, 2: 1.54}, {"guidance": 4.0, "guidance_interval": (0.36, 0.64)}),
     "pmf-b16": _pmf("B-16", 1.0, 3.12),
     "pmf-l16": _pmf("L-16", 1.0, 2.52),
     "pmf-h16": _pmf("H-16", 2.0, 2.22),

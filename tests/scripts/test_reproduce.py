@@ -69,6 +69,7 @@ def test_a_published_map_from_its_file_to_the_comparison(name, steps, hub, tmp_p
     for row in record["results"]:
         assert row["sampler"] == sampler and row["num"] == 5 and math.isfinite(row["fid"]) and row["tolerance"] > 0
         assert row["expected"] > row["published"]
+        assert row.get("guidance_interval") == ([0.36, 0.64] if name == "imf-xl2" else None)
     assert record["origin"]["license"] == FORMATS[chosen.form].license and "sha256" in record["origin"]
     for text in ("published FID", "counting allows", "license: ", "please report it"):
         assert text in done.stdout

@@ -1,5 +1,7 @@
 """The life of an imported map: sampled, scored, scheduled, exported, loaded again, and trained further."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import run_script
@@ -59,6 +61,8 @@ def latents(imagenet_root, tmp_path_factory):
 @pytest.mark.parametrize("form", ROWS)
 def test_an_imported_map_lives_as_any_other(form, imagenet_root, latents, inception, tmp_path):
     fm = import_checkpoint(form, written(form, tmp_path / "net"), **OPTIONS.get(form, {}))
+    if fm.info.guidance_interval:  # as a file of the published size has it
+        fm.info = replace(fm.info, recommended_guidance=(3.0, 0.2, 0.6))
     if fm.info.latent_scale:
         fm.decoder = Decoder(str(imagenet_root / "vae"), fm.info)
         fm.open_decoder()
@@ -68,6 +72,8 @@ def test_an_imported_map_lives_as_any_other(form, imagenet_root, latents, incept
         reference = open_reference(extractor.stats([images]), "inception", inception)
         record = evaluate(fm, reference, steps=(1, 2, 4), num=5, batch=5)
     assert [row["steps"] for row in record["results"]] == [1, 2, 4]
+    told = (3.0, [0.2, 0.6]) if form in ("imf", "pmf") else (None, None)
+    assert (record["guidance"], record["guidance_interval"]) == told
     assert {row["sampler"] for row in record["results"]} == {fm.info.sampler}
     assert all(row["FID"] > 0 for row in record["results"]) and isinstance(reference.stats, FeatureStats)
 
@@ -77,6 +83,7 @@ def test_an_imported_map_lives_as_any_other(form, imagenet_root, latents, incept
     store_schedule(tmp_path / "map", schedule)
     again = FlowMap.from_pretrained(tmp_path / "map")
     assert again.fingerprint() == fm.fingerprint() and again.info.schedules["map"] == schedule
+    assert again.info.usual_guidance() == fm.info.usual_guidance()
     assert again.info.recommended_sampler == fm.info.recommended_sampler and again.info.guidance == fm.info.guidance
     pipe = FlowMapPipeline.from_pretrained(tmp_path / "map")
     pipe.set_progress_bar_config(disable=True)

@@ -13,7 +13,7 @@ from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.generate import generate
 from flowmaps.images import to_uint8
 from flowmaps.importers import FORMATS, import_checkpoint
-from flowmaps.importers.mean_flows import IMF_GUIDANCE, PMF
+from flowmaps.importers.mean_flows import IMF_GUIDANCE, PMF, _network
 from flowmaps.networks import NETWORKS, PRESETS
 from flowmaps.networks.conditioning import with_guidance
 from flowmaps.vae import Decoder
@@ -88,7 +88,7 @@ def test_the_second_head_of_a_training_is_left_out_and_other_spellings_are_read(
     expected = import_checkpoint("imf", theirs.save(tmp_path / "net"), image_size=8)
     extra = {name.replace("u_heads", "v_heads"): weight for name, weight in theirs.w.items() if "u_heads" in name}
     weights = {name.removeprefix("net."): weight for name, weight in {**theirs.w, **extra}.items()}
-    weights = {name.replace("mlp.w2._flax_linear", "mlp.w2"): weight for name, weight in weights.items()}
+    weights = {name.replace("mlp.w2._flax_linear.weight", "mlp.w2"): weight for name, weight in weights.items()}
     weights |= {name: weight[None] for name, weight in weights.items() if name.endswith("_tokens")}
     torch.save({"ema": weights, "step": 3}, tmp_path / "other")
     fm = import_checkpoint("imf", tmp_path / "other", image_size=8)
@@ -108,7 +108,9 @@ def test_every_published_size_is_known(name):
     found = IMF_GUIDANCE[width, depth] if name.startswith("imf") else PMF[patch, width, depth][1]
     FlowMapInfo(guidance_max=12.0, guidance_interval=True, recommended_guidance=found)
     with torch.device("meta"):
-        assert NETWORKS[preset.network](**preset.options, second_head=False).config.depth == depth
+        network = NETWORKS[preset.network](**preset.options, second_head=False)
+    shown = _network(network.state_dict())
+    assert shown == {key: network.config[key] for key in shown}
 
 
 @pytest.mark.parametrize(("form", "depth", "found"), [("imf", 12, (8.0, 0.35, 0.6)), ("pmf", 16, (8.5, 0.3, 0.9))])
