@@ -78,6 +78,7 @@ class FlowMapInfo:
     latent_scale: tuple[float, ...] = ()  # flowmaps.vae; empty: samples are images or points
     origin: dict[str, str] = field(default_factory=dict)  # of imported weights: format, sha256, license and the like
     recommended_sampler: str = field(default="", metadata={"optional": True})  # of a map whose authors say so
+    recommended_guidance: tuple[float, ...] = field(default=(), metadata={"optional": True})  # the same: (w, low, high)
     class_names: tuple[str, ...] = field(default=(), metadata={"optional": True})  # by number; empty: unknown
     class_shares: tuple[float, ...] = field(default=(), metadata={"optional": True})  # in the data; empty: equal ones
 
@@ -100,6 +101,9 @@ class FlowMapInfo:
                 raise UserError(f"has one of {schedule.sampler or 'a sampler'} for {sampler}", field="schedules")
         if self.recommended_sampler:
             self.check_sampler(self.recommended_sampler, 2)
+        if self.recommended_guidance:
+            weight, *interval = self.recommended_guidance
+            self.check_guidance(weight, interval=(*interval,))  # type: ignore[arg-type]
         if self.class_names and len(self.class_names) != self.num_classes:
             raise UserError(f"has {len(self.class_names):,} for {self.num_classes:,} classes", "class_names")
         if wrong := [name for name in self.class_names if not 0 < len(name) <= LONGEST_NAME]:
@@ -124,6 +128,13 @@ class FlowMapInfo:
         Of a published map it is the one by which its authors' figures were made.
         """
         return self.recommended_sampler or {"map": "map", "drift": "euler", "consistency": "stochastic"}[self.kind]
+
+    def usual_guidance(self) -> dict[str, Any]:
+        """Return the guidance behind the figures of a published map as options of ``generate``, none for others."""
+        if not self.recommended_guidance:
+            return {}
+        weight, low, high = self.recommended_guidance
+        return {"guidance": weight, "guidance_interval": (low, high)}
 
     def check_guidance(
         self, weight: float | None, sampler: str = "map", interval: tuple[float, float] | None = None

@@ -27,7 +27,7 @@ or, in a checkout of [the source]({source}), `pip install .`. Then
 from flowmaps.pipeline import FlowMapPipeline
 
 pipeline = FlowMapPipeline.from_pretrained("{name}")
-samples = pipeline(16, num_inference_steps={steps}, output_type="pt").images
+samples = pipeline(16, num_inference_steps={steps}{guidance}, output_type="pt").images
 ```
 
 or
@@ -83,7 +83,8 @@ def card(
         **info.origin,
     }
     sampler = "" if info.sampler == "map" else f" --sampler={info.sampler}"
-    steps = 64 if info.kind == "drift" else 1
+    steps, usual = 64 if info.kind == "drift" else 1, info.usual_guidance()
+    guidance = ", guidance_scale={guidance:g}, guidance_interval={guidance_interval}".format(**usual) if usual else ""
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {data.model_name}",
         {
@@ -94,7 +95,8 @@ def card(
         + f" Made with [flowmaps]({SOURCE}).",
         *([f"![samples]({PICTURE})\n\n{_caption(info.sampler, picture)}"] if picture else []),
         "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in facts.items()),
-        "## Use\n\n" + USE.format(source=SOURCE, name=name or "DIRECTORY", steps=steps, sampler=sampler).rstrip(),
+        "## Use\n\n"
+        + USE.format(source=SOURCE, name=name or "DIRECTORY", steps=steps, sampler=sampler, guidance=guidance).rstrip(),
     ]
     if records:
         parts.append("## Results\n\n" + "\n\n".join(_tables(records, name or "DIRECTORY")))
@@ -153,6 +155,8 @@ def _command(record: Record, name: str) -> str:
     for flag, key in (("sampler", "sampler"), ("schedule", "grid"), ("steps", "steps")):
         given[flag] = ",".join(map(str, dict.fromkeys(row[key] for row in rows)))
     given |= {k: record[k] for k in ("label", "guidance") if record[k] is not None}
+    if interval := record.get("guidance_interval"):
+        given["guidance_interval"] = ",".join(f"{time:g}" for time in interval)
     given |= {"gamma": record["gamma"]} if record["gamma"] not in (None, 1) else {}
     return shlex.join(["flowmaps", "fid", *(f"--{flag}={value}" for flag, value in given.items())])
 

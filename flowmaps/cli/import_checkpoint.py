@@ -4,7 +4,8 @@ python scripts/import_checkpoint.py --format=edm --src=edm-cifar10-32x32-cond-vp
 python scripts/sample.py --checkpoint=teachers/edm --sampler=heun --steps=18 --num=64 --out=samples
 
 Formats: edm, edm2 (NVIDIA's .pkl), ect (ECT's and CMT's .pkl), dit, sit (facebookresearch's .pt), rectified_flow
-(.pth), diffusers_unet and diffusers_dit (folders); and of maps, soflow, meanflow_sit, dmf (.pt) and tvm (.pkl).
+(.pth), diffusers_unet and diffusers_dit (folders); and of maps, soflow, meanflow_sit, dmf, pmf (.pt), imf (.pth) and
+tvm (.pkl).
 Without --format the content decides. Some files do not say everything about their network; the options below do, and
 are asked for where they are needed.
 """
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 FORMAT = flags.DEFINE_string(
     "format",
     None,
-    "edm, edm2, ect, dit, sit, rectified_flow, diffusers_unet, diffusers_dit; of maps: soflow, meanflow_sit, dmf, tvm "
-    "[guessed from the content]",
+    "edm, edm2, ect, dit, sit, rectified_flow, diffusers_unet, diffusers_dit; of maps: soflow, meanflow_sit, dmf, imf, "
+    "pmf, tvm [guessed from the content]",
 )
 SRC = flags.DEFINE_string("src", None, "The file, or for diffusers_unet and diffusers_dit the folder, as published")
 OUT = flags.DEFINE_string("out", None, "Directory to write; an exported one is replaced")
 IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", None, "Height and width: rectified_flow; diffusers_unet without sample_size"
+    "image_size", None, "Height and width: rectified_flow; diffusers_unet without sample_size; latents of an imf"
 )
 HEADS = flags.DEFINE_integer("heads", None, "Attention heads of a transformer, if they are not as published")
 PREDICTION = flags.DEFINE_string(
@@ -40,7 +41,8 @@ GUIDANCE = flags.DEFINE_float(
     "guidance", None, "Weight that a published map was trained with, if it is not that of its authors"
 )
 DECOUPLED = flags.DEFINE_integer("decoupled", None, "Blocks of a dmf that know the start alone, if not as published")
-OPTIONS: tuple[flags.FlagHolder[Any], ...] = (IMAGE_SIZE, HEADS, PREDICTION, PATH, GUIDANCE, DECOUPLED)
+BASE_STD = flags.DEFINE_float("base_std", None, "Deviation of the noise of a pmf, if not the published one of its size")
+OPTIONS: tuple[flags.FlagHolder[Any], ...] = (IMAGE_SIZE, HEADS, PREDICTION, PATH, GUIDANCE, DECOUPLED, BASE_STD)
 READS, WRITES = (SRC,), (OUT,)
 
 
@@ -78,4 +80,8 @@ def _recommended(info: "FlowMapInfo") -> str:
     """Return a line on the sampling behind the figures of a map's authors."""
     how = "jumps with fresh noise between them (gamma 1)" if info.sampler == "stochastic" else "plain jumps"
     grid = "step sizes as stored" if info.schedules else "equal steps"
-    return f"sampled as by its authors: --sampler={info.sampler}, {how}, {grid}"
+    line = f"sampled as by its authors: --sampler={info.sampler}, {how}, {grid}"
+    if usual := info.usual_guidance():
+        low, high = usual["guidance_interval"]
+        line += f", --guidance={usual['guidance']:g} --guidance_interval={low:g},{high:g}"
+    return line

@@ -50,7 +50,10 @@ class SamplingFlags:
             "label", None, "Class of all samples, by number or name; without it, shares as in the data"
         )
         self.guidance = flags.DEFINE_float(
-            "guidance", None, "Guidance weight, for a model conditioned on one or for a solver", 1.0
+            "guidance",
+            None,
+            "Guidance weight, for a model conditioned on one or for a solver; of a published map that of its authors",
+            1.0,
         )
         self.guidance_interval = flags.DEFINE_list(
             "guidance_interval", None, "LOW,HIGH: times between which it applies, for a model that takes them [0,1]"
@@ -117,6 +120,9 @@ class SamplingFlags:
         fm = FlowMap.from_pretrained(source)
         if fm.info.recommended_sampler and not self.sampler.present:
             flags.FLAGS[self.sampler.name].value = [fm.info.recommended_sampler]
+        if usual := not (self.guidance.present or self.guidance_interval.present) and fm.info.usual_guidance():
+            flags.FLAGS[self.guidance.name].value = usual["guidance"]
+            flags.FLAGS[self.guidance_interval.name].value = list(map(str, usual["guidance_interval"]))
         self.settings(fm)
         for file in set(self.schedule.value) - {"stored", "uniform"}:
             if read_schedule(file).checkpoint not in ("", fm.fingerprint()):

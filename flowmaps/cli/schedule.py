@@ -102,7 +102,7 @@ def main() -> None:
             seeds=(SEED.value + 1,),
             sampler=schedule.sampler,
             schedule=(better, "uniform"),
-            guidance=GUIDANCE.value,
+            guidance=GUIDANCE.value or 1.0,
         )
         name, found = record["metric"], {(row["grid"], row["steps"]): row for row in record["results"]}
         equal = f"{name} of equal steps"
@@ -129,5 +129,6 @@ def main() -> None:
             print(f"{name:8} {file}")
     flags = [f"--sampler={schedule.sampler}", f"--steps={','.join(map(str, schedule))}"]
     flags += [] if STORE.value else [f"--schedule={OUT.value}"]
-    flags += [] if GUIDANCE.value is None else [f"--guidance={GUIDANCE.value:g}"]
+    if GUIDANCE.value or fm.info.recommended_guidance:  # which is not at all times, as these step sizes are for
+        flags.append(f"--guidance={GUIDANCE.value or 1:g}")
     print(next_command.show(next_command.command("sample", f"--checkpoint={checkpoint}", *flags, "--out=samples")))

@@ -92,7 +92,7 @@ def evaluate(
         schedule: One or several time grids: ``"stored"`` in the checkpoint (else uniform), ``"uniform"``, a schedule
             file or a ``Schedule``.
         label: Class of all samples, by number or name; by default each class is as frequent as in the training data.
-        guidance: Guidance weight.
+        guidance: Guidance weight; by default, as its times, that of the authors of a published map, or none.
         guidance_interval: Times between which it applies, for a model that takes them.
         gamma: Share of the noise that the sampler ``"stochastic"`` renews per step.
         batch: Samples at a time.
@@ -128,7 +128,11 @@ def evaluate(
     fm = fm_or_images if isinstance(fm_or_images, FlowMap) else None
     data = None if isinstance(fm_or_images, FlowMap) else open_images(fm_or_images, root, team)
     guided: dict[str, Any] = {"label": label, "guidance": guidance, "gamma": gamma}
-    guided["guidance_interval"] = guidance_interval and list(guidance_interval)  # as a record in a file has it
+    guided["guidance_interval"] = guidance_interval
+    if fm is not None and guidance is None and guidance_interval is None:
+        guided |= fm.info.usual_guidance()
+    if interval := guided["guidance_interval"]:
+        guided["guidance_interval"] = list(interval)  # as a record in a file has it
     settings = []
     if fm is not None:
         samplers = [fm.info.sampler] if sampler is None else _several(sampler)

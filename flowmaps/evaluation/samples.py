@@ -121,8 +121,9 @@ def sample_batches(
 
 
 def samples(fm: FlowMap, steps: int, n: int, seed: int) -> Tensor:
-    """Return ``n`` samples (images, of latents too) in ``steps`` uniform steps of the model's own sampler."""
-    return torch.cat([x for x, _ in sample_batches(fm, uniform_times(steps), range(n), seed)])
+    """Return ``n`` samples (images, of latents too) in uniform steps, as the model is sampled if nothing is said."""
+    made = sample_batches(fm, uniform_times(steps), range(n), seed, **fm.info.usual_guidance())
+    return torch.cat([x for x, _ in made])
 
 
 def real_samples(fm: FlowMap, data: DataSet, n: int, seed: int) -> Tensor:

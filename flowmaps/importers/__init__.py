@@ -18,6 +18,7 @@ from flowmaps.importers.edm2 import edm2
 from flowmaps.importers.guess import guess_format
 from flowmaps.importers.inert import refusal
 from flowmaps.importers.maps import dmf, meanflow_sit, soflow
+from flowmaps.importers.mean_flows import imf, pmf
 from flowmaps.importers.rectified_flow import rectified_flow
 from flowmaps.importers.transformers import dit, sit
 from flowmaps.importers.tvm import tvm
@@ -32,6 +33,7 @@ class Format(NamedTuple):
 
 
 LARGEST_SIZE = 1 << 14  # of an image
+LEAST = {"base_std": 1e-3}  # of an option, 1 for the others
 SHOWN = 12  # names of what is left out
 FORMATS = {
     "edm": Format(edm, "NVIDIA's released weights: CC BY-NC-SA 4.0 (no commercial use)"),
@@ -47,6 +49,8 @@ FORMATS = {
     "dmf": Format(
         dmf, "none is given for weights or code: all rights are kyungmnlee's", ("heads", "guidance", "decoupled")
     ),
+    "imf": Format(imf, "code MIT; of the weights see Lyy0725's model card", ("image_size",)),
+    "pmf": Format(pmf, "code MIT; of the weights see Lyy0725's model card", ("base_std",)),
     "tvm": Format(tvm, "lumalabs' released weights: CC BY-NC-SA 4.0 (no commercial use)", ("guidance",)),
 }
 NOT_READ = {
@@ -67,20 +71,22 @@ def import_checkpoint(
     path: str | None = None,
     guidance: float | None = None,
     decoupled: int | None = None,
+    base_std: float | None = None,
 ) -> FlowMap:
     """Read a published checkpoint. Nothing in the file is executed.
 
     Args:
         format: A key of ``FORMATS``, such as ``"edm"``; ``guess_format(src)`` finds it.
         src: The published file, or the folder for ``"diffusers_unet"`` and ``"diffusers_dit"``.
-        image_size: Height and width, where weights do not show them: "rectified_flow", and "diffusers_unet" without a
-            ``sample_size``.
+        image_size: Height and width, where weights do not show them: "rectified_flow", "diffusers_unet" without a
+            ``sample_size``, and "imf" (of its latents).
         heads: The number of attention heads of a transformer, if it is not the published one of its size.
         prediction: What a "sit", "diffusers_unet" or "diffusers_dit" predicts, if its file does not say: "velocity",
             "noise", "data" or "score".
         path: The path of a "sit", if its file does not say: "linear", "trigonometric" (SiT's GVP) or "vp".
         guidance: The weight of the guidance that a published map was trained with, if it is not that of its authors.
         decoupled: The number of blocks of a "dmf" that know the start alone, if it is not the published one.
+        base_std: The standard deviation of the noise of a "pmf", if it is not the published one of its size.
 
     Returns:
         A flow map on the CPU in eval mode. Its kind is "drift": sample it with an ODE solver, or train a map from it;
@@ -96,7 +102,7 @@ def import_checkpoint(
         >>> fm.save_pretrained("teachers/edm")
     """
     given: dict[str, float | str | None] = {"image_size": image_size, "heads": heads, "prediction": prediction}
-    given |= {"path": path, "guidance": guidance, "decoupled": decoupled}
+    given |= {"path": path, "guidance": guidance, "decoupled": decoupled, "base_std": base_std}
     options = check_options(format, given)
     src, chosen = Path(src), FORMATS[format]
     if not src.exists():
@@ -141,8 +147,8 @@ def check_options(format: str, given: dict[str, float | str | None]) -> Options:
             if value.lower() not in known:
                 raise UserError(f"choose one of {', '.join(dict.fromkeys(known.values()))}", field=name, value=value)
             found[name] = known[value.lower()]
-        elif not 1 <= value <= LARGEST_SIZE:
-            raise UserError(f"must be from 1 to {LARGEST_SIZE}", field=name, value=value)
+        elif not (least := LEAST.get(name, 1)) <= value <= LARGEST_SIZE:
+            raise UserError(f"must be from {least:g} to {LARGEST_SIZE}", field=name, value=value)
     return Options(**found)  # type: ignore[arg-type]
 
 

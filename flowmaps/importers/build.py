@@ -30,6 +30,7 @@ class Options:
     path: str | None = None
     guidance: float | None = None
     decoupled: int | None = None
+    base_std: float | None = None
     assumed: dict[str, str] = field(default_factory=dict)
 
     def settle(self, name: str, found: Any, default: Any = None) -> Any:
@@ -63,6 +64,7 @@ class Source:
     kind: str = "drift"  # of FlowMapInfo
     facts: dict[str, Any] = field(default_factory=dict)  # other fields of FlowMapInfo
     origin: dict[str, str] = field(default_factory=dict)  # entries of FlowMapInfo.origin
+    base_std: float | None = None  # of the noise, if the network's arguments do not have it
     left_out: tuple[str, ...] = ()  # names of what the file has and the import does not take
 
 
@@ -84,13 +86,13 @@ def build(source: Source) -> FlowMap:
             raise UnpicklingError(f"{name} has NaN or infinity")
     network = cls(**options)
     network.load_state_dict({**network.state_dict(), **{k: w.float() for k, w in source.weights.items()}})
-    assert network.parametrisation is not None  # every format has one
-    classes, base_std = options["num_classes"], options["base_std"]
+    classes, base_std = options["num_classes"], options["base_std"] if source.base_std is None else source.base_std
+    parametrisation = getattr(network, "parametrisation", None)  # that of every network with one time
     info = FlowMapInfo(
         shape=(options["channels"], options["image_size"], options["image_size"]),
         num_classes=classes,
         kind=source.kind,
-        t_range=network.parametrisation.t_range(base_std),
+        t_range=parametrisation.t_range(base_std) if parametrisation else (0.0, 1.0),
         label_dropout=source.label_dropout if classes else 0.0,
         **source.latents,
         **source.facts,

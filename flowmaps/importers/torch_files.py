@@ -25,6 +25,8 @@ WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 CONTAINERS = ("ema", "model_ema", "ema_model", "state_dict_ema", "state_dict", "model", "module", "network", "net")
 COUNTERS = {"n_averaged", "initted", "step", "num_updates", "decay"}
 FAMILIES = {  # the format of weights by a part of one of their names; the first that is found
+    "x_embedder.proj1.": "pmf",
+    "u_heads.": "imf",
     "guidance_embedder.": "tvm",
     "s_embedder.mlp.": "soflow",
     "r_embedder.mlp.": "meanflow_sit",

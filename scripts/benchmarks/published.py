@@ -1,8 +1,10 @@
 """The published maps that reproduce.py samples: where their files are, and the FID that their authors report."""
 
 import os
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ class Published(NamedTuple):
     fid: dict[int, float]
     options: dict[str, Any]  # of the import
     size: int = 256  # of the images
+    guided: Mapping[int, dict[str, Any]] = MappingProxyType({})  # by steps, where the import recommends another one
 
 
 def _soflow(name: str, one: float, two: float) -> Published:
@@ -43,6 +46,15 @@ def _tvm(name: str, guidance: float, fid: dict[int, float], size: int = 256) -> 
     return Published("tvm", "lumaai/tvm", f"im{size}_{name}.pkl", fid, {"guidance": guidance}, size)
 
 
+def _imf(name: str, fid: dict[int, float], two_steps: dict[str, Any] | None = None) -> Published:
+    guided = {2: two_steps} if two_steps else {}
+    return Published("imf", "Lyy0725/iMF", f"iMF-{name}-2.pth", fid, {"image_size": 32}, guided=guided)
+
+
+def _pmf(name: str, base_std: float, fid: float, size: int = 256) -> Published:
+    return Published("pmf", "Lyy0725/pMF", f"pMF-{name}.pt", {1: fid}, {"base_std": base_std}, size)
+
+
 MAPS = {
     "soflow-b4": _soflow("B-4", 11.59, 8.22),
     "soflow-b2": _soflow("B-2", 4.85, 4.24),
@@ -55,6 +67,16 @@ MAPS = {
     "meanflow-sit-xl2": _meanflow(2.5, 3.39),
     "dmf-xl2": _dmf(256, {1: 2.16, 2: 1.64, 4: 1.51}),
     "dmf-xl2-512": _dmf(512, {1: 2.12, 2: 1.75, 4: 1.68}),
+    "imf-b2": _imf("B", {1: 3.39}),
+    "imf-m2": _imf("M", {1: 2.27}),
+    "imf-l2": _imf("L", {1: 1.86}),
+    "imf-xl2": _imf("XL", {1: 1.72, 2: 1.54}, {"guidance": 4.0, "guidance_interval": (0.36, 0.64)}),
+    "pmf-b16": _pmf("B-16", 1.0, 3.12),
+    "pmf-l16": _pmf("L-16", 1.0, 2.52),
+    "pmf-h16": _pmf("H-16", 2.0, 2.22),
+    "pmf-b32": _pmf("B-32", 2.0, 3.70, 512),
+    "pmf-l32": _pmf("L-32", 4.0, 2.75, 512),
+    "pmf-h32": _pmf("H-32", 4.0, 2.48, 512),
     "tvm-w2": _tvm("w2", 2.0, {1: 3.29, 2: 2.80}),
     "tvm-w1p75": _tvm("w1p75", 1.75, {1: 4.58, 2: 2.61, 4: 1.99}),
     "tvm-512-w2p5": _tvm("w2p5", 2.5, {1: 4.32, 2: 3.50}, 512),

@@ -71,8 +71,9 @@ def main() -> None:
     fm.to(pick_device())
     rows = []
     for count in steps:
-        stats = moments(fm, reference, count, folder / f"moments-{count}.npz")
-        rows.append(compared(count, stats, reference, chosen.fid.get(count)) | {"sampler": fm.info.sampler})
+        guided = chosen.guided.get(count, fm.info.usual_guidance())
+        stats = moments(fm, reference, count, folder / f"moments-{count}.npz", guided)
+        rows.append(compared(count, stats, reference, chosen.fid.get(count)) | {"sampler": fm.info.sampler, **guided})
     record = {**facts, "num": NUM.value, "origin": fm.info.origin, "results": rows}
     write_json(folder / "reproduce.json", record)
     print(report(rows, fm))
@@ -112,8 +113,11 @@ def check_same(file: Path, facts: dict[str, Any]) -> None:
         write_json(file, facts)
 
 
-def moments(fm: "FlowMap", reference: "Reference", steps: int, file: Path) -> "FeatureStats":
-    """Return the moments of ``--num`` samples, going on from those in ``file`` and writing them every ``PART``."""
+def moments(fm: "FlowMap", reference: "Reference", steps: int, file: Path, guided: dict[str, Any]) -> "FeatureStats":
+    """Return the moments of ``--num`` samples, going on from those in ``file`` and writing them every ``PART``.
+
+    ``guided``: the guidance of a map that takes one, as options of ``generate``.
+    """
     import torch
 
     from flowmaps.evaluation.samples import sample_batches
@@ -122,14 +126,15 @@ def moments(fm: "FlowMap", reference: "Reference", steps: int, file: Path) -> "F
     from flowmaps.markdown import counted
     from flowmaps.metrics import FeatureStats
 
-    (way,) = sampling_settings(fm, [steps], [fm.info.sampler])
+    (way,) = sampling_settings(fm, [steps], [fm.info.sampler], **guided)
     done = FeatureStats.load(file) if file.is_file() else None
     start = 0 if done is None else int(done.n or 0)
     if start > NUM.value:
         raise UserError(f"{file} has {start:,} samples already: give at least as many", field="num", value=NUM.value)
     while done is None or start < NUM.value:
         share = range(start, min(start + PART, NUM.value))
-        made = sample_batches(fm, way.times, share, SEED.value, sampler=way.sampler, batch=BATCH.value, progress=True)
+        options = {"sampler": way.sampler, "batch": BATCH.value, **guided}
+        made = sample_batches(fm, way.times, share, SEED.value, progress=True, **options)
         new = reference.extractor.stats(to_uint8(x) for x, _ in made if bool(torch.isfinite(x).all()))
         if new.n != len(share):
             raise UserError("its samples hold NaN or infinity: nothing to score", field="map", value=MAP.value)
@@ -162,13 +167,16 @@ def report(rows: list[dict[str, Any]], fm: "FlowMap") -> str:
     """Return a table of the rows, and what it was made from."""
     from flowmaps.markdown import markdown_table
 
-    title = ["steps", "sampler", "published FID", f"expected at {NUM.value:,}", "ours", "counting allows", "agrees"]
+    title = ["steps", "sampler", "guidance", "published FID", f"expected at {NUM.value:,}", "ours"]
+    title += ["counting allows", "agrees"]
     cells = []
     for row in rows:
         known = "published" in row
         figures = [f"{row['published']:g}", f"{row['expected']:.2f}"] if known else ["", ""]
         verdict = [f"± {row['tolerance']:.2f}", "yes" if row["agrees"] else "no"] if known else ["", ""]
-        cells.append([str(row["steps"]), row["sampler"], *figures, f"{row['fid']:.2f}", *verdict])
+        low, high = row.get("guidance_interval", (0, 1))
+        guidance = f"{row['guidance']:g} from {low:g} to {high:g}" if "guidance" in row else ""
+        cells.append([str(row["steps"]), row["sampler"], guidance, *figures, f"{row['fid']:.2f}", *verdict])
     origin = "\n".join(f"{name}: {value}" for name, value in fm.info.origin.items())
     return f"{markdown_table(title, cells)}\n\n{origin}"
 

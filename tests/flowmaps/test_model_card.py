@@ -56,6 +56,13 @@ def test_card_says_what_was_measured_and_how_to_use_it(run, tmp_path):
     assert fm.fingerprint() in text and "FID" not in text.replace("fid.py", "").replace("FID-", "")
 
 
+def test_the_command_of_a_guided_record_has_the_times_of_guidance(run):
+    record = json.loads((run / "fid.json").read_text()) | {"guidance": 3.0, "guidance_interval": [0.2, 0.6]}
+    assert " --guidance=3.0 --guidance_interval=0.2,0.6\n" in card(
+        FlowMap.from_pretrained(run), "a/b", records=[record]
+    )
+
+
 @pytest.mark.parametrize(
     ("facts", "shown"),
     [

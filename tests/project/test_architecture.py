@@ -195,6 +195,7 @@ FLAGS = {
     "export.py": {"checkpoint", "ema", "out", "name", "license", "results", "how", "push_to_hub", "picture"},
     "import_checkpoint.py": {
         *("format", "src", "out", "image_size", "heads", "prediction", "path", "guidance", "decoupled"),
+        "base_std",
     },
     "prepare_data.py": {"teacher", "out", "num", "solver", "steps", "substeps", "grid", "low", "high", "times", "start"}
     | {"data", "root", "seed", "batch", "shard", "src", "size", "vae", "vae_range", "flip", "skip_corrupt", "workers"},

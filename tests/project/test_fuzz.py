@@ -9,6 +9,7 @@ from helpers import ROOT
 from helpers.fuzz import NUMBERS, TEXTS, Server, damage, fault, foreign, seeded, tree
 from helpers.makers import photograph, write_folder
 from helpers.released import edm
+from helpers.released_mean_flows import MeanFlow
 from helpers.released_tvm import save
 
 pytestmark = pytest.mark.slow
@@ -200,6 +201,10 @@ def _maps(folder, call):
     save(folder / "im256_w2.pkl", width=64, heads=1, depth=1)
 
 
+def _mean_flows(folder, call):
+    MeanFlow("pmf", shared=0, head=1).save(folder / "pMF.pt")
+
+
 TRAIN = "--config=configs/digits.py:lagrangian,smoke --config.batch=8"
 FOLDER = "--config=configs/folder.py:lagrangian,smoke --config.batch=8 --config.steps=1"
 KINDS = {  # what makes the files, and a command that reads them
@@ -224,6 +229,7 @@ KINDS = {  # what makes the files, and a command that reads them
     "arrays": (_arrays, "stats.py", "--data={files}/images.npz"),
     "edm": (_edm, "import_checkpoint.py", "--format=edm --src={files}/edm.pkl"),
     "published maps": (_maps, "import_checkpoint.py", "--src={files}/im256_w2.pkl"),
+    "told maps": (_mean_flows, "import_checkpoint.py", "--src={files}/pMF.pt --base_std=2"),
 }
 
 

@@ -11,6 +11,7 @@ from benchmarks.published import MAPS
 from helpers import run_script
 from helpers.makers import write_inception, write_vae
 from helpers.released_maps import Map
+from helpers.released_mean_flows import MeanFlow
 from helpers.released_tvm import save
 
 from flowmaps.importers import FORMATS
@@ -21,6 +22,8 @@ FILES = {
     "dmf-xl2": "kyungmnlee/DMF/dmf_xl_2_256.pt",
     "tvm-w2": "lumaai/tvm/im256_w2.pkl",
     "meanflow-sit-b4": "elsewhere/meanflow.pt",
+    "imf-xl2": "Lyy0725/iMF/iMF-XL-2.pth",
+    "pmf-b16": "Lyy0725/pMF/pMF-B-16.pt",
 }
 
 
@@ -33,6 +36,8 @@ def hub(tmp_path_factory):
         sizes = {"width": 64, "heads": 1, "depth": 21 if name == "dmf-xl2" else 2, "blocks": 20}
         if MAPS[name].form == "tvm":
             save(path, **sizes)
+        elif MAPS[name].form in ("imf", "pmf"):
+            MeanFlow(MAPS[name].form, size=16, patch=8, shared=0, head=1).save(path)
         else:
             Map(MAPS[name].form, **sizes).save(path)
     for kind in ("mse", "ema"):
@@ -51,7 +56,7 @@ def reproduce(hub, workdir, name, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), list(zip(FILES, ([1, 2], [4], [2], [1]), strict=True)))
+@pytest.mark.parametrize(("name", "steps"), list(zip(FILES, ([1, 2], [4], [2], [1], [2], [1]), strict=True)))
 def test_a_published_map_from_its_file_to_the_comparison(name, steps, hub, tmp_path):
     """One image of each class; the sampler is that of the authors, and what was read is in the record."""
     given = [] if steps == list(MAPS[name].fid) else [f"--steps={steps[0]}"]
@@ -64,6 +69,7 @@ def test_a_published_map_from_its_file_to_the_comparison(name, steps, hub, tmp_p
     for row in record["results"]:
         assert row["sampler"] == sampler and row["num"] == 5 and math.isfinite(row["fid"]) and row["tolerance"] > 0
         assert row["expected"] > row["published"]
+        assert row.get("guidance_interval") == ([0.36, 0.64] if name == "imf-xl2" else None)
     assert record["origin"]["license"] == FORMATS[chosen.form].license and "sha256" in record["origin"]
     for text in ("published FID", "counting allows", "license: ", "please report it"):
         assert text in done.stdout

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import released, released_ect, released_edm2, run_script
 from helpers.released_maps import Map
+from helpers.released_mean_flows import MeanFlow
 from helpers.released_state_dicts import NCSNpp, Transformer
 from helpers.released_tvm import save
 
@@ -18,6 +19,8 @@ def write(form, path):
     """Write a checkpoint of a format as published."""
     if form in ("soflow", "meanflow_sit", "dmf"):
         Map(form, width=64, depth=1).save(path)
+    elif form in ("imf", "pmf"):
+        MeanFlow(form, shared=0, head=1).save(path)
     elif form == "tvm":
         save(path, width=64, depth=1, heads=1)
     elif form == "edm":

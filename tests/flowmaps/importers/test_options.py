@@ -8,7 +8,8 @@ from helpers.released_state_dicts import NCSNpp, Transformer
 from flowmaps import UserError
 from flowmaps.importers import FORMATS, import_checkpoint
 
-VALUES = {"image_size": 32, "heads": 2, "prediction": "velocity", "path": "linear", "guidance": 2.5, "decoupled": 3}
+VALUES = {"image_size": 32, "heads": 2, "prediction": "velocity", "path": "linear"}
+VALUES |= {"guidance": 2.5, "decoupled": 3, "base_std": 2.0}
 
 
 @pytest.mark.parametrize("form", FORMATS)
