@@ -265,8 +265,7 @@ class Objective:
     def adapted(self, losses: Tensor, draws: Draws | Segments, dimensions: int) -> Tensor:
         """Return the losses [B] times the weights that the method itself defines, which are constants.
 
-        Here the adaptive weight of Geng et al. 2025 (arXiv 2505.13447), with |r|^2 the sum over a sample's
-        ``dimensions``.
+        Here the adaptive weight of Geng et al. 2025 (arXiv 2505.13447), on sums over a sample's ``dimensions``.
         """
         if not self.adaptive:
             return losses

@@ -173,11 +173,6 @@ def fid(args: Arguments) -> Records:
     return fid_costs(args.num or 512, done=args.done)
 
 
-def folders(args: Arguments) -> Records:
-    """Yield the speed of reading and of opening a folder of images."""
-    return timed(partial(folder_times, num=args.num), args)
-
-
 _MAPS = ["flow_matching", "lagrangian"]
 # suite -> its records, and its default rows
 SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
@@ -186,7 +181,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "digits": (partial(trained, "configs/digits.py", digits_scores), _MAPS),
     "ema": (partial(timed, ema_times), ["lagrangian"]),
     "fid": (fid, ["all"]),
-    "folders": (folders, list(FOLDERS)),
+    "folders": (lambda args: timed(partial(folder_times, num=args.num), args), list(FOLDERS)),
     "guidance": (guided, list(guidance.TARGETS)),
     "layout": (partial(timed, layout_times), ["UNet", "EDM2UNet"]),
     "learning": (learning, _MAPS),

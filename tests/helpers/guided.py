@@ -1,4 +1,4 @@
-"""The closed-form map of Gaussian data under guidance that is told."""
+"""The closed-form map of Gaussian data whose network is conditioned on guidance."""
 
 import torch
 from torch import nn

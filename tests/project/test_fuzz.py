@@ -129,7 +129,7 @@ def test_every_flag_with_wrong_values(script, servers, files, tmp_path):
             calls += 1
             if why := fault(*server(call)):
                 broken.append((call, why))
-            if (after := tree(tmp_path / "mine")) != before:  # files of its own may stand next to the user's
+            if (after := tree(tmp_path / "mine")) != before:  # its own files may stand next to the user's
                 shutil.rmtree(tmp_path / "mine")
                 foreign(tmp_path / "mine")
             if before.items() - after.items() or tree(files) != kept:

@@ -182,7 +182,7 @@ def test_only_the_gap_is_told_and_the_order_of_the_prefix_counts():
             assert not torch.allclose(network(x, s, t, with_guidance(label, changed.T, 5)), v, atol=1e-4)
         a, b = network.prefix["low"], network.prefix["high"]
         network.prefix["low"], network.prefix["high"] = b, a
-        swapped = told[[0, 2, 1]]  # the tokens of low and high trade places and keep what they are told
+        swapped = told[[0, 2, 1]]  # the tokens of low and high trade places and keep what they receive
         assert not torch.allclose(network(x, s, t, with_guidance(label, swapped.T, 5)), v, atol=1e-3)
 
 

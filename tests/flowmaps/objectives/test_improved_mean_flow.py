@@ -79,7 +79,7 @@ def test_gradient_of_each_head_by_hand():
 
 
 class TwoHeads(Guided):
-    """The exact guided map of Gaussian data, and its drift by a second head with an error of its own."""
+    """The exact guided map of Gaussian data, and its drift by a second head with another error."""
 
     def __init__(self):
         super().__init__()
