@@ -104,7 +104,8 @@ def card(
         parts.append("## How it was made\n\n" + training_details.strip())
     if info.origin:
         parts.append(
-            "Weights imported by flowmaps, or trained from imported ones. The license of the source applies to them."
+            "Weights imported by flowmaps, or trained from imported ones or by an imported teacher. The license of the "
+            "source applies to them."
         )
     return "\n\n".join(parts) + "\n"
 

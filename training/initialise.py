@@ -16,6 +16,8 @@ from training.ema import sampling_copy
 # Arguments of the network that may differ from those of the checkpoint, and those that may be True for the first time.
 MAY_DIFFER, MAY_COME = {"dropout", "decoupled"}, {"guidance", "guidance_interval", "second_head"}
 
+TRAVELS = ("format", "sha256", "license")  # facts about an imported teacher that its student's card has
+
 
 def load_flow_map(field: str, source: str, config: Config) -> FlowMap:
     """Load the checkpoint that the config's ``field`` names; it may have the config's own class of network."""
@@ -118,12 +120,14 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
         if theirs != ours:
             raise refused(f"has {name} {theirs}, this run {ours}")
     _check_latents("teacher", config.teacher, teacher, fm)
-    if teacher.info.guidance_max or (teacher.info.guidance and objective.diagonal):
-        raise refused("has guidance baked in, this run's diagonal has none")
+    if teacher.info.guidance and objective.diagonal:  # one conditioned on the weight teaches its drift of weight 1
+        raise refused("has guidance baked in, this run's diagonal has none: set objective.diagonal=0")
     if teacher.info.guidance:  # without a diagonal, all that is learned comes from the teacher
         fm.info = replace(fm.info, guidance=teacher.info.guidance)
     if config.data.label_dropout and not teacher.info.label_dropout:
         raise refused(f"was never trained without labels, but data.label_dropout={config.data.label_dropout:g}")
     if teacher.info.kind == "consistency":
         raise refused("is a consistency model and does not have a drift to distil")
+    taught = {f"teacher's {name}": fact for name, fact in teacher.info.origin.items() if name in TRAVELS}
+    fm.info = replace(fm.info, origin={**fm.info.origin, **taught})
     return teacher.to(next(fm.parameters()).device).requires_grad_(False)

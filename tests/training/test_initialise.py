@@ -107,4 +107,7 @@ def test_dropout_may_differ_and_imported_facts_travel_on(start, tmp_path):
     config.network.dropout = 0.3
     made = train(config, tmp_path / "run")
     assert made.info.origin == fm.info.origin
+    config.teacher = str(tmp_path / "import")
+    taught = Trainer.build(config).module.fm.info.origin
+    assert taught == {**fm.info.origin, "teacher's format": "edm", "teacher's license": "NC"}
     assert "NC" in (tmp_path / "run" / "model" / "README.md").read_text()

@@ -101,3 +101,11 @@ def test_an_imported_map_lives_as_any_other(form, imagenet_root, latents, incept
     assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
     card = (tmp_path / "run/model/README.md").read_text()
     assert FORMATS[form].license in card and fm.info.origin["sha256"] in card
+    taught = load_row("configs/imagenet256.py", "lagrangian,smoke")  # a student with another network
+    taught.network.channels, taught.network.image_size, _ = fm.info.shape
+    taught.network.num_classes, taught.base_std = CLASSES, fm.base_std
+    taught.teacher, taught.data, taught.steps = str(tmp_path / "map"), config.data, 2
+    taught.objective.diagonal = 0.0 if fm.info.guidance else 0.5
+    student = train(taught, tmp_path / "taught")
+    assert student.info.origin["teacher's license"] == FORMATS[form].license
+    assert student.info.guidance == fm.info.guidance
