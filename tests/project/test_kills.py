@@ -10,6 +10,7 @@ from helpers.fuzz import Server, tree
 from helpers.makers import encoded, photograph, write_folder
 from helpers.released import edm
 from PIL import Image
+from safetensors import safe_open
 
 from flowmaps import FlowMap
 from flowmaps.evaluation.gate import read_record
@@ -94,7 +95,12 @@ def check(out, readers):
 def content(out):
     """Return what two complete calls must agree in; times and speeds differ."""
     varying = ("tb/", "log.jsonl", ".lock")
-    return {name: digest for name, digest in tree(out).items() if not any(part in name for part in varying)}
+    found = {name: digest for name, digest in tree(out).items() if not any(part in name for part in varying)}
+    for path in out.rglob("snapshots/*.safetensors"):  # whose metadata are in any order
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118
+            found[str(path.relative_to(out))] = str((sorted(file.metadata().items()), tensors))
+    return found
 
 
 @pytest.mark.parametrize("name", COMMANDS)
