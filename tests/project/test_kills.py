@@ -98,7 +98,7 @@ def content(out):
     found = {name: digest for name, digest in tree(out).items() if not any(part in name for part in varying)}
     for path in out.rglob("snapshots/*.safetensors"):  # whose metadata are in any order
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).tolist() for name in file.keys()}
             found[str(path.relative_to(out))] = str((sorted(file.metadata().items()), tensors))
     return found
 
