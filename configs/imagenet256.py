@@ -133,8 +133,7 @@ def improved(network: str = "dit-xl2-imagenet256") -> Config:
     config = base(ImprovedMeanFlow())
     config.network = preset(network)
     improve(config)
-    config.batch, config.steps = 1024, 800_000
-    config.optim.warmup, config.optim.clip = 12_500, 0.0
+    config.batch, config.steps, config.optim.warmup = 1024, 800_000, 12_500
     return config
 
 
