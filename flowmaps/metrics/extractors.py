@@ -93,7 +93,7 @@ def _shipped(name: str, weights: Path | None, device: torch.device) -> Extractor
 
 
 def read_classifier(name: str, options: ClassifierOptions, file: Path) -> Classifier:
-    """Return the classifier with the weights of ``file``, on the CPU in eval mode; errors call it extractor ``name``."""
+    """Return the classifier with the weights of ``file``, on the CPU in eval mode; errors name the extractor."""
     with torch.device("meta"):
         network = options.build()
     check_shapes(network, read_header(file, "give another file")[0], file, f"the extractor {name}")
