@@ -171,7 +171,8 @@ FROZEN = {
     flowmaps.objectives: {cls.__name__ for cls in OBJECTIVES.values()}
     | {"OBJECTIVES", "Draws", "LogVariance", "Loss", "Objective", "SelfDistillation", "TrajectoryObjective"},
     samplers: {"check_times", "dpm_solver", "euler", "heun", "log_snr_times", "rollout", "stochastic"}
-    | {"SAMPLERS", "Sampler", "midpoint", "Schedule", "Trajectory", "trajectory", "uniform_times"},
+    | {"SAMPLERS", "Sampler", "midpoint", "Schedule", "Trajectory", "trajectory", "uniform_times"}
+    | {"Measurement", "Score", "Steered", "downsample", "inpaint", "invert", "invert_drift", "steer"},
     training: {"Config", "build_network", "train"},
 }
 
