@@ -51,11 +51,18 @@ class Measurement:
 
     def _residual(self, guess: Tensor, factor: float) -> Tensor:
         """Return y - A (mean + factor (guess - mean)); without a mean, y - A guess. Zero where A is."""
-        expected = guess if self.mean is None else self.mean + factor * (guess - self.mean)
-        seen = self.forward(expected)
+        return self._off(guess if self.mean is None else self.mean + factor * (guess - self.mean))
+
+    def _off(self, x: Tensor) -> Tensor:
+        seen = self.forward(x)
         if seen.shape[1:] != self.y.shape[1:] or self.y.shape[0] not in (1, len(seen)):
             raise ValueError(f"y is {list(self.y.shape)}, and the samples are measured as {list(seen.shape)}")
         return self.forward(self.adjoint(self.y - seen)) / self.gain
+
+    def error(self, x: Tensor) -> Tensor:
+        """Return the root mean square of y - A x over the measured values of each sample: [B]."""
+        off = self._off(x).double().square().flatten(1).sum(dim=1)
+        return (off / self.observed).sqrt()
 
     def _variance(self, stage: Stage) -> float:
         return self.std**2 + self.gain * stage.data_std**2 * (1 - stage.exponent**2)

@@ -7,6 +7,7 @@ python scripts/benchmark.py --suite=optimisers --rates=1e-3,3e-3,1e-2,3e-2 --see
 python scripts/benchmark.py --suite=mid_training --rows=digits --threads=1 --plot=mid-training.png
 python scripts/benchmark.py --suite=guidance --seeds=0,1,2 --threads=1
 python scripts/benchmark.py --suite=bellman --rows=digits --threads=1 --plot=bellman.png
+python scripts/benchmark.py --suite=steering --rows=plane --threads=1
 python scripts/benchmark.py --suite=step --threads=1
 python scripts/benchmark.py --suite=sample --threads=1
 python scripts/benchmark.py --suite=networks --threads=1
@@ -37,8 +38,8 @@ SUITE = flags.DEFINE_string(
     None,
     "bellman (step sizes), checkerboard, digits, guidance (baked in), learning (curves), mid_training (its gain for "
     "post-training), networks (time and memory of each objective), optimisers (curves), precision (errors of "
-    "derivatives), routes (of a constant derivative: time and memory), or timings: ema, fid, folders, layout, profile, "
-    "resume, sample, step",
+    "derivatives), routes (of a constant derivative: time and memory), steering (laws, images, classes, inversion), or "
+    "timings: ema, fid, folders, layout, profile, resume, sample, step",
 )
 ROWS = flags.DEFINE_list("rows", None, "Rows of the suite's config; of networks: small ones, or names of presets")
 RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning, optimisers")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks import guidance, initialisation, step_sizes
+from benchmarks import guidance, initialisation, steering, step_sizes
 from benchmarks.derivatives import precision_errors, routes
 from benchmarks.folders import FOLDERS, folder_times
 from benchmarks.learning import best_rates, learning_scores, optimiser_curves, with_optimisers
@@ -36,7 +36,7 @@ from training.config_rows import load_row
 from training.trainer import Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
-PLOTTED = ("bellman", "checkerboard", "digits", "learning", "mid_training", "optimisers")
+PLOTTED = ("bellman", "checkerboard", "digits", "learning", "mid_training", "optimisers", "steering")
 RATED = ("learning", "optimisers")  # that need --rates
 MEMORISATION = ("floor", "samples_to_train", "samples_to_heldout", "heldout_to_train", "memorisation_ratio")
 CALIBRATION = 30  # steps timed to turn CPU minutes into a number of steps
@@ -161,6 +161,12 @@ def guided(args: Arguments) -> Records:
             yield from guidance.records(target, seed, args.train_steps, args.num)
 
 
+def steered(args: Arguments) -> Records:
+    """Yield the records of ``benchmarks.steering``."""
+    for row, seed in itertools.product(steering.chosen(args.rows), args.seeds):
+        yield from steering.records(row, seed, args.num, args.done)
+
+
 def several(scores_of: Callable[[str], Iterator[tuple[str, Scores]]], args: Arguments) -> Records:
     """Yield the records that ``scores_of`` each row gives, unless one of them is done."""
     for name in args.rows:
@@ -193,6 +199,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "resume": (partial(timed, resume_times), ["lagrangian"]),
     "routes": (partial(several, routes), list(COST_NETWORKS)),
     "sample": (partial(timed, sample_times), list(COST_NETWORKS)),
+    "steering": (steered, steering.ROWS),
     "step": (partial(timed, step_times), [*_MAPS, *(f"{row}+DiT" for row in _MAPS)]),
 }
 
@@ -282,6 +289,8 @@ def markdown(records: list[dict[str, Any]], suite: str = "") -> str:
 
 def plot(records: list[dict[str, Any]], suite: str) -> Image.Image:
     """Plot each metric against the number of steps or images, one line per row: means, with the range as bars."""
+    if suite == "steering":
+        return steering.picture(records[0]["row"].partition(",")[0])
     if suite == "mid_training":
         return lines(initialisation.curves(records), xlabel="images seen")
     if suite == "bellman":

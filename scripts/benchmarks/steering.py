@@ -1,0 +1,398 @@
+"""Steering and inversion: laws in the plane, inpainting and super-resolution, classes, edits (docs/steering.md)."""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.plane import DATA_STD, TARGETS, Target, drift, plane_map, score, slope
+from flowmaps import FlowMap, UserError
+from flowmaps.data import open_dataset
+from flowmaps.images import from_uint8, sample_grid, to_pil, to_uint8
+from flowmaps.interpolants import INTERPOLANTS
+from flowmaps.metrics import FeatureStats, frechet_distance, sliced_w2
+from flowmaps.metrics.classifier import CLASSIFIERS, Classifier
+from flowmaps.metrics.extractors import extractor_file, load_extractor, read_classifier
+from flowmaps.rng import generator
+from samplers import Score, downsample, inpaint, invert, invert_drift, rollout, steer, uniform_times
+from samplers.callables import Map
+from samplers.measurement import Measurement
+from samplers.steer import Reward
+
+ROWS = ["plane", "digits", "fashion_mnist", "classes", "inversion"]
+PICTURES = ("fashion_mnist", "digits", "inversion")  # rows that --plot draws
+NOISE, FACTOR = 0.05, {"digits": 2, "fashion_mnist": 4}  # of a measurement; pixels of a mean in one direction
+DATA_STDS = {"digits": 0.52, "fashion_mnist": 0.48}
+Scores = dict[str, float]
+Records = Iterator[dict[str, Any]]
+
+
+def chosen(rows: Sequence[str]) -> list[str]:
+    """Return the rows named by --rows."""
+    if unknown := [row for row in rows if row not in ROWS]:
+        raise UserError(f"--rows={','.join(unknown)}: of --suite=steering they are {', '.join(ROWS)}")
+    return list(rows)
+
+
+def records(row: str, seed: int, num: int | None, done: Collection[tuple[str, int]]) -> Records:
+    """Yield the records of a row and seed that are not ``done``."""
+    made: dict[str, Callable[[], Scores]] = {
+        "plane": _plane_rows,
+        "classes": _class_rows,
+        "inversion": _inversion_rows,
+    }.get(row, partial(_image_rows, row))(seed, num)
+    for name, scores in made.items():
+        if (f"{row}, {name}", seed) not in done:
+            yield {"row": f"{row}, {name}", "seed": seed, "scores": scores()}
+
+
+def chain(fm: Map, reward: Reward, start: Tensor, steps: int, particles: int, seed: int, **facts: Any) -> Tensor:
+    """Return one particle of each sample, by weight; ``start`` gives the shape [n P, ...] and type."""
+    g = generator(seed, "steering", steps, particles)
+    n = len(start) // particles
+    base_std = facts["base_std"]
+
+    def noise(k: int) -> Tensor:
+        return base_std * torch.randn(start.shape, generator=g, dtype=start.dtype)
+
+    def uniform(k: int) -> Tensor:
+        return torch.rand(n, generator=g, dtype=torch.float64)
+
+    path = INTERPOLANTS["linear"]
+    options = {"path": path, "noise": noise, "uniform": uniform, "particles": particles, **facts}
+    found = steer(fm, noise(0), uniform_times(steps), reward, **options)
+    picked: Tensor = found.x[found.pick(uniform(0))]
+    return picked
+
+
+# The plane: the law of one picked sample, by its sliced W2 to the exact tilt.
+
+
+def _plane_rows(seed: int, num: int | None) -> dict[str, Callable[[], Scores]]:
+    n = num or 2000
+
+    def row(law: Callable[[Target], Tensor]) -> Scores:
+        found = {}
+        for name, target in TARGETS.items():
+            exact = target.exact.sample(n, generator(seed, "exact", 0))
+            found[name] = sliced_w2(law(target), exact)
+        return found
+
+    def particles(steps: int, count: int, proposals: bool = True) -> Callable[[], Scores]:
+        def law(target: Target) -> Tensor:
+            reward = target.reward if proposals else Unproposed(target.reward)
+            start = torch.empty(n * count, 2, dtype=torch.float64)
+            return chain(plane_map, reward, start, steps, count, seed, base_std=1.0, data_std=DATA_STD)
+
+        return partial(row, law)
+
+    return {
+        "exact samples, the floor": lambda: row(lambda target: target.exact.sample(n, generator(seed, "exact", 1))),
+        "unsteered, 1 evaluation": lambda: row(lambda target: plane_map(*_starts(n, seed))),
+        "one step, best of 16 by weight, 16": particles(1, 16),
+        "one step, best of 64 by weight, 64": particles(1, 64),
+        "chain of 4 steps, 1 particle, 4": particles(4, 1),
+        "chain of 4 steps, 4 particles, 16": particles(4, 4),
+        "chain of 4 steps, 16 particles, 64": particles(4, 16),
+        "the same without proposals, 4 particles, 16": particles(4, 4, proposals=False),
+        "SDE along the tilted path, 16 steps, 4 particles, 230": lambda: row(partial(tilted_sde, n, 16, 4, seed)),
+        "SDE along the tilted path, 64 steps, 4 particles, 920": lambda: row(partial(tilted_sde, n, 64, 4, seed)),
+        "elliptical slice, 16 moves, about 50": lambda: row(partial(elliptical_slice, n, 16, seed)),
+    }
+
+
+def _starts(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(n, 2, generator=generator(seed, "start", 0), dtype=torch.float64)
+    return x, torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
+
+
+class Unproposed:
+    """A reward that is weighed at every step, and proposes nothing."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.potential = reward.potential
+
+    def propose(self, guess: Tensor, z: Tensor, stage: Any) -> tuple[Tensor, Tensor]:
+        return stage.width * z, torch.zeros(len(z), dtype=torch.float64)
+
+
+def _value(target: Target, x: Tensor) -> Tensor:
+    r = target.reward
+    return r(x) if isinstance(r, Score) else -(r.y - r.forward(x))[:, 0].square() / (2 * r.std**2)
+
+
+def tilted_sde(n: int, steps: int, particles: int, seed: int, target: Target) -> Tensor:
+    """Trajectory tilting in the manner of FMTT (arXiv 2511.22688): p_t exp(t r(X_{t,1})) by Euler-Maruyama.
+
+    dx = [b + eps (score + t grad r(X_{t,1}))] dt + sqrt(2 eps) dW with eps = 1 - t, log weights dA = r(X_{t,1}) dt,
+    resampled below half. Drift and map are an evaluation each, and the gradient counts for 1.6.
+    """
+    g = generator(seed, "sde", steps)
+    x, dt = torch.randn(n * particles, 2, generator=g, dtype=torch.float64), 1 / steps
+    log_w = torch.zeros(n, particles, dtype=torch.float64)
+    one = torch.ones(len(x), dtype=torch.float64)
+    for k in range(steps):
+        t = k / steps
+        guess = plane_map(x, t * one, one)
+        with torch.enable_grad():
+            leaf = guess.detach().requires_grad_()
+            (pull,) = torch.autograd.grad(_value(target, leaf).sum(), leaf)
+        log_w = log_w + dt * _value(target, guess).view(n, particles)
+        eps, z = 1 - t, torch.randn(x.shape, generator=g, dtype=torch.float64)
+        x = x + dt * (drift(x, t * one) + eps * (score(x, t) + t * pull * slope(x, t))) + math.sqrt(2 * eps * dt) * z
+        weight = log_w.softmax(dim=1)
+        if k < steps - 1:
+            low = 1 / weight.square().sum(dim=1) < particles / 2
+            index = torch.multinomial(weight, particles, replacement=True, generator=g)
+            index = torch.where(low[:, None], index, torch.arange(particles))
+            x = x.view(n, particles, 2).gather(1, index[:, :, None].expand(-1, -1, 2)).flatten(0, 1)
+            log_w = torch.where(low[:, None], 0.0, log_w)
+    pick = torch.multinomial(log_w.softmax(dim=1), 1, generator=g)
+    return x.view(n, particles, 2)[torch.arange(n), pick[:, 0]]
+
+
+def elliptical_slice(n: int, moves: int, seed: int, target: Target) -> Tensor:
+    """Sample the noise by its tilt exp(r(X_{0,1}(x0))), with ESS-Flow's moves (arXiv 2510.05849)."""
+    g = generator(seed, "slice", moves)
+
+    def uniform() -> Tensor:
+        return torch.rand(n, generator=g, dtype=torch.float64)
+
+    x, zero, one = _starts(n, seed)
+    r = _value(target, plane_map(x, zero, one))
+    for _ in range(moves):
+        other = torch.randn(n, 2, generator=g, dtype=torch.float64)
+        level, angle = r + uniform().log(), 2 * math.pi * uniform()
+        low, high, left = angle - 2 * math.pi, angle.clone(), torch.ones(n, dtype=torch.bool)
+        new, value = x.clone(), r.clone()
+        while bool(left.any()):
+            trial = x * angle.cos()[:, None] + other * angle.sin()[:, None]
+            found = _value(target, plane_map(trial, zero, one))
+            met = left & (found >= level)
+            new[met], value[met] = trial[met], found[met]
+            left = left & ~met
+            low, high = torch.where(angle < 0, angle, low), torch.where(angle >= 0, angle, high)
+            angle = torch.where(left, low + (high - low) * uniform(), angle)
+        x, r = new, value
+    return plane_map(x, zero, one)
+
+
+# Images: held-out ones, half of their pixels seen or means of them.
+
+
+@lru_cache(maxsize=2)
+def _opened(name: str) -> tuple[FlowMap, Tensor, Tensor]:
+    """Return the shipped map, and the held-out images in [-1, 1] with their labels."""
+    data = open_dataset(name, "heldout")
+    images, label = data.fetch(torch.arange(len(data)))
+    assert label is not None
+    return FlowMap.from_pretrained(f"assets/{name}").requires_grad_(False), from_uint8(images), label
+
+
+@lru_cache(maxsize=2)
+def _classifier(name: str) -> Classifier:
+    return read_classifier(name, CLASSIFIERS[name], extractor_file(name))
+
+
+def _distance(name: str, x: Tensor) -> float:
+    stats = load_extractor(name).stats([to_uint8(x)])
+    return frechet_distance(stats, FeatureStats.load(f"assets/references/{name}.npz"))
+
+
+def _denoiser(fm: FlowMap) -> Map:
+    """Return E[x_1 given x_s] = x + (1 - s) b_s(x), in the place of the map to data."""
+    return lambda x, s, t, label: x + (1 - s).view(-1, 1, 1, 1) * fm.drift(x, s, label)
+
+
+def measurements(name: str, x: Tensor, seed: int, particles: int = 1) -> dict[str, Measurement]:
+    """Return the measurements of images x [n, C, H, W], with noise: the left half, and means of pixels."""
+    g = generator(seed, "measurement", 0)
+    mask = torch.zeros_like(x)
+    mask[..., x.shape[-1] // 2 :] = 1
+    made = {"half": inpaint(x, mask, NOISE), "means": downsample(x, FACTOR[name], NOISE)}
+    found = {}
+    for task, clean in made.items():
+        y = clean.forward(x)
+        y = (y + NOISE * torch.randn(y.shape, generator=g)).repeat_interleave(particles, dim=0)
+        wide = mask.repeat_interleave(particles, dim=0)
+        found[task] = inpaint(y, wide, NOISE) if task == "half" else downsample(y, FACTOR[name], NOISE)
+    return found
+
+
+def _image_rows(name: str, seed: int, num: int | None) -> dict[str, Callable[[], Scores]]:
+    n = num or 64
+    fm, images, labels = _opened(name)
+    x, label = images[:n], labels[:n]
+
+    def score_of(task: str, look: str, particles: int) -> Scores:
+        found: Scores = {}
+        model = fm if look == "map" else _denoiser(fm)
+        reward = measurements(name, x, seed, particles)[task]
+        facts = {"base_std": fm.base_std, "data_std": DATA_STDS[name], "label": label.repeat_interleave(particles)}
+        for steps in (4, 8, 16):
+            start = x.repeat_interleave(particles, dim=0)
+            made = chain(model, reward, start, steps, particles, seed, **facts)
+            seen = measurements(name, x, seed)[task].error(made).square().mean().sqrt()
+            if task == "half":
+                unseen = (made - x)[..., x.shape[-1] // 2 :].square().mean().sqrt()
+            else:
+                unseen = (made - x).square().mean().sqrt()
+            found |= {f"seen@{steps}": seen.item(), f"unseen@{steps}": unseen.item()}
+            found[f"FD@{steps}"] = _distance(name, made)
+        return found
+
+    def unsteered() -> Scores:
+        noise = fm.noise(n, seed)
+        return {"FD@1": _distance(name, rollout(fm, noise, uniform_times(1), label))}
+
+    rows: dict[str, Callable[[], Scores]] = {
+        "real images": lambda: {"FD@1": _distance(name, x)},
+        "unsteered": unsteered,
+    }
+    for task in ("half", "means"):
+        for particles in (1, 4):
+            for look in ("map", "denoiser"):
+                title = f"{task}, {particles} particle{'s' * (particles > 1)}, {look}"
+                rows[title] = partial(score_of, task, look, particles)
+    return rows
+
+
+# Classes: the reward is a classifier's log-probability; a logistic regression judges.
+
+
+@lru_cache(maxsize=1)
+def _judge() -> Any:
+    """Return a logistic regression on pixels of the training digits, which knows nothing of the classifier."""
+    from sklearn.linear_model import LogisticRegression
+
+    data = open_dataset("digits")
+    images, label = data.fetch(torch.arange(len(data)))
+    assert label is not None
+    return LogisticRegression(max_iter=2000, C=0.1).fit(from_uint8(images).flatten(1).numpy(), label.numpy())
+
+
+def _agrees(x: Tensor, wanted: Tensor) -> Scores:
+    seen = from_uint8(to_uint8(x))
+    judged = torch.as_tensor(_judge().predict(seen.flatten(1).numpy()))
+    by_net = _classifier("digits")(seen).argmax(dim=1)
+    shares = {"rewarding net, %": by_net == wanted, "judge, %": judged == wanted}
+    return {name: 100 * hit.double().mean().item() for name, hit in shares.items()} | {"FD": _distance("digits", x)}
+
+
+def _class_rows(seed: int, num: int | None) -> dict[str, Callable[[], Scores]]:
+    n = num or 500
+    fm, images, labels = _opened("digits")
+    wanted = torch.arange(n) % 10
+
+    def score_of(steps: int, particles: int, scale: float, other: bool, ascents: int = 5) -> Scores:
+        goal = wanted.repeat_interleave(particles)
+        g = generator(seed, "labels", 0)
+        label = torch.randint(0, 10, (n * particles,), generator=g)
+        if other:  # never the class that the reward wants
+            shift = torch.randint(1, 10, (n,), generator=g).repeat_interleave(particles)
+            label = (goal + shift) % 10
+        net = _classifier("digits")
+
+        def log_p(x: Tensor) -> Tensor:
+            found: Tensor = net(x).log_softmax(dim=1).gather(1, goal[:, None])[:, 0]
+            return found
+
+        start = images[:1].expand(n * particles, -1, -1, -1)
+        facts = {"base_std": fm.base_std, "data_std": DATA_STDS["digits"], "label": label}
+        made = chain(fm, Score(log_p, scale, ascents), start, steps, particles, seed, **facts)
+        return _agrees(made, wanted)
+
+    rows: dict[str, Callable[[], Scores]] = {"held-out digits": lambda: _agrees(images, labels)}
+    ways = {
+        "unsteered, 1 evaluation": (1, 1, 0.0),
+        "one step, best of 16 by weight, scale 3, 16": (1, 16, 3.0),
+        "one step, best of 32 by weight, scale 10, 32": (1, 32, 10.0),
+        "chain of 4 steps, 4 particles, scale 3, 16": (4, 4, 3.0),
+        "chain of 8 steps, 4 particles, scale 10, 32": (8, 4, 10.0),
+        "chain of 8 steps, 16 particles, scale 10, 128": (8, 16, 10.0),
+    }
+    for title, (steps, particles, scale) in ways.items():
+        rows[f"any label, {title}"] = partial(score_of, steps, particles, scale, False)
+        rows[f"another label, {title}"] = partial(score_of, steps, particles, scale, True)
+    return rows
+
+
+# Inversion: the error of held-out images that are rebuilt, and edits.
+
+
+def _inversion_rows(seed: int, num: int | None) -> dict[str, Callable[[], Scores]]:
+    n = num or 48
+    rows: dict[str, Callable[[], Scores]] = {}
+    for name in ("digits", "fashion_mnist"):
+
+        def case(name: str = name) -> tuple[FlowMap, Tensor, Tensor]:
+            fm, images, labels = _opened(name)
+            part = slice(seed * n, (seed + 1) * n)
+            return fm, images[part], labels[part]
+
+        def by_map(steps: int, iterations: int, case: Callable[..., Any] = case) -> Scores:
+            fm, x, label = case()
+            found = invert(fm, x, uniform_times(steps), label, iterations=iterations)
+            return {"rms": found.error.square().mean().sqrt().item()}
+
+        def by_drift(steps: int, case: Callable[..., Any] = case) -> Scores:
+            fm, x, label = case()
+            noise = invert_drift(fm.drift, x, uniform_times(steps), label)
+            with torch.no_grad():
+                rebuilt = rollout(fm, noise, uniform_times(8), label)
+            return {"rms": (rebuilt - x).square().mean().sqrt().item()}
+
+        def edited(name: str = name, case: Callable[..., Any] = case) -> Scores:
+            fm, x, label = case()
+            other = (label + 1 + torch.arange(n) % 9) % 10
+            made, rms = edit(fm, x, label, other)
+            agrees = _classifier(name)(from_uint8(to_uint8(made))).argmax(dim=1) == other
+            return {"rms": rms, "other class, %": 100 * agrees.double().mean().item(), "FD": _distance(name, made)}
+
+        for steps, iterations in ((1, 16), (4, 4), (4, 8), (8, 4)):
+            title = f"{name}, {steps} x {iterations}, {steps * iterations} evaluations"
+            rows[title] = partial(by_map, steps, iterations)
+        rows[f"{name}, drift backwards, 16 steps of Heun, 32 evaluations"] = partial(by_drift, 16)
+        rows[f"{name}, edited: 4 x 8, then another class in 4 steps"] = edited
+    return rows
+
+
+def edit(fm: FlowMap, x: Tensor, label: Tensor, other: Tensor) -> tuple[Tensor, float]:
+    """Return images x rebuilt from their noise with ``other`` labels, and the rms of the rebuilt x."""
+    found = invert(fm, x, uniform_times(4), label)
+    with torch.no_grad():
+        return rollout(fm, found.noise, uniform_times(4), other), found.error.square().mean().sqrt().item()
+
+
+def picture(row: str) -> Image.Image:
+    """Draw what a row of ``PICTURES`` does to some held-out images."""
+    return to_pil(_edits() if row == "inversion" else _steered(row))
+
+
+def _steered(name: str, seed: int = 0) -> Tensor:
+    """Truth, what is seen, samples in 4, 8 and 16 steps, and one more in 8; first a half, then means."""
+    fm, images, labels = _opened(name)
+    pick = torch.cat([(labels == c).nonzero()[1:2, 0] for c in range(10)])
+    x, label, rows = images[pick], labels[pick], list[Tensor]()
+    for task, reward in measurements(name, x, seed).items():
+        shown = reward.y if task == "half" else reward.adjoint(reward.y) / reward.gain
+        rows += [x, shown if task == "means" else torch.where(torch.arange(x.shape[-1]) < x.shape[-1] // 2, shown, 0.0)]
+        facts = {"base_std": fm.base_std, "data_std": DATA_STDS[name], "label": label}
+        rows += [chain(fm, reward, x, steps, 1, s, **facts) for steps, s in ((4, 0), (8, 0), (16, 0), (8, 1))]
+    return sample_grid(rows)
+
+
+def _edits() -> Tensor:
+    """Held-out garments in the first column, then each rebuilt with the labels of all ten classes."""
+    fm, images, labels = _opened("fashion_mnist")
+    rows = []
+    for c in (6, 3, 4, 9, 8):
+        x = images[(labels == c).nonzero()[3, 0]][None]
+        label, every = torch.full((10,), c), torch.arange(10)
+        made, _ = edit(fm, x.expand(10, -1, -1, -1), label, every)
+        rows.append(torch.cat([x, made]))
+    return sample_grid(rows)
