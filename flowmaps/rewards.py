@@ -79,7 +79,12 @@ def _picture(given: Any, field: str, channels: int) -> Tensor:
 
 
 def measured(
-    info: FlowMapInfo, image: Any, mask: Any = None, factor: int | None = None, std: float = MEASUREMENT_STD
+    info: FlowMapInfo,
+    image: Any,
+    mask: Any = None,
+    factor: int | None = None,
+    std: float = MEASUREMENT_STD,
+    device: torch.device | None = None,
 ) -> Measurement:
     """Return the measurement that ``image`` is: some pixels of a sample with a ``mask``, else means of its pixels.
 
@@ -90,6 +95,7 @@ def measured(
         mask: White (1) where pixels are to be filled in, black (0) where they are given, as in diffusers.
         factor: Pixels of a mean in one direction; None: what the size of ``image`` says.
         std: The standard deviation of the noise of measured values, in units of a range of 2.
+        device: The model's device.
 
     Raises:
         UserError: A size does not fit, or nothing is measured; the field is "measurement", "mask", "downsample" or
@@ -97,13 +103,13 @@ def measured(
     """
     if not 0 < std < math.inf:
         raise UserError("must be a positive number", field="measurement_std", value=std)
-    y = pictures(info, image, "measurement")
+    y = pictures(info, image, "measurement").to(device)
     whole, size = tuple(info.shape[1:]), tuple(y.shape[2:])
     if mask is not None:
         if factor is not None:
             raise UserError("is for a measurement without a mask: leave one of them out", "downsample", factor)
         check_size(size, whole, "measurement")
-        hidden = (pictures(info, mask, "mask", 1) > 0).float()
+        hidden = (pictures(info, mask, "mask", 1) > 0).float().to(device)
         check_size(tuple(hidden.shape[2:]), whole, "mask")
         if len(hidden) not in (1, len(y)):
             raise UserError(f"there are {len(hidden)} for {len(y)} measurements: give one for all or each", "mask")

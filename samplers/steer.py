@@ -232,7 +232,7 @@ def steer(
             u = path.time((1 - gamma**2) ** 0.5 * path.alpha(t) / path.beta(t))
             mean = expand(path.beta(t) / path.beta(u), x).to(x.dtype) * fm(x, s, u, label)
         moved, ratio = reward.propose(guess, noise(k) / base_std, stages[k + 1])
-        x = mean + moved
+        x = mean + moved.to(mean.dtype)
         guess, before = fm(x, t, at[-1], label), psi
         psi = _finite(reward.potential(guess, stages[k + 1]), rows)
         if gamma:

@@ -81,7 +81,8 @@ class SteeringFlags:
             reward = named_reward(fm, self.reward.value, self.reward_scale.value)
         else:
             picture, mask = self.measurement.value, self.mask.value
-            reward = measured(fm.info, picture, mask, self.downsample.value, self.measurement_std.value)
+            factor, std = self.downsample.value, self.measurement_std.value
+            reward = measured(fm.info, picture, mask, factor, std, next(fm.parameters()).device)
         tried = generate(
             fm, [0.0, 0.5, 1.0], 1, 0, sampler="stochastic", label=self.sampling.label.value, reward=reward, particles=1
         )

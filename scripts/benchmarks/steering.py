@@ -1,6 +1,5 @@
 """Steering and inversion: laws in the plane, inpainting and super-resolution, classes, edits (docs/steering.md)."""
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -9,25 +8,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.plane import DATA_STD, TARGETS, Target, drift, plane_map, score, slope
+from benchmarks.plane_laws import Scores, chain, plane_rows
 from flowmaps import FlowMap, UserError
 from flowmaps.data import open_dataset
-from flowmaps.images import from_uint8, sample_grid, to_pil, to_uint8
-from flowmaps.interpolants import INTERPOLANTS
-from flowmaps.metrics import FeatureStats, frechet_distance, sliced_w2
+from flowmaps.images import from_uint8, grid, to_pil, to_uint8
+from flowmaps.metrics import FeatureStats, frechet_distance
 from flowmaps.metrics.classifier import CLASSIFIERS, Classifier
 from flowmaps.metrics.extractors import extractor_file, load_extractor, read_classifier
 from flowmaps.rng import generator
-from samplers import Score, downsample, inpaint, invert, invert_drift, rollout, steer, uniform_times
+from samplers import Score, downsample, inpaint, invert, invert_drift, rollout, uniform_times
 from samplers.callables import Map
 from samplers.measurement import Measurement
-from samplers.steer import Reward
 
 ROWS = ["plane", "digits", "fashion_mnist", "classes", "inversion"]
 PICTURES = ("fashion_mnist", "digits", "inversion")  # rows that --plot draws
 NOISE, FACTOR = 0.05, {"digits": 2, "fashion_mnist": 4}  # of a measurement; pixels of a mean in one direction
 DATA_STDS = {"digits": 0.52, "fashion_mnist": 0.48}
-Scores = dict[str, float]
 Records = Iterator[dict[str, Any]]
 
 
@@ -41,144 +37,13 @@ def chosen(rows: Sequence[str]) -> list[str]:
 def records(row: str, seed: int, num: int | None, done: Collection[tuple[str, int]]) -> Records:
     """Yield the records of a row and seed that are not ``done``."""
     made: dict[str, Callable[[], Scores]] = {
-        "plane": _plane_rows,
+        "plane": plane_rows,
         "classes": _class_rows,
         "inversion": _inversion_rows,
     }.get(row, partial(_image_rows, row))(seed, num)
     for name, scores in made.items():
         if (f"{row}, {name}", seed) not in done:
             yield {"row": f"{row}, {name}", "seed": seed, "scores": scores()}
-
-
-def chain(fm: Map, reward: Reward, start: Tensor, steps: int, particles: int, seed: int, **facts: Any) -> Tensor:
-    """Return one particle of each sample, by weight; ``start`` gives the shape [n P, ...] and type."""
-    g = generator(seed, "steering", steps, particles)
-    n = len(start) // particles
-    base_std = facts["base_std"]
-
-    def noise(k: int) -> Tensor:
-        return base_std * torch.randn(start.shape, generator=g, dtype=start.dtype)
-
-    def uniform(k: int) -> Tensor:
-        return torch.rand(n, generator=g, dtype=torch.float64)
-
-    path = INTERPOLANTS["linear"]
-    options = {"path": path, "noise": noise, "uniform": uniform, "particles": particles, **facts}
-    found = steer(fm, noise(0), uniform_times(steps), reward, **options)
-    picked: Tensor = found.x[found.pick(uniform(0))]
-    return picked
-
-
-# The plane: the law of one picked sample, by its sliced W2 to the exact tilt.
-
-
-def _plane_rows(seed: int, num: int | None) -> dict[str, Callable[[], Scores]]:
-    n = num or 2000
-
-    def row(law: Callable[[Target], Tensor]) -> Scores:
-        found = {}
-        for name, target in TARGETS.items():
-            exact = target.exact.sample(n, generator(seed, "exact", 0))
-            found[name] = sliced_w2(law(target), exact)
-        return found
-
-    def particles(steps: int, count: int, proposals: bool = True) -> Callable[[], Scores]:
-        def law(target: Target) -> Tensor:
-            reward = target.reward if proposals else Unproposed(target.reward)
-            start = torch.empty(n * count, 2, dtype=torch.float64)
-            return chain(plane_map, reward, start, steps, count, seed, base_std=1.0, data_std=DATA_STD)
-
-        return partial(row, law)
-
-    return {
-        "exact samples, the floor": lambda: row(lambda target: target.exact.sample(n, generator(seed, "exact", 1))),
-        "unsteered, 1 evaluation": lambda: row(lambda target: plane_map(*_starts(n, seed))),
-        "one step, best of 16 by weight, 16": particles(1, 16),
-        "one step, best of 64 by weight, 64": particles(1, 64),
-        "chain of 4 steps, 1 particle, 4": particles(4, 1),
-        "chain of 4 steps, 4 particles, 16": particles(4, 4),
-        "chain of 4 steps, 16 particles, 64": particles(4, 16),
-        "the same without proposals, 4 particles, 16": particles(4, 4, proposals=False),
-        "SDE along the tilted path, 16 steps, 4 particles, 230": lambda: row(partial(tilted_sde, n, 16, 4, seed)),
-        "SDE along the tilted path, 64 steps, 4 particles, 920": lambda: row(partial(tilted_sde, n, 64, 4, seed)),
-        "elliptical slice, 16 moves, about 50": lambda: row(partial(elliptical_slice, n, 16, seed)),
-    }
-
-
-def _starts(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    x = torch.randn(n, 2, generator=generator(seed, "start", 0), dtype=torch.float64)
-    return x, torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
-
-
-class Unproposed:
-    """A reward that is weighed at every step, and proposes nothing."""
-
-    def __init__(self, reward: Reward) -> None:
-        self.potential = reward.potential
-
-    def propose(self, guess: Tensor, z: Tensor, stage: Any) -> tuple[Tensor, Tensor]:
-        return stage.width * z, torch.zeros(len(z), dtype=torch.float64)
-
-
-def _value(target: Target, x: Tensor) -> Tensor:
-    r = target.reward
-    return r(x) if isinstance(r, Score) else -(r.y - r.forward(x))[:, 0].square() / (2 * r.std**2)
-
-
-def tilted_sde(n: int, steps: int, particles: int, seed: int, target: Target) -> Tensor:
-    """Trajectory tilting in the manner of FMTT (arXiv 2511.22688): p_t exp(t r(X_{t,1})) by Euler-Maruyama.
-
-    dx = [b + eps (score + t grad r(X_{t,1}))] dt + sqrt(2 eps) dW with eps = 1 - t, log weights dA = r(X_{t,1}) dt,
-    resampled below half. Drift and map are an evaluation each, and the gradient counts for 1.6.
-    """
-    g = generator(seed, "sde", steps)
-    x, dt = torch.randn(n * particles, 2, generator=g, dtype=torch.float64), 1 / steps
-    log_w = torch.zeros(n, particles, dtype=torch.float64)
-    one = torch.ones(len(x), dtype=torch.float64)
-    for k in range(steps):
-        t = k / steps
-        guess = plane_map(x, t * one, one)
-        with torch.enable_grad():
-            leaf = guess.detach().requires_grad_()
-            (pull,) = torch.autograd.grad(_value(target, leaf).sum(), leaf)
-        log_w = log_w + dt * _value(target, guess).view(n, particles)
-        eps, z = 1 - t, torch.randn(x.shape, generator=g, dtype=torch.float64)
-        x = x + dt * (drift(x, t * one) + eps * (score(x, t) + t * pull * slope(x, t))) + math.sqrt(2 * eps * dt) * z
-        weight = log_w.softmax(dim=1)
-        if k < steps - 1:
-            low = 1 / weight.square().sum(dim=1) < particles / 2
-            index = torch.multinomial(weight, particles, replacement=True, generator=g)
-            index = torch.where(low[:, None], index, torch.arange(particles))
-            x = x.view(n, particles, 2).gather(1, index[:, :, None].expand(-1, -1, 2)).flatten(0, 1)
-            log_w = torch.where(low[:, None], 0.0, log_w)
-    pick = torch.multinomial(log_w.softmax(dim=1), 1, generator=g)
-    return x.view(n, particles, 2)[torch.arange(n), pick[:, 0]]
-
-
-def elliptical_slice(n: int, moves: int, seed: int, target: Target) -> Tensor:
-    """Sample the noise by its tilt exp(r(X_{0,1}(x0))), with ESS-Flow's moves (arXiv 2510.05849)."""
-    g = generator(seed, "slice", moves)
-
-    def uniform() -> Tensor:
-        return torch.rand(n, generator=g, dtype=torch.float64)
-
-    x, zero, one = _starts(n, seed)
-    r = _value(target, plane_map(x, zero, one))
-    for _ in range(moves):
-        other = torch.randn(n, 2, generator=g, dtype=torch.float64)
-        level, angle = r + uniform().log(), 2 * math.pi * uniform()
-        low, high, left = angle - 2 * math.pi, angle.clone(), torch.ones(n, dtype=torch.bool)
-        new, value = x.clone(), r.clone()
-        while bool(left.any()):
-            trial = x * angle.cos()[:, None] + other * angle.sin()[:, None]
-            found = _value(target, plane_map(trial, zero, one))
-            met = left & (found >= level)
-            new[met], value[met] = trial[met], found[met]
-            left = left & ~met
-            low, high = torch.where(angle < 0, angle, low), torch.where(angle >= 0, angle, high)
-            angle = torch.where(left, low + (high - low) * uniform(), angle)
-        x, r = new, value
-    return plane_map(x, zero, one)
 
 
 # Images: held-out ones, half of their pixels seen or means of them.
@@ -383,16 +248,16 @@ def _steered(name: str, seed: int = 0) -> Tensor:
         rows += [x, shown if task == "means" else torch.where(torch.arange(x.shape[-1]) < x.shape[-1] // 2, shown, 0.0)]
         facts = {"base_std": fm.base_std, "data_std": DATA_STDS[name], "label": label}
         rows += [chain(fm, reward, x, steps, 1, s, **facts) for steps, s in ((4, 0), (8, 0), (16, 0), (8, 1))]
-    return sample_grid(rows)
+    return grid([to_uint8(row) for row in rows], scale=2 if x.shape[-1] == 32 else 6)
 
 
 def _edits() -> Tensor:
     """Held-out garments in the first column, then each rebuilt with the labels of all ten classes."""
     fm, images, labels = _opened("fashion_mnist")
     rows = []
-    for c in (6, 3, 4, 9, 8):
-        x = images[(labels == c).nonzero()[3, 0]][None]
+    for c, index in ((6, 1), (2, 1), (3, 3), (9, 3), (8, 1)):
+        x = images[(labels == c).nonzero()[index, 0]][None]
         label, every = torch.full((10,), c), torch.arange(10)
         made, _ = edit(fm, x.expand(10, -1, -1, -1), label, every)
         rows.append(torch.cat([x, made]))
-    return sample_grid(rows)
+    return grid([to_uint8(row) for row in rows], scale=2)
