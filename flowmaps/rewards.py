@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowmaps.data.image_io import BadImage, decode, to_pixels
-from flowmaps.errors import UserError, shorten
+from flowmaps.errors import UserError, blame, shorten
 from flowmaps.flow_map import FlowMap
 from flowmaps.images import from_uint8
 from flowmaps.info import FlowMapInfo
@@ -195,9 +195,10 @@ def class_reward(fm: FlowMap, label: int | str, scale: float = 1.0) -> Score:
     options = CLASSIFIERS[info.data]
     if info.shape != (options.channels, options.size, options.size):
         raise UserError(f"its classifier takes images of {options.size} x {options.size} pixels", field="reward")
-    number = class_number(info, label, "reward")
-    if number >= options.classes:
-        raise UserError(f"must be a class from 0 to {options.classes - 1}", field="reward", value=f"class:{label}")
+    with blame("reward", f"class:{label}"):
+        number = class_number(info, label)
+        if number >= options.classes:
+            raise UserError(f"must be a class from 0 to {options.classes - 1}")
     network = read_classifier(info.data, options, extractor_file(info.data)).to(next(fm.parameters()).device)
 
     def log_probability(x: Tensor) -> Tensor:

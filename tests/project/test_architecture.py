@@ -181,7 +181,9 @@ SAMPLING |= {"guidance_interval", "vae", "vae_dtype", "vae_batch", "vae_tiling",
 SCORING = {"extractor", "weights", "root"}
 FLAGS = {
     "train.py": {"config", "workdir", "dry_run", "stage", "forecast", "gpus", "mfu", "json"},
-    "sample.py": SAMPLING | {"out", "beside"},
+    "sample.py": SAMPLING
+    | {"out", "beside", "reward", "reward_scale", "measurement", "mask", "downsample", "measurement_std", "particles"}
+    | {"invert", "edit_label"},
     "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt", "features"},
     "fid.py": SAMPLING
     | SCORING
