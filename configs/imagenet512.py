@@ -104,7 +104,7 @@ def pmf(size: str, noise: float, time_mean: float, **law: float) -> Config:
     config.network, config.base_std = preset(f"pmf-{size}-imagenet512"), noise
     pixels(config, time_mean, **law)
     config.batch, config.steps, config.precision = 1024, 400_000, Precision.fp32
-    config.ema = (0.999645, 0.99929, 0.99858)
+    config.ema, config.ema_ramp = (0.999645, 0.99929, 0.99858), 0.05  # half-lives of 2, 1, 0.5 million images
     return config
 
 

@@ -56,20 +56,25 @@ def test_a_resumed_run_is_bit_equal_and_averages_are_without_the_second_head(run
     assert {"diagonal", "off_diagonal", "second_diagonal", "second_off_diagonal"} <= logged.keys()
 
 
-def test_perceptual_terms_are_logged_and_resumed_bit_equal(tmp_path, monkeypatch):
+def test_perceptual_terms_and_ramped_averages_are_logged_and_resumed_bit_equal(tmp_path, monkeypatch):
     """With toy features; the crops come from the step's own draws."""
     for name in ("lpips", "convnext"):
         monkeypatch.setattr(perceptual, name, lambda *given: lambda y, x: (y - x).square().flatten(1).mean(dim=1))
     config = get_config("pmf,smoke")
     add_perceptual(config)
-    config.objective.convnext_weights = "given"
+    config.objective.convnext_weights, config.ema, config.ema_ramp = "given", (0.9, 0.5), 0.5
     config.steps, config.batch, config.checkpoint_every, config.log_every, config.sample_every = 4, 8, 2, 2, 4
     train(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(list_checkpoints(tmp_path / "parts")[-1])
     train(config, tmp_path / "parts")
-    for file in ("network", "optimizer"):
+    for file in ("network", "optimizer", "ema-0.9", "ema-0.5"):
         assert_same(weights(tmp_path / "whole", file), weights(tmp_path / "parts", file))
+    fm = FlowMap.from_pretrained(tmp_path / "whole")
+    for decay in ("0.9", "0.5"):
+        take_weights(fm, str(tmp_path / "whole"), decay)
+        averaged = weights(tmp_path / "whole", f"ema-{decay}")["head.1.weight"]
+        assert fm.info.ema == float(decay) and torch.equal(fm.network.head[1].weight, averaged)
     logged = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()][-1]
     assert logged["lpips"] == logged["convnext"] > 0
     trainer, other = Trainer.build(config), Trainer.build(config)
@@ -79,6 +84,7 @@ def test_perceptual_terms_are_logged_and_resumed_bit_equal(tmp_path, monkeypatch
 
 def test_a_variant_adds_perceptual_terms_where_they_fit():
     config = imagenet256("pmf_h16,perceptual")
+    assert config.ema_ramp == 0.05 and config.ema[0] == pytest.approx(0.5 ** (1024 / 1e6), abs=1e-5)
     assert (config.objective.lpips, config.objective.convnext, config.objective.perceptual_after) == (0.4, 0.1, 0.4)
     with pytest.raises(UserError, match=r"^objective\.convnext=0\.1: needs convnext_weights"):
         config.validate()
