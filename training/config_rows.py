@@ -107,15 +107,15 @@ def pixels(
 
     ``perceptual`` adds its perceptual terms, in rows with s > ``after``. Both times have logits (``time_mean``, 0.8),
     or in a share ``uniform`` of the rows are uniform, and a diagonal row draws one; guidance weights have a density 1 /
-    w^``power``: the defaults are those of the files of B. Muon at 1e-3, without warm-up or clipping; the Adam beside it
-    has Nesterov momentum there, and none here.
+    w^``power``: the defaults are those of the files of B. Muon at 1e-3, without warm-up or clipping, and beside it Adam
+    with Nesterov momentum.
     """
     objective = improve(config)
     objective.time_mean, objective.time_std = (time_mean, time_mean), (0.8, 0.8)
     objective.diagonal_draw, objective.end_floor, objective.guidance_power = DiagonalDraw.single, 0.05, power
     objective.uniform_share, objective.perceptual_after = uniform, after
     config.network.prediction, config.network.rotation = "data", "grid"
-    config.optim = Optim(name=Optimizer.muon, lr=1e-3, betas=(0.9, 0.95), warmup=0, clip=0.0)
+    config.optim = Optim(name=Optimizer.muon, lr=1e-3, betas=(0.9, 0.95), nesterov=True, warmup=0, clip=0.0)
 
 
 def perceptual(config: Config) -> None:
