@@ -8,15 +8,8 @@ python scripts/benchmark.py --suite=optimisers --rates=1e-3,3e-3,1e-2,3e-2 --see
 python scripts/benchmark.py --suite=mid_training --rows=digits --threads=1 --plot=mid-training.png
 python scripts/benchmark.py --suite=guidance --seeds=0,1,2 --threads=1
 python scripts/benchmark.py --suite=bellman --rows=digits --threads=1 --plot=bellman.png
-python scripts/benchmark.py --suite=step --threads=1
-python scripts/benchmark.py --suite=sample --threads=1
-python scripts/benchmark.py --suite=networks --threads=1
-python scripts/benchmark.py --suite=layout --threads=1
-python scripts/benchmark.py --suite=routes --threads=1
-python scripts/benchmark.py --suite=precision --threads=1
-python scripts/benchmark.py --suite=profile --threads=1
+python scripts/benchmark.py --suite=step --threads=1  # or sample, networks, layout, routes, precision, profile, folders
 python scripts/benchmark.py --suite=fid --num=512
-python scripts/benchmark.py --suite=folders --threads=1
 
 Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n and euler@n are at n sampling steps.
 """
