@@ -185,7 +185,7 @@ def _steered(
     particles: int,
     watch: Watch | None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield the steered samples ``items``: particle p of sample i has label and noise of its own, by (seed, i, p)."""
+    """Yield the steered samples ``items``: particle p of sample i has its label and noise by (seed, i, p)."""
     data_std = spread(fm, label, guided)
     for start in items[:: max(1, batch // particles)]:
         size = min(max(1, batch // particles), items.stop - start)

@@ -60,12 +60,12 @@ class Asked:
 
     @property
     def steers(self) -> bool:
-        """Whether there is a reward or a measurement."""
+        """True if there is a reward or a measurement."""
         return self.reward is not None or self.measurement is not None
 
     @property
     def special(self) -> bool:
-        """Whether there is any of the arguments."""
+        """True if there is any of the arguments."""
         return self.steers or self.invert is not None
 
     def given(self, fm: FlowMap, latents: Tensor | None) -> Tensor | None:
@@ -76,7 +76,7 @@ class Asked:
         """
         named = [name for name in ("measurement", "reward", "invert") if getattr(self, name) is not None]
         if len(named) > 1:
-            raise UserError(f"{' and '.join(named)} exclude each other: give one")
+            raise UserError(f"{' and '.join(named)} exclude each other: choose one")
         for name, needed in (("mask", "measurement"), ("edit_labels", "invert")):
             if getattr(self, name) is not None and needed not in named:
                 raise UserError(f"needs {needed}: give both, or leave this out", field=name)

@@ -112,7 +112,7 @@ def measured(
         hidden = (pictures(info, mask, "mask", 1) > 0).float().to(device)
         check_size(tuple(hidden.shape[2:]), whole, "mask")
         if len(hidden) not in (1, len(y)):
-            raise UserError(f"there are {len(hidden)} for {len(y)} measurements: give one for all or each", "mask")
+            raise UserError(f"there are {len(hidden)} for {len(y)} measurements: pass one for all or each", "mask")
         if bool((hidden == hidden.flatten()[0]).all()):
             all_of_it = "white: nothing is given" if hidden.flatten()[0] else "black: nothing is to be filled in"
             raise UserError(f"is all {all_of_it}; paint white what is to be filled in, and the rest black", "mask")

@@ -40,7 +40,7 @@ class SteeringFlags:
 
     @property
     def steers(self) -> bool:
-        """Whether a reward or a measurement is given."""
+        """True if a reward or a measurement is given."""
         return bool(self.reward.value or self.measurement.value)
 
     def check(self) -> None:
@@ -56,7 +56,7 @@ class SteeringFlags:
                 raise UserError(f"needs --{needed.name}: add it, or leave this out", chosen.name, chosen.value)
         given = [flag.name for flag in (self.reward, self.measurement, self.invert) if flag.value]
         if len(given) > 1:
-            raise UserError(f"give one of --{' and --'.join(given)}")
+            raise UserError(f"use one of --{' and --'.join(given)}")
         if self.particles.present and not self.steers:
             raise UserError("needs --reward or --measurement: add one, or leave this out", "particles")
         sampler = flags.FLAGS[self.sampling.sampler.name]

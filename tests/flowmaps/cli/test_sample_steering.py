@@ -71,7 +71,7 @@ MISTAKES = {
     "scale alone": (["--reward_scale=2"], "--reward_scale"),
     "particles alone": (["--particles=2"], "--particles"),
     "edit alone": (["--edit_label=2"], "--edit_label"),
-    "two": (["--reward=class:3", "--measurement={f}/small.png"], "give one of --reward and --measurement"),
+    "two": (["--reward=class:3", "--measurement={f}/small.png"], "use one of --reward and --measurement"),
     "mask of another size": (["--measurement={f}/digit.png", "--mask={f}/wide.png"], "--mask: is 8 x 9 pixels"),
     "no mask": (["--measurement={f}/digit.png"], "--measurement: give a mask"),
     "broken picture": (["--invert={f}/broken.png", "--label=3"], "--invert="),
