@@ -232,6 +232,8 @@ def edit(fm: FlowMap, x: Tensor, label: Tensor, other: Tensor) -> tuple[Tensor, 
 
 def picture(row: str) -> Image.Image:
     """Draw what a row of ``PICTURES`` does to some held-out images."""
+    if row not in PICTURES:
+        raise UserError(f"of --suite=steering only {', '.join(PICTURES)} draw one: leave it out", field="plot")
     return to_pil(_edits() if row == "inversion" else _steered(row))
 
 
