@@ -21,12 +21,14 @@ from flowmaps.objectives import OBJECTIVES, Objective, TrajectoryObjective
 from flowmaps.objectives.base import DerivativeRole
 from flowmaps.posthoc_ema import WIDEST
 from training.config_sections import (
+    Background,
     Best,
     CompileMode,
     Data,
     Decay,
     DerivativePrecision,
     DropoutRows,
+    Fit,
     Grid,
     Optim,
     Optimizer,
@@ -42,6 +44,7 @@ from training.network_section import NetworkSection, check_fit, network, preset
 
 __all__ = [
     "WIDEST",
+    "Background",
     "Best",
     "CompileMode",
     "Config",
@@ -49,6 +52,7 @@ __all__ = [
     "Decay",
     "DerivativePrecision",
     "DropoutRows",
+    "Fit",
     "Grid",
     "NetworkSection",
     "Optim",

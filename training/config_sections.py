@@ -55,13 +55,30 @@ class DropoutRows(enum.Enum):
     diagonal = "diagonal"  # s = t: only the drift is learned without a label, and no map
 
 
+class Fit(enum.Enum):
+    """The way from an image to a square."""
+
+    crop = "crop"  # the central square
+    pad = "pad"  # the background on both sides
+
+
+class Background(enum.Enum):
+    """What is behind transparent pixels, and around padded images."""
+
+    white = "white"
+    black = "black"
+    grey = "grey"
+
+
 @dataclass
 class Data:
-    name: str = "digits"  # a name in flowmaps.data.DATASETS; folder or zip (your own images); prepared (prepare_data)
-    root: str = may_change("data")  # directory of the data set's files; the folder, zip file or prepared set
+    name: str = "digits"  # in flowmaps.data.DATASETS; folder, zip, hf, wds (your own images); prepared (prepare_data)
+    root: str = may_change("data")  # directory of the data set's files; the folder, zip file, prepared set, or address
     download: bool = may_change(False)  # fetch the files into root first
     workers: int = may_change(0)  # processes that read ahead; 0: read between the steps
     skip_corrupt: bool = False  # skip unreadable image files instead of refusing the folder
+    fit: Fit = Fit.crop
+    background: Background = Background.white
     flip: bool = False  # mirror half of the images
     label_dropout: float = 0.0  # share of rows trained without their label, for "no label" and guidance
     dropout_rows: DropoutRows = DropoutRows.all

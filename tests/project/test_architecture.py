@@ -181,7 +181,7 @@ SCORING = {"extractor", "weights", "root"}
 FLAGS = {
     "train.py": {"config", "workdir", "dry_run", "stage", "forecast", "gpus", "mfu", "json"},
     "sample.py": SAMPLING | {"out", "beside"},
-    "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt", "features"},
+    "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt", "features", "fit", "background"},
     "fid.py": SAMPLING
     | SCORING
     | {"samples", "reference", "max_fid", "json", "memorisation", "metrics", "kid_subset"}

@@ -93,14 +93,20 @@ def next_commands(config: "Config", workdir: str) -> str:
     """Return the commands that sample from the run in ``workdir`` and score it, a line each."""
     from flowmaps.cli import next_command
     from flowmaps.data import Latents
-    from flowmaps.data.registry import FORMATS, prepared_kind
+    from flowmaps.data.registry import prepared_kind, source_of
     from flowmaps.info import FlowMapInfo
     from training.config import build_objective
 
     sampler, data = FlowMapInfo(kind=build_objective(config).kind).sampler, config.data
     commands = [next_command.sample(workdir, sampler)]
     if prepared_kind(Path(data.root)) is not Latents:  # which are not what the model is compared with
-        source = data.root if data.name in FORMATS else data.name
+        source, look = source_of(data.name, data.root), (data.fit.value, data.background.value)
+        if look != ("crop", "white"):  # statistics of images that look as in training
+            flags = [f"--data={source}", f"--size={getattr(config.network, 'image_size', 0)}"]
+            file = f"{workdir.rstrip('/')}-reference.npz"
+            flags += [f"--fit={look[0]}", f"--background={look[1]}", f"--out={file}"]
+            commands.append(next_command.command("stats", *flags))
+            source = file
         commands.append(next_command.fid(workdir, source, next_command.sampling(sampler), data.root))
     return next_command.show(*commands)
 
