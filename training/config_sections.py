@@ -1,9 +1,11 @@
 """The sections of a config but for network and objective: data, optimiser, weight, best model, trajectories."""
 # No `from __future__ import annotations` here: ml_collections reads the annotations as types.
 
+import dataclasses
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from samplers import SAMPLERS
 
@@ -13,6 +15,20 @@ T = TypeVar("T")
 def may_change(default: T) -> T:
     """Declare a field that may differ when a run resumes, since it does not change the steps already done."""
     return field(default=default, metadata={"may_change": True})
+
+
+def resumable(section: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of the fields declared by ``may_change``."""
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if f.metadata.get("may_change"):
+            yield prefix + f.name
+        elif dataclasses.is_dataclass(value):
+            yield from resumable(value, f"{prefix}{f.name}.")
+
+
+# Names that accelerate has for trackers.
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 
 
 class Optimizer(enum.Enum):

@@ -129,7 +129,8 @@ def _train(
         print("\n".join([*title, *about]), file=sys.stderr, flush=True)
     if last:
         return done
-    with closing(Log(workdir, config.steps, done, main, stage)) as log:
+    facts = named(config.to_dict())
+    with closing(Log(workdir, config.steps, done, main, stage, config.log_with, facts)) as log:
         if done:
             log.event("resume", step=done)
             for name, before, now in (
