@@ -16,6 +16,7 @@ python scripts/benchmark.py --suite=precision --threads=1
 python scripts/benchmark.py --suite=profile --threads=1
 python scripts/benchmark.py --suite=fid --num=512
 python scripts/benchmark.py --suite=folders --threads=1
+python scripts/benchmark.py --suite=sources --threads=1
 
 Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n and euler@n are at n sampling steps.
 """
@@ -38,7 +39,7 @@ SUITE = flags.DEFINE_string(
     "bellman (step sizes), checkerboard, digits, guidance (baked in), learning (curves), mid_training (its gain for "
     "post-training), networks (time and memory of each objective), optimisers (curves), precision (errors of "
     "derivatives), routes (of a constant derivative: time and memory), or timings: ema, fid, folders, layout, profile, "
-    "resume, sample, step",
+    "resume, sample, sources, step",
 )
 ROWS = flags.DEFINE_list("rows", None, "Rows of the suite's config; of networks: small ones, or names of presets")
 RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning, optimisers")
@@ -46,7 +47,10 @@ SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds")
 TRAIN_STEPS = flags.DEFINE_integer("train_steps", None, "Training steps, instead of the config's", lower_bound=1)
 CPU_MINUTES = flags.DEFINE_float("cpu_minutes", None, "Process time to train for, instead of steps", 0.01)
 NUM = flags.DEFINE_integer(
-    "num", None, "Samples to score: 32768 points, 2000 images or (fid) 512 by default; of folders: files", lower_bound=2
+    "num",
+    None,
+    "Samples to score: 32768 points, 2000 images or (fid) 512 by default; of folders and sources: files",
+    lower_bound=2,
 )
 THREADS = flags.DEFINE_integer("threads", None, "Threads that torch may use", 1, 4096)
 JSON = flags.DEFINE_string("json", None, "File for the records, written after each one; those in it are not run again")

@@ -102,31 +102,34 @@ class Trackers:
         self.say, self.open = say, dict[str, Any]()
         plain = {name: x if isinstance(x, (bool, int, float, str)) else str(x) for name, x in config.items()}
         for name in names:
-            self._try(name, lambda name: self.open.update({name: _tracker(name, workdir, start, plain)}))
+            self._try(name, self._start, name, workdir, start, plain)
+
+    def _start(self, name: str, *facts: Any) -> None:
+        self.open[name] = _tracker(name, *facts)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Record numbers after ``step`` steps."""
-        for name in list(self.open):
-            self._try(name, lambda name: self.open[name].log(values, step=step))
+        for name, tracker in list(self.open.items()):
+            self._try(name, tracker.log, values, step=step)
 
     def picture(self, pixels: NDArray[np.uint8], step: int) -> None:
         """Record a sample grid [H, W, C], with trackers that take pictures."""
-        for name in [name for name, tracker in self.open.items() if hasattr(tracker, "log_images")]:
+        for name, tracker in list(self.open.items()):
             form = {"dataformats": "NHWC"} if name == "tensorboard" else {}
-            self._try(name, lambda name, form=form: self.open[name].log_images({"samples": pixels[None]}, step, **form))
+            if hasattr(tracker, "log_images"):
+                self._try(name, tracker.log_images, {"samples": pixels[None]}, step=step, **form)
 
     def close(self) -> None:
-        for name in list(self.open):
-            self._try(name, lambda name: self.open[name].finish())
+        for name, tracker in list(self.open.items()):
+            self._try(name, tracker.finish)
 
-    def _try(self, name: str, action: Callable[[str], Any]) -> None:
+    def _try(self, name: str, work: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         try:
-            action(name)
+            work(*arguments, **options)
         except Exception as error:  # whatever it is: of the network, the disk, an account, a missing package
             self.open.pop(name, None)
-            self.say(
-                f"warning: {name} fails and is left out from here on: {shorten(f'{type(error).__name__}: {error}')}"
-            )
+            reason = shorten(f"{type(error).__name__}: {error}")
+            self.say(f"warning: {name} fails and is left out from here on: {reason}")
 
 
 def _tracker(name: str, workdir: Path, start: int, config: dict[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from benchmarks.learning import best_rates, learning_scores, optimiser_curves, w
 from benchmarks.objectives import COST_NETWORKS, network_costs
 from benchmarks.profiling import profiles
 from benchmarks.scoring import fid_costs
+from benchmarks.sources import SOURCES, source_times
 from benchmarks.speed import ema_times, layout_times, resume_times, row_config, sample_times, step_times
 from flowmaps import FlowMap, UserError
 from flowmaps.data import open_dataset
@@ -193,6 +194,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "resume": (partial(timed, resume_times), ["lagrangian"]),
     "routes": (partial(several, routes), list(COST_NETWORKS)),
     "sample": (partial(timed, sample_times), list(COST_NETWORKS)),
+    "sources": (lambda args: timed(partial(source_times, num=args.num), args), list(SOURCES)),
     "step": (partial(timed, step_times), [*_MAPS, *(f"{row}+DiT" for row in _MAPS)]),
 }
 

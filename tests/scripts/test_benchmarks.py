@@ -118,7 +118,16 @@ def test_folders(tmp_path):
     assert scores["opening"]["again, s"] < scores["opening"]["first, s"]
 
 
-@pytest.mark.parametrize("suite", ["mid_training", "bellman", "guidance", "ema", "folders", "resume", "sample", "step"])
+@pytest.mark.slow
+def test_sources(tmp_path):
+    _, records = run(tmp_path / "s.json", "--suite=sources", "--num=640")
+    assert [record["row"] for record in records] == ["folder", "hf", "wds", "datasets", "webdataset"]
+    assert all(record["scores"]["images/s"] > 1 for record in records)
+
+
+@pytest.mark.parametrize(
+    "suite", ["mid_training", "bellman", "guidance", "ema", "folders", "resume", "sample", "sources", "step"]
+)
 def test_unknown_rows_are_named(suite):
     done = run_script("scripts/benchmark.py", f"--suite={suite}", "--rows=moon")
     assert done.returncode == 2 and "--rows=moon" in done.stderr and done.stderr.count("\n") == 1
