@@ -16,7 +16,6 @@ python scripts/benchmark.py --suite=precision --threads=1
 python scripts/benchmark.py --suite=profile --threads=1
 python scripts/benchmark.py --suite=fid --num=512
 python scripts/benchmark.py --suite=folders --threads=1
-python scripts/benchmark.py --suite=sources --threads=1
 
 Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n and euler@n are at n sampling steps.
 """
@@ -49,7 +48,7 @@ CPU_MINUTES = flags.DEFINE_float("cpu_minutes", None, "Process time to train for
 NUM = flags.DEFINE_integer(
     "num",
     None,
-    "Samples to score: 32768 points, 2000 images or (fid) 512 by default; of folders and sources: files",
+    "Samples to score: 32768 points, 2000 images or (fid) 512; of folders and sources: files",
     lower_bound=2,
 )
 THREADS = flags.DEFINE_integer("threads", None, "Threads that torch may use", 1, 4096)

@@ -155,8 +155,8 @@ class Log:
     """Append to ``workdir/log.jsonl``, tell the trackers, and show the progress.
 
     The values of steps stay on their device and are read once per interval, so that no step waits for the device. In
-    a run of several processes only the main one writes (``enabled``). ``trackers`` are names, and ``config`` is what
-    they are told of the run; TensorBoard is one of them if it is installed.
+    a run of several processes only the main one writes (``enabled``). ``trackers`` are names, and they receive
+    ``config``; TensorBoard is one of them if it is installed.
     """
 
     def __init__(

@@ -160,13 +160,13 @@ def _columns(dataset: Any, text: str, image: str, label: str) -> tuple[str, str]
     pictures = pictures or [name for name in IMAGES if name in raw]
     if not image and len(pictures) != 1:
         raise UserError(
-            f"{shorten(text)} has {len(pictures)} columns of images among {', '.join(kinds)}: name one, as in #image"
+            f"{shorten(text)} has {len(pictures)} columns of images among {', '.join(kinds)}: choose one, as in #image"
         )
     labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
     labels = [name for name in LABELS if name in labels] or labels or [name for name in LABELS if name in kinds]
     if not label and len(labels) > 1 and labels[0] not in LABELS:
         raise UserError(
-            f"{shorten(text)} has several columns of classes ({', '.join(labels)}): name one, as in "
+            f"{shorten(text)} has several columns of classes ({', '.join(labels)}): choose one, as in "
             f"#{image or pictures[0]},{labels[0]}"
         )
     return image or pictures[0], label or next(iter(labels), "")

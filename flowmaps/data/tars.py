@@ -233,5 +233,5 @@ def _image(parts: dict[str, Member], wanted: str, where: str) -> Member | None:
         return parts.get(wanted.lower())
     images = [extension for extension in parts if f".{extension}".endswith(SUFFIXES)]
     if len(images) > 1:
-        raise UserError(f"{where} has several images ({', '.join(images)}): name one of them, as in #{images[0]}")
+        raise UserError(f"{where} has several images ({', '.join(images)}): choose one of them, as in #{images[0]}")
     return parts[images[0]] if images else None

@@ -64,7 +64,7 @@ def test_patterns_of_urls(pattern, files):
 @pytest.mark.parametrize(
     ("files", "address", "reason"),
     [
-        ({"a.png": 0, "a.seg.png": 1}, "", r"a has several images \(png, seg\.png\): name one of them, as in #png"),
+        ({"a.png": 0, "a.seg.png": 1}, "", r"a has several images \(png, seg\.png\): choose one of them, as in #png"),
         ({"a.png": 0, "b.png": 1, "b.cls": b"1"}, "", "1 items have no label, such as t.tar/a.png"),
         ({"a.png": 0, "a.cls": b"1"}, "", "the labels begin at 1"),
         ({"a.png": 0}, "#png,txt", r"no sample has a label \.txt"),
