@@ -7,8 +7,13 @@ import subprocess
 import sys
 
 import pytest
+from benchmarks.composition import COMPOSITIONS
 from benchmarks.learning import best_rates, optimiser_curves
+from benchmarks.rows import TRANSFORMERS, row_config
 from helpers import ROOT, run_script
+
+from flowmaps import UserError
+from training.config import Optimizer
 
 
 def run(file, *flags):
@@ -125,9 +130,18 @@ def test_sources(tmp_path):
     assert all(record["scores"]["images/CPU s"] > 1 for record in records)
 
 
-@pytest.mark.parametrize(
-    "suite", ["mid_training", "bellman", "guidance", "ema", "folders", "resume", "sample", "sources", "step"]
-)
+@pytest.mark.slow
+def test_compositions(tmp_path):
+    flags = ["--suite=composition", "--train_steps=4", "--num=32", "--seeds=1"]
+    _, records = run(tmp_path / "c.json", *flags)
+    assert [record["row"] for record in records] == [f"digits, {name}" for name in COMPOSITIONS]
+    assert all(record["train_steps"] in (3, 4, 5) and "map@1" in record["scores"] for record in records)
+
+
+TRAINED = ("composition", "mid_training", "bellman", "guidance")
+
+
+@pytest.mark.parametrize("suite", [*TRAINED, "ema", "folders", "resume", "sample", "sources", "step"])
 def test_unknown_rows_are_named(suite):
     done = run_script("scripts/benchmark.py", f"--suite={suite}", "--rows=moon")
     assert done.returncode == 2 and "--rows=moon" in done.stderr and done.stderr.count("\n") == 1
@@ -135,14 +149,14 @@ def test_unknown_rows_are_named(suite):
 
 def test_an_unknown_part_of_a_row_is_named():
     done = run_script("scripts/benchmark.py", "--suite=step", "--rows=lagrangian+sgd")
-    assert done.returncode == 2 and "may be DiT, small_DiT, radam, adamw, muon" in done.stderr
+    assert done.returncode == 2 and "unknown variant 'sgd'" in done.stderr and "small_DiT" in done.stderr
 
 
 @pytest.mark.slow
 def test_three_processes_write_records_into_one_file(tmp_path):
     """None of them is lost, and a process that starts again finds all."""
     code = (
-        "import sys; sys.path.insert(0, 'scripts'); from benchmarks.suites import add_record\n"
+        "import sys; sys.path.insert(0, 'scripts'); from benchmarks.record_files import add_record\n"
         "for seed in range(20): add_record(sys.argv[1], 's', {'num': 3}, {'row': sys.argv[2], 'seed': seed, "
         "'scores': {'FD@1': float('nan')}})"
     )
@@ -160,3 +174,17 @@ def test_a_file_that_is_not_of_records_is_refused(tmp_path, content):
     (tmp_path / "r.json").write_text(content.replace("{", '{"written_by": "flowmaps", ', 1))
     done = run_script("scripts/benchmark.py", "--suite=step", f"--json={tmp_path}/r.json")
     assert done.returncode == 2 and "--json=" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_settings_of_a_row():
+    config = row_config("imf+smoke+muon+network.head_depth=0+optim.lr=1e-3", base_std=0.25)
+    assert (config.network.head_depth, config.optim.lr, config.base_std) == (0, 1e-3, 0.25)
+    assert (config.optim.name, config.batch) == (Optimizer.muon, 16)
+    assert row_config("lagrangian+garment_DiT+cpu", "configs/fashion_mnist.py").network is TRANSFORMERS["garment_DiT"]
+    assert row_config("pmf+network.prediction=velocity").network.prediction == "velocity"
+
+
+@pytest.mark.parametrize("part", ["optim.rate=1", "optim", "smal", "seed.x=1"])
+def test_settings_that_do_not_exist(part):
+    with pytest.raises(UserError, match="--rows=lagrangian"):
+        row_config(f"lagrangian+{part}")
