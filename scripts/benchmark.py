@@ -33,8 +33,13 @@ SUITE = flags.DEFINE_string(
     None,
     "bellman (step sizes), checkerboard, composition (which parts pay), digits, fashion_mnist, guidance (baked in), "
     "learning (curves), mid_training (its gain for post-training), networks (time and memory of each objective), "
+<<<<<<< HEAD
     "optimisers (curves), precision (errors of derivatives), routes (of a constant derivative: time and memory), "
     "steering (laws, images, classes, inversion), or timings: ema, fid, folders, layout, profile, resume, sample, step",
+=======
+    "optimisers (curves), precision (errors of derivatives), routes (of a constant derivative: time and memory), or "
+    "timings: ema, fid, folders, layout, profile, resume, sample, sources, step",
+>>>>>>> h-data
 )
 ROWS = flags.DEFINE_list(
     "rows", None, "Rows of the suite's config, with settings after +; of networks: small ones, or names of presets"
@@ -43,9 +48,7 @@ RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning, op
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds")
 TRAIN_STEPS = flags.DEFINE_integer("train_steps", None, "Training steps, instead of the config's", lower_bound=1)
 CPU_MINUTES = flags.DEFINE_float("cpu_minutes", None, "Process time to train for, instead of steps", 0.01)
-NUM = flags.DEFINE_integer(
-    "num", None, "Samples to score: 32768 points, 2000 images or (fid) 512 by default; of folders: files", lower_bound=2
-)
+NUM = flags.DEFINE_integer("num", None, "Samples to score [32768 points, 2000 images, fid 512]; files of folders", 2)
 THREADS = flags.DEFINE_integer("threads", None, "Threads that torch may use", 1, 4096)
 JSON = flags.DEFINE_string("json", None, "File for the records, written after each one; those in it are not run again")
 PLOT = flags.DEFINE_string("plot", None, "PNG file for the scores against the number of steps, or of images")

@@ -79,7 +79,8 @@ def build_data(config: Config, accelerator: Accelerator, given: Any = None) -> D
                 if config.data.download:
                     download(config.data.name, config.data.root)
                 named = config.data
-                data = open_dataset(named.name, root=named.root, size=size, skip_corrupt=named.skip_corrupt)
+                look = {"fit": named.fit.value, "background": named.background.value}
+                data = open_dataset(named.name, root=named.root, size=size, skip_corrupt=named.skip_corrupt, **look)
     data = scaled(config, data)
     _check_augmentation(config, data)
     return data

@@ -220,12 +220,25 @@ def _refuse_steered(file: Path) -> None:
 
 
 def open_for_scoring(
-    source: str | Path, root: str | Path, size: int | None = None, skip_corrupt: bool = False, team: Team = ALONE
+    source: str | Path,
+    root: str | Path,
+    size: int | None = None,
+    skip_corrupt: bool = False,
+    fit: str = "crop",
+    background: str = "white",
+    team: Team = ALONE,
 ) -> DataSet:
-    """Open the data set ``source`` for scoring; an existing path is preferred to a name."""
+    """Open the data set ``source`` for scoring by ``open_dataset``; an existing path is preferred to a name."""
     with team.main_process_first():  # it checks all images of a folder, and the others find its cache
         path = Path(source)
-        images = open_dataset(path if path.exists() else source, root=root, size=size, skip_corrupt=skip_corrupt)
+        images = open_dataset(
+            path if path.exists() else source,
+            root=root,
+            size=size,
+            skip_corrupt=skip_corrupt,
+            fit=fit,
+            background=background,
+        )
     if isinstance(images, Latents):
         raise UserError(f"{source} holds latents, not images: pass the images that they were made from")
     return images

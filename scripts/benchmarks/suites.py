@@ -18,6 +18,7 @@ from benchmarks.objectives import COST_NETWORKS, network_costs
 from benchmarks.profiling import profiles
 from benchmarks.rows import row_config
 from benchmarks.scoring import fid_costs
+from benchmarks.sources import SOURCES, source_times
 from benchmarks.speed import ema_times, layout_times, resume_times, sample_times, step_times
 from flowmaps import FlowMap
 from flowmaps.data import open_dataset
@@ -198,7 +199,11 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "resume": (partial(timed, resume_times), ["lagrangian"]),
     "routes": (partial(several, routes), list(COST_NETWORKS)),
     "sample": (partial(timed, sample_times), list(COST_NETWORKS)),
+<<<<<<< HEAD
     "steering": (steered, steering.ROWS),
+=======
+    "sources": (lambda args: timed(partial(source_times, num=args.num), args), list(SOURCES)),
+>>>>>>> h-data
     "step": (partial(timed, step_times), [*_MAPS, *(f"{row}+DiT" for row in _MAPS)]),
 }
 

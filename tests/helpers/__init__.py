@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,11 +123,20 @@ def _script(arguments: list[str], out: str) -> None:
     runpy.run_path(arguments[0], run_name="__main__")
 
 
-def run_script(*arguments: str | Path, check: bool = False, timeout: float = 300) -> Done:
-    """Run a script of this repository, in a separate process, as ``python scripts/x.py --flag=value`` would."""
+def run_script(
+    *arguments: str | Path, check: bool = False, timeout: float = 300, kill: Callable[[], bool] | None = None
+) -> Done:
+    """Run a script of this repository, in a separate process, as ``python scripts/x.py --flag=value`` would.
+
+    It is killed (SIGKILL) as soon as ``kill`` returns true.
+    """
     with tempfile.TemporaryDirectory() as out:
         process = _FORKS.Process(target=_script, args=([str(a) for a in arguments], out))
         process.start()
+        while kill and process.is_alive() and not kill():
+            process.join(0.01)
+        if kill:
+            process.kill()
         process.join(timeout)
         assert process.exitcode is not None, f"{arguments} did not end within {timeout} s"
         read = {name: (Path(out) / name).read_text() for name in ("stdout", "stderr")}
