@@ -19,7 +19,7 @@ function floats(half) {
 }
 
 const UNARY = {
-  abs: Math.abs, cos: Math.cos, exp: Math.exp, neg: (x) => -x, reciprocal: (x) => 1 / x, relu: (x) => Math.max(x, 0),
+  abs: Math.abs, cos: Math.cos, exp: Math.exp, log: Math.log, neg: (x) => -x, reciprocal: (x) => 1 / x, relu: (x) => Math.max(x, 0),
   rsqrt: (x) => 1 / Math.sqrt(x), sigmoid: (x) => 1 / (1 + Math.exp(-x)), sin: Math.sin, sqrt: Math.sqrt,
   tanh: Math.tanh, logical_not: (x) => (x ? 0 : 1),
   gelu_tanh: (x) => 0.5 * x * (1 + Math.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))),

@@ -123,7 +123,7 @@ class _Translator:
         name = target.overloadpacket.__name__
         if name in _FILLED:
             return result
-        if name in ("view", "_unsafe_view", "clone", "_to_copy", "alias", "detach", "lift_fresh_copy"):
+        if name in ("view", "_unsafe_view", "clone", "_to_copy", "alias", "detach", "copy_strided"):
             return Live(args[0].id, result)
         if name in _VIEWS:
             return self.view(target, args, kwargs, result)
@@ -277,7 +277,7 @@ _VIEWS = {"permute", "transpose", "t", "expand", "slice", "select", "unsqueeze",
 _VIEWS |= {"split", "unbind"}
 _FILLED = {"_assert_tensor_metadata", "full_like", "ones_like", "zeros_like", "new_zeros", "new_ones", "new_full"}  # knows only the shape of its input
 _ELEMENTWISE = {
-    **{name: name for name in ("abs", "cos", "exp", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "sin", "sqrt")},
+    **{name: name for name in ("abs", "cos", "exp", "log", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "sin", "sqrt")},
     **{name: name for name in ("tanh", "silu", "add", "sub", "mul", "div", "maximum", "minimum", "pow", "clamp")},
     **{name: name for name in ("where", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_not")},
     "gelu": "gelu_tanh",
