@@ -1,5 +1,5 @@
 "use strict";
-// Runs a program that flowmaps.deployment.web_program wrote: values are float32 arrays, nodes write one each.
+// Runs a program that flowmaps.deployment.program wrote: values are float32 arrays, nodes write one each.
 
 // Decode base64 text to bytes.
 function bytesOf(text) {

@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 import flowmaps
 from flowmaps.errors import UserError
-from flowmaps.files import Layout, to_json
+from flowmaps.files import Layout, new_directory, to_json
 from flowmaps.flow_map import FlowMap
 from flowmaps.images import to_uint8
 from flowmaps.networks.conditioning import soft_label, with_guidance
@@ -34,7 +34,7 @@ class Velocity(nn.Module):
 
     def __init__(self, fm: FlowMap) -> None:
         super().__init__()
-        network = fm.network
+        network: Any = fm.network
         self.network = network.for_sampling() if hasattr(network, "for_sampling") else network
         self.num_classes = fm.info.num_classes
         self.augment_dim = getattr(network, "config", {}).get("augment_dim", 0)
@@ -189,9 +189,26 @@ def facts(fm: FlowMap) -> dict[str, str]:
     }
 
 
-def facts_file(fm: FlowMap, written: dict[str, Any]) -> bytes:
-    """Return the content of FACTS: the facts, and the inputs, output and agreement of each graph ``written``."""
-    return to_json({**facts(fm), "info": fm.info.to_dict(), "base_std": fm.base_std, "graphs": written})
+def write_graphs(
+    fm: FlowMap, directory: Path, ending: str, write: Callable[[Graph, FlowMap, Path], Agreement]
+) -> list[str]:
+    """Write each of ``graphs(fm)`` by ``write`` and FACTS into a directory, complete or not at all.
+
+    Returns:
+        A line for each file: its name, size and agreement with PyTorch.
+    """
+    lines, written = [], {}
+    with new_directory(directory, GRAPHS) as folder:
+        for graph in graphs(fm):
+            file = folder / f"{graph.name}.{ending}"
+            agreement = write(graph, fm, file)
+            size = sum(part.stat().st_size for part in folder.glob(f"{file.name}*"))
+            lines.append(f"{file.name}: {size / 1e6:.2f} MB, {agreement}")
+            shapes = {name: ["batch", *value.shape[1:]] for name, value in graph.inputs(1).items()}
+            written[file.name] = {"inputs": shapes, "output": graph.output, "difference": agreement.difference}
+        known = {**facts(fm), "info": fm.info.to_dict(), "base_std": fm.base_std}
+        (folder / FACTS).write_bytes(to_json({**known, "graphs": written}))
+    return lines
 
 
 def trace(graph: Graph) -> ExportedProgram:
@@ -200,9 +217,7 @@ def trace(graph: Graph) -> ExportedProgram:
     given = graph.inputs(TRACED)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return torch.export.export(
-            graph.module, (), kwargs=given, dynamic_shapes={name: {0: batch} for name in given}
-        )
+        return torch.export.export(graph.module, (), kwargs=given, dynamic_shapes={name: {0: batch} for name in given})
 
 
 def write_pt2(graph: Graph, fm: FlowMap, path: Path) -> Agreement:
@@ -215,4 +230,3 @@ def write_pt2(graph: Graph, fm: FlowMap, path: Path) -> Agreement:
         agreement = graph.compare(lambda given: module(**given))
     agreement.check(path.name)
     return agreement
-

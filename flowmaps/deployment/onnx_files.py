@@ -1,8 +1,9 @@
 """ONNX files of a flow map's graphs: written with the weights in the type that was asked for, and compared."""
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,6 @@ from flowmaps.deployment.graphs import Agreement, Graph, facts, trace
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 
-if TYPE_CHECKING:
-    import onnx_ir
-
 STORAGE = ("float32", "float16", "int8")  # of weights; every graph computes in float32
 SMALL = 1024  # numbers: tensors with fewer stay float32
 LARGEST_FILE = 1_900_000_000  # bytes of weights inside one file: protobuf ends at 2 GiB
@@ -23,12 +21,9 @@ WEIGHT = {"Conv": 0, "Gemm": 0, "MatMul": -1}  # operator -> output channel amon
 
 def check_installed() -> None:
     """Refuse to go on without the packages of the extra ``onnx``."""
-    try:
-        import onnx_ir
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise UserError("needs onnx, onnxscript and onnxruntime: pip install 'flowmaps[onnx]'", field="onnx") from None
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"needs {', '.join(missing)}: pip install {' '.join(missing)}", field="onnx")
 
 
 def write_onnx(graph: Graph, fm: FlowMap, path: Path, storage: str = "float32") -> Agreement:
@@ -85,7 +80,7 @@ def runner(path: Path, output: str, threads: int = 0) -> Any:
     return run
 
 
-def _strip(model: "onnx_ir.Model") -> None:
+def _strip(model: Any) -> None:
     """Remove what the exporter noted about the machine on which it ran: stack traces, paths, names of modules."""
     graph = model.graph
     values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
@@ -103,7 +98,7 @@ def _strip(model: "onnx_ir.Model") -> None:
     model.doc_string = graph.doc_string = None
 
 
-def _store(model: "onnx_ir.Model", storage: str) -> None:
+def _store(model: Any, storage: str) -> None:
     """Replace weights in float32 by ones of the type ``storage`` and a node that makes float32 of them."""
     import onnx_ir
 
@@ -125,11 +120,16 @@ def _store(model: "onnx_ir.Model", storage: str) -> None:
             if axis is None:
                 continue
             integers, scale = quantised(numbers, axis)
-            stored, attributes = [(f"{name}_int8", integers), (f"{name}_scale", scale)], [onnx_ir.AttrInt64("axis", axis)]
+            stored, attributes = (
+                [(f"{name}_int8", integers), (f"{name}_scale", scale)],
+                [onnx_ir.AttrInt64("axis", axis)],
+            )
             operator = "DequantizeLinear"
-        inputs = [onnx_ir.Value(name=key, const_value=onnx_ir.tensor(array, name=key)) for key, array in stored]
-        for given in inputs:
-            given.shape, given.dtype = given.const_value.shape, given.const_value.dtype
+        inputs = []
+        for key, array in stored:
+            tensor = onnx_ir.tensor(array, name=key)
+            kind = onnx_ir.TensorType(tensor.dtype)
+            inputs.append(onnx_ir.Value(name=key, shape=onnx_ir.Shape(array.shape), type=kind, const_value=tensor))
         node = onnx_ir.Node("", operator, inputs, attributes)
         graph.insert_before(graph[0], node)
         del graph.initializers[name]
@@ -139,7 +139,7 @@ def _store(model: "onnx_ir.Model", storage: str) -> None:
             graph.register_initializer(given)
 
 
-def _channels(value: "onnx_ir.Value", ndim: int) -> int | None:
+def _channels(value: Any, ndim: int) -> int | None:
     """Return the dimension of a weight's output channels; None for a tensor that is not the weight of one layer."""
     uses = list(value.uses())
     if len(uses) != 1 or uses[0].idx != 1 or uses[0].node.op_type not in WEIGHT:

@@ -1,74 +1,41 @@
-"""A network as a program for engine.js: one image, fixed shapes, few operators, everything constant computed."""
+"""A network as a program for engine.js: one image, fixed shapes, few operators, all constants computed."""
 
 import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import default_decompositions
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from flowmaps.deployment.program import Live, Program, contiguous, merged
 from flowmaps.errors import UserError
 
 aten = torch.ops.aten
-SMALL = 1024  # numbers: constants with fewer stay float32, such as frequencies
-KEPT = (aten._safe_softmax.default, aten.upsample_nearest2d.vec, aten.silu.default, aten.gelu.default)  # operators that are not taken apart
+KEPT = (
+    aten._safe_softmax.default,
+    aten.upsample_nearest2d.vec,
+    aten.silu.default,
+    aten.gelu.default,
+)  # operators that are not taken apart
 
-
-class Live(NamedTuple):
-    """A value that depends on the inputs: its number in the program, and one value of it, from the traced inputs."""
-
-    id: int
-    value: Tensor
-
-
-@dataclass
-class Program:
-    """Nodes in order, each writing one value; values are contiguous float32 arrays of ``sizes`` numbers."""
-
-    inputs: dict[str, int] = field(default_factory=dict)
-    output: int = -1
-    sizes: list[int] = field(default_factory=list)
-    nodes: list[dict[str, Any]] = field(default_factory=list)
-    constants: dict[int, Tensor] = field(default_factory=dict)
-
-    def add(self, value: Tensor) -> Live:
-        """Number a new value."""
-        self.sizes.append(value.numel())
-        return Live(len(self.sizes) - 1, value)
-
-    def node(self, op: str, value: Tensor, inputs: Sequence[int], **options: Any) -> Live:
-        """Append a node whose result is ``value``."""
-        live = self.add(value)
-        self.nodes.append({"op": op, "out": live.id, "inputs": list(inputs), **options})
-        return live
-
-    def packed(self, half: bool) -> tuple[dict[str, Any], bytes]:
-        """Return the program as JSON values, and its constants as bytes, with ``half`` the large ones as float16."""
-        self._drop_unused()
-        listed, parts = [], []
-        for id, tensor in self.constants.items():
-            numbers = tensor.detach().float().contiguous().numpy().ravel()
-            short = half and numbers.size >= SMALL and float(np.abs(numbers).max()) < 65504
-            listed.append([id, int(short)])
-            parts.append(numbers.astype("<f2" if short else "<f4").tobytes())
-        values = {"inputs": self.inputs, "output": self.output, "sizes": self.sizes, "nodes": self.nodes}
-        return {**values, "constants": listed}, b"".join(parts)
-
-    def _drop_unused(self) -> None:
-        needed, kept = {self.output}, []
-        for node in reversed(self.nodes):
-            if node["out"] in needed:
-                needed.update(node["inputs"])
-                kept.append(node)
-        self.nodes = kept[::-1]
-        self.constants = {id: tensor for id, tensor in self.constants.items() if id in needed}
+BEYOND = "use --onnx and onnxruntime-web"
+_SAME = {"view", "_unsafe_view", "clone", "_to_copy", "alias", "detach", "copy_strided"}  # the same numbers in order
+_VIEWS = {"permute", "transpose", "t", "expand", "slice", "select", "unsqueeze", "squeeze", "split_with_sizes"}
+_VIEWS |= {"split", "unbind"}
+_CONSTANT = {"full_like", "ones_like", "zeros_like", "new_zeros", "new_ones", "new_full", "_assert_tensor_metadata"}
+_ELEMENTWISE = {
+    **{name: name for name in ("abs", "cos", "exp", "log", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "sin")},
+    **{name: name for name in ("sqrt", "tanh", "silu", "add", "sub", "mul", "div", "maximum", "minimum", "pow")},
+    **{name: name for name in ("clamp", "where", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_not")},
+    "gelu": "gelu_tanh",
+    "logical_or": "logical_or",
+    "bitwise_and": "logical_and",
+}
 
 
 def write_program(network: nn.Module, inputs: dict[str, Tensor]) -> Program:
@@ -79,7 +46,7 @@ def write_program(network: nn.Module, inputs: dict[str, Tensor]) -> Program:
     """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        table = default_decompositions()
+        table: Any = default_decompositions()
         for kept in KEPT:
             table.pop(kept, None)
         exported = torch.export.export(network, (), kwargs=inputs).run_decompositions(table)
@@ -105,14 +72,13 @@ class _Translator:
         for node in exported.graph.nodes:
             if node.op == "call_function":
                 self.known[node.name] = self.call(node)
-            elif node.op == "output":
-                result = self.known[node.args[0][0].name]
-                self.program.output = result.id
+        [output] = exported.graph_signature.user_outputs
+        self.program.output = self.known[str(output)].id
 
     def call(self, node: Node) -> Any:
         """Compute a node of the traced graph, or append what computes it to the program."""
-        args = torch.fx.map_arg(node.args, lambda n: self.known[n.name])
-        kwargs = torch.fx.map_arg(node.kwargs, lambda n: self.known[n.name])
+        args: Any = torch.fx.map_arg(node.args, lambda n: self.known[n.name])
+        kwargs: Any = torch.fx.map_arg(node.kwargs, lambda n: self.known[n.name])
         target: Any = node.target
         if target is operator.getitem:
             return args[0][args[1]]
@@ -121,9 +87,9 @@ class _Translator:
         plain = _map((args, kwargs), lambda arg: arg.value if isinstance(arg, Live) else arg)
         result = target(*plain[0], **plain[1])
         name = target.overloadpacket.__name__
-        if name in _FILLED:
+        if name in _CONSTANT:
             return result
-        if name in ("view", "_unsafe_view", "clone", "_to_copy", "alias", "detach", "copy_strided"):
+        if name in _SAME:
             return Live(args[0].id, result)
         if name in _VIEWS:
             return self.view(target, args, kwargs, result)
@@ -157,8 +123,8 @@ class _Translator:
     def strided(self, source: Live, view: Tensor, value: Tensor) -> Live:
         if view.is_contiguous() and view.storage_offset() == 0 and view.numel() == source.value.numel():
             return Live(source.id, value)
-        shape, strides = _merged(view.shape, view.stride())
-        return self.copy(value, [(source, shape, strides, view.storage_offset(), _contiguous(shape), 0)])
+        shape, strides = merged(view.shape, view.stride())
+        return self.copy(value, [(source, shape, strides, view.storage_offset(), contiguous(shape), 0)])
 
     def copy(self, value: Tensor, parts: list[tuple[Any, ...]], fill: bool = False) -> Live:
         names = ("shape", "from", "at", "to", "start")
@@ -181,7 +147,7 @@ class _Translator:
         given = [self.live(arg) for arg in args]
         shapes = [live.value.expand(result.shape) for live in given]
         spread = [torch.empty(live.value.shape).expand(result.shape).stride() for live in given]
-        if all(_contiguous(shape.shape) == list(strides) for shape, strides in zip(shapes, spread, strict=True)):
+        if all(contiguous(shape.shape) == list(strides) for shape, strides in zip(shapes, spread, strict=True)):
             shape, strides = [result.numel()], [[1]] * len(given)
         else:
             shape, strides = list(result.shape), [list(stride) for stride in spread]
@@ -222,19 +188,19 @@ class _Translator:
         return [self.program.node("norm", result[0], [x.id], n=c * pixels // groups, eps=eps)]
 
     def on_cat(self, result: Tensor, parts: list[Any], dim: int = 0) -> Live:
-        strides, start, listed = _contiguous(result.shape), 0, []
+        strides, start, listed = contiguous(result.shape), 0, []
         for part in map(self.live, parts):
             shape = part.value.shape
-            listed.append((part, list(shape), _contiguous(shape), 0, strides, start * strides[dim % result.ndim]))
+            listed.append((part, list(shape), contiguous(shape), 0, strides, start * strides[dim % result.ndim]))
             start += shape[dim]
         return self.copy(result, listed)
 
     def on_constant_pad_nd(self, result: Tensor, x: Live, pad: list[int], value: float = 0) -> Live:
         if value != 0 or min(pad) < 0:
             raise UserError(f"the page's engine pads with zeros alone: {BEYOND}")
-        strides, shape = _contiguous(result.shape), list(x.value.shape)
+        strides, shape = contiguous(result.shape), list(x.value.shape)
         start = sum(before * strides[-1 - i] for i, before in enumerate(pad[::2]))
-        return self.copy(result, [(x, shape, _contiguous(shape), 0, strides, start)], fill=True)
+        return self.copy(result, [(x, shape, contiguous(shape), 0, strides, start)], fill=True)
 
     def on_upsample_nearest2d(self, result: Tensor, x: Live, size: Any, scales: Any) -> Live:
         n, c, h, w = x.value.shape
@@ -249,7 +215,8 @@ class _Translator:
         if transposed or groups != 1 or {*dilation} != {1} or len({*stride}) > 1 or len({*padding}) > 1:
             raise UserError(f"the page's engine knows plain convolutions alone: {BEYOND}")
         given = [self.live(v) for v in (x, weight, bias) if v is not None]
-        sizes = [*_value(x).shape[1:], *_take(_value(weight).shape, 0, 2, 3), stride[0], padding[0], *result.shape[2:]]
+        kernels = _value(weight)
+        sizes = [*_value(x).shape[1:], kernels.shape[0], *kernels.shape[2:], stride[0], padding[0], *result.shape[2:]]
         return self.program.node("conv", result, [live.id for live in given], sizes=sizes)
 
     def on_avg_pool2d(
@@ -272,43 +239,8 @@ class _Translator:
         return self.elementwise("add", "add", (made, bias), {}, result)
 
 
-BEYOND = "use --onnx and onnxruntime-web"
-_VIEWS = {"permute", "transpose", "t", "expand", "slice", "select", "unsqueeze", "squeeze", "split_with_sizes"}
-_VIEWS |= {"split", "unbind"}
-_FILLED = {"_assert_tensor_metadata", "full_like", "ones_like", "zeros_like", "new_zeros", "new_ones", "new_full"}  # knows only the shape of its input
-_ELEMENTWISE = {
-    **{name: name for name in ("abs", "cos", "exp", "log", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "sin", "sqrt")},
-    **{name: name for name in ("tanh", "silu", "add", "sub", "mul", "div", "maximum", "minimum", "pow", "clamp")},
-    **{name: name for name in ("where", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_not")},
-    "gelu": "gelu_tanh",
-    "logical_or": "logical_or",
-    "bitwise_and": "logical_and",
-}
-
-
 def _value(value: Any) -> Tensor:
     return value.value if isinstance(value, Live) else value if isinstance(value, Tensor) else torch.tensor(value)
-
-
-def _take(shape: Sequence[int], *dims: int) -> list[int]:
-    return [shape[dim] for dim in dims]
-
-
-def _contiguous(shape: Sequence[int]) -> list[int]:
-    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-
-
-def _merged(shape: Sequence[int], strides: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return the same walk over memory with as few dimensions as possible."""
-    found: list[tuple[int, int]] = []
-    for size, stride in zip(shape, strides, strict=True):
-        if size == 1:
-            continue
-        if found and found[-1][1] == size * stride:
-            found[-1] = (found[-1][0] * size, stride)
-        else:
-            found.append((size, stride))
-    return [size for size, _ in found], [stride for _, stride in found]
 
 
 def _map(value: Any, change: Callable[[Any], Any]) -> Any:
