@@ -39,7 +39,7 @@ def page(fm: FlowMap, title: str = "") -> str:
         UserError: A page cannot show the model.
     """
     check_page(fm)
-    rest = _rest(fm)
+    rest = rest_of_label(fm)
     shape = (1, *fm.info.shape)
     pixels = int(torch.tensor(shape).prod())
     x = (fm.base_std * 2**0.5 * (1 + 12.9898 * torch.arange(pixels, dtype=torch.float64)).sin()).float()
@@ -60,12 +60,9 @@ def page(fm: FlowMap, title: str = "") -> str:
         "probe": {"every": every, "expected": [round(v, 6) for v in expected[::every].tolist()]},
         "program": program,
     }
-    size = sum(p.numel() for p in fm.network.parameters())
-    channels, height, width = fm.info.shape
     values = {
         "title": html.escape(title or fm.info.data or "Samples"),
-        "facts": f"One network of {size / 1e6:.2g} million weights, pictures of {height} × {width} pixels"  # noqa: RUF001
-        f"{' in colour' if channels == 3 else ''}.",
+        "facts": facts(fm),
         "engine": (HERE / "engine.js").read_text(encoding="utf-8").strip(),
         "model": json.dumps(model, separators=(",", ":")).replace("<", "\\u003c"),
         "weights": base64.b64encode(weights).decode(),
@@ -76,6 +73,13 @@ def page(fm: FlowMap, title: str = "") -> str:
     return text
 
 
+def facts(fm: FlowMap) -> str:
+    """Return a sentence on the size of the network and of its pictures."""
+    size, (channels, height, width) = sum(p.numel() for p in fm.network.parameters()), fm.info.shape
+    colour = " in colour" if channels == 3 else ""
+    return f"One network of {size / 1e6:.2g} million weights, pictures of {height} × {width} pixels{colour}."  # noqa: RUF001
+
+
 def write_page(fm: FlowMap, path: Path, title: str = "") -> int:
     """Write ``page`` atomically, in place of one that flowmaps wrote; return its size in bytes."""
     content = page(fm, title).encode()
@@ -83,7 +87,7 @@ def write_page(fm: FlowMap, path: Path, title: str = "") -> int:
     return len(content)
 
 
-def _rest(fm: FlowMap) -> list[float]:
+def rest_of_label(fm: FlowMap) -> list[float]:
     """Return what follows the one-hot class in a label row: no augmentation, and the usual guidance."""
     config: Any = getattr(fm.network, "config", {})
     rest = [0.0] * config.get("augment_dim", 0)
