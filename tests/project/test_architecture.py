@@ -16,8 +16,10 @@ import flowmaps.objectives
 import samplers
 import training
 from flowmaps.cli.commands import COMMANDS
+from flowmaps.cli.export import STORAGE_NAMES
 from flowmaps.cli.run import COMMAND_OF
 from flowmaps.cli.sampling_flags import DTYPE_NAMES, SAMPLER_NAMES
+from flowmaps.deployment.onnx_files import STORAGE
 from flowmaps.metrics.classifier import CLASSIFIERS
 from flowmaps.metrics.scores import KID_SUBSET
 from flowmaps.objectives import OBJECTIVES
@@ -161,6 +163,7 @@ def test_flags_name_every_sampler_and_precision():
     """Literals in the flags, which are defined without torch, agree with the tables and the defaults."""
     assert SAMPLER_NAMES == list(samplers.SAMPLERS)
     assert DTYPE_NAMES == list(DTYPES)
+    assert STORAGE_NAMES == list(STORAGE)
     shown = run_script("scripts/fid.py", "--help", check=True).stdout
     assert f"Images in each of KID's subsets ['{KID_SUBSET}']" in shown
 
@@ -192,7 +195,9 @@ FLAGS = {
     "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
     "demo.py": {"workdir", "steps", "num"},
     "gpu_check.py": {"parts", "out", "minutes", "data", "device", "smoke"},
-    "export.py": {"checkpoint", "ema", "out", "name", "license", "results", "how", "push_to_hub", "picture"},
+    "export.py": {"checkpoint", "ema", "out", "name", "license", "results", "how", "push_to_hub", "picture"}
+    | {"onnx", "storage", "torch_export", "web", "space"},
+    "app.py": {"checkpoint", "reference", "root", "vae", "port"},
     "import_checkpoint.py": {
         *("format", "src", "out", "image_size", "heads", "prediction", "path", "guidance", "decoupled"),
         "base_std",
