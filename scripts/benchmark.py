@@ -16,6 +16,7 @@ python scripts/benchmark.py --suite=precision --threads=1
 python scripts/benchmark.py --suite=profile --threads=1
 python scripts/benchmark.py --suite=fid --num=512
 python scripts/benchmark.py --suite=folders --threads=1
+python scripts/benchmark.py --suite=deployment --threads=1
 
 Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n and euler@n are at n sampling steps.
 """
@@ -37,8 +38,8 @@ SUITE = flags.DEFINE_string(
     None,
     "bellman (step sizes), checkerboard, digits, guidance (baked in), learning (curves), mid_training (its gain for "
     "post-training), networks (time and memory of each objective), optimisers (curves), precision (errors of "
-    "derivatives), routes (of a constant derivative: time and memory), or timings: ema, fid, folders, layout, profile, "
-    "resume, sample, step",
+    "derivatives), routes (of a constant derivative: time and memory), or timings: deployment (runtimes), ema, fid, "
+    "folders, layout, profile, resume, sample, step",
 )
 ROWS = flags.DEFINE_list("rows", None, "Rows of the suite's config; of networks: small ones, or names of presets")
 RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning, optimisers")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks import guidance, initialisation, step_sizes
+from benchmarks import deployment, guidance, initialisation, step_sizes
 from benchmarks.derivatives import precision_errors, routes
 from benchmarks.folders import FOLDERS, folder_times
 from benchmarks.learning import best_rates, learning_scores, optimiser_curves, with_optimisers
@@ -178,6 +178,7 @@ _MAPS = ["flow_matching", "lagrangian"]
 SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "bellman": (bellman, step_sizes.ROWS),
     "checkerboard": (partial(trained, "configs/checkerboard.py", checkerboard_scores), _MAPS),
+    "deployment": (lambda args: several(partial(deployment.runtimes, num=args.num), args), deployment.MODELS),
     "digits": (partial(trained, "configs/digits.py", digits_scores), _MAPS),
     "ema": (partial(timed, ema_times), ["lagrangian"]),
     "fid": (fid, ["all"]),

@@ -61,9 +61,9 @@ def test_a_directory_of_graphs_with_their_facts(tmp_path, ending):
 @pytest.mark.parametrize("name", SMALL)
 def test_onnxruntime_agrees_with_pytorch(tmp_path, name):
     fm = small(name).eval()
-    for graph in graphs(fm):
-        agreement = write_onnx(graph, fm, tmp_path / f"{graph.name}.onnx")
-        assert agreement.difference <= (1e-4 * max(1, agreement.largest) if graph.output != "image" else 1)
+    velocity = graphs(fm)[0]
+    agreement = write_onnx(velocity, fm, tmp_path / "velocity.onnx")
+    assert agreement.difference <= 1e-4 * max(1, agreement.largest)
 
 
 @slow
@@ -108,6 +108,8 @@ def test_steps_with_the_velocity_graph_are_those_of_rollout(tmp_path, storage, m
     assert np.abs(y - expected.numpy()).max() <= most
     with torch.no_grad():
         images = one_step.module(x, label)
+    assert write_onnx(one_step, fm, tmp_path / "one_step.onnx").difference <= 1
+    with torch.no_grad():
         torch.testing.assert_close(images, to_uint8(rollout(fm, x, uniform_times(1), label)).permute(0, 2, 3, 1))
 
 

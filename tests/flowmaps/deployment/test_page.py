@@ -40,7 +40,7 @@ def test_engine_computes_what_pytorch_does(name):
     """At another point, label and pair of times than the program was traced with."""
     fm = small(name).eval()
     if name in DDPM:
-        with pytest.raises(UserError, match="does not know searchsorted: use --onnx and onnxruntime-web"):
+        with pytest.raises(UserError, match="does not know index: use --onnx and onnxruntime-web"):
             write_program(fm.network, given(fm, 0, 0.0, 1.0))
         return
     program, weights = write_program(fm.network, given(fm, 0, 0.0, 1.0)).packed(half=False)
