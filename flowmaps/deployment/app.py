@@ -43,7 +43,7 @@ class Sampling:
 
     @property
     def guided(self) -> bool:
-        """Whether the model takes a guidance weight."""
+        """True if the model takes a guidance weight."""
         info = self.fm.info
         return info.guidance_max is not None or (info.kind == "drift" and info.label_dropout > 0)
 
