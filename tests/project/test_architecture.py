@@ -125,6 +125,7 @@ def test_wheel_holds_packages_types_configs_commands_and_small_assets(tmp_path):
     assert "[console_scripts]\nflowmaps = flowmaps.cli.commands:main" in points
     assert {f"flowmaps/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")} <= names
     assert "flowmaps/assets/digits/network/diffusion_pytorch_model.safetensors" in names
+    assert {f"flowmaps/deployment/{name}" for name in ("engine.js", "page.html")} <= names
     assert {"flowmaps/py.typed", "samplers/py.typed", "training/py.typed"} <= names
     assert {f"flowmaps/assets/extractors/{name}.safetensors" for name in CLASSIFIERS} <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"flowmaps", "samplers", "training"}

@@ -11,6 +11,7 @@ from helpers.makers import write_vae
 from helpers.small_networks import LABELLED, SMALL, small
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
+from flowmaps.deployment import onnx_files
 from flowmaps.deployment.graphs import Agreement, graphs, write_graphs, write_pt2
 from flowmaps.deployment.onnx_files import quantised, runner, write_onnx
 from flowmaps.images import to_uint8
@@ -55,6 +56,13 @@ def test_a_directory_of_graphs_with_their_facts(tmp_path, ending):
     (out / "notes.txt").touch()
     with pytest.raises(UserError, match="flowmaps did not write"):
         write_graphs(fm, out, ending, write_pt2)
+
+
+def test_weights_beyond_the_limit_of_a_file_are_in_a_second_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_files, "LARGEST_FILE", 1000)
+    [line, _] = write_graphs(small("MLP").eval(), tmp_path / "out", "onnx", write_onnx)
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= {"velocity.onnx", "velocity.onnx.data"}
+    assert "differs from PyTorch by at most" in line
 
 
 @slow
@@ -190,8 +198,6 @@ def test_flags_that_do_not_fit_are_refused_in_one_line(flags, message):
 
 
 def test_missing_packages_are_named(monkeypatch):
-    from flowmaps.deployment import onnx_files
-
     monkeypatch.setattr(onnx_files, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UserError, match="needs onnxscript: pip install onnxscript"):
         onnx_files.check_installed()
