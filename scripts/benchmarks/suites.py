@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks import composition, guidance, initialisation, steering, step_sizes
+from benchmarks import composition, deployment, guidance, initialisation, steering, step_sizes
 from benchmarks.derivatives import precision_errors, routes
 from benchmarks.folders import FOLDERS, folder_times
 from benchmarks.learning import learning_scores, optimiser_curves, with_optimisers
@@ -183,6 +183,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "bellman": (bellman, step_sizes.ROWS),
     "checkerboard": (partial(trained, "configs/checkerboard.py", checkerboard_scores), _MAPS),
     "composition": (compositions, ["digits"]),
+    "deployment": (lambda args: several(partial(deployment.runtimes, num=args.num), args), deployment.MODELS),
     "digits": (partial(trained, "configs/digits.py", partial(image_scores, DIGITS)), _MAPS),
     "ema": (partial(timed, ema_times), ["lagrangian"]),
     "fashion_mnist": (partial(trained, "configs/fashion_mnist.py", partial(image_scores, GARMENTS)), _GARMENTS),
@@ -199,11 +200,8 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "resume": (partial(timed, resume_times), ["lagrangian"]),
     "routes": (partial(several, routes), list(COST_NETWORKS)),
     "sample": (partial(timed, sample_times), list(COST_NETWORKS)),
-<<<<<<< HEAD
-    "steering": (steered, steering.ROWS),
-=======
     "sources": (lambda args: timed(partial(source_times, num=args.num), args), list(SOURCES)),
->>>>>>> h-data
+    "steering": (steered, steering.ROWS),
     "step": (partial(timed, step_times), [*_MAPS, *(f"{row}+DiT" for row in _MAPS)]),
 }
 
