@@ -11,8 +11,8 @@ from flowmaps.data import DataSet, Latents, iterate
 from flowmaps.distributed import ALONE, Team
 from flowmaps.errors import within
 from flowmaps.evaluation import Reference, evaluate, open_reference
-from flowmaps.evaluation.evaluate import NotFinite
 from flowmaps.evaluation.samples import sample_batches
+from flowmaps.evaluation.scoring import NotFinite
 from flowmaps.metrics import board_kl, sliced_w2
 from flowmaps.metrics.classifier import own_file, read_own
 from flowmaps.metrics.extractors import EXTRACTORS, METRIC_OF, POINTS, load_extractor

@@ -27,8 +27,10 @@ METRICS = flags.DEFINE_list("metrics", [], "fid; on inception also kid, is, prc;
 KID = flags.DEFINE_integer("kid_subset", 1000, "Images in each of KID's subsets", lower_bound=2)
 REPEATS = flags.DEFINE_integer("repeats", 1, "Samplings, with consecutive seeds: mean and spread", 1, 1000)
 MAX_FID = flags.DEFINE_float("max_fid", None, "Exit with 1 if any distance is above this", lower_bound=0.0)
-MAX_REGRESSION = flags.DEFINE_string("max_regression", None, "Exit with 1 if any distance is above that in this record")
+MAX_REGRESSION = flags.DEFINE_string("max_regression", None, "Exit with 1 if any distance is worse than in this record")
 TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "By how much: 0.05 is 5 percent, 1 is twice as much", 0.0, 1.0)
+CONFIDENCE = flags.DEFINE_float("confidence", 0.99, "Of the test that a worsening is significant", 0.5, 0.999999)
+UPDATE = flags.DEFINE_bool("update_baseline", False, "Replace the record of --max_regression by this one: accept it")
 JSON = flags.DEFINE_string("json", None, "File for the record")
 JUNIT = flags.DEFINE_string("junit", None, "File for the verdicts as JUnit XML")
 MEMORISATION = flags.DEFINE_bool("memorisation", False, "Floor and nearest-neighbour distances (small data sets)")
@@ -41,8 +43,11 @@ def _check_idle_flags() -> None:
         for flag in (*SAMPLING.all(), REPEATS):
             if flag.present and flag is not SAMPLING.batch:  # also of images that are read
                 raise UserError("needs --checkpoint, not --samples: leave it out", flag.name, flag.value)
-    if TOLERANCE.present and not MAX_REGRESSION.value:
-        raise UserError("needs --max_regression: add it, or leave this out", "tolerance", TOLERANCE.value)
+    for flag in (TOLERANCE, CONFIDENCE, UPDATE):
+        if flag.present and not MAX_REGRESSION.value:
+            raise UserError("needs --max_regression: add it, or leave this out", flag.name, flag.value)
+        if flag.present and flag is not UPDATE and UPDATE.value:
+            raise UserError("has no effect with --update_baseline: leave it out", flag.name, flag.value)
     if KID.present and "kid" not in METRICS.value:
         raise UserError("needs kid among --metrics: add it, or leave this out", "kid_subset", KID.value)
 
@@ -65,14 +70,15 @@ def main() -> int:
     if MEMORISATION.value and not built_in(reference):
         raise UserError("--memorisation needs a data set with a held-out split, e.g. --reference=digits:heldout")
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
-    gate.check_outputs(JSON.value, JUNIT.value, summary)
+    baseline, updated = (None, MAX_REGRESSION.value) if UPDATE.value else (MAX_REGRESSION.value, None)
+    gate.check_outputs(JSON.value, JUNIT.value, summary, updated)
     check_extractor(EXTRACTOR.value, WEIGHTS.value)
     check_names(METRICS.value)
     for name, source in (("reference", reference), ("samples", SAMPLES.value)):
         if source:
             with blame(name, source):
                 check_source(source)
-    limits = gate.Limits.read(MAX_FID.value, MAX_REGRESSION.value, TOLERANCE.value)
+    limits = gate.Limits.read(MAX_FID.value, baseline, TOLERANCE.value, CONFIDENCE.value)
     everyone, keep = team(), needs_reference_features(METRICS.value)
     images = open_images(SAMPLES.value, ROOT.value, everyone) if SAMPLES.value else SAMPLING.load()
     size = model_size(images) if isinstance(images, FlowMap) else None
@@ -97,10 +103,11 @@ def main() -> int:
         root=ROOT.value,
         kid_subset=KID.value,
         memorisation=MEMORISATION.value,
+        errors=bool(JSON.value or MAX_REGRESSION.value),
         averages=SAMPLING.averages(),
         source=SAMPLES.value or SAMPLING.checkpoint.value or "",
         progress=True,
         team=everyone,
         before_sampling=limits.check,
     )
-    return 0 if everyone.rank else gate.finish(record, limits, JSON.value, JUNIT.value, summary)
+    return 0 if everyone.rank else gate.finish(record, limits, JSON.value, JUNIT.value, summary, updated)

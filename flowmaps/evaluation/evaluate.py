@@ -1,6 +1,5 @@
 """Score a model or images against a reference, with a record of every fact that moves the number."""
 
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from flowmaps import FlowMap, UserError
 from flowmaps.data import DataSet, iterate
-from flowmaps.distributed import ALONE, Team, pick_device
+from flowmaps.distributed import ALONE, Team
 from flowmaps.evaluation.record import Record, Row, describe
 from flowmaps.evaluation.references import (
     Reference,
@@ -22,10 +21,11 @@ from flowmaps.evaluation.references import (
     train_set_score,
 )
 from flowmaps.evaluation.samples import sample_batches
+from flowmaps.evaluation.scoring import score
 from flowmaps.evaluation.settings import Setting, sampling_settings
 from flowmaps.generate import Interval, nfe
 from flowmaps.images import to_uint8
-from flowmaps.labels import class_number
+from flowmaps.labels import class_number, labels_for
 from flowmaps.metrics import FeatureStats
 from flowmaps.metrics.extractors import POINTS
 from flowmaps.metrics.scores import (
@@ -33,19 +33,13 @@ from flowmaps.metrics.scores import (
     check_metrics,
     check_reference,
     distance_of,
-    needs_features,
     needs_reference_features,
-    scores,
 )
 from flowmaps.metrics.stats import check_comparable, pixels
 from flowmaps.run_weights import load_weights
 from samplers import Schedule
 
 Weights = Callable[[], Mapping[str, Tensor]]
-
-
-class NotFinite(UserError):
-    """A model's samples hold NaN or infinity."""
 
 
 def evaluate(
@@ -68,6 +62,7 @@ def evaluate(
     root: str | Path = "data",
     kid_subset: int = KID_SUBSET,
     memorisation: bool = False,
+    errors: bool = False,
     averages: Mapping[float | None, Weights] | None = None,
     source: str = "",
     progress: bool = False,
@@ -102,6 +97,8 @@ def evaluate(
         kid_subset: Images in each of KID's subsets.
         memorisation: Add the score of the training images (``floor``) and nearest-neighbour distances to each row; the
             reference must be a built-in data set of images.
+        errors: Add to each row the standard error (``se``), the bias and the influence of blocks of samples on the
+            Fréchet distance, which a gate compares. Keeps the features; from 100 samples on.
         averages: Weights to score in turn, by the decay of their average (None: raw weights). The model is left with
             the last ones.
         source: The model's or images' name in the record.
@@ -164,11 +161,12 @@ def evaluate(
     else:
         options = {**guided, "batch": batch, "progress": progress}
         samplings = _samplings(fm, settings, averages, seeds, team.split(num), options)
+    classes = labels_for(fm.info, num, guided["label"]) if fm else None
     rows = []
     for row, shares in samplings:
         if memorisation:
             shares[0] = kept = list(shares[0])
-        row |= _score(shares, num, reference, metrics, kid_subset, team)
+        row |= score(shares, num, reference, metrics, kid_subset, team, errors, classes)
         if memorisation:
             images = team.all_gather(torch.cat(kept))
             if not team.rank:
@@ -250,39 +248,9 @@ def _samplings(
 def _finite(batches: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
     """Yield points, or images rounded to uint8, up to the first batch with NaN or infinity.
 
-    Stopping instead of raising lets ``_score`` find too few samples in every process, and none waits for another.
+    Stopping instead of raising lets ``score`` find too few samples in every process, and none waits for another.
     """
     for x, _ in batches:
         if not bool(torch.isfinite(x).all()):
             return
         yield to_uint8(x) if x.ndim == 4 else x
-
-
-def _score(
-    samplings: Sequence[Iterable[Tensor]],
-    num: int,
-    reference: Reference,
-    metrics: Sequence[str],
-    kid_subset: int,
-    team: Team,
-) -> Row:
-    """Return the mean of each score over samplings, and their spread and values if there are several.
-
-    A sampling is this process's share of uint8 image batches. Only the first process gets scores.
-    """
-    found = []
-    for share in samplings:
-        mine = reference.extractor.stats(share, keep=needs_features(metrics))
-        stats = team.all_reduce_stats(mine)
-        if stats.n != num:
-            raise NotFinite("the model's samples hold NaN or infinity: nothing to score")
-        if not team.rank:
-            found.append(scores(stats, reference.stats, reference.extractor, metrics, kid_subset, pick_device()))
-    if not found:
-        return {}
-    values = {name: [scored[name] for scored in found] for name in found[0]}
-    row: Row = {name: statistics.mean(several) for name, several in values.items()}
-    if len(found) > 1:
-        row["spread"] = {name: (max(several) - min(several)) / 2 for name, several in values.items()}
-        row["repeats"] = found
-    return row

@@ -7,11 +7,13 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 from flowmaps.errors import UserError, blame
 from flowmaps.evaluation.record import ROW_KEY, Record, Row, read_record, table
 from flowmaps.files import WRITER, WRITTEN_BY, check_new_file, writable_directory, write_file, write_json
+from flowmaps.metrics.influence import SMALLEST_ERROR, paired_error
 
 # What two records must agree in before their distances can be compared.
 PROTOCOL = ("metric", "extractor", "num", "seeds", "label", "guidance", "guidance_interval", "gamma")
@@ -19,16 +21,50 @@ PROTOCOL = ("metric", "extractor", "num", "seeds", "label", "guidance", "guidanc
 
 @dataclass(frozen=True)
 class Verdict:
-    """The name of a row, its distance, and the reasons why it fails the gate, if it does."""
+    """The name of a row, its distance, the reasons why it fails the gate, if it does, and how it compares."""
 
     name: str
     value: float
     reasons: tuple[str, ...] = ()
+    comparison: str = ""  # with the baseline's row
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A distance, that of the baseline, and the standard error of their difference, None if it is not known."""
+
+    value: float
+    before: float
+    se: float | None
+
+    @classmethod
+    def of(cls, row: Row, old: Row, metric: str) -> "Difference":
+        """Compare two rows, block by block if both have the influence of their samples."""
+        value, before = float(row[metric]), float(old[metric])
+        now, then = (entry.get("influence", {}).get(metric) for entry in (row, old))
+        if not now or not then:
+            return cls(value, before, None)
+        return cls(value, before, max(paired_error(then, now), SMALLEST_ERROR * before))
+
+    def is_worse(self, confidence: float) -> bool:
+        """Tell whether the distance has grown, by more than chance explains if the standard error is known."""
+        if self.se is None:
+            return not self.value <= self.before
+        return not self.value - self.before <= NormalDist().inv_cdf(confidence) * self.se  # NaN is worse
+
+    def __str__(self) -> str:
+        change = self.value - self.before
+        error = "" if self.se is None else f" ± {self.se:.2g}"
+        share = f" ({change / self.before:+.1%})" if self.before else ""
+        return f"baseline {self.before:.4g}, difference {change:+.3g}{error}{share}"
 
 
 @dataclass(frozen=True)
 class Limits:
     """The limits of a distance: ``max_fid``, and (1 + ``tolerance``) times the distance in the record ``file``.
+
+    A distance above the second one fails if it is significantly above the record's, at the one-sided level
+    ``confidence`` of a paired test. Without standard errors in one of the two records every difference counts.
 
     Raises:
         UserError: A limit is not a finite number of at least 0, or the record is that of a run that failed its gate.
@@ -38,24 +74,27 @@ class Limits:
     file: str = ""
     tolerance: float = 0.0
     baseline: Record | None = None
+    confidence: float = 0.99
 
     def __post_init__(self) -> None:
         for field, value in (("max_fid", self.max_fid), ("tolerance", self.tolerance)):
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError("must be a number of at least 0", field=field, value=value)
+        if not 0.5 <= self.confidence < 1:
+            raise UserError("must be at least 0.5 and below 1", field="confidence", value=self.confidence)
         if self.baseline is not None and self.baseline.get("failed"):
             raise self._refusal(
                 f"was written by a run that failed its gate ({self.baseline['failed'][0]}): give the record that this "
-                "run was compared with, or accept these scores by writing the record again without a limit"
+                "run was compared with, or accept these scores with --update_baseline"
             )
 
     @classmethod
-    def read(cls, max_fid: float | None, file: str | None, tolerance: float) -> "Limits":
+    def read(cls, max_fid: float | None, file: str | None, tolerance: float, confidence: float = 0.99) -> "Limits":
         """Make limits from an upper bound and the record ``file`` of ``fid.py --json``, both optional."""
         if not file:
             return cls(max_fid)
         with blame("max_regression", file):
-            return cls(max_fid, file, tolerance, read_record(file))
+            return cls(max_fid, file, tolerance, read_record(file), confidence)
 
     def check(self, report: Record) -> None:
         """Refuse a baseline that is not comparable with ``report``, whose rows need no scores yet, or lacks a row."""
@@ -72,34 +111,43 @@ class Limits:
         if ours[known] != theirs[known]:
             raise self._refusal("was made with another reference: make it again")
         for row in report["results"]:
-            self.baseline_value(row, report["metric"])
+            self.baseline_row(row)
 
     def _refusal(self, reason: str) -> UserError:
         return UserError(reason, field="max_regression", value=self.file)
 
-    def baseline_value(self, row: Row, metric: str) -> float:
-        """Return the distance of the baseline's row with the same key as ``row``."""
+    def baseline_row(self, row: Row) -> Row:
+        """Return the baseline's row with the same key as ``row``."""
         assert self.baseline is not None
         for old in self.baseline["results"]:
             if _key(old) == _key(row):
-                return float(old[metric])
+                return dict(old)
         raise self._refusal(f"has no row for {name(row)}: make it again")
+
+    def _meaning(self, difference: Difference, worse: bool) -> str:
+        if difference.se is None:
+            return ", standard error unknown"
+        if not worse:
+            return ", no significant worsening"
+        return f", significantly worse (tolerance={self.tolerance:g})"
 
     def judge(self, report: Record) -> list[Verdict]:
         """Return a verdict on each row of ``report``."""
         metric, verdicts = report["metric"], []
         for row in report["results"]:
-            value, reasons = row[metric], []
+            value, reasons, comparison = row[metric], [], ""
             if self.max_fid is not None and not value <= self.max_fid:
                 reasons.append(f"{metric} {value:.4g} is above max_fid={self.max_fid:g}")
             if self.baseline is not None:
-                before = self.baseline_value(row, metric)
-                if not value <= (1 + self.tolerance) * before:  # NaN fails too
+                difference = Difference.of(row, self.baseline_row(row), metric)
+                worse = difference.is_worse(self.confidence)
+                if worse and not value <= (1 + self.tolerance) * difference.before:  # NaN fails too
                     reasons.append(
-                        f"{metric} {value:.4g} is more than tolerance={self.tolerance:g} above the {before:.4g} of "
-                        f"max_regression={self.file}"
+                        f"{metric} {value:.4g} is more than tolerance={self.tolerance:g} above the "
+                        f"{difference.before:.4g} of max_regression={self.file}: {difference}"
                     )
-            verdicts.append(Verdict(name(row), value, tuple(reasons)))
+                comparison = f"{difference}{self._meaning(difference, worse)}: {'failed' if reasons else 'passed'}"
+            verdicts.append(Verdict(name(row), value, tuple(reasons), comparison))
         return verdicts
 
 
@@ -120,9 +168,12 @@ def name(row: Row) -> str:
     return f"{row['sampler']}, {row['steps']} step{'s' * (row['steps'] > 1)}, {row['grid']}{average}"
 
 
-def check_outputs(json_file: str | None, junit_file: str | None, page: str | None) -> None:
+def check_outputs(
+    json_file: str | None, junit_file: str | None, page: str | None, baseline_file: str | None = None
+) -> None:
     """Refuse, before any work, files that ``finish`` could not write, or that are something else of flowmaps."""
-    for field, file, is_kind in (("json", json_file, _is_record), ("junit", junit_file, _is_junit)):
+    records = (("json", json_file, _is_record), ("max_regression", baseline_file, _is_record))
+    for field, file, is_kind in (*records, ("junit", junit_file, _is_junit)):
         if file:
             with blame(field, file):
                 target = check_new_file(Path(file))
@@ -147,25 +198,42 @@ def _is_junit(file: Path) -> bool:
     return b"<testsuites" in file.read_bytes()[:1000]
 
 
-def finish(report: Record, limits: Limits, json_file: str | None, junit_file: str | None, page: str | None) -> int:
-    """Print the results, write the files and return the exit code; the Markdown file ``page`` is appended to."""
+def finish(
+    report: Record,
+    limits: Limits,
+    json_file: str | None,
+    junit_file: str | None,
+    page: str | None,
+    baseline_file: str | None = None,
+) -> int:
+    """Print the results, write the files and return the exit code.
+
+    The Markdown file ``page`` is appended to. ``baseline_file`` gets the record unless a limit is exceeded.
+    """
     verdicts = limits.judge(report)
     failed = failures(verdicts)
     if json_file:  # of a failed run too, but marked, so that it never becomes a baseline, whatever it is copied to
         write_json(Path(json_file), report | ({"failed": failed} if failed else {}))
+    if baseline_file and not failed:
+        write_json(Path(baseline_file), report)
     if junit_file:
         write_file(Path(junit_file), junit(report, verdicts))
     if page:
         with Path(page).open("a") as file:
             file.write(summary(report, verdicts))
     print(table(report["results"]))  # once everything is on the disk
+    for verdict in verdicts:
+        if verdict.comparison:
+            print(f"{verdict.name}: {verdict.comparison}")
+    if baseline_file and not failed:
+        print(f"{baseline_file} is the new baseline")
     if failed:
         print(f"gate failed: {'; '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
 
 
 def junit(report: Record, verdicts: list[Verdict]) -> bytes:
-    """Return the verdicts as JUnit XML: one test case per row, facts of the record as properties."""
+    """Return the verdicts as JUnit XML: a test case per row, facts of the record as properties."""
     failed = sum(bool(verdict.reasons) for verdict in verdicts)
     counts = {"tests": str(len(verdicts)), "failures": str(failed), "errors": "0"}
     root = ET.Element("testsuites", counts)
@@ -176,9 +244,10 @@ def junit(report: Record, verdicts: list[Verdict]) -> bytes:
         ET.SubElement(properties, "property", name=key, value=str(value))
     for verdict in verdicts:
         case = ET.SubElement(suite, "testcase", classname=str(report["source"]), name=verdict.name)
-        for reason in verdict.reasons:
+        if verdict.reasons:
+            reason = "; ".join(verdict.reasons)
             ET.SubElement(case, "failure", message=reason).text = reason
-        ET.SubElement(case, "system-out").text = f"{report['metric']} {verdict.value!r}"
+        ET.SubElement(case, "system-out").text = f"{report['metric']} {verdict.value!r} {verdict.comparison}".strip()
     ET.indent(root)
     document: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
     return document
@@ -189,6 +258,7 @@ def summary(report: Record, verdicts: list[Verdict]) -> str:
     failed = failures(verdicts)
     facts = "\n".join(f"- {key}: {value}" for key, value in _facts(report).items())
     lines = "".join(f"- **{line}**\n" for line in failed)
+    lines += "".join(f"- {verdict.name}: {verdict.comparison}\n" for verdict in verdicts if verdict.comparison)
     title = f"{report['metric']} of {report['source']}: {'failed' if failed else 'passed'}"
     return f"### {title}\n\n{lines}\n{table(report['results'])}\n\n{facts}\n\n"
 

@@ -10,10 +10,11 @@ from typing import Any
 import flowmaps
 from flowmaps import FlowMap
 from flowmaps.distributed import pick_device
-from flowmaps.errors import UserError
+from flowmaps.errors import UserError, shorten
 from flowmaps.evaluation.references import Reference
 from flowmaps.files import WRITTEN_BY
 from flowmaps.markdown import markdown_table
+from flowmaps.metrics.influence import BLOCKS
 from flowmaps.reading import parse, read_json
 from flowmaps.vae import fingerprint
 
@@ -72,6 +73,9 @@ class _Row:
     times: list[float] = field(default_factory=list)
     spread: dict[str, float] = field(default_factory=dict)
     repeats: list[dict[str, float]] = field(default_factory=list)
+    se: dict[str, float] = field(default_factory=dict)  # standard error of a distance by its name
+    bias: dict[str, float] = field(default_factory=dict)
+    influence: dict[str, list[list[float]]] = field(default_factory=dict)  # of the blocks, a list for each seed
 
 
 def read_record(file: str | Path) -> Record:
@@ -83,7 +87,7 @@ def read_record(file: str | Path) -> Record:
     try:
         found: Record = read_json(file, "give a file that fid.py --json wrote")
         record = parse(_Record, found, "it")
-        keys = [_check_row(row, record.metric, f"results[{i}]") for i, row in enumerate(record.results)]
+        keys = [_check_row(row, record, f"results[{i}]") for i, row in enumerate(record.results)]
         if not keys or len(set(keys)) < len(keys):
             raise UserError("results has no rows, or two rows of the same name")
     except UserError as error:
@@ -93,12 +97,15 @@ def read_record(file: str | Path) -> Record:
     return found
 
 
-def _check_row(row: Row, metric: str, where: str) -> tuple[Any, ...]:
+def _check_row(row: Row, record: _Record, where: str) -> tuple[Any, ...]:
     known = {f.name for f in fields(_Row)}
     facts = parse(_Row, {name: value for name, value in row.items() if name in known}, where)
     scores = parse(dict[str, float], {name: value for name, value in row.items() if name not in known}, where)
-    if not scores.get(metric, -1) >= 0:
-        raise UserError(f"{where}: {metric} is missing or negative")
+    if not scores.get(record.metric, -1) >= 0:
+        raise UserError(f"{where}: {record.metric} is missing or negative")
+    for name, seeds in facts.influence.items():
+        if len(seeds) != max(len(record.seeds), 1) or any(len(blocks) != BLOCKS for blocks in seeds):
+            raise UserError(f"{where}: influence of {shorten(name, 40)} must have {BLOCKS} numbers for each seed")
     return tuple(getattr(facts, name) for name in ROW_KEY)
 
 
@@ -125,15 +132,24 @@ def describe(reference: Reference, fm: FlowMap | None, facts: dict[str, Any]) ->
     }
 
 
-HIDDEN = {"weights", "times", "spread", "repeats"}  # facts of a row that a table has no room for
+HIDDEN = {
+    "weights",
+    "times",
+    "spread",
+    "repeats",
+    "se",
+    "bias",
+    "influence",
+}  # facts of a row that a table has no room for
 
 
 def table(results: list[Row]) -> str:
-    """Return rows as Markdown, with the columns of the first one; mean ± half the range of repeated scores."""
+    """Return rows as Markdown, with the first one's columns: score ± half the range over seeds (standard error)."""
     columns = [name for name in results[0] if name not in HIDDEN]
     return markdown_table(columns, [[_cell(row, name) for name in columns] for row in results], aligned=True)
 
 
 def _cell(row: Row, name: str) -> str:
     text = f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name])
-    return f"{text} ± {row['spread'][name]:.2g}" if name in row.get("spread", {}) else text
+    text += f" ± {row['spread'][name]:.2g}" if name in row.get("spread", {}) else ""
+    return f"{text} ({row['se'][name]:.2g})" if name in row.get("se", {}) else text

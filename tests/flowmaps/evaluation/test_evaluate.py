@@ -13,10 +13,10 @@ from PIL import Image
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.data import iterate, open_dataset
 from flowmaps.evaluation import evaluate, open_reference
-from flowmaps.evaluation.evaluate import NotFinite
 from flowmaps.evaluation.record import read_record
 from flowmaps.evaluation.references import open_for_scoring
 from flowmaps.evaluation.samples import samples
+from flowmaps.evaluation.scoring import NotFinite
 from flowmaps.metrics import FeatureStats, board_kl
 from flowmaps.networks import UNet
 
