@@ -22,6 +22,7 @@ SAMPLES = flags.DEFINE_string("samples", None, "Folder or .npz of images to scor
 REFERENCE = flags.DEFINE_string("reference", None, "Data set NAME[:split], folder, or statistics (stats.py, EDM, ADM)")
 EXTRACTOR = flags.DEFINE_string("extractor", None, "Its name or file; by default the reference's own, else inception")
 WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor")
+POLICY = flags.DEFINE_string("label_policy", "balanced", "Classes of the samples: balanced, random, or a JSON list")
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
 METRICS = flags.DEFINE_list("metrics", [], "fid; on inception also kid, is, prc; kl for points [fid, for points kl]")
 KID = flags.DEFINE_integer("kid_subset", 1000, "Images in each of KID's subsets", lower_bound=2)
@@ -34,13 +35,13 @@ UPDATE = flags.DEFINE_bool("update_baseline", False, "Replace the record of --ma
 JSON = flags.DEFINE_string("json", None, "File for the record")
 JUNIT = flags.DEFINE_string("junit", None, "File for the verdicts as JUnit XML")
 MEMORISATION = flags.DEFINE_bool("memorisation", False, "Floor and nearest-neighbour distances (small data sets)")
-READS, WRITES = (*SAMPLING.reads, SAMPLES, REFERENCE, EXTRACTOR, WEIGHTS, MAX_REGRESSION), (JSON, JUNIT)
+READS, WRITES = (*SAMPLING.reads, POLICY, SAMPLES, REFERENCE, EXTRACTOR, WEIGHTS, MAX_REGRESSION), (JSON, JUNIT)
 
 
 def _check_idle_flags() -> None:
     """Refuse flags that would have no effect, most of all on a gate."""
     if SAMPLES.value:
-        for flag in (*SAMPLING.all(), REPEATS):
+        for flag in (*SAMPLING.all(), REPEATS, POLICY):
             if flag.present and flag is not SAMPLING.batch:  # also of images that are read
                 raise UserError("needs --checkpoint, not --samples: leave it out", flag.name, flag.value)
     for flag in (TOLERANCE, CONFIDENCE, UPDATE):
@@ -96,6 +97,7 @@ def main() -> int:
         sampler=SAMPLING.sampler.value,
         schedule=SAMPLING.schedule.value,
         label=SAMPLING.label.value,
+        label_policy=POLICY.value,
         guidance=SAMPLING.guidance.value,
         guidance_interval=SAMPLING.interval(),
         gamma=SAMPLING.gamma.value,

@@ -25,7 +25,7 @@ from flowmaps.evaluation.scoring import score
 from flowmaps.evaluation.settings import Setting, sampling_settings
 from flowmaps.generate import Interval, nfe
 from flowmaps.images import to_uint8
-from flowmaps.labels import class_number, labels_for
+from flowmaps.labels import BALANCED, RANDOM, class_number, label_policy_text, read_label_policy, sample_labels
 from flowmaps.metrics import FeatureStats
 from flowmaps.metrics.extractors import POINTS
 from flowmaps.metrics.scores import (
@@ -53,6 +53,7 @@ def evaluate(
     sampler: str | Sequence[str] | None = None,
     schedule: str | Schedule | Sequence[str | Schedule] = "stored",
     label: int | str | None = None,
+    label_policy: str | Path = "balanced",
     guidance: float | None = None,
     guidance_interval: Interval = None,
     gamma: float = 1.0,
@@ -86,7 +87,10 @@ def evaluate(
         sampler: One or several of ``flowmaps.generate.SAMPLERS``; by default the one that the model was trained for.
         schedule: One or several time grids: ``"stored"`` in the checkpoint (else uniform), ``"uniform"``, a schedule
             file or a ``Schedule``.
-        label: Class of all samples, by number or name; by default each class is as frequent as in the training data.
+        label: Class of all samples, by number or name; by default that of ``label_policy``.
+        label_policy: How samples get their classes: ``"balanced"``, each as frequent as in the training data in any
+            stretch of samples; ``"random"``, drawn with these probabilities by the seed; or a JSON file, a list with a
+            class for each sample.
         guidance: Guidance weight; by default, as its times, that of the authors of a published map, or none.
         guidance_interval: Times between which it applies, for a model that takes them.
         gamma: Share of the noise that the sampler ``"stochastic"`` renews per step.
@@ -130,11 +134,13 @@ def evaluate(
         guided |= fm.info.usual_guidance()
     if interval := guided["guidance_interval"]:
         guided["guidance_interval"] = list(interval)  # as a record in a file has it
-    settings = []
+    settings: list[Setting] = []
+    policy: str | Tensor = BALANCED
     if fm is not None:
         samplers = [fm.info.sampler] if sampler is None else _several(sampler)
         settings = sampling_settings(fm, _several(steps), samplers, _several(schedule), **guided)
         guided["label"] = None if label is None else class_number(fm.info, label)
+        policy = read_label_policy(fm.info, label_policy, num, label)
         if not seeds:
             raise UserError("give at least one", field="seeds", value="()")
     if isinstance(reference, Reference) and (extractor or weights):
@@ -151,6 +157,7 @@ def evaluate(
     if not team.rank:  # the other processes have no reference
         facts = {"source": source or str(fm_or_images) * isinstance(fm_or_images, str | Path), "num": num}
         facts |= {"seeds": list(seeds), **guided} if fm else {"seeds": [], **dict.fromkeys(guided)}
+        facts["label_policy"] = label_policy_text(policy) if fm else None
         record = describe(reference, fm, facts)
         if before_sampling:
             before_sampling(record | {"results": _planned(fm, settings, averages)})
@@ -159,9 +166,10 @@ def evaluate(
         assert data is not None
         samplings: Samplings = iter([({}, [(x for x, _ in iterate(data, team.split(num), batch))])])
     else:
-        options = {**guided, "batch": batch, "progress": progress}
+        options = {**guided, "label_policy": policy, "batch": batch, "progress": progress}
         samplings = _samplings(fm, settings, averages, seeds, team.split(num), options)
-    classes = labels_for(fm.info, num, guided["label"]) if fm else None
+    fixed = fm is not None and not (isinstance(policy, str) and policy == RANDOM)  # classes whatever the seed
+    classes = sample_labels(fm.info, 0, num, 0, guided["label"], policy) if fm and fixed else None
     rows = []
     for row, shares in samplings:
         if memorisation:

@@ -16,7 +16,7 @@ from flowmaps.files import WRITER, WRITTEN_BY, check_new_file, writable_director
 from flowmaps.metrics.influence import SMALLEST_ERROR, paired_error
 
 # What two records must agree in before their distances can be compared.
-PROTOCOL = ("metric", "extractor", "num", "seeds", "label", "guidance", "guidance_interval", "gamma")
+PROTOCOL = ("metric", "extractor", "num", "seeds", "label", "label_policy", "guidance", "guidance_interval", "gamma")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from flowmaps.distributed import pick_device
 from flowmaps.errors import UserError, shorten
 from flowmaps.evaluation.references import Reference
 from flowmaps.files import WRITTEN_BY
+from flowmaps.labels import BALANCED
 from flowmaps.markdown import markdown_table
 from flowmaps.metrics.influence import BLOCKS
 from flowmaps.reading import parse, read_json
@@ -56,6 +57,7 @@ class _Record:
     versions: dict[str, str]
     results: list[Row]
     guidance_interval: list[float] | None = None
+    label_policy: str | None = None  # of an earlier version's record of a model: balanced
     failed: list[str] = field(default_factory=list)  # reasons why the run that wrote it failed its gate
     written_by: str = ""
 
@@ -94,7 +96,7 @@ def read_record(file: str | Path) -> Record:
         reason = f"not a record of fid.py --json ({error}): write it again"
         raise UserError(reason, field="record", value=file) from None
     found.pop(WRITTEN_BY, None)
-    return found
+    return {"label_policy": BALANCED if record.seeds else None} | found
 
 
 def _check_row(row: Row, record: _Record, where: str) -> tuple[Any, ...]:

@@ -67,6 +67,28 @@ def test_a_class_by_name_is_recorded_by_its_number(place):
     assert named["label"] == 3 and named["results"] == numbered["results"]
 
 
+def test_label_policies(place, tmp_path):
+    """A file of the balanced labels gives the balanced scores; random ones do not depend on the batch."""
+    fm, reference = FlowMap.from_pretrained(place / "map"), str(place / "ref.npz")
+    (tmp_path / "labels.json").write_text(json.dumps([i % 10 for i in range(150)]))
+    made = {
+        (policy, batch): evaluate(fm, reference, num=120, label_policy=policy, batch=batch, errors=True)
+        for policy in ("balanced", "random", tmp_path / "labels.json")
+        for batch in (7, 120)
+    }
+    rows = {key: record["results"][0] for key, record in made.items()}
+    for policy in ("balanced", "random", tmp_path / "labels.json"):
+        one, other = rows[policy, 7], rows[policy, 120]
+        assert one["FD-digits"] == pytest.approx(other["FD-digits"], rel=1e-6)
+        assert one["se"]["FD-digits"] == pytest.approx(other["se"]["FD-digits"], rel=1e-4)
+    assert rows["balanced", 7] == rows[tmp_path / "labels.json", 7]
+    assert made["balanced", 7]["label_policy"] == "balanced" and made["random", 7]["label_policy"] == "random"
+    assert made[tmp_path / "labels.json", 7]["label_policy"].startswith("sha256:")
+    for policy, label, named in (("random", 3, "given label"), ("sorted", None, "balanced or random")):
+        with pytest.raises(UserError, match=named):
+            evaluate(fm, reference, num=120, label_policy=policy, label=label)
+
+
 def fid(place, *arguments, **options):  # {base} in an argument is the folder of the fixture
     return run_script("scripts/fid.py", *[a.format(base=place) for a in arguments], **options)
 

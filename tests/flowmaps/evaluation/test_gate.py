@@ -90,6 +90,7 @@ def test_a_gate_that_cannot_judge_exits_with_2(place):
     changes = {
         "another num": lambda r: r.update(num=50_000),
         "another seeds": lambda r: r.update(seeds=[7]),
+        "another label_policy": lambda r: r.update(label_policy="random"),
         "another extractor": lambda r: r["extractor"].update(weights="0"),
         "another metric": lambda r: r.update(metric="FID", results=[{**row, "FID": 1.0} for row in r["results"]]),
         "another reference": lambda r: r["reference"].update(content="0"),
@@ -295,6 +296,14 @@ def test_shipped_records_are_read(file):
     assert read_record(file)["results"]
 
 
+def test_a_record_of_an_earlier_version_was_balanced(tmp_path):
+    record = json.loads(RECORD.read_text())
+    record.pop("label_policy", None)
+    for seeds, policy in (([0], "balanced"), ([], None)):  # of a model, of images
+        (tmp_path / "r.json").write_text(json.dumps(record | {"seeds": seeds}))
+        assert read_record(tmp_path / "r.json")["label_policy"] == policy
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 @pytest.mark.parametrize("name", ["max_fid", "tolerance"])
 def test_limits_that_limit_nothing(name, value):
@@ -335,6 +344,7 @@ IDLE = {
     "num": ["--num=10"],
     "sampler": ["--sampler=euler"],
     "repeats": ["--repeats=2"],
+    "label_policy": ["--label_policy=random"],
 }
 
 
