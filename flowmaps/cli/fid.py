@@ -5,17 +5,23 @@ python scripts/fid.py --checkpoint=runs/digits --reference=heldout.npz --steps=1
 python scripts/fid.py --checkpoint=runs/cifar10 --reference=cifar10-train --metrics=fid,kid,is,prc --repeats=3
 python scripts/fid.py --checkpoint=runs/mine --reference=my/images --steps=1,4 --num=5000
 python scripts/fid.py --samples=samples/samples-4.npz --reference=digits:heldout
+python scripts/fid.py --from_record=fid.json
 
-Exit code: 0 scored and within the limits, 1 a limit exceeded, 2 not scored.
+Exit code: 0 scored and within the limits, 1 a limit exceeded or a record not repeated, 2 not scored.
 """
 
 import os
+import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from flowmaps.cli.run import required
 from flowmaps.cli.sampling_flags import SamplingFlags
 from flowmaps.errors import UserError, blame
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from flowmaps.evaluation.record import Record
 
 SAMPLING = SamplingFlags(num=50_000, several=True)
 SAMPLES = flags.DEFINE_string("samples", None, "Folder or .npz of images to score, instead of --checkpoint")
@@ -34,8 +40,12 @@ CONFIDENCE = flags.DEFINE_float("confidence", 0.99, "Of the test that a worsenin
 UPDATE = flags.DEFINE_bool("update_baseline", False, "Replace the record of --max_regression by this one: accept it")
 JSON = flags.DEFINE_string("json", None, "File for the record")
 JUNIT = flags.DEFINE_string("junit", None, "File for the verdicts as JUnit XML")
+FROM_RECORD = flags.DEFINE_string("from_record", None, "Repeat the evaluation of this record, say where it differs")
 MEMORISATION = flags.DEFINE_bool("memorisation", False, "Floor and nearest-neighbour distances (small data sets)")
-READS, WRITES = (*SAMPLING.reads, POLICY, SAMPLES, REFERENCE, EXTRACTOR, WEIGHTS, MAX_REGRESSION), (JSON, JUNIT)
+READS, WRITES = (
+    (*SAMPLING.reads, POLICY, SAMPLES, REFERENCE, EXTRACTOR, WEIGHTS, MAX_REGRESSION, FROM_RECORD),
+    (JSON, JUNIT),
+)
 
 
 def _check_idle_flags() -> None:
@@ -53,7 +63,34 @@ def _check_idle_flags() -> None:
         raise UserError("needs kid among --metrics: add it, or leave this out", "kid_subset", KID.value)
 
 
+# What a record cannot know about another machine; all else is as the record has it.
+ELSEWHERE = "checkpoint samples reference extractor weights root label_policy batch json".split()
+ELSEWHERE += ["vae", "vae_batch", "vae_tiling"]
+
+
+def _as_recorded() -> "Record | None":
+    """Set the flags to those of ``--from_record`` and return it, or None without one."""
+    if not FROM_RECORD.value:
+        return None
+    from flowmaps.evaluation.record import read_record
+    from flowmaps.evaluation.repeat import flags_of
+
+    for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__]) + SAMPLING.all():
+        if flag.present and flag.name not in (*ELSEWHERE, FROM_RECORD.name):
+            raise UserError("is as --from_record has it: leave it out", flag.name, flag.value)
+    with blame("from_record", FROM_RECORD.value):
+        record = read_record(FROM_RECORD.value)
+        given = flags_of(record)
+    for name, value in given.items():
+        if not flags.FLAGS[name].present:
+            flags.FLAGS[name].parse(value)
+    if (record["label_policy"] or "").startswith("sha256:") and not POLICY.present:
+        raise UserError("give the file of the labels: --from_record has only its hash", field="label_policy")
+    return record
+
+
 def main() -> int:
+    recorded = _as_recorded()
     # Cheap refusals come first, then those that open files, and all of them before anything is sampled.
     if (SAMPLING.checkpoint.value is None) == (SAMPLES.value is None):
         raise UserError("give either --checkpoint or --samples")
@@ -63,7 +100,7 @@ def main() -> int:
     from flowmaps import FlowMap
     from flowmaps.data.registry import check_source
     from flowmaps.distributed import team
-    from flowmaps.evaluation import evaluate, gate, open_reference
+    from flowmaps.evaluation import evaluate, gate, open_reference, repeat
     from flowmaps.evaluation.references import built_in, model_size, open_images
     from flowmaps.metrics.extractors import check_extractor
     from flowmaps.metrics.scores import check_names, distance_of, needs_reference_features
@@ -112,4 +149,8 @@ def main() -> int:
         team=everyone,
         before_sampling=limits.check,
     )
-    return 0 if everyone.rank else gate.finish(record, limits, JSON.value, JUNIT.value, summary, updated)
+    if everyone.rank:
+        return 0
+    if recorded:
+        return repeat.finish(recorded, record, FROM_RECORD.value or "", JSON.value)
+    return gate.finish(record, limits, JSON.value, JUNIT.value, summary, updated)

@@ -157,6 +157,7 @@ def evaluate(
     if not team.rank:  # the other processes have no reference
         facts = {"source": source or str(fm_or_images) * isinstance(fm_or_images, str | Path), "num": num}
         facts |= {"seeds": list(seeds), **guided} if fm else {"seeds": [], **dict.fromkeys(guided)}
+        facts |= {"kid_subset": kid_subset} if "kid" in metrics else {}
         facts["label_policy"] = label_policy_text(policy) if fm else None
         record = describe(reference, fm, facts)
         if before_sampling:

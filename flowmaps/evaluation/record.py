@@ -57,6 +57,7 @@ class _Record:
     versions: dict[str, str]
     results: list[Row]
     guidance_interval: list[float] | None = None
+    kid_subset: int | None = None  # of KID, if it was scored
     label_policy: str | None = None  # of an earlier version's record of a model: balanced
     failed: list[str] = field(default_factory=list)  # reasons why the run that wrote it failed its gate
     written_by: str = ""
@@ -99,9 +100,14 @@ def read_record(file: str | Path) -> Record:
     return {"label_policy": BALANCED if record.seeds else None} | found
 
 
+def row_facts(row: Row) -> set[str]:
+    """Return the keys of a row that are not scores."""
+    return row.keys() & {f.name for f in fields(_Row)}
+
+
 def _check_row(row: Row, record: _Record, where: str) -> tuple[Any, ...]:
-    known = {f.name for f in fields(_Row)}
-    facts = parse(_Row, {name: value for name, value in row.items() if name in known}, where)
+    known = row_facts(row)
+    facts = parse(_Row, {name: row[name] for name in known}, where)
     scores = parse(dict[str, float], {name: value for name, value in row.items() if name not in known}, where)
     if not scores.get(record.metric, -1) >= 0:
         raise UserError(f"{where}: {record.metric} is missing or negative")

@@ -185,7 +185,8 @@ FLAGS = {
     "fid.py": SAMPLING
     | SCORING
     | {"samples", "reference", "max_fid", "json", "memorisation", "metrics", "kid_subset"}
-    | {"repeats", "max_regression", "tolerance", "confidence", "update_baseline", "label_policy", "junit"},
+    | {"repeats", "max_regression", "tolerance", "confidence", "update_baseline", "junit"}
+    | {"from_record", "label_policy"},
     "schedule.py": {"checkpoint", "steps", "out", "store", "plot", "sampler", "cost", "noises", "seed", "fine"}
     | {"guidance", "batch", "reference", "num"},
     "train_extractor.py": {"data", "root", "size", "out", "epochs", "seed"},
