@@ -97,7 +97,8 @@ def read_record(file: str | Path) -> Record:
         reason = f"not a record of fid.py --json ({error}): write it again"
         raise UserError(reason, field="record", value=file) from None
     found.pop(WRITTEN_BY, None)
-    return {"label_policy": BALANCED if record.seeds else None} | found
+    found.setdefault("label_policy", BALANCED if record.seeds else None)
+    return found
 
 
 def row_facts(row: Row) -> set[str]:
