@@ -87,7 +87,6 @@ def imf() -> Config:
         IMFDiT, image_size=8, channels=1, patch=2, width=64, depth=4, head_depth=2, heads=2, num_classes=10
     )
     improve(config)
-    config.optim.clip = 0.0
     return config
 
 

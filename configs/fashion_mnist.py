@@ -52,7 +52,6 @@ def imf() -> Config:
         IMFDiT, image_size=32, channels=1, patch=4, width=256, depth=12, head_depth=6, heads=4, num_classes=10
     )
     improve(config)
-    config.optim.clip = 0.0
     return config
 
 

@@ -28,13 +28,14 @@ imf                  The same with its own network, whose conditions are tokens,
                      anew each step, float32, no clipping. Sample with --guidance=8 --guidance_interval=0.38,0.58 (XL/2
                      and, with 0.35,0.6, B/2), in two steps 4 and 0.36,0.64; L/2 and M/2 with 10.5, beyond what is
                      trained, and 0.4,0.6.
-pmf                  3.12 in one step, straight in pixels, with perceptual losses, which are not here: without them 9.56
-                     for 3.53 after 160 epochs (pixel MeanFlow, arXiv 2601.22158). B/16, the authors' file: batch 1024,
-                     320 epochs, Muon; their averages have half-lives of 2, 1 and 0.5 million images, which a rise over
-                     the run cuts short at first. Sample with --guidance=8.5 --guidance_interval=0.3,0.9. pmf_l16 (2.52;
-                     7 and 0.3,0.8) draws weights with density 1 / w^2. pmf_h16 (2.22; 7 and 0.4,0.8): noise of
-                     deviation 2, times with logits (0, 0.8) or for a tenth of the rows uniform, 360 epochs, averages of
-                     1, 2 and 0.5 million images.
+pmf                  3.12 in one step, straight in pixels, by pmf,perceptual, whose feature networks need weight files
+                     (docs/maths.md#perceptual-terms); without them 9.56 for 3.53 after 160 epochs (pixel MeanFlow,
+                     arXiv 2601.22158). B/16, the authors' file: batch 1024, 320 epochs, Muon; averages with half-lives
+                     of 2, 1 and 0.5 million images, at most a twentieth of those seen. Sample with --guidance=8.5
+                     --guidance_interval=0.3,0.9. pmf_l16 (2.52; 7 and 0.3,0.8) draws weights with density 1 / w^2 and
+                     samples the average of 1 million. pmf_h16 (2.22; 7 and 0.4,0.8): noise of deviation 2, times with
+                     logits (0, 0.8) or for a tenth of the rows uniform, 360 epochs, averages of 1, 2 and 0.5 million
+                     images.
                      prepare_data.py imagenet --src=ILSVRC/train --size=256 --out=data/imagenet256-images
 terminal_velocity    3.29 / 2.80 at weight 2, in 4 steps 1.99 at 1.75 (TVM, arXiv 2511.19797): the authors' file. Gaps
                      (-0.8, 1), then ends (-0.4, 1) on the paper's axis; 2,048 images per step, each with a row of the
@@ -98,7 +99,7 @@ from training.config import (
     Weight,
     preset,
 )
-from training.config_rows import Chain, decouple, improve, pixels, select, smoke
+from training.config_rows import Chain, decouple, improve, perceptual, pixels, select, smoke
 
 MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)  # of the latents, per channel
 SCALE = tuple(1 / std for std in (4.85503674, 5.31922414, 3.93725398, 3.9870003))
@@ -133,8 +134,7 @@ def improved(network: str = "dit-xl2-imagenet256") -> Config:
     config = base(ImprovedMeanFlow())
     config.network = preset(network)
     improve(config)
-    config.batch, config.steps = 1024, 800_000
-    config.optim.warmup, config.optim.clip = 12_500, 0.0
+    config.batch, config.steps, config.optim.warmup = 1024, 800_000, 12_500
     return config
 
 
@@ -150,12 +150,18 @@ def pmf(size: str, power: float = 1.0, **law: float) -> Config:
     config.data.root, config.network = "data/imagenet256-images", preset(f"pmf-{size}-imagenet256")
     pixels(config, power=power, **law)
     config.batch, config.steps, config.precision = 1024, 400_000, Precision.fp32
-    config.ema = (0.999645, 0.99929, 0.99858)
+    config.ema, config.ema_ramp = (0.999645, 0.99929, 0.99858), 0.05  # half-lives of 2, 1, 0.5 million images
+    return config
+
+
+def pmf_l16() -> Config:
+    config = pmf("l16", 2.0)
+    config.ema = (0.99929, 0.999645, 0.99858)
     return config
 
 
 def pmf_h16() -> Config:
-    config = pmf("h16", time_mean=0.0, uniform=0.1)
+    config = pmf("h16", time_mean=0.0, uniform=0.1, after=0.4)
     config.base_std, config.steps, config.ema = 2.0, 450_000, (0.99929, 0.999645, 0.99858)
     return config
 
@@ -225,7 +231,7 @@ ROWS: dict[str, Callable[[], Config | Chain]] = {
     "imf_m2": partial(imf, "m2"),
     "imf_b2": partial(imf, "b2"),
     "pmf": partial(pmf, "b16"),
-    "pmf_l16": partial(pmf, "l16", 2.0),
+    "pmf_l16": pmf_l16,
     "pmf_h16": pmf_h16,
     "terminal_velocity": terminal,
     "dmf": dmf,
@@ -238,4 +244,4 @@ ROWS: dict[str, Callable[[], Config | Chain]] = {
 
 def get_config(choice: str = "mean_flow") -> Config | Chain:
     small = partial(smoke, trajectory_steps=8, patch=8, width=32, depth=2, heads=2)
-    return select(choice, ROWS, {"smoke": small})
+    return select(choice, ROWS, {"smoke": small, "perceptual": perceptual})

@@ -21,11 +21,11 @@ Protocol as in EDM2: 50,000 samples, labels uniform, NVIDIA's Inception, its sta
 crop (img512.pkl, read as it is). No cost in GPU hours was found.
 imf            improved MeanFlow (arXiv 2512.02012) as configs/imagenet256.py:imf has it. Published at 256 alone:
                patches of 4 x 4 latents, for as many tokens, and the latents of this file are ours.
-pmf            3.70 in one step (pixel MeanFlow, arXiv 2601.22158), B/32, straight in pixels, noise of deviation 2,
-               as configs/imagenet256.py:pmf; sample with --guidance=6.5 --guidance_interval=0.3,0.9. pmf_l32 (2.75;
-               7.5 and 0.4,0.8): noise of 4, both times with logits (0, 0.8). Without the perceptual losses of both, so
-               worse. pmf_h32 (2.48; 5.5 and 0.4,0.9): noise of 4, those times or for a tenth of the rows uniform ones,
-               360 epochs, averages of 0.5, 1 and 2 million images.
+pmf            3.70 in one step (pixel MeanFlow, arXiv 2601.22158), B/32, straight in pixels, noise of deviation 2, as
+               configs/imagenet256.py:pmf; sample with --guidance=6.5 --guidance_interval=0.3,0.9. pmf_l32 (2.75; 7.5
+               and 0.4,0.8): noise of 4, both times with logits (0, 0.8). The figures need the variant perceptual.
+               pmf_h32 (2.48; 5.5 and 0.4,0.9): noise of 4, those times or for a tenth of the rows uniform ones, 360
+               epochs, averages of 0.5, 1 and 2 million images.
                prepare_data.py imagenet --src=ILSVRC/train --size=512 --out=data/imagenet512-images
 
 The latents have the scaling of EDM2's own training, whose VAE takes and gives pixels in [0, 1] (--vae_range=0,1; a set
@@ -49,7 +49,7 @@ from training.config import (
     Trajectories,
     preset,
 )
-from training.config_rows import Chain, improve, pixels, select, smoke
+from training.config_rows import Chain, improve, perceptual, pixels, select, smoke
 
 MEAN, STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)  # of the latents, per channel
 TEACHER = "teachers/edm2-xxl"
@@ -98,18 +98,18 @@ def imf() -> Config:
     return config
 
 
-def pmf(size: str, noise: float, time_mean: float, uniform: float = 0.0) -> Config:
+def pmf(size: str, noise: float, time_mean: float, **law: float) -> Config:
     config = base(ImprovedMeanFlow())
     config.data = Data(name="prepared", root="data/imagenet512-images", workers=4)
     config.network, config.base_std = preset(f"pmf-{size}-imagenet512"), noise
-    pixels(config, time_mean, uniform=uniform)
+    pixels(config, time_mean, **law)
     config.batch, config.steps, config.precision = 1024, 400_000, Precision.fp32
-    config.ema = (0.999645, 0.99929, 0.99858)
+    config.ema, config.ema_ramp = (0.999645, 0.99929, 0.99858), 0.05  # half-lives of 2, 1, 0.5 million images
     return config
 
 
 def pmf_h32() -> Config:
-    config = pmf("h32", 4.0, 0.0, uniform=0.1)
+    config = pmf("h32", 4.0, 0.0, uniform=0.1, after=0.4)
     config.steps, config.ema = 450_000, (0.99858, 0.99929, 0.999645)
     return config
 
@@ -118,7 +118,7 @@ ROWS: dict[str, Callable[[], Config | Chain]] = {
     "cmt": cmt,
     "imf": imf,
     "pmf": partial(pmf, "b32", 2.0, -0.8),
-    "pmf_l32": partial(pmf, "l32", 4.0, 0.0),
+    "pmf_l32": partial(pmf, "l32", 4.0, 0.0, after=0.4),
     "pmf_h32": pmf_h32,
 }
 
@@ -134,4 +134,4 @@ def get_config(choice: str = "cmt") -> Config | Chain:
         depth=2,
         heads=2,
     )
-    return select(choice, ROWS, {"smoke": small})
+    return select(choice, ROWS, {"smoke": small, "perceptual": perceptual})

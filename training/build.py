@@ -216,7 +216,7 @@ def _checkpoint_gradients(network: Any) -> None:
 def build_ema(config: Config, objective: Objective, network: torch.nn.Module, meta: torch.nn.Module) -> EMA:
     """Start the averages that are sampled, and the one that serves as teacher."""
     teaching = (objective.teacher_ema,) if objective.teacher_ema else ()
-    return EMA(network, tuple(dict.fromkeys((*config.ema, *teaching))), config.ema_widths, meta)
+    return EMA(network, tuple(dict.fromkeys((*config.ema, *teaching))), config.ema_widths, meta, config.ema_ramp)
 
 
 def build_loader(

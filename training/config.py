@@ -111,6 +111,7 @@ class Config:
     seed: int = 0
     shard: bool = may_change(False)  # shard weights, optimiser and averages over the processes (FSDP2) instead of DDP
     ema: tuple[float, ...] = (0.999,)  # decays of averages kept side by side; the first is sampled and exported
+    ema_ramp: float = 0.0  # largest half-life of ema, as a share of the steps so far; 0: decays rise in another way
     ema_widths: tuple[float, ...] = ()  # of power-function averages; their snapshots give any width afterwards
     timeout: int = may_change(1800)  # seconds that a process waits for the others
     snapshot_every: int = may_change(1000)
@@ -157,6 +158,8 @@ class Config:
             raise UserError("must be two numbers in [0, 1)", field="optim.betas", value=self.optim.betas)
         if self.optim.spike and not 1 < self.optim.spike < float("inf"):
             raise UserError("must be above 1, or 0 to skip no step", field="optim.spike", value=self.optim.spike)
+        if self.optim.nesterov and self.optim.name is not Optimizer.muon:
+            raise UserError("is for the AdamW beside Muon: set optim.name=muon", "optim.nesterov", True)
         if not self.sample_steps or min(self.sample_steps) < 1:
             raise UserError("must be step counts of at least 1", field="sample_steps", value=self.sample_steps)
 
@@ -184,6 +187,8 @@ class Config:
     def _check_averages(self) -> None:
         if not self.ema or not all(0 <= decay < 1 for decay in self.ema) or len(set(self.ema)) < len(self.ema):
             raise UserError("must be one or more different decays in [0, 1)", field="ema", value=self.ema)
+        if not 0 <= self.ema_ramp <= 1:
+            raise UserError("a share must lie in [0, 1]", field="ema_ramp", value=self.ema_ramp)
         if self.ema_widths and not (
             all(0 < width < WIDEST for width in self.ema_widths)
             and len(set(self.ema_widths)) == len(self.ema_widths) > 1

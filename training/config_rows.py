@@ -91,29 +91,39 @@ def improve(config: Config) -> ImprovedMeanFlow:
     """Make ``config`` a run of improved MeanFlow as published (arXiv 2512.02012), and return the objective.
 
     Half of the rows are diagonal, and they alone lose their label; c of the adaptive weight is 0.01; weights have a
-    density 1 / w on [1, 8], as in the authors' file for their B/2.
+    density 1 / w on [1, 8], as in the authors' file for their B/2; gradients are not clipped.
     """
     objective = ImprovedMeanFlow(diagonal=0.5, adaptive=1.0, guidance_max=8.0, guidance_interval=True)
     config.objective = objective
     config.network.guidance = config.network.guidance_interval = True
     config.data.label_dropout, config.data.dropout_rows = 0.1, DropoutRows.diagonal
+    config.optim.clip = 0.0
     return objective
 
 
-def pixels(config: Config, time_mean: float = -0.8, power: float = 1.0, uniform: float = 0.0) -> None:
+def pixels(
+    config: Config, time_mean: float = -0.8, power: float = 1.0, uniform: float = 0.0, after: float = 0.2
+) -> None:
     """Make ``config``, whose network is an IMFDiT, a run of pixel MeanFlow as published (arXiv 2601.22158).
 
-    Without its perceptual losses. Both times have logits (``time_mean``, 0.8), or in a share ``uniform`` of the rows
-    are uniform, and a diagonal row draws one; guidance weights have a density 1 / w^``power``: the defaults are those
-    of the files of B. Muon at 1e-3, without warm-up or clipping; the Adam beside it has Nesterov momentum there, and
-    none here.
+    ``perceptual`` adds its perceptual terms, in rows with s > ``after``. Both times have logits (``time_mean``, 0.8),
+    or in a share ``uniform`` of the rows are uniform, and a diagonal row draws one; guidance weights have a density 1 /
+    w^``power``: the defaults are those of the files of B. Muon at 1e-3, without warm-up or clipping, and beside it Adam
+    with Nesterov momentum.
     """
     objective = improve(config)
     objective.time_mean, objective.time_std = (time_mean, time_mean), (0.8, 0.8)
     objective.diagonal_draw, objective.end_floor, objective.guidance_power = DiagonalDraw.single, 0.05, power
-    objective.uniform_share = uniform
+    objective.uniform_share, objective.perceptual_after = uniform, after
     config.network.prediction, config.network.rotation = "data", "grid"
-    config.optim = Optim(name=Optimizer.muon, lr=1e-3, betas=(0.9, 0.95), warmup=0, clip=0.0)
+    config.optim = Optim(name=Optimizer.muon, lr=1e-3, betas=(0.9, 0.95), nesterov=True, warmup=0, clip=0.0)
+
+
+def perceptual(config: Config) -> None:
+    """Add the perceptual terms of pixel MeanFlow with their published weights; the networks' files are flags."""
+    if not isinstance(config.objective, ImprovedMeanFlow):
+        raise UserError("the variant perceptual is for rows of improved_mean_flow, such as pmf")
+    config.objective.lpips, config.objective.convnext = 0.4, 0.1
 
 
 def smoke(config: Config, batch: int = 16, trajectory_steps: int | None = None, **network: Any) -> None:

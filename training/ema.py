@@ -12,8 +12,8 @@ from flowmaps.posthoc_ema import exponent
 from training.fsdp import copy_into_shard, full_tensor, local
 
 
-def _exponential(decay: float, step: int) -> float:
-    return min(decay, (1 + step) / (10 + step))
+def _exponential(decay: float, ramp: float, step: int) -> float:
+    return min(decay, 0.5 ** (1 / (ramp * step)) if ramp else (1 + step) / (10 + step))
 
 
 def _power(gamma: float, step: int) -> float:
@@ -24,11 +24,12 @@ class EMA:
     """Several moving averages of one network: shadow <- shadow + (1 - d) (weights - shadow), in float32.
 
     Each of ``decays`` rises as (1 + n) / (10 + n) over the first n updates up to its own value, so that the average of
-    a short run does not contain its initialisation. Each of ``widths`` is the relative standard deviation of a
-    power-function average (``exponent``): d = (1 - 1 / n)^(gamma + 1), which gives the weights of step k after n steps
-    the share (k / n)^(gamma + 1) - ((k - 1) / n)^(gamma + 1). Averages have names: "0.999", "width-0.05". The live
-    weights are never swapped. If the network is sharded, each process averages its part, and ``state``,
-    ``load_state_dict`` and ``network``, which deal with full weights, are collective calls.
+    a short run does not contain its initialisation, or with a ``ramp`` as (1/2)^(1 / (ramp n)): the half-life is then
+    at most that share of the steps so far. Each of ``widths`` is the relative standard deviation of a power-function
+    average (``exponent``): d = (1 - 1 / n)^(gamma + 1), which gives the weights of step k after n steps the share (k /
+    n)^(gamma + 1) - ((k - 1) / n)^(gamma + 1). Averages have names: "0.999", "width-0.05". The live weights are never
+    swapped. If the network is sharded, each process averages its part, and ``state``, ``load_state_dict`` and
+    ``network``, which deal with full weights, are collective calls.
     """
 
     def __init__(
@@ -37,12 +38,13 @@ class EMA:
         decays: tuple[float, ...],
         widths: tuple[float, ...] = (),
         meta: nn.Module | None = None,
+        ramp: float = 0.0,
     ) -> None:
         """``meta``: the ``meta_copy`` of the network from before it was sharded, if it was.
 
         What ``for_sampling`` of the network leaves out has no average.
         """
-        self.rates: dict[str, Callable[[int], float]] = {str(d): partial(_exponential, d) for d in decays}
+        self.rates: dict[str, Callable[[int], float]] = {str(d): partial(_exponential, d, ramp) for d in decays}
         self.rates |= {f"width-{w}": partial(_power, exponent(w)) for w in widths}
         self.meta = meta_copy(network) if meta is None else meta
         kept = self.meta.state_dict()

@@ -120,7 +120,7 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
         if theirs != ours:
             raise refused(f"has {name} {theirs}, this run {ours}")
     _check_latents("teacher", config.teacher, teacher, fm)
-    if teacher.info.guidance and objective.diagonal:  # one conditioned on the weight teaches its drift of weight 1
+    if teacher.info.guidance and objective.diagonal:  # of one conditioned on the weight, the drift of weight 1 is taken
         raise refused("has guidance baked in, this run's diagonal has none: set objective.diagonal=0")
     if teacher.info.guidance:  # without a diagonal, all that is learned comes from the teacher
         fm.info = replace(fm.info, guidance=teacher.info.guidance)

@@ -98,6 +98,9 @@ def check_fit(section: NetworkSection, objective: Objective) -> None:
         if getattr(section, option, False) != given:
             reason = f"needs network.{option}={given}: the network is conditioned on it, or not"
             raise UserError(reason, field=f"objective.{name}", value=getattr(objective, name))
+    if isinstance(objective, ImprovedMeanFlow) and objective.perceptual and not getattr(section, "second_head", False):
+        name = next(iter(objective.perceptual))
+        raise UserError("needs network.second_head=True", field=f"objective.{name}", value=getattr(objective, name))
     if getattr(section, "second_head", False) and not isinstance(objective, ImprovedMeanFlow):
         raise UserError("only ImprovedMeanFlow trains it: set it to False", field="network.second_head", value=True)
 

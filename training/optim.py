@@ -26,9 +26,14 @@ def build_optimizer(config: Optim, module: LossModule) -> torch.optim.Optimizer:
     return _adamw(config, parameters)
 
 
-def _adamw(config: Optim, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    """Create AdamW, fused where torch has that: one kernel per step. RAdam has no fused form."""
+def _adamw(config: Optim, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Create AdamW, fused where torch has that: one kernel per step. RAdam and NAdam have no such form.
+
+    torch's NAdam warms its momentum up from half of the first beta. The large ``momentum_decay`` ends that at once.
+    """
     options: Any = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.nesterov:
+        return torch.optim.NAdam(parameters, momentum_decay=1e6, decoupled_weight_decay=True, **options)
     return torch.optim.AdamW(parameters, fused={p.device.type for p in parameters} <= {"cpu", "cuda"}, **options)
 
 

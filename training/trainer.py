@@ -107,10 +107,11 @@ class Trainer:
         optimizer = build_optimizer(config.optim, module)
         wrapped = accelerator.prepare_model(module, evaluation_mode=config.shard)  # i.e. no DDP around FSDP
         ema = build_ema(config, objective, fm.network, meta)
+        objective.check_samples(data.shape, accelerator.device)
         paths = None
         if isinstance(objective, TrajectoryObjective):
             paths = build_trajectory_source(config, objective, fm, module.teacher, data)
-            objective.check(data.shape, paths.times, accelerator.device)
+            objective.check_times(paths.times)
         loader = build_loader(config, accelerator, data, paths, size)
         precision = step_precision(config, objective, accelerator.device)
         return cls(

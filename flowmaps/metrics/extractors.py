@@ -18,7 +18,7 @@ import flowmaps
 from flowmaps.errors import UserError, blame, shorten
 from flowmaps.files import sha256
 from flowmaps.images import from_uint8
-from flowmaps.metrics.classifier import CLASSIFIERS, SUFFIX, ClassifierOptions, read_own
+from flowmaps.metrics.classifier import CLASSIFIERS, SUFFIX, Classifier, ClassifierOptions, read_own
 from flowmaps.metrics.stats import INCEPTION_DIM, FeatureStats, Origin, pixels
 from flowmaps.tensors import check_shapes, read_header, read_tensors
 
@@ -92,12 +92,17 @@ def _shipped(name: str, weights: Path | None, device: torch.device) -> Extractor
         raise UserError(f"not a weight file of {name!r}: {error}", field="weights", value=weights) from None
 
 
-def _classifier(name: str, options: ClassifierOptions, file: Path, device: torch.device) -> Extractor:
+def read_classifier(name: str, options: ClassifierOptions, file: Path) -> Classifier:
+    """Return the classifier with the weights of ``file``, on the CPU in eval mode; errors name the extractor."""
     with torch.device("meta"):
         network = options.build()
     check_shapes(network, read_header(file, "give another file")[0], file, f"the extractor {name}")
     network.to_empty(device="cpu").load_state_dict(read_tensors(file, "give another file"))
-    network.to(device).eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)
+
+
+def _classifier(name: str, options: ClassifierOptions, file: Path, device: torch.device) -> Extractor:
+    network = read_classifier(name, options, file).to(device)
     shape = (options.channels, options.size, options.size)
 
     def embed(images: Tensor) -> Tensor:

@@ -95,7 +95,8 @@ class _Lpips(nn.Module):
 
 def _unit(features: Tensor) -> Tensor:
     """Features [n, C, H, W] of length 1 at each position."""
-    return features / ((features**2).sum(dim=1, keepdim=True).sqrt() + 1e-10)
+    length: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)  # whose gradient at 0 is 0
+    return features / (length + 1e-10)
 
 
 def untrained() -> _Lpips:

@@ -34,7 +34,8 @@ class Draws(NamedTuple):
 
     ``gamma`` [B], uniform on [0, 1], is for methods that need one more number per row; some put a schedule there, with
     None where it has ended. ``guidance`` [B] holds the weights of baked-in guidance, None without. ``told`` is
-    (w, low, high) [B, 3] if the network is conditioned on all three.
+    (w, low, high) [B, 3] if the network is conditioned on all three. ``crop`` is (top, left, height, width) [B, 4] in
+    pixels if images are compared after random crops.
     """
 
     x0: Tensor
@@ -43,6 +44,7 @@ class Draws(NamedTuple):
     gamma: Tensor | None
     guidance: Tensor | None = None
     told: Tensor | None = None
+    crop: Tensor | None = None
 
 
 class Segments(NamedTuple):
@@ -153,6 +155,9 @@ class Objective:
         """Return a validated copy for a run of ``steps`` training steps."""
         return replace(self)
 
+    def check_samples(self, shape: tuple[int, ...], device: torch.device) -> None:
+        """Refuse, before any training, samples of ``shape`` or weight files that the objective cannot take."""
+
     def diagonal_rows(self, batch_size: int) -> int:
         """Return how many rows of a batch have s = t."""
         return math.floor(self.diagonal * batch_size + 1e-9)  # 0.29 * 100 is 28.999...
@@ -194,12 +199,7 @@ class Objective:
         return self.loss(fm, x1, label, draws, teacher=teacher, weight=weight)
 
     def prepare(
-        self,
-        fm: FlowMap,
-        batch: Tensor | Trajectory,
-        label: Tensor | None,
-        generator: torch.Generator,
-        step: int = 0,
+        self, fm: FlowMap, batch: Tensor | Trajectory, label: Tensor | None, generator: torch.Generator, step: int = 0
     ) -> tuple[Tensor, Tensor | None, Draws | Segments]:
         """Return the arguments of ``loss``: data x1 [B, ...], their label, and the random part."""
         if isinstance(batch, Trajectory):
@@ -254,7 +254,7 @@ class Objective:
         losses = self.row_losses(fm, x1, label, draws, teacher, terms)
         residuals = terms.pop("residuals", losses).detach()
         losses = self.adapted(losses, draws, x1[0].numel())
-        residuals, losses = (residuals, losses) if losses.ndim == 1 else (residuals[0], losses.sum(dim=0))  # two heads
+        residuals, losses = (residuals, losses) if losses.ndim == 1 else (residuals[0], losses.sum(dim=0))  # several
         if weight is not None:  # exp(-w) |r|^2 + w: w learns the log of the residual's variance
             w = weight(draws.s, draws.t)
             c = getattr(weight, "log_floor", 0.0)
@@ -282,8 +282,8 @@ class Objective:
     ) -> Tensor:
         """Return the unweighted loss of each row [B], and put what to log into ``terms``.
 
-        [2, B] if a row has two losses, each with its own weight; the log shows residuals of the first. Where the loss
-        is more than the mean squared residual, ``terms["residuals"]`` [B] is that. ``draws`` is what ``prepare``
+        [n, B] if a row has n losses, each with its own weight; the log shows residuals of the first. Where the loss is
+        more than the mean squared residual, ``terms["residuals"]`` [B] is that. ``draws`` is what ``prepare``
         returned: ``Draws`` for data, ``Segments`` for trajectories.
         """
         raise NotImplementedError

@@ -9,14 +9,15 @@ from torch import Tensor
 from flowmaps.derivatives import pair_jvp
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
-from flowmaps.objectives.base import mean_square, new_option, rms
+from flowmaps.objectives.base import Draws, mean_square, new_option, rms
 from flowmaps.objectives.eulerian import MeanFlow, Velocity
+from flowmaps.objectives.perceptual import PerceptualTerms
 from flowmaps.objectives.self_distillation import OffDiagonalBatch
 from samplers.callables import Drift, expand
 
 
 @dataclass
-class ImprovedMeanFlow(MeanFlow):
+class ImprovedMeanFlow(PerceptualTerms, MeanFlow):
     """MeanFlow along the model's own velocity: a regression of V = v - (t - s) sg[d_s v + grad v . q] on dI_s/ds.
 
     Geng et al. 2025 (arXiv 2512.02012). q is v_{s,s}, or of a network with a second head (``IMFDiT``) that head at
@@ -42,6 +43,24 @@ class ImprovedMeanFlow(MeanFlow):
             raise UserError("is for the linear path only", field="end_floor", value=self.end_floor)
         return velocity * expand(((1 - s) / self.end_floor).clamp(max=1), velocity)
 
+    def row_losses(
+        self,
+        fm: FlowMap,
+        x1: Tensor,
+        label: Tensor | None,
+        draws: Draws,
+        teacher: Drift | None,
+        terms: dict[str, Tensor],
+    ) -> Tensor:
+        losses = super().row_losses(fm, x1, label, draws, teacher, terms)
+        parts = [terms.pop(name) for name in ("v_diagonal", "v_off_diagonal") if name in terms]
+        if not self.perceptual:
+            return losses
+        if not parts:
+            name = next(iter(self.perceptual))
+            raise UserError("needs a network with a second head", field=name, value=getattr(self, name))
+        return torch.cat([losses, self.perceptual_losses(fm, x1, draws, torch.cat(parts), terms)])
+
     def own_drift(self, fm: FlowMap) -> Drift:
         network: Any = fm.network
         if not has_second_head(fm):
@@ -59,7 +78,9 @@ class ImprovedMeanFlow(MeanFlow):
         if not has_second_head(fm):
             return super().drift_losses(fm, x, s, label, velocity, terms)
         network: Any = fm.network
-        losses = torch.stack([mean_square(v - velocity) for v in network.pair(x, s, s, label)])
+        v, second = network.pair(x, s, s, label)
+        losses = torch.stack([mean_square(y - velocity) for y in (v, second)])
+        terms["v_diagonal"] = v  # for the perceptual terms
         terms["diagonal"], terms["second_diagonal"] = losses.detach().mean(dim=1)
         return losses
 
@@ -73,7 +94,7 @@ class ImprovedMeanFlow(MeanFlow):
         compound = v - expand(batch.t - batch.s, batch.x) * dv
         losses = torch.stack([mean_square(y - target) for y in (compound, second)])
         terms["off_diagonal"], terms["second_off_diagonal"] = losses.detach().mean(dim=1)
-        terms["jvp_norm"] = rms(dv)
+        terms["v_off_diagonal"], terms["jvp_norm"] = v, rms(dv)
         return losses
 
 

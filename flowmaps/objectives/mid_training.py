@@ -72,7 +72,7 @@ class MidTraining(TrajectoryObjective):
             j = torch.where(uniform[1] < self.to_end, j, later)
         return row, j
 
-    def check(self, shape: tuple[int, ...], times: Tensor, device: torch.device) -> None:
+    def check_samples(self, shape: tuple[int, ...], device: torch.device) -> None:
         if self.distance is Distance.lpips:
             if len(shape) != 3:
                 raise UserError("compares images, but these samples are points", field="distance", value="lpips")

@@ -101,7 +101,7 @@ class Straightening(TrajectoryObjective):
         shares = shares.to(path.states, non_blocking=True).view(-1, *[1] * (path.states.ndim - 1))
         return torch.lerp(path.states[:1], path.states[-1:], shares)
 
-    def check(self, shape: tuple[int, ...], times: Tensor, device: torch.device) -> None:
+    def check_times(self, times: Tensor) -> None:
         self.segments(times)
 
     def residual(self, fm: FlowMap, segments: Segments, x_t: Tensor, label: Tensor | None) -> Tensor:

@@ -77,5 +77,5 @@ class TrajectoryObjective(Objective):
         """Return the loss of each residual: [n, ...] -> [n]."""
         return mean_square(residual)
 
-    def check(self, shape: tuple[int, ...], times: Tensor, device: torch.device) -> None:
-        """Refuse, before any training, samples of ``shape``, times or weight files that the objective cannot take."""
+    def check_times(self, times: Tensor) -> None:
+        """Refuse, before any training, times of trajectories that the objective cannot take."""

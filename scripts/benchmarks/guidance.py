@@ -4,14 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load_model
 
 from flowmaps import FlowMap, UserError
 from flowmaps.evaluation import evaluate, open_reference
 from flowmaps.evaluation.samples import sample_batches
 from flowmaps.images import from_uint8, to_uint8
 from flowmaps.metrics.classifier import CLASSIFIERS
-from flowmaps.metrics.extractors import extractor_file
+from flowmaps.metrics.extractors import extractor_file, read_classifier
 from samplers import uniform_times
 from training.config_rows import load_row
 from training.trainer import Trainer
@@ -26,9 +25,7 @@ WEIGHTS, STEPS = (1.0, 2.0, 4.0), (1, 4)
 
 def guidance_scores(fm: FlowMap, num: int) -> dict[str, float]:
     """Return FD-digits and the share of the asked digit, in %, of ``num`` samples for each weight and step count."""
-    network = CLASSIFIERS["digits"].build()
-    load_model(network, extractor_file("digits"))
-    network.eval()
+    network = read_classifier("digits", CLASSIFIERS["digits"], extractor_file("digits"))
     heldout = open_reference("digits:heldout", device=torch.device("cpu"))
     scores = {}
     for weight in WEIGHTS:

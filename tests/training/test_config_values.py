@@ -175,6 +175,7 @@ FLAGS = {
     "--config.network=build": "--config.network: this is a section",
     "--config.data.rooot=x": "--config.data.rooot: Data has no such field",
     "--config.ema=abc": "--config.ema=abc: must be finite numbers",
+    "--config.ema_ramp=2": r"--config.ema_ramp=2.0: a share must lie in \[0, 1\]",
     "--config.ema=": "--config.ema=.*: must be one or more",
     "--config.batch=99999999999999999999": "--config.batch=99999999999999999999: must be at most",
 }

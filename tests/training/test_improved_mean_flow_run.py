@@ -12,6 +12,7 @@ from helpers.runs import assert_same, weights
 from helpers.small_networks import small
 
 from configs.digits import get_config
+from configs.imagenet256 import get_config as imagenet256
 from flowmaps import FlowMap, UserError
 from flowmaps.evaluation.evaluate import evaluate
 from flowmaps.evaluation.gate import Limits
@@ -19,9 +20,12 @@ from flowmaps.evaluation.settings import sampling_settings
 from flowmaps.flow_map import FlowMapInfo
 from flowmaps.generate import generate
 from flowmaps.networks.conditioning import with_guidance
+from flowmaps.objectives import perceptual
 from flowmaps.pipeline import FlowMapPipeline
 from flowmaps.run_weights import list_checkpoints, take_weights
 from samplers import Schedule, uniform_times
+from training.config_rows import perceptual as add_perceptual
+from training.forecast.forecast import forecast
 from training.loop import train
 from training.trainer import Trainer
 
@@ -50,6 +54,56 @@ def test_a_resumed_run_is_bit_equal_and_averages_are_without_the_second_head(run
     assert torch.equal(fm.network.head[1].weight, trained["head.1.weight"])
     logged = [json.loads(line) for line in (run / "whole" / "log.jsonl").read_text().splitlines()][-1]
     assert {"diagonal", "off_diagonal", "second_diagonal", "second_off_diagonal"} <= logged.keys()
+
+
+def test_perceptual_terms_and_ramped_averages_are_logged_and_resumed_bit_equal(tmp_path, monkeypatch):
+    """With toy features; the crops come from the step's own draws."""
+    for name in ("lpips", "convnext"):
+        monkeypatch.setattr(perceptual, name, lambda *given: lambda y, x: (y - x).square().flatten(1).mean(dim=1))
+    config = get_config("pmf,smoke")
+    add_perceptual(config)
+    config.objective.convnext_weights, config.ema, config.ema_ramp = "given", (0.9, 0.5), 0.5
+    config.steps, config.batch, config.checkpoint_every, config.log_every, config.sample_every = 4, 8, 2, 2, 4
+    train(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(list_checkpoints(tmp_path / "parts")[-1])
+    train(config, tmp_path / "parts")
+    for file in ("network", "optimizer", "ema-0.9", "ema-0.5"):
+        assert_same(weights(tmp_path / "whole", file), weights(tmp_path / "parts", file))
+    fm = FlowMap.from_pretrained(tmp_path / "whole")
+    for decay in ("0.9", "0.5"):
+        take_weights(fm, str(tmp_path / "whole"), decay)
+        averaged = weights(tmp_path / "whole", f"ema-{decay}")["head.1.weight"]
+        assert fm.info.ema == float(decay) and torch.equal(fm.network.head[1].weight, averaged)
+    logged = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()][-1]
+    assert logged["lpips"] == logged["convnext"] > 0
+    trainer, other = Trainer.build(config), Trainer.build(config)
+    other.module.objective.lpips = 0.0
+    assert trainer.step(0)["loss"] > other.step(0)["loss"]
+
+
+def test_a_variant_adds_perceptual_terms_where_they_fit():
+    config = imagenet256("pmf_h16,perceptual")
+    assert config.ema_ramp == 0.05 and config.ema[0] == pytest.approx(0.5 ** (1024 / 1e6), abs=1e-5)
+    assert (config.objective.lpips, config.objective.convnext, config.objective.perceptual_after) == (0.4, 0.1, 0.4)
+    with pytest.raises(UserError, match=r"^objective\.convnext=0\.1: needs convnext_weights"):
+        config.validate()
+    config.objective.convnext_weights = "given"
+    config.validate()
+    config.network.second_head = False
+    with pytest.raises(UserError, match=r"^objective\.lpips=0\.4: needs network\.second_head=True"):
+        config.validate()
+    with pytest.raises(UserError, match="for rows of improved_mean_flow"):
+        imagenet256("lagrangian,perceptual")
+
+
+@pytest.mark.slow
+def test_a_forecast_knows_the_networks_of_perceptual_terms():
+    config = get_config("pmf,smoke")
+    config.batch, plain = 2, forecast(config)
+    config.objective.lpips, config.objective.convnext, config.objective.convnext_weights = 0.4, 0.1, "given"
+    seen = forecast(config)
+    assert sum(seen.flops.values()) > 10 * sum(plain.flops.values())
 
 
 def test_a_run_with_a_second_head_starts_from_weights_without(run):

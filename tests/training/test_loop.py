@@ -173,16 +173,19 @@ def test_loss_falls_and_every_term_is_logged(tmp_path):
     assert rows[-1]["diagonal"] < 2 / 3 * rows[0]["diagonal"] and rows[-1]["off_diagonal"] > 0
 
 
-def test_ema_is_the_weighted_mean_of_the_weights():
+@pytest.mark.parametrize("ramp", [0.0, 0.05])
+def test_ema_is_the_weighted_mean_of_the_weights(ramp):
+    """With a ramp the half-life is that of the decay, but at most a share of the images seen; here 8 in a batch."""
     network = torch.nn.Linear(1, 1, bias=False)
-    ema = EMA(network, (0.5, 0.9))
+    ema = EMA(network, (0.5, 0.9), ramp=ramp)
     torch.nn.init.constant_(network.weight, 1.0)
     expected = {decay: ema.state(decay)["weight"].item() for decay in (0.5, 0.9)}
     for step in range(1, 40):
         torch.nn.init.constant_(network.weight, float(step))
         ema.update(step)
         for decay in expected:
-            now = min(decay, (1 + step) / (10 + step))
+            half_life = -8 * math.log(2) / math.log(decay)
+            now = 0.5 ** (8 / min(half_life, ramp * 8 * step)) if ramp else min(decay, (1 + step) / (10 + step))
             expected[decay] = now * expected[decay] + (1 - now) * step
     for decay, value in expected.items():
         assert ema.state(decay)["weight"].item() == pytest.approx(value, rel=1e-5)

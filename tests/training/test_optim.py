@@ -122,6 +122,37 @@ def test_steps_are_those_of_the_formula(decay, bf16, monkeypatch):
             torch.testing.assert_close(p, twin, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_nesterov_steps_beside_muon_are_those_of_the_formula(decay, tmp_path):
+    """The next step's momentum, the gradient counted once more, over the usual second moment; resumed bit-equal."""
+    trainer = Trainer.build(muon(tiny(), lr=0.01, betas=(0.9, 0.95), nesterov=True, weight_decay=decay))
+    rest = trainer.optimizer.param_groups[1]["params"]
+    expected = [p.detach().double() for p in rest]
+    first, second = ([torch.zeros_like(w) for w in expected] for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for n in range(1, 5):
+        for p in trainer.module.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        for i, p in enumerate(rest):
+            g = p.grad.double()
+            first[i], second[i] = 0.9 * first[i] + 0.1 * g, 0.95 * second[i] + 0.05 * g**2
+            ahead = 0.9 * first[i] / (1 - 0.9 ** (n + 1)) + 0.1 * g / (1 - 0.9**n)
+            move = ahead / ((second[i] / (1 - 0.95**n)).sqrt() + 1e-8)
+            expected[i] = (1 - 0.01 * decay) * expected[i] - 0.01 * move
+        trainer.optimizer.step()
+        for p, w in zip(rest, expected, strict=True):
+            torch.testing.assert_close(p.detach().double(), w, rtol=1e-5, atol=1e-6)
+    trainer.checkpoint(tmp_path / "step-00000004", 4)
+    again = Trainer.build(trainer.config)
+    load_checkpoint(tmp_path / "step-00000004", again.module, again.optimizer, again.ema)
+    for one in (trainer, again):
+        one.optimizer.zero_grad()
+        one.step(4)
+    assert_same(trainer.module.state_dict(), again.module.state_dict())
+    with pytest.raises(UserError, match=r"^optim\.nesterov=True: is for the AdamW beside Muon"):
+        tiny(optim=Optim(nesterov=True)).validate()
+
+
 def test_the_rate_of_a_step_is_that_of_both(tmp_path):
     trainer = Trainer.build(muon(tiny(), lr=0.02))
     trainer.step(0)

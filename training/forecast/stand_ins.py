@@ -16,6 +16,7 @@ from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.data import DataSet, Latents, TrajectoryFiles
 from flowmaps.data.dataset import Batch
 from flowmaps.info import VAE_RANGE
+from flowmaps.metrics import convnext
 from flowmaps.metrics.lpips import lpips, untrained
 from flowmaps.vae import Decoder
 from training.build import build_flow_map, scaled
@@ -111,6 +112,9 @@ def stand_ins(config: Config, data: DataSet, runs: Mapping[str, Config]) -> Iter
         "training.initialise.load_flow_map": load_flow_map,
         "training.trainer.open_decoder": open_decoder,
         "flowmaps.objectives.mid_training.lpips": lru_cache(lpips.__wrapped__),  # not the cache of real networks
+        "flowmaps.objectives.perceptual.lpips": lru_cache(lpips.__wrapped__),
+        "flowmaps.objectives.perceptual.convnext": lru_cache(convnext.convnext.__wrapped__),
+        "flowmaps.metrics.convnext._network": lambda weights: convnext.untrained(),
         "flowmaps.metrics.lpips._file": lambda folder, name: Path(name),
         "flowmaps.metrics.lpips._network": lambda *files: untrained(),
     }

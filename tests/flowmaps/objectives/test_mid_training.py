@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
 from flowmaps import UserError
-from flowmaps.metrics.lpips import lpips
+from flowmaps.metrics.lpips import _unit, lpips
 from flowmaps.objectives import OBJECTIVES, MidTraining
 from flowmaps.objectives.mid_training import Distance, Target
 from samplers import uniform_times
@@ -145,3 +145,9 @@ def test_lpips_weights_that_are_missing_or_wrong_are_refused_by_name(weights, tm
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="16 pixels"):
         lpips(str(weights))(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8))
+
+
+def test_the_gradient_of_lpips_is_finite_where_no_feature_is_active():
+    features = torch.zeros(1, 4, 2, 2).requires_grad_()
+    (gradient,) = torch.autograd.grad(_unit(features.relu()).sum(), features)
+    assert (gradient == 0).all()
