@@ -15,7 +15,8 @@ from flowmaps.evaluation.samples import sample_batches
 from flowmaps.evaluation.scoring import NotFinite
 from flowmaps.metrics import board_kl, sliced_w2
 from flowmaps.metrics.classifier import own_file, read_own
-from flowmaps.metrics.extractors import EXTRACTORS, METRIC_OF, POINTS, load_extractor
+from flowmaps.metrics.extractors import EXTRACTORS, load_extractor
+from flowmaps.metrics.features import METRIC_OF, POINTS
 from samplers import uniform_times
 from training.checkpoint import read_state
 from training.config import Best

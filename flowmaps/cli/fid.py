@@ -4,6 +4,7 @@ python scripts/fid.py --checkpoint=runs/digits --reference=digits:heldout --step
 python scripts/fid.py --checkpoint=runs/digits --reference=heldout.npz --steps=1 --num=2000 --max_fid=9 --json=fid.json
 python scripts/fid.py --checkpoint=runs/cifar10 --reference=cifar10-train --metrics=fid,kid,is,prc --repeats=3
 python scripts/fid.py --checkpoint=runs/mine --reference=my/images --steps=1,4 --num=5000
+python scripts/fid.py --checkpoint=runs/mine --reference=my/images --extractors=inception,dinov2 --weights=my/weights
 python scripts/fid.py --samples=samples/samples-4.npz --reference=digits:heldout
 python scripts/fid.py --from_record=fid.json
 
@@ -26,11 +27,19 @@ if TYPE_CHECKING:  # torch takes seconds to import
 SAMPLING = SamplingFlags(num=50_000, several=True)
 SAMPLES = flags.DEFINE_string("samples", None, "Folder or .npz of images to score, instead of --checkpoint")
 REFERENCE = flags.DEFINE_string("reference", None, "Data set NAME[:split], folder, or statistics (stats.py, EDM, ADM)")
-EXTRACTOR = flags.DEFINE_string("extractor", None, "Its name or file; by default the reference's own, else inception")
-WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor")
+EXTRACTORS = flags.DEFINE_list(
+    "extractors", [], "Names, files or module:function; all see the same images [the reference's own, else inception]"
+)
+flags.DEFINE_alias("extractor", "extractors")
+WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor, or folder with those of several")
+FLOOR = flags.DEFINE_string(
+    "floor", None, "Real images that are not in the reference: ratio of each distance to theirs"
+)
 POLICY = flags.DEFINE_string("label_policy", "balanced", "Classes of the samples: balanced, random, or a JSON list")
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
-METRICS = flags.DEFINE_list("metrics", [], "fid; on inception also kid, is, prc; kl for points [fid, for points kl]")
+METRICS = flags.DEFINE_list(
+    "metrics", [], "fid; on inception also kid, is, prc, on clip-* cmmd; kl for points [fid, for points kl]"
+)
 KID = flags.DEFINE_integer("kid_subset", 1000, "Images in each of KID's subsets", lower_bound=2)
 REPEATS = flags.DEFINE_integer("repeats", 1, "Samplings, with consecutive seeds: mean and spread", 1, 1000)
 MAX_FID = flags.DEFINE_float("max_fid", None, "Exit with 1 if any distance is above this", lower_bound=0.0)
@@ -43,7 +52,7 @@ JUNIT = flags.DEFINE_string("junit", None, "File for the verdicts as JUnit XML")
 FROM_RECORD = flags.DEFINE_string("from_record", None, "Repeat the evaluation of this record, say where it differs")
 MEMORISATION = flags.DEFINE_bool("memorisation", False, "Floor and nearest-neighbour distances (small data sets)")
 READS, WRITES = (
-    (*SAMPLING.reads, POLICY, SAMPLES, REFERENCE, EXTRACTOR, WEIGHTS, MAX_REGRESSION, FROM_RECORD),
+    (*SAMPLING.reads, POLICY, SAMPLES, REFERENCE, EXTRACTORS, WEIGHTS, FLOOR, MAX_REGRESSION, FROM_RECORD),
     (JSON, JUNIT),
 )
 
@@ -64,7 +73,7 @@ def _check_idle_flags() -> None:
 
 
 # What a record cannot know about another machine; all else is as the record has it.
-ELSEWHERE = "checkpoint samples reference extractor weights root label_policy batch json".split()
+ELSEWHERE = "checkpoint samples reference extractors extractor weights floor root label_policy batch json".split()
 ELSEWHERE += ["vae", "vae_batch", "vae_tiling"]
 
 
@@ -100,9 +109,9 @@ def main() -> int:
     from flowmaps import FlowMap
     from flowmaps.data.registry import check_source
     from flowmaps.distributed import team
-    from flowmaps.evaluation import evaluate, gate, open_reference, repeat
+    from flowmaps.evaluation import evaluate, gate, open_references, repeat
     from flowmaps.evaluation.references import built_in, model_size, open_images
-    from flowmaps.metrics.extractors import check_extractor
+    from flowmaps.metrics.extractors import check_extractors
     from flowmaps.metrics.scores import check_names, distance_of, needs_reference_features
 
     if MEMORISATION.value and not built_in(reference):
@@ -110,9 +119,9 @@ def main() -> int:
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     baseline, updated = (None, MAX_REGRESSION.value) if UPDATE.value else (MAX_REGRESSION.value, None)
     gate.check_outputs(JSON.value, JUNIT.value, summary, updated)
-    check_extractor(EXTRACTOR.value, WEIGHTS.value)
+    check_extractors(EXTRACTORS.value, WEIGHTS.value)
     check_names(METRICS.value)
-    for name, source in (("reference", reference), ("samples", SAMPLES.value)):
+    for name, source in (("reference", reference), ("samples", SAMPLES.value), ("floor", FLOOR.value)):
         if source:
             with blame(name, source):
                 check_source(source)
@@ -120,8 +129,9 @@ def main() -> int:
     everyone, keep = team(), needs_reference_features(METRICS.value)
     images = open_images(SAMPLES.value, ROOT.value, everyone) if SAMPLES.value else SAMPLING.load()
     size = model_size(images) if isinstance(images, FlowMap) else None
-    opened = open_reference(reference, EXTRACTOR.value, WEIGHTS.value, ROOT.value, keep=keep, size=size, team=everyone)
-    distance = distance_of(opened.extractor)
+    chosen, weights = EXTRACTORS.value, WEIGHTS.value
+    opened = open_references(reference, chosen, weights, ROOT.value, keep=keep, size=size, team=everyone)
+    distance = distance_of(opened[0].extractor)
     if (MAX_FID.value is not None or MAX_REGRESSION.value) and distance not in (METRICS.value or [distance]):
         raise UserError(f"--max_fid and --max_regression need {distance} among --metrics")
     record = evaluate(
@@ -142,6 +152,7 @@ def main() -> int:
         root=ROOT.value,
         kid_subset=KID.value,
         memorisation=MEMORISATION.value,
+        floor=FLOOR.value,
         errors=bool(JSON.value or MAX_REGRESSION.value),
         averages=SAMPLING.averages(),
         source=SAMPLES.value or SAMPLING.checkpoint.value or "",

@@ -11,31 +11,35 @@ from torch import Tensor
 from flowmaps import FlowMap, UserError
 from flowmaps.data import DataSet, iterate
 from flowmaps.distributed import ALONE, Team
-from flowmaps.evaluation.record import Record, Row, describe
+from flowmaps.evaluation.record import Record, Row, describe, ratios
 from flowmaps.evaluation.references import (
+    Choice,
     Reference,
     model_size,
     nearest_neighbours,
+    open_floor,
     open_images,
-    open_reference,
+    open_references,
     train_set_score,
 )
 from flowmaps.evaluation.samples import sample_batches
-from flowmaps.evaluation.scoring import score
+from flowmaps.evaluation.scoring import floors, score
 from flowmaps.evaluation.settings import Setting, sampling_settings
 from flowmaps.generate import Interval, nfe
 from flowmaps.images import to_uint8
 from flowmaps.labels import BALANCED, RANDOM, class_number, label_policy_text, read_label_policy, sample_labels
 from flowmaps.metrics import FeatureStats
-from flowmaps.metrics.extractors import POINTS
+from flowmaps.metrics.features import POINTS
+from flowmaps.metrics.frechet import check_comparable
 from flowmaps.metrics.scores import (
     KID_SUBSET,
     check_metrics,
     check_reference,
+    defined,
     distance_of,
     needs_reference_features,
 )
-from flowmaps.metrics.stats import check_comparable, pixels
+from flowmaps.metrics.stored import pixels
 from flowmaps.run_weights import load_weights
 from samplers import Schedule
 
@@ -44,7 +48,7 @@ Weights = Callable[[], Mapping[str, Tensor]]
 
 def evaluate(
     fm_or_images: FlowMap | Tensor | str | Path | DataSet,
-    reference: str | Path | FeatureStats | Reference,
+    reference: str | Path | FeatureStats | Reference | Sequence[Reference],
     *,
     steps: int | Sequence[int] = (1,),
     num: int = 50_000,
@@ -58,8 +62,9 @@ def evaluate(
     guidance_interval: Interval = None,
     gamma: float = 1.0,
     batch: int = 500,
-    extractor: str | None = None,
+    extractor: Choice | Sequence[Choice] | None = None,
     weights: str | Path | None = None,
+    floor: str | Path | None = None,
     root: str | Path = "data",
     kid_subset: int = KID_SUBSET,
     memorisation: bool = False,
@@ -76,12 +81,12 @@ def evaluate(
         fm_or_images: A model, or images: uint8 [n, C, H, W] (points: float [n, dim]), a folder, zip or .npz, a data
             set or the name of one.
         reference: A data set ``NAME[:split]``, a folder or zip (cropped to a model's size as in training), a statistics
-            file, statistics, or a ``Reference`` of ``open_reference``, which serves many calls.
+            file, statistics, or the result of ``open_reference`` or ``open_references``, which serves many calls.
         steps: One or several step counts; each gives a row of the record. Only a model needs ``steps`` to ``gamma``
             (except ``metrics``).
         num: Samples to score.
-        metrics: ``"fid"``, and on Inception features ``"kid"``, ``"is"`` and ``"prc"``; ``"kl"`` for points. By default
-            the distance alone.
+        metrics: ``"fid"`` on any features, on Inception's also ``"kid"``, ``"is"`` and ``"prc"``, on CLIP's ``"cmmd"``;
+            ``"kl"`` for points. By default the distance alone.
         seeds: One sampling for each; sample i depends on (seed, i) alone. With several a row has the mean, half the
             range (``spread``) and each sampling's values (``repeats``).
         sampler: One or several of ``flowmaps.generate.SAMPLERS``; by default the one that the model was trained for.
@@ -95,8 +100,11 @@ def evaluate(
         guidance_interval: Times between which it applies, for a model that takes them.
         gamma: Share of the noise that the sampler ``"stochastic"`` renews per step.
         batch: Samples at a time.
-        extractor: Name or file of the feature extractor, by default the reference's own; see ``open_reference``.
-        weights: Weight file of the extractor.
+        extractor: One or several feature extractors, all of which see the same images; by default the reference's own.
+            Each is a name, a file, a function or ``nn.Module``: see ``metrics.extractors.load_extractor``.
+        weights: Weight file of the extractor, or a folder with those of several.
+        floor: Real images that are not in the reference, such as a validation set, or their statistics. Their own
+            distances are in the record, and the rows have the ratio of each distance to them (``FID ratio``).
         root: Folder of the data set's files.
         kid_subset: Images in each of KID's subsets.
         memorisation: Add the score of the training images (``floor``) and nearest-neighbour distances to each row; the
@@ -143,26 +151,34 @@ def evaluate(
         policy = read_label_policy(fm.info, label_policy, num, label)
         if not seeds:
             raise UserError("give at least one", field="seeds", value="()")
-    if isinstance(reference, Reference) and (extractor or weights):
+    references = _references(reference)
+    if references and (extractor or weights):
         raise UserError("the Reference already has one: leave it out", field="extractor" if extractor else "weights")
-    if not isinstance(reference, Reference):
-        keep = needs_reference_features(metrics)
-        size = model_size(fm) if fm else None
-        reference = open_reference(reference, extractor, weights, root, keep=keep, size=size, team=team)
-    metrics = metrics or [distance_of(reference.extractor)]
+    keep, size = needs_reference_features(metrics), model_size(fm) if fm else None
+    if not references:
+        assert isinstance(reference, str | Path | FeatureStats)
+        chosen = [] if extractor is None else _several(extractor)
+        references = open_references(reference, chosen, weights, root, keep=keep, size=size, team=team)
     num = num if data is None else len(data)
     shape = data.shape if data is not None else fm.info.shape if fm and not fm.info.latent_scale else ()
-    _check(reference, metrics, num, shape, kid_subset, memorisation, team)
+    for each in references:
+        _check(each, defined(metrics, each.extractor), num, shape, kid_subset, memorisation, team)
+    check_metrics(metrics or defined((), references[0].extractor), [e.extractor for e in references], num, kid_subset)
+    real = () if floor is None else open_floor(floor, references, root, keep=keep, size=size, team=team)
     record: Record = {}
     if not team.rank:  # the other processes have no reference
         facts = {"source": source or str(fm_or_images) * isinstance(fm_or_images, str | Path), "num": num}
         facts |= {"seeds": list(seeds), **guided} if fm else {"seeds": [], **dict.fromkeys(guided)}
         facts |= {"kid_subset": kid_subset} if "kid" in metrics else {}
         facts["label_policy"] = label_policy_text(policy) if fm else None
-        record = describe(reference, fm, facts)
+        record = describe(references, fm, facts)
         if before_sampling:
             before_sampling(record | {"results": _planned(fm, settings, averages)})
-    floor = train_set_score(reference.data, reference.extractor, root) if memorisation and not team.rank else None
+        if real:
+            scored = floors(references, real, metrics, kid_subset)
+            record["floor"] = {"source": str(floor), "n": real[0].stats.n, **scored}
+    first = references[0]
+    of_train = train_set_score(first.data, first.extractor, root) if memorisation and not team.rank else None
     if fm is None:
         assert data is not None
         samplings: Samplings = iter([({}, [(x for x, _ in iterate(data, team.split(num), batch))])])
@@ -175,12 +191,13 @@ def evaluate(
     for row, shares in samplings:
         if memorisation:
             shares[0] = kept = list(shares[0])
-        row |= score(shares, num, reference, metrics, kid_subset, team, errors, classes)
+        row |= score(shares, num, references, metrics, kid_subset, team, errors, classes)
+        row |= ratios(row, record)
         if memorisation:
             images = team.all_gather(torch.cat(kept))
             if not team.rank:
-                found = nearest_neighbours(images, reference.data, root)
-                row |= {"floor": floor, **vars(found), "memorisation_ratio": found.ratio}
+                found = nearest_neighbours(images, first.data, root)
+                row |= {"floor": of_train, **vars(found), "memorisation_ratio": found.ratio}
         rows.append(row)
     return {} if team.rank else record | {"results": rows}
 
@@ -188,14 +205,23 @@ def evaluate(
 def check_scorable(fm: FlowMap, reference: Reference, num: int) -> None:
     """Refuse a model of which ``reference`` could not score ``num`` samples by its distance, before any work."""
     shape = () if fm.info.latent_scale else fm.info.shape
+    check_metrics([distance_of(reference.extractor)], [reference.extractor], num)
     _check(reference, [distance_of(reference.extractor)], num, shape, KID_SUBSET, False, ALONE)
+
+
+def _references(reference: Any) -> tuple[Reference, ...]:
+    """Return references that are open, or nothing."""
+    if isinstance(reference, Reference):
+        return (reference,)
+    is_open = isinstance(reference, list | tuple) and all(isinstance(each, Reference) for each in reference)
+    return tuple(reference) if is_open else ()
 
 
 Samplings = Iterator[tuple[Row, list[Iterable[Tensor]]]]  # facts of a row, and for each seed this process's batches
 
 
 def _several(choice: Any) -> list[Any]:
-    return [choice] if isinstance(choice, int | str | Schedule) else list(choice)
+    return list(choice) if isinstance(choice, Sequence) and not isinstance(choice, str) else [choice]
 
 
 def _check(
@@ -211,7 +237,6 @@ def _check(
     stats, extractor, data = reference
     if shape:
         extractor.check_shape(shape)
-    check_metrics(metrics, extractor, num, kid_subset)
     if not team.rank:
         origin = replace(extractor.origin, size=pixels(*shape[1:]) if len(shape) == 3 else "")
         check_comparable(FeatureStats(extractor.dim, origin), stats)

@@ -11,7 +11,7 @@ from statistics import NormalDist
 from typing import Any
 
 from flowmaps.errors import UserError, blame
-from flowmaps.evaluation.record import ROW_KEY, Record, Row, read_record, table
+from flowmaps.evaluation.record import ROW_KEY, Record, Row, read_record, representations, table
 from flowmaps.files import WRITER, WRITTEN_BY, check_new_file, writable_directory, write_file, write_json
 from flowmaps.metrics.influence import SMALLEST_ERROR, paired_error
 
@@ -24,6 +24,7 @@ class Verdict:
     """The name of a row, its distance, the reasons why it fails the gate, if it does, and how it compares."""
 
     name: str
+    metric: str
     value: float
     reasons: tuple[str, ...] = ()
     comparison: str = ""  # with the baseline's row
@@ -61,7 +62,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a distance: ``max_fid``, and (1 + ``tolerance``) times the distance in the record ``file``.
+    """The limits: ``max_fid`` of the first distance, and (1 + ``tolerance``) times each one in the record ``file``.
 
     A distance above the second one fails if it is significantly above the record's, at the one-sided level
     ``confidence`` of a paired test. Without standard errors in one of the two records every difference counts.
@@ -106,10 +107,17 @@ class Limits:
                     f"was made with another {fact} ({self.baseline.get(fact)}, now {report[fact]}): make it again, or "
                     "score as it was made"
                 )
-        ours, theirs = report["reference"], self.baseline["reference"]
-        known = "content" if ours["content"] and theirs["content"] else "sha256"
-        if ours[known] != theirs[known]:
-            raise self._refusal("was made with another reference: make it again")
+        before = {part["metric"]: part for part in representations(self.baseline)}
+        for part in representations(report):
+            metric = part["metric"]
+            if metric not in before:
+                raise self._refusal(f"has no {metric}: make it again with the same extractors")
+            if part["extractor"] != before[metric]["extractor"]:
+                raise self._refusal(f"was made with another extractor of {metric}: make it again")
+            ours, theirs = part["reference"], before[metric]["reference"]
+            known = "content" if ours["content"] and theirs["content"] else "sha256"
+            if ours[known] != theirs[known]:
+                raise self._refusal("was made with another reference: make it again")
         for row in report["results"]:
             self.baseline_row(row)
 
@@ -132,23 +140,29 @@ class Limits:
         return f", significantly worse (tolerance={self.tolerance:g})"
 
     def judge(self, report: Record) -> list[Verdict]:
-        """Return a verdict on each row of ``report``."""
-        metric, verdicts = report["metric"], []
-        for row in report["results"]:
-            value, reasons, comparison = row[metric], [], ""
-            if self.max_fid is not None and not value <= self.max_fid:
-                reasons.append(f"{metric} {value:.4g} is above max_fid={self.max_fid:g}")
-            if self.baseline is not None:
-                difference = Difference.of(row, self.baseline_row(row), metric)
-                worse = difference.is_worse(self.confidence)
-                if worse and not value <= (1 + self.tolerance) * difference.before:  # NaN fails too
-                    reasons.append(
-                        f"{metric} {value:.4g} is more than tolerance={self.tolerance:g} above the "
-                        f"{difference.before:.4g} of max_regression={self.file}: {difference}"
-                    )
-                comparison = f"{difference}{self._meaning(difference, worse)}: {'failed' if reasons else 'passed'}"
-            verdicts.append(Verdict(name(row), value, tuple(reasons), comparison))
-        return verdicts
+        """Return a verdict on each distance of each row of ``report``."""
+        metrics = [part["metric"] for part in representations(report)]
+        return [
+            self._verdict(row, metric, name(row) if metric == metrics[0] else f"{name(row)}, {metric}", metrics[0])
+            for row in report["results"]
+            for metric in metrics
+        ]
+
+    def _verdict(self, row: Row, metric: str, title: str, first: str) -> Verdict:
+        """Judge one distance of a row; ``max_fid`` is the limit of the ``first`` one."""
+        value, reasons, comparison = row[metric], [], ""
+        if self.max_fid is not None and metric == first and not value <= self.max_fid:
+            reasons.append(f"{metric} {value:.4g} is above max_fid={self.max_fid:g}")
+        if self.baseline is not None:
+            difference = Difference.of(row, self.baseline_row(row), metric)
+            worse = difference.is_worse(self.confidence)
+            if worse and not value <= (1 + self.tolerance) * difference.before:  # NaN fails too
+                reasons.append(
+                    f"{metric} {value:.4g} is more than tolerance={self.tolerance:g} above the "
+                    f"{difference.before:.4g} of max_regression={self.file}: {difference}"
+                )
+            comparison = f"{difference}{self._meaning(difference, worse)}: {'failed' if reasons else 'passed'}"
+        return Verdict(title, metric, value, tuple(reasons), comparison)
 
 
 def failures(verdicts: Iterable[Verdict]) -> list[str]:
@@ -233,7 +247,7 @@ def finish(
 
 
 def junit(report: Record, verdicts: list[Verdict]) -> bytes:
-    """Return the verdicts as JUnit XML: a test case per row, facts of the record as properties."""
+    """Return the verdicts as JUnit XML: a test case per distance of a row, facts of the record as properties."""
     failed = sum(bool(verdict.reasons) for verdict in verdicts)
     counts = {"tests": str(len(verdicts)), "failures": str(failed), "errors": "0"}
     root = ET.Element("testsuites", counts)
@@ -247,7 +261,7 @@ def junit(report: Record, verdicts: list[Verdict]) -> bytes:
         if verdict.reasons:
             reason = "; ".join(verdict.reasons)
             ET.SubElement(case, "failure", message=reason).text = reason
-        ET.SubElement(case, "system-out").text = f"{report['metric']} {verdict.value!r} {verdict.comparison}".strip()
+        ET.SubElement(case, "system-out").text = f"{verdict.metric} {verdict.value!r} {verdict.comparison}".strip()
     ET.indent(root)
     document: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
     return document

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +40,15 @@ class _Reference:
 
 
 @dataclass(frozen=True)
+class _Representation:
+    """The schema of what a record has for each extractor."""
+
+    metric: str
+    extractor: dict[str, str]
+    reference: _Reference
+
+
+@dataclass(frozen=True)
 class _Record:
     """The schema of a record in a file."""
 
@@ -57,6 +67,8 @@ class _Record:
     versions: dict[str, str]
     results: list[Row]
     guidance_interval: list[float] | None = None
+    representations: list[_Representation] = field(default_factory=list)  # of several extractors
+    floor: dict[str, Any] | None = None  # source, n and distances of real images
     kid_subset: int | None = None  # of KID, if it was scored
     label_policy: str | None = None  # of an earlier version's record of a model: balanced
     failed: list[str] = field(default_factory=list)  # reasons why the run that wrote it failed its gate
@@ -110,16 +122,21 @@ def _check_row(row: Row, record: _Record, where: str) -> tuple[Any, ...]:
     known = row_facts(row)
     facts = parse(_Row, {name: row[name] for name in known}, where)
     scores = parse(dict[str, float], {name: value for name, value in row.items() if name not in known}, where)
-    if not scores.get(record.metric, -1) >= 0:
-        raise UserError(f"{where}: {record.metric} is missing or negative")
+    for metric in [record.metric, *(part.metric for part in record.representations)]:
+        if not scores.get(metric, -1) >= 0:
+            raise UserError(f"{where}: {shorten(metric, 60)} is missing or negative")
     for name, seeds in facts.influence.items():
         if len(seeds) != max(len(record.seeds), 1) or any(len(blocks) != BLOCKS for blocks in seeds):
             raise UserError(f"{where}: influence of {shorten(name, 40)} must have {BLOCKS} numbers for each seed")
     return tuple(getattr(facts, name) for name in ROW_KEY)
 
 
-def describe(reference: Reference, fm: FlowMap | None, facts: dict[str, Any]) -> Record:
-    """Return the record of an evaluation without its ``results``: every fact that the numbers depend on."""
+def describe(references: Sequence[Reference], fm: FlowMap | None, facts: dict[str, Any]) -> Record:
+    """Return the record of an evaluation without its ``results``: every fact that the numbers depend on.
+
+    ``metric``, ``extractor`` and ``reference`` are those of the first representation, ``representations`` lists all if
+    there are several.
+    """
     model = {} if fm is None else {k: getattr(fm.info, k) for k in ("data", "kind", "ema", "images_seen", "guidance")}
     if fm is not None:
         model |= {"interpolant": fm.interpolant_name, "base_std": fm.base_std}
@@ -127,18 +144,38 @@ def describe(reference: Reference, fm: FlowMap | None, facts: dict[str, Any]) ->
         decoder = fm.open_decoder()
         model["vae"] = {"source": decoder.source, "sha256": fingerprint(decoder.open()), "dtype": str(decoder.dtype)}
     packages = {name: version(name) for name in ("torch", "torchvision", "torch-fidelity", "numpy")}
-    stats, extractor, _ = reference
+    parts = [_representation(reference) for reference in references]
     return {
-        "metric": extractor.metric,
-        "extractor": {k: getattr(extractor.origin, k) for k in ("extractor", "weights", "resize")},
-        "reference": {k: getattr(stats.origin, k) for k in ("data", "split", "size", "crop", "content", "weights")}
-        | {"n": stats.n, "sha256": stats.sha256()},
+        **parts[0],
+        **({"representations": parts} if len(parts) > 1 else {}),
         "model": model,
         **facts,
         "command": " ".join(sys.argv),
         "device": str(pick_device()),
         "versions": {"flowmaps": flowmaps.__version__, "python": platform.python_version(), **packages},
     }
+
+
+def _representation(reference: Reference) -> dict[str, Any]:
+    stats, extractor, _ = reference
+    return {
+        "metric": extractor.metric,
+        "extractor": {k: getattr(extractor.origin, k) for k in ("extractor", "weights", "resize")},
+        "reference": {k: getattr(stats.origin, k) for k in ("data", "split", "size", "crop", "content", "weights")}
+        | {"n": stats.n, "sha256": stats.sha256()},
+    }
+
+
+def representations(record: Record) -> list[dict[str, Any]]:
+    """Return ``metric``, ``extractor`` and ``reference`` of each extractor of a record."""
+    return record.get("representations") or [record]
+
+
+def ratios(row: Row, record: Record) -> Row:
+    """Return the ratio of each distance of ``row`` to that of the record's real images, as far as it is positive."""
+    floor = record.get("floor") or {}
+    found = {name: row[name] / value for name, value in floor.items() if name in row and value > 0}
+    return {f"{name} ratio": value for name, value in found.items()}
 
 
 HIDDEN = {

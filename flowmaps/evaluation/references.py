@@ -6,6 +6,8 @@ Every call into ``flowmaps.data`` by name or path from the scoring code is in th
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,14 +26,18 @@ from flowmaps.metrics import FeatureStats
 from flowmaps.metrics.classifier import own_file
 from flowmaps.metrics.extractors import (
     EXTRACTORS,
-    INCEPTION_HASH,
-    Extractor,
-    check_extractor,
+    Function,
+    check_extractors,
     extractor_name,
     load_extractor,
+    weights_of,
 )
+from flowmaps.metrics.features import Extractor, extract
+from flowmaps.metrics.frechet import frechet_distance
 from flowmaps.metrics.memorisation import Memorisation, memorisation
-from flowmaps.metrics.stats import REMEDY, frechet_distance
+from flowmaps.metrics.published import INCEPTION_HASH
+from flowmaps.metrics.scores import compares
+from flowmaps.metrics.stored import REMEDY
 from flowmaps.reading import npz_shapes
 from flowmaps.vae import reduction
 
@@ -47,9 +53,12 @@ class Reference(NamedTuple):
     data: str = ""  # the built-in data set that the images are from, if any: it has a held-out split
 
 
+Choice = str | Function  # of an extractor: its name, its file, "module:function" or a function
+
+
 def open_reference(
     source: str | Path | FeatureStats,
-    extractor: str | None = None,
+    extractor: Choice | None = None,
     weights: str | Path | None = None,
     root: str | Path = "data",
     *,
@@ -63,13 +72,13 @@ def open_reference(
     Args:
         source: A data set ``NAME[:split]``, a folder or zip of images, an .npz of images, a statistics file (of
             ``FeatureStats.save``, EDM, EDM2 or ADM), or statistics. Those of images are kept in the cache directory.
-        extractor: Name of the feature extractor, or its file. By default that of the statistics, else the data set's
-            own (for a folder, zip file or prepared set ``NAME.extractor.safetensors`` next to it), else
-            ``"inception"``.
-        weights: Weight file of the extractor, instead of the default one.
+        extractor: The feature extractor as ``metrics.extractors.load_extractor`` takes it. By default that of the
+            statistics, of several the first, else the data set's own (for a folder, zip file or prepared set
+            ``NAME.extractor.safetensors`` next to it), else ``"inception"``.
+        weights: Weight file of the extractor, instead of the default one, or a folder that has it.
         root: Folder of the data set's files.
         device: Where the extractor runs; by default the accelerator if there is one.
-        keep: Keep the features of single images too, for KID, precision and recall.
+        keep: Keep the features of single images too, for metrics that compare them.
         size: Crop the images of a folder or zip file to squares of this many pixels, as training does; None leaves
             them as they are.
         team: The processes that share the work; only the first one then has the statistics.
@@ -85,46 +94,107 @@ def open_reference(
         >>> stats.n, extractor.metric
         (449, 'FD-digits')
     """
+    chosen = [] if extractor is None else [extractor]
+    return open_references(source, chosen, weights, root, device=device, keep=keep, size=size, team=team)[0]
+
+
+def open_references(
+    source: str | Path | FeatureStats,
+    extractors: Sequence[Choice] = (),
+    weights: str | Path | None = None,
+    root: str | Path = "data",
+    *,
+    device: torch.device | None = None,
+    keep: bool = False,
+    size: int | None = None,
+    team: Team = ALONE,
+) -> tuple[Reference, ...]:
+    """Open what samples are compared with by several extractors, which see the images in one pass.
+
+    Takes what ``open_reference`` takes. ``keep`` keeps only features that a metric compares one by one.
+    """
     device = device or pick_device()
+    check_extractors(extractors, weights)
     if isinstance(source, FeatureStats):
-        return Reference(source, _extractor_of(source, "statistics", extractor, weights, device))
+        loaded = _extractors_of([source], "statistics", extractors, weights, device)
+        return (Reference(source, loaded[0]),)
     source = str(source)
-    check_extractor(extractor, weights)
     with blame("reference", source):
         check_source(source)
-    path, names = Path(source), set[str]()
-    is_archive = path.is_file() and path.suffix != ".zip"
-    if is_archive and path.suffix != ".pkl":
-        names = set(npz_shapes(source, REMEDY))
-    if not is_archive or ("mu" not in names and {"samples", "arr_0"} & names):
+    names = _names(source)
+    if names is None or ("mu" not in names and {"samples", "arr_0"} & names):
         images = open_for_scoring(source, root, size, team=team)  # refused before an extractor is downloaded
-        chosen = pick_extractor(extractor, weights, source, device)
-        return Reference(cached_stats(images, chosen, keep, team), chosen, built_in(source))
-    stats = FeatureStats.load(source)
-    chosen = _extractor_of(stats, source, extractor, weights, device)
-    published = chosen.origin.extractor == "inception" and not stats.origin.weights
-    if published and not chosen.origin.weights.startswith(INCEPTION_HASH) and not team.rank:
-        print(
-            f"warning: reference={source} is a published file, made with the Inception of 2015; the weights in use are "
-            "not torch-fidelity's port of it",
-            file=sys.stderr,
-        )
+        loaded = load_extractors(extractors, weights, source, device, images.shape)
+        found = cached_statistics(images, loaded, [keep and compares(extractor) for extractor in loaded], team)
+        return tuple(Reference(stats, own, built_in(source)) for stats, own in zip(found, loaded, strict=True))
+    chosen: Sequence[Choice | None] = extractors or (None,)
+    found = [FeatureStats.load(source, name and extractor_name(name)) for name in chosen]
+    loaded = _extractors_of(found, source, extractors, weights, device)
+    for stats, extractor in zip(found, loaded, strict=True):
+        published = extractor.name == "inception" and not stats.origin.weights
+        if published and not extractor.origin.weights.startswith(INCEPTION_HASH) and not team.rank:
+            print(
+                f"warning: reference={source} is a published file, made with the Inception of 2015; the weights in use "
+                "are not torch-fidelity's port of it",
+                file=sys.stderr,
+            )
     if keep and "arr_0" in names:  # ADM's moments are of the complete data set, its images a part of it
         images = open_for_scoring(source, root)
-        stats.features = cached_stats(images, chosen, keep, team).features
-    return Reference(stats, chosen)
+        kept = [compares(extractor) for extractor in loaded]
+        for stats, single in zip(found, cached_statistics(images, loaded, kept, team), strict=True):
+            stats.features = single.features
+    return tuple(Reference(stats, extractor) for stats, extractor in zip(found, loaded, strict=True))
 
 
-def _extractor_of(
-    stats: FeatureStats, source: str, name: str | None, weights: str | Path | None, device: torch.device
-) -> Extractor:
-    """Load the extractor that made ``stats``; refuse another one."""
-    made_with = stats.origin.extractor
-    if name is None and made_with not in EXTRACTORS:
-        raise UserError(f"{source} was made with the extractor {made_with!r}: give its file", field="extractor")
-    if name is not None and extractor_name(name) != made_with:
-        raise UserError(f"{source} was made with the extractor {made_with!r}", field="extractor", value=name)
-    return load_extractor(name or made_with, weights, device)
+def open_floor(
+    source: str | Path,
+    references: Sequence[Reference],
+    root: str | Path = "data",
+    *,
+    keep: bool = False,
+    size: int | None = None,
+    team: Team = ALONE,
+) -> tuple[Reference, ...]:
+    """Open real images, or their statistics, with the extractors of ``references``; errors have the field "floor"."""
+    loaded, source = [reference.extractor for reference in references], str(source)
+    with blame("floor", source):
+        check_source(source)
+        if "mu" in (_names(source) or ()):
+            found = [FeatureStats.load(source, extractor.name) for extractor in loaded]
+        else:
+            images = open_for_scoring(source, root, size, team=team)
+            found = cached_statistics(images, loaded, [keep and compares(each) for each in loaded], team)
+    return tuple(Reference(stats, extractor) for stats, extractor in zip(found, loaded, strict=True))
+
+
+def _names(source: str) -> set[str] | None:
+    """Return the names of the arrays in a file; None of what is images: a folder, a zip file, a data set by name."""
+    path = Path(source)
+    if not path.is_file() or path.suffix == ".zip":
+        return None
+    return {"mu"} if path.suffix == ".pkl" else set(npz_shapes(source, REMEDY))
+
+
+def _extractors_of(
+    found: Sequence[FeatureStats],
+    source: str,
+    names: Sequence[Choice],
+    weights: str | Path | None,
+    device: torch.device,
+) -> list[Extractor]:
+    """Load the extractors that made statistics; refuse others."""
+    loaded = []
+    chosen: Sequence[Choice | None] = names or (None,)
+    for stats, name in zip(found, chosen, strict=True):
+        made_with = stats.origin.extractor
+        if name is None and made_with not in EXTRACTORS:
+            remedy = "give its file, or the function"
+            raise UserError(f"{source} was made with the extractor {made_with!r}: {remedy}", field="extractor")
+        if name is not None and extractor_name(name) != made_with:
+            raise UserError(f"{source} was made with the extractor {made_with!r}", field="extractor", value=name)
+        own = weights_of(name or made_with, weights, len(found) > 1)
+        loaded.append(load_extractor(name or made_with, own, device, dim=stats.dim))
+    return loaded
 
 
 def built_in(source: str) -> str:
@@ -133,9 +203,13 @@ def built_in(source: str) -> str:
     return known[0] if known else ""
 
 
-def pick_extractor(name: str | None, weights: str | Path | None, source: str, device: torch.device) -> Extractor:
-    """Load the extractor ``name``, a name or a file, by default ``default_extractor``."""
-    return load_extractor(name or default_extractor(source, weights), weights, device)
+def load_extractors(
+    names: Sequence[Choice], weights: str | Path | None, source: str, device: torch.device, shape: Sequence[int]
+) -> list[Extractor]:
+    """Load extractors for images of ``shape`` from ``source``, by default ``default_extractor``."""
+    names = names or [default_extractor(source, weights)]
+    several = len(names) > 1
+    return [load_extractor(name, weights_of(name, weights, several), device, shape) for name in names]
 
 
 def default_extractor(source: str, weights: str | Path | None = None) -> str:
@@ -161,24 +235,38 @@ def cached_stats(images: DataSet, extractor: Extractor, keep: bool = False, team
 
     Only the first process of a ``team`` has them.
     """
-    extractor.check_shape(images.shape)
-    found, file, content = None, Path(), ""
-    if not team.rank:
-        content = images.content()
-        key = [1, PIL.__version__, content, images.name, images.split, images.crop, vars(extractor.origin)]
-        file = cache_directory() / "stats" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.npz"
-        found = _read(file, keep)
-    if team.broadcast(found is not None):
-        return found or FeatureStats(extractor.dim)
-    batches = (rows for rows, _ in iterate(images, team.split(len(images))))
-    stats = team.all_reduce_stats(extractor.stats(batches, images.name, images.split, images.crop, keep))
-    stats.origin = replace(stats.origin, content=content)
-    if not team.rank:
-        try:
-            stats.save(file, check=False)
-        except OSError:  # the cache is optional: without it the next call computes again
-            pass
-    return stats
+    return cached_statistics(images, [extractor], [keep], team)[0]
+
+
+def cached_statistics(
+    images: DataSet, extractors: Sequence[Extractor], keep: Sequence[bool], team: Team = ALONE
+) -> list[FeatureStats]:
+    """Return what ``cached_stats`` returns for each extractor; those that are missing are computed in one pass."""
+    for extractor in extractors:
+        extractor.check_shape(images.shape)
+    known: dict[int, FeatureStats] = {}
+    content = "" if team.rank else images.content()
+    for i, extractor in enumerate(extractors):
+        stats = None if team.rank or not extractor.cached else _read(_cache_file(images, content, extractor), keep[i])
+        if team.broadcast(stats is not None):
+            known[i] = stats or FeatureStats(extractor.dim)
+    missing = [i for i in range(len(extractors)) if i not in known]
+    if missing:
+        batches = (rows for rows, _ in iterate(images, team.split(len(images))))
+        own = [extractors[i] for i in missing]
+        made = extract(own, batches, [keep[i] for i in missing], images.name, images.split, images.crop)
+        for i, share in zip(missing, made, strict=True):
+            known[i] = stats = team.all_reduce_stats(share)
+            stats.origin = replace(stats.origin, content=content)
+            if not team.rank and extractors[i].cached:
+                with suppress(OSError):  # the cache is optional: without it the next call computes again
+                    stats.save(_cache_file(images, content, extractors[i]), check=False)
+    return [known[i] for i in range(len(extractors))]
+
+
+def _cache_file(images: DataSet, content: str, extractor: Extractor) -> Path:
+    key = [1, PIL.__version__, content, images.name, images.split, images.crop, vars(extractor.origin)]
+    return cache_directory() / "stats" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.npz"
 
 
 def _read(file: Path, keep: bool) -> FeatureStats | None:

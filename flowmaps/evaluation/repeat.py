@@ -8,7 +8,7 @@ from typing import Any
 
 from flowmaps.data.registry import DATASETS
 from flowmaps.errors import UserError
-from flowmaps.evaluation.record import ROW_KEY, Record, Row, row_facts, table
+from flowmaps.evaluation.record import ROW_KEY, Record, Row, representations, row_facts, table
 from flowmaps.files import write_json
 from flowmaps.labels import BALANCED
 from flowmaps.markdown import counted
@@ -16,7 +16,7 @@ from flowmaps.metrics.extractors import EXTRACTORS
 from flowmaps.metrics.scores import KID_SUBSET
 
 AGREE = 1e-6  # relative difference of equal numbers
-REPORTED = {"kid": "KID", "is": "IS", "prc": "precision"}  # metrics by a score that they report
+REPORTED = {"kid": "KID", "is": "IS", "prc": "precision", "cmmd": "CMMD"}  # metrics by a score that they report
 PASSING = {"command", "source", "results", "failed", "metric"}  # of a record, what no number depends on
 COMPUTED = {"spread", "repeats", "se", "bias", "influence"}  # of a row, what follows with its scores
 
@@ -34,11 +34,14 @@ def flags_of(record: Record) -> dict[str, str]:
     given: dict[str, Any] = {"metrics": ",".join(_metrics(record))}
     if reference["data"] in DATASETS:
         given["reference"] = f"{reference['data']}:{reference['split']}"
-    if record["extractor"]["extractor"] in EXTRACTORS:
-        given["extractor"] = record["extractor"]["extractor"]
+    names = [part["extractor"]["extractor"] for part in representations(record)]
+    if all(name in EXTRACTORS for name in names):
+        given["extractors"] = ",".join(names)
+    if floor := record.get("floor"):
+        given["floor"] = floor["source"]
     if "kid" in given["metrics"].split(","):
         given["kid_subset"] = record.get("kid_subset") or KID_SUBSET
-    if "floor" in rows[0]:
+    if "memorisation_ratio" in rows[0]:
         given["memorisation"] = "true"
     if not record["seeds"]:
         return {"samples": record["source"], **{name: str(value) for name, value in given.items()}}

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowmaps.metrics.stats import FeatureStats, frechet_distance
+from flowmaps.metrics.frechet import frechet_distance
+from flowmaps.metrics.stats import FeatureStats
 
 BLOCKS = 100  # of contiguous samples: a record keeps the mean influence of each
 FOLDS = 10  # of the jackknife

@@ -26,7 +26,7 @@ from helpers.makers import (
 from helpers.released_maps import Map
 from helpers.released_state_dicts import NCSNpp
 
-from flowmaps.metrics.extractors import INCEPTION_FILE
+from flowmaps.metrics.published import INCEPTION_FILE
 
 PROGRAMS = r"(?:flowmaps|python|make|torchrun|accelerate|git|mkdir|for)\b"
 SHORT = "--config.steps=20 --config.batch=16 --config.log_every=5 --config.checkpoint_every=5"

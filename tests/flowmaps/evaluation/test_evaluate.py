@@ -154,7 +154,7 @@ def test_evaluate_returns_the_record_that_fid_writes(place):
 
 def test_evaluate_takes_images_of_every_kind_and_an_open_reference(place, monkeypatch):
     reference = open_reference("digits:heldout")
-    monkeypatch.setattr(MODULE, "open_reference", None)  # nothing is opened again
+    monkeypatch.setattr(MODULE, "open_references", None)  # nothing is opened again
     data = open_dataset("digits")
     kinds = (data, data.x, "digits:train")
     records = [evaluate(images, reference, memorisation=images is data) for images in kinds]

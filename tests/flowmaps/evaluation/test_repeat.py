@@ -77,7 +77,7 @@ def test_what_cannot_be_repeated_is_refused(record, tmp_path, facts, flags, name
 def test_flags_of_a_record(record):
     found = flags_of(record)
     assert found["steps"] == "1,2" and found["schedule"] == "stored" and found["repeats"] == "2"
-    assert found["reference"] == "digits:heldout" and found["extractor"] == "digits" and "ema" not in found
+    assert found["reference"] == "digits:heldout" and found["extractors"] == "digits" and "ema" not in found
     rows = [row | {"ema": ema, "KID": 0.1} for ema in (None, 0.99) for row in record["results"]]
     more = flags_of(record | {"results": rows, "guidance": 2.0, "guidance_interval": [0.1, 0.5], "kid_subset": 20})
     assert more["ema"] == "raw,0.99" and more["guidance"] == "2.0" and more["guidance_interval"] == "0.1,0.5"
