@@ -49,11 +49,12 @@ CONFIDENCE = flags.DEFINE_float("confidence", 0.99, "Of the test that a worsenin
 UPDATE = flags.DEFINE_bool("update_baseline", False, "Replace the record of --max_regression by this one: accept it")
 JSON = flags.DEFINE_string("json", None, "File for the record")
 JUNIT = flags.DEFINE_string("junit", None, "File for the verdicts as JUnit XML")
+MARKDOWN = flags.DEFINE_string("markdown", None, "File for results and verdicts as Markdown, before and after")
 FROM_RECORD = flags.DEFINE_string("from_record", None, "Repeat the evaluation of this record, say where it differs")
 MEMORISATION = flags.DEFINE_bool("memorisation", False, "Floor and nearest-neighbour distances (small data sets)")
 READS, WRITES = (
     (*SAMPLING.reads, POLICY, SAMPLES, REFERENCE, EXTRACTORS, WEIGHTS, FLOOR, MAX_REGRESSION, FROM_RECORD),
-    (JSON, JUNIT),
+    (JSON, JUNIT, MARKDOWN),
 )
 
 
@@ -110,7 +111,8 @@ def main() -> int:
     from flowmaps.data.registry import check_source
     from flowmaps.distributed import team
     from flowmaps.evaluation import evaluate, gate, open_references, repeat
-    from flowmaps.evaluation.references import built_in, model_size, open_images
+    from flowmaps.evaluation.real_images import built_in, open_images
+    from flowmaps.evaluation.references import model_size
     from flowmaps.metrics.extractors import check_extractors
     from flowmaps.metrics.scores import check_names, distance_of, needs_reference_features
 
@@ -118,7 +120,7 @@ def main() -> int:
         raise UserError("--memorisation needs a data set with a held-out split, e.g. --reference=digits:heldout")
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     baseline, updated = (None, MAX_REGRESSION.value) if UPDATE.value else (MAX_REGRESSION.value, None)
-    gate.check_outputs(JSON.value, JUNIT.value, summary, updated)
+    gate.check_outputs(JSON.value, JUNIT.value, summary, updated, MARKDOWN.value)
     check_extractors(EXTRACTORS.value, WEIGHTS.value)
     check_names(METRICS.value)
     for name, source in (("reference", reference), ("samples", SAMPLES.value), ("floor", FLOOR.value)):
@@ -164,4 +166,4 @@ def main() -> int:
         return 0
     if recorded:
         return repeat.finish(recorded, record, FROM_RECORD.value or "", JSON.value)
-    return gate.finish(record, limits, JSON.value, JUNIT.value, summary, updated)
+    return gate.finish(record, limits, JSON.value, JUNIT.value, summary, updated, MARKDOWN.value)

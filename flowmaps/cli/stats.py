@@ -33,7 +33,8 @@ def main() -> None:
     from flowmaps.data import download
     from flowmaps.data.registry import check_source
     from flowmaps.distributed import pick_device, team
-    from flowmaps.evaluation.references import built_in, cached_statistics, load_extractors, open_for_scoring
+    from flowmaps.evaluation.real_images import built_in, cached_statistics, open_for_scoring
+    from flowmaps.evaluation.references import load_extractors
     from flowmaps.metrics.extractors import check_extractors
 
     # Flags first, then the images, and the extractor last: its weights may have to be downloaded.

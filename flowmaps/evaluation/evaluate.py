@@ -11,17 +11,9 @@ from torch import Tensor
 from flowmaps import FlowMap, UserError
 from flowmaps.data import DataSet, iterate
 from flowmaps.distributed import ALONE, Team
+from flowmaps.evaluation.real_images import nearest_neighbours, open_images, train_set_score
 from flowmaps.evaluation.record import Record, Row, describe, ratios
-from flowmaps.evaluation.references import (
-    Choice,
-    Reference,
-    model_size,
-    nearest_neighbours,
-    open_floor,
-    open_images,
-    open_references,
-    train_set_score,
-)
+from flowmaps.evaluation.references import Choice, Reference, model_size, open_floor, open_references
 from flowmaps.evaluation.samples import sample_batches
 from flowmaps.evaluation.scoring import floors, score
 from flowmaps.evaluation.settings import Setting, sampling_settings

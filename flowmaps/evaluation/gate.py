@@ -3,61 +3,17 @@
 import math
 import os
 import sys
-import xml.etree.ElementTree as ET
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 from flowmaps.errors import UserError, blame
 from flowmaps.evaluation.record import ROW_KEY, Record, Row, read_record, representations, table
+from flowmaps.evaluation.verdicts import Difference, Verdict, failures, junit, name, summary
 from flowmaps.files import WRITER, WRITTEN_BY, check_new_file, writable_directory, write_file, write_json
-from flowmaps.metrics.influence import SMALLEST_ERROR, paired_error
 
 # What two records must agree in before their distances can be compared.
 PROTOCOL = ("metric", "extractor", "num", "seeds", "label", "label_policy", "guidance", "guidance_interval", "gamma")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The name of a row, its distance, the reasons why it fails the gate, if it does, and how it compares."""
-
-    name: str
-    metric: str
-    value: float
-    reasons: tuple[str, ...] = ()
-    comparison: str = ""  # with the baseline's row
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A distance, that of the baseline, and the standard error of their difference, None if it is not known."""
-
-    value: float
-    before: float
-    se: float | None
-
-    @classmethod
-    def of(cls, row: Row, old: Row, metric: str) -> "Difference":
-        """Compare two rows, block by block if both have the influence of their samples."""
-        value, before = float(row[metric]), float(old[metric])
-        now, then = (entry.get("influence", {}).get(metric) for entry in (row, old))
-        if not now or not then:
-            return cls(value, before, None)
-        return cls(value, before, max(paired_error(then, now), SMALLEST_ERROR * before))
-
-    def is_worse(self, confidence: float) -> bool:
-        """Tell whether the distance has grown, by more than chance explains if the standard error is known."""
-        if self.se is None:
-            return not self.value <= self.before
-        return not self.value - self.before <= NormalDist().inv_cdf(confidence) * self.se  # NaN is worse
-
-    def __str__(self) -> str:
-        change = self.value - self.before
-        error = "" if self.se is None else f" ± {self.se:.2g}"
-        share = f" ({change / self.before:+.1%})" if self.before else ""
-        return f"baseline {self.before:.4g}, difference {change:+.3g}{error}{share}"
 
 
 @dataclass(frozen=True)
@@ -150,7 +106,7 @@ class Limits:
 
     def _verdict(self, row: Row, metric: str, title: str, first: str) -> Verdict:
         """Judge one distance of a row; ``max_fid`` is the limit of the ``first`` one."""
-        value, reasons, comparison = row[metric], [], ""
+        value, reasons, comparison, difference = row[metric], [], "", None
         if self.max_fid is not None and metric == first and not value <= self.max_fid:
             reasons.append(f"{metric} {value:.4g} is above max_fid={self.max_fid:g}")
         if self.baseline is not None:
@@ -162,32 +118,23 @@ class Limits:
                     f"{difference.before:.4g} of max_regression={self.file}: {difference}"
                 )
             comparison = f"{difference}{self._meaning(difference, worse)}: {'failed' if reasons else 'passed'}"
-        return Verdict(title, metric, value, tuple(reasons), comparison)
-
-
-def failures(verdicts: Iterable[Verdict]) -> list[str]:
-    """Return one line per reason to fail."""
-    return [f"{reason} ({verdict.name})" for verdict in verdicts for reason in verdict.reasons]
+        return Verdict(title, metric, value, tuple(reasons), comparison, difference)
 
 
 def _key(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(key) for key in ROW_KEY)
 
 
-def name(row: Row) -> str:
-    """Describe a row of results in words."""
-    if "steps" not in row:
-        return "the samples"
-    average = "" if row["ema"] is None else f", ema {row['ema']:g}"
-    return f"{row['sampler']}, {row['steps']} step{'s' * (row['steps'] > 1)}, {row['grid']}{average}"
-
-
 def check_outputs(
-    json_file: str | None, junit_file: str | None, page: str | None, baseline_file: str | None = None
+    json_file: str | None,
+    junit_file: str | None,
+    page: str | None,
+    baseline_file: str | None = None,
+    markdown_file: str | None = None,
 ) -> None:
     """Refuse, before any work, files that ``finish`` could not write, or that are something else of flowmaps."""
     records = (("json", json_file, _is_record), ("max_regression", baseline_file, _is_record))
-    for field, file, is_kind in (*records, ("junit", junit_file, _is_junit)):
+    for field, file, is_kind in (*records, ("junit", junit_file, _is_junit), ("markdown", markdown_file, _is_page)):
         if file:
             with blame(field, file):
                 target = check_new_file(Path(file))
@@ -208,6 +155,10 @@ def _is_record(file: Path) -> bool:
         return False
 
 
+def _is_page(file: Path) -> bool:
+    return file.read_bytes()[:4] == b"### "
+
+
 def _is_junit(file: Path) -> bool:
     return b"<testsuites" in file.read_bytes()[:1000]
 
@@ -219,10 +170,12 @@ def finish(
     junit_file: str | None,
     page: str | None,
     baseline_file: str | None = None,
+    markdown_file: str | None = None,
 ) -> int:
     """Print the results, write the files and return the exit code.
 
-    The Markdown file ``page`` is appended to. ``baseline_file`` gets the record unless a limit is exceeded.
+    ``markdown_file`` gets what is appended to the CI system's ``page``, for a comment on a change, and
+    ``baseline_file`` the record unless a limit is exceeded.
     """
     verdicts = limits.judge(report)
     failed = failures(verdicts)
@@ -232,6 +185,8 @@ def finish(
         write_json(Path(baseline_file), report)
     if junit_file:
         write_file(Path(junit_file), junit(report, verdicts))
+    if markdown_file:
+        write_file(Path(markdown_file), f"{summary(report, verdicts)}<!-- {WRITTEN_BY}: {WRITER} -->\n".encode())
     if page:
         with Path(page).open("a") as file:
             file.write(summary(report, verdicts))
@@ -244,49 +199,3 @@ def finish(
     if failed:
         print(f"gate failed: {'; '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
-
-
-def junit(report: Record, verdicts: list[Verdict]) -> bytes:
-    """Return the verdicts as JUnit XML: a test case per distance of a row, facts of the record as properties."""
-    failed = sum(bool(verdict.reasons) for verdict in verdicts)
-    counts = {"tests": str(len(verdicts)), "failures": str(failed), "errors": "0"}
-    root = ET.Element("testsuites", counts)
-    root.append(ET.Comment(f"{WRITTEN_BY}: {WRITER}"))
-    suite = ET.SubElement(root, "testsuite", {"name": "flowmaps fid.py", **counts})
-    properties = ET.SubElement(suite, "properties")
-    for key, value in _facts(report).items():
-        ET.SubElement(properties, "property", name=key, value=str(value))
-    for verdict in verdicts:
-        case = ET.SubElement(suite, "testcase", classname=str(report["source"]), name=verdict.name)
-        if verdict.reasons:
-            reason = "; ".join(verdict.reasons)
-            ET.SubElement(case, "failure", message=reason).text = reason
-        ET.SubElement(case, "system-out").text = f"{verdict.metric} {verdict.value!r} {verdict.comparison}".strip()
-    ET.indent(root)
-    document: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
-    return document
-
-
-def summary(report: Record, verdicts: list[Verdict]) -> str:
-    """Return the verdicts as Markdown, for a CI system's page."""
-    failed = failures(verdicts)
-    facts = "\n".join(f"- {key}: {value}" for key, value in _facts(report).items())
-    lines = "".join(f"- **{line}**\n" for line in failed)
-    lines += "".join(f"- {verdict.name}: {verdict.comparison}\n" for verdict in verdicts if verdict.comparison)
-    title = f"{report['metric']} of {report['source']}: {'failed' if failed else 'passed'}"
-    return f"### {title}\n\n{lines}\n{table(report['results'])}\n\n{facts}\n\n"
-
-
-def _facts(report: Record) -> dict[str, Any]:
-    reference, extractor = report["reference"], report["extractor"]
-    return {
-        "reference": f"{reference['data']} {reference['split']}".strip(),
-        "reference images": reference["n"] if reference["n"] is not None else "unknown",
-        "extractor": f"{extractor['extractor']} {extractor['weights'][:12]}",
-        "images": report["num"],
-        "seeds": report["seeds"],
-        "images seen in training": report["model"].get("images_seen"),
-        "flowmaps": report["versions"]["flowmaps"],
-        "torch": report["versions"]["torch"],
-        "device": report["device"],
-    }

@@ -186,7 +186,7 @@ FLAGS = {
     | SCORING
     | {"samples", "reference", "max_fid", "json", "memorisation", "metrics", "kid_subset"}
     | {"repeats", "max_regression", "tolerance", "confidence", "update_baseline", "junit"}
-    | {"from_record", "label_policy", "floor"},
+    | {"from_record", "label_policy", "floor", "markdown"},
     "schedule.py": {"checkpoint", "steps", "out", "store", "plot", "sampler", "cost", "noises", "seed", "fine"}
     | {"guidance", "batch", "reference", "num"},
     "train_extractor.py": {"data", "root", "size", "out", "epochs", "seed"},

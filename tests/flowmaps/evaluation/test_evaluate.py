@@ -13,8 +13,8 @@ from PIL import Image
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.data import iterate, open_dataset
 from flowmaps.evaluation import evaluate, open_reference
+from flowmaps.evaluation.real_images import open_for_scoring
 from flowmaps.evaluation.record import read_record
-from flowmaps.evaluation.references import open_for_scoring
 from flowmaps.evaluation.samples import samples
 from flowmaps.evaluation.scoring import NotFinite
 from flowmaps.metrics import FeatureStats, board_kl

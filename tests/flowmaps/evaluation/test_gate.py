@@ -15,8 +15,9 @@ import yaml
 from helpers import ROOT, run_script, run_two
 
 from flowmaps import FlowMap, UserError
-from flowmaps.evaluation.gate import Limits, check_outputs, finish, junit, summary
+from flowmaps.evaluation.gate import Limits, check_outputs, finish
 from flowmaps.evaluation.record import read_record
+from flowmaps.evaluation.verdicts import junit, summary
 from flowmaps.files import write_json
 
 TRAIN = [

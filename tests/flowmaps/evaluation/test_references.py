@@ -15,7 +15,8 @@ from PIL import Image
 from flowmaps import UserError
 from flowmaps.data import open_dataset
 from flowmaps.data.registry import builtin_name
-from flowmaps.evaluation.references import cached_stats, open_reference, source_stats
+from flowmaps.evaluation.real_images import cached_stats, source_stats
+from flowmaps.evaluation.references import open_reference
 from flowmaps.files import cache_directory
 from flowmaps.metrics import FeatureStats, frechet_distance
 from flowmaps.metrics.extractors import load_extractor
