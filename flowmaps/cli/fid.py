@@ -94,6 +94,8 @@ def _as_recorded() -> "Record | None":
     for name, value in given.items():
         if not flags.FLAGS[name].present:
             flags.FLAGS[name].parse(value)
+    if record.get("representations") and "extractors" not in given and not EXTRACTORS.present:
+        raise UserError("give them: --from_record has only their names", field="extractors")
     if (record["label_policy"] or "").startswith("sha256:") and not POLICY.present:
         raise UserError("give the file of the labels: --from_record has only its hash", field="label_policy")
     return record

@@ -95,6 +95,18 @@ def jackknife_bias(features: Tensor, stats: FeatureStats, reference: FeatureStat
     return (FOLDS - 1) * (sum(distances) / FOLDS - frechet_distance(stats, reference))
 
 
+def standard_error(
+    stats: FeatureStats, reference: FeatureStats, labels: Tensor | None = None
+) -> tuple[float, list[float]]:
+    """Return the standard error of the Fréchet distance and the influence of blocks, as in ``distance_error``."""
+    if stats.features is None or len(stats.features) < BLOCKS:
+        raise ValueError(f"a standard error needs the features of at least {BLOCKS} samples")
+    n = len(stats.features)
+    values, classes = without_classes(influence(stats.features, stats, reference), labels)
+    error = float((values.square().sum() / (n - classes) / n).sqrt())
+    return error, [float(f"{float(part.sum()) * BLOCKS / n:.7g}") for part in values.tensor_split(BLOCKS)]
+
+
 def distance_error(stats: FeatureStats, reference: FeatureStats, labels: Tensor | None = None) -> DistanceError:
     """Return the error of the Fréchet distance of samples to ``reference``.
 
@@ -106,12 +118,8 @@ def distance_error(stats: FeatureStats, reference: FeatureStats, labels: Tensor 
     Returns:
         The error. The sum of the influence of a block is counted ``BLOCKS`` / n times: the mean, if all are as large.
     """
-    if stats.features is None or len(stats.features) < BLOCKS:
-        raise ValueError(f"a standard error needs the features of at least {BLOCKS} samples")
-    n = len(stats.features)
-    values, classes = without_classes(influence(stats.features, stats, reference), labels)
-    error = float((values.square().sum() / (n - classes) / n).sqrt())
-    blocks = [float(f"{float(part.sum()) * BLOCKS / n:.7g}") for part in values.tensor_split(BLOCKS)]
+    error, blocks = standard_error(stats, reference, labels)
+    assert stats.features is not None
     return DistanceError(error, jackknife_bias(stats.features, stats, reference), blocks)
 
 

@@ -12,20 +12,21 @@ from flowmaps.evaluation.samples import sample_batches
 from flowmaps.evaluation.verdicts import Difference
 from flowmaps.images import to_uint8
 from flowmaps.metrics import FeatureStats, frechet_distance
-from flowmaps.metrics.influence import distance_error
+from flowmaps.metrics.influence import standard_error
 from samplers import uniform_times
 from training.config_rows import load_row
 from training.trainer import Trainer
 
-ROWS = {"digits": ("lagrangian", 600), "fashion_mnist": ("lagrangian,cpu", 300)}  # config row, training steps
-POOL, DRAWS = 12_000, 200  # samples of each model, and sets of ``num`` drawn from them
+# Config row, training steps, samples of each model.
+ROWS = {"digits": ("lagrangian", 600, 12_000), "fashion_mnist": ("lagrangian,cpu", 150, 6_000)}
+DRAWS = 200  # sets of ``num`` samples drawn from them
 EMAS = (0.99, 0.9)
 RULE = 0.05  # the tolerance of a gate without statistics
 
 
 def trained(data: str, steps: int | None) -> dict[str, FlowMap]:
     """Train one model, and return its averages, and the first one after half of the steps."""
-    row, usual = ROWS[data]
+    row, usual, _ = ROWS[data]
     config = load_row(f"configs/{data}.py", row)
     config.steps, config.ema = steps or usual, EMAS
     trainer, found = Trainer.build(config), dict[str, FlowMap]()
@@ -50,8 +51,8 @@ def pool(fm: FlowMap, reference: Reference, pooled: int) -> Tensor:
 def row_of(features: Tensor, reference: Reference) -> dict[str, Any]:
     """Return a record's row of these samples, whose labels are those of ``label_policy=balanced``."""
     stats = FeatureStats(features.shape[1], reference.stats.origin, keep=True).update(features)
-    error = distance_error(stats, reference.stats, torch.arange(len(features)) % 10)
-    return {"FD": frechet_distance(stats, reference.stats), "influence": {"FD": [error.influence]}}
+    _, blocks = standard_error(stats, reference.stats, torch.arange(len(features)) % 10)
+    return {"FD": frechet_distance(stats, reference.stats), "influence": {"FD": [blocks]}}
 
 
 def drawn(pooled: int, num: int, g: torch.Generator) -> Tensor:
@@ -67,7 +68,7 @@ def scores(data: str, num: int | None, train_steps: int | None) -> Iterator[tupl
     """Yield the name of each pair and the shares in % of draws in which "after" is found worse than "before"."""
     if data not in ROWS:
         raise UserError(f"--rows={data}: of --suite=gate they are {', '.join(ROWS)}")
-    pooled = POOL if train_steps is None else 10 * (num or 2000)
+    pooled = ROWS[data][2] if train_steps is None else 10 * (num or 2000)
     reference = open_reference(f"{data}:heldout", device=torch.device("cpu"))
     of = {name: pool(fm, reference, pooled) for name, fm in trained(data, train_steps).items()}
     g = torch.Generator().manual_seed(0)
