@@ -14,7 +14,6 @@ python scripts/benchmark.py --suite=networks --threads=1
 python scripts/benchmark.py --suite=layout --threads=1
 python scripts/benchmark.py --suite=routes --threads=1
 python scripts/benchmark.py --suite=precision --threads=1
-python scripts/benchmark.py --suite=profile --threads=1
 python scripts/benchmark.py --suite=fid --num=512
 python scripts/benchmark.py --suite=folders --threads=1
 

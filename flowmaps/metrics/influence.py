@@ -68,7 +68,7 @@ def without_classes(values: Tensor, labels: Tensor | None) -> tuple[Tensor, int]
     """Return ``values`` [n] less the mean of their class, and the number of classes.
 
     The samples of a class are as many whatever the seed, so that differences between classes add no variance. With
-    fewer than two samples a class on average nothing could be estimated: the values stay, whose variance is larger.
+    fewer than two samples per class on average nothing could be estimated: the values stay, whose variance is larger.
     """
     if labels is None:
         return values, 1

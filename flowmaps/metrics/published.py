@@ -37,7 +37,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Preparation:
-    """How uint8 images become the input of a ViT: their resize, then (x / 255 - mean) / deviation."""
+    """The input of a ViT from uint8 images: a resize, then (x / 255 - mean) / deviation."""
 
     resize: str
     mean: tuple[float, float, float]

@@ -113,7 +113,7 @@ def test_a_record_of_several_is_repeated_and_judged(place):
 
 
 def test_a_module_of_torch_is_an_extractor():
-    """In eval mode, on any reference; its features must have one row an image and the reference's number."""
+    """In eval mode, on any reference; its features must have one row per image and the reference's number."""
 
     class Net(nn.Module):
         def __init__(self, dim=5):
@@ -189,9 +189,12 @@ def test_sfid_is_the_distance_of_spatial_features_of_the_same_pass(inception, mo
     inner = load_extractor("inception", weights)
     assert inner.metric == "FID" and load_extractor("inception-spatial", weights).metric == "sFID"
     forward = network.forward
-    monkeypatch.setattr(
-        network, "forward", lambda self, x: (calls.append(self._last and self._last[0] is x), forward(self, x))[1]
-    )
+
+    def counted(self, images):
+        calls.append(self._last is not None and self._last[0] is images)
+        return forward(self, images)
+
+    monkeypatch.setattr(network, "forward", counted)
     row = evaluate(samples, references)["results"][0]
     assert calls == [False, True]  # the second extractor uses what the first one computed
     with torch.no_grad():
