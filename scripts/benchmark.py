@@ -2,20 +2,15 @@
 
 python scripts/benchmark.py --suite=checkerboard --seeds=0,1,2 --cpu_minutes=2 --json=checkerboard.json
 python scripts/benchmark.py --suite=digits --rows=lagrangian --seeds=0,1,2 --json=digits.json
+python scripts/benchmark.py --suite=fashion_mnist --rows=lagrangian+cpu,imf+cpu+network.head_depth=0 --cpu_minutes=9
 python scripts/benchmark.py --suite=learning --rows=lagrangian,lagrangian_edm2 --rates=2e-3,1e-2 --plot=learning.png
 python scripts/benchmark.py --suite=optimisers --rates=1e-3,3e-3,1e-2,3e-2 --seeds=0 --plot=optimisers.png
 python scripts/benchmark.py --suite=mid_training --rows=digits --threads=1 --plot=mid-training.png
 python scripts/benchmark.py --suite=guidance --seeds=0,1,2 --threads=1
 python scripts/benchmark.py --suite=gate --threads=1 --json=gate.json
 python scripts/benchmark.py --suite=bellman --rows=digits --threads=1 --plot=bellman.png
-python scripts/benchmark.py --suite=step --threads=1
-python scripts/benchmark.py --suite=sample --threads=1
-python scripts/benchmark.py --suite=networks --threads=1
-python scripts/benchmark.py --suite=layout --threads=1
-python scripts/benchmark.py --suite=routes --threads=1
-python scripts/benchmark.py --suite=precision --threads=1
+python scripts/benchmark.py --suite=step --threads=1  # or sample, networks, layout, routes, precision, profile, folders
 python scripts/benchmark.py --suite=fid --num=512
-python scripts/benchmark.py --suite=folders --threads=1
 
 Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n and euler@n are at n sampling steps.
 """
@@ -35,12 +30,14 @@ from flowmaps.files import check_new_file, to_json
 SUITE = flags.DEFINE_string(
     "suite",
     None,
-    "bellman (step sizes), checkerboard, digits, gate (false alarms and power), guidance (baked in), learning "
-    "(curves), mid_training (its gain for post-training), networks (time and memory of each objective), optimisers "
-    "(curves), precision (errors of derivatives), routes (of a constant derivative: time and memory), or timings: ema, "
-    "fid, folders, layout, profile, resume, sample, step",
+    "bellman (step sizes), checkerboard, digits, fashion_mnist, gate (false alarms and power), guidance (baked in), "
+    "learning (curves), mid_training (its gain for post-training), networks (time and memory of each objective), "
+    "optimisers (curves), precision (errors of derivatives), routes (of a constant derivative: time and memory), or "
+    "timings: ema, fid, folders, layout, profile, resume, sample, step",
 )
-ROWS = flags.DEFINE_list("rows", None, "Rows of the suite's config; of networks: small ones, or names of presets")
+ROWS = flags.DEFINE_list(
+    "rows", None, "Rows of the suite's config, with settings after +; of networks: small ones, or names of presets"
+)
 RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning, optimisers")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds")
 TRAIN_STEPS = flags.DEFINE_integer("train_steps", None, "Training steps, instead of the config's", lower_bound=1)

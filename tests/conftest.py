@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests/helpers
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    torch.set_num_threads(1)  # for pytest -n 2 on two cores; also makes sums reproducible
+    torch.set_num_threads(1)  # for several workers of pytest on two cores; also makes sums reproducible
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -159,7 +159,7 @@ class Config:
         if self.optim.spike and not 1 < self.optim.spike < float("inf"):
             raise UserError("must be above 1, or 0 to skip no step", field="optim.spike", value=self.optim.spike)
         if self.optim.nesterov and self.optim.name is not Optimizer.muon:
-            raise UserError("is for the AdamW beside Muon: set optim.name=muon", "optim.nesterov", True)
+            raise UserError("is for the AdamW next to Muon: set optim.name=muon", "optim.nesterov", True)
         if not self.sample_steps or min(self.sample_steps) < 1:
             raise UserError("must be step counts of at least 1", field="sample_steps", value=self.sample_steps)
 

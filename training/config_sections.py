@@ -76,7 +76,7 @@ class Optim:
     name: Optimizer = Optimizer.radam
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)  # of RAdam and AdamW; Muon's momentum is 0.95
-    nesterov: bool = False  # Nesterov momentum in the AdamW beside Muon: NAdam, at a constant first beta
+    nesterov: bool = False  # Nesterov momentum in the AdamW next to Muon: NAdam, at a constant first beta
     weight_decay: float = 0.0
     clip: float = 1.0  # global norm of the gradient; 0: no clipping
     spike: float = 0.0  # skip a step whose gradient norm exceeds this multiple of the recent median; 0 disables

@@ -4,7 +4,6 @@ All timings are medians over interleaved rounds in one process, after a warm-up:
 programs disturb less, and wall time on a GPU, for which the host waits.
 """
 
-import dataclasses
 import itertools
 import os
 import platform
@@ -20,16 +19,16 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from benchmarks.objectives import COST_NETWORKS, COSTS, Work, medians
+from benchmarks.rows import row_config
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.distributed import pick_device
 from flowmaps.generate import generate
 from flowmaps.images import from_uint8
-from flowmaps.networks import NETWORKS, DiT
+from flowmaps.networks import NETWORKS
 from flowmaps.rng import generator
 from samplers import euler, rollout, uniform_times
 from training.checkpoint import load_checkpoint
-from training.config import Config, Optimizer, Precision, network
-from training.config_rows import load_row
+from training.config import Config, Precision
 from training.ema import EMA
 from training.trainer import Trainer
 
@@ -41,10 +40,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "channels_last": {"channels_last": True},
     "accumulate 2": {"accumulate": 2},
     "compile": {"compile": True},
-}
-TRANSFORMERS = {
-    "DiT": network(DiT, image_size=8, channels=1, patch=1, width=128, depth=4, heads=4, num_classes=10),
-    "small_DiT": network(DiT, image_size=8, channels=1, patch=2, width=64, depth=4, heads=4, num_classes=10),
 }
 
 
@@ -66,24 +61,6 @@ def machine() -> dict[str, Any]:
 def _trainer(config: Config) -> Trainer:
     AcceleratorState._reset_state()  # one process, several precisions
     return Trainer.build(config)
-
-
-def row_config(row: str, **changes: Any) -> Config:
-    """A row of configs/digits.py; "ROW+DiT" with a transformer, "ROW+muon" or "ROW+DiT+muon" with that optimiser."""
-    name, *others = row.split("+")
-    try:
-        config = dataclasses.replace(load_row("configs/digits.py", name), **changes)
-    except UserError as error:
-        raise UserError(f"--rows={row}: {error}") from None
-    for other in others:
-        if other in TRANSFORMERS:
-            config.network = TRANSFORMERS[other]
-        elif other in Optimizer.__members__:
-            config.optim.name = Optimizer[other]
-        else:
-            known = ", ".join([*TRANSFORMERS, *Optimizer.__members__])
-            raise UserError(f"--rows={row}: after + may be {known}")
-    return config
 
 
 def step_times(row: str, rounds: int = 15) -> Scores:

@@ -19,8 +19,9 @@ from benchmarks.folders import FOLDERS, folder_times
 from benchmarks.learning import best_rates, learning_scores, optimiser_curves, with_optimisers
 from benchmarks.objectives import COST_NETWORKS, network_costs
 from benchmarks.profiling import profiles
+from benchmarks.rows import row_config
 from benchmarks.scoring import fid_costs
-from benchmarks.speed import ema_times, layout_times, resume_times, row_config, sample_times, step_times
+from benchmarks.speed import ema_times, layout_times, resume_times, sample_times, step_times
 from flowmaps import FlowMap, UserError
 from flowmaps.data import open_dataset
 from flowmaps.errors import blame
@@ -32,13 +33,13 @@ from flowmaps.markdown import markdown_table
 from flowmaps.metrics import board_kl, sliced_w2
 from flowmaps.reading import parse, read_json
 from training.config import Config
-from training.config_rows import load_row
 from training.trainer import Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
-PLOTTED = ("bellman", "checkerboard", "digits", "learning", "mid_training", "optimisers")
+PLOTTED = ("bellman", "checkerboard", "digits", "fashion_mnist", "learning", "mid_training", "optimisers")
 RATED = ("learning", "optimisers")  # that need --rates
 MEMORISATION = ("floor", "samples_to_train", "samples_to_heldout", "heldout_to_train", "memorisation_ratio")
+DIGITS, GARMENTS = "digits:heldout", "assets/references/fashion_mnist.npz"
 CALIBRATION = 30  # steps timed to turn CPU minutes into a number of steps
 
 
@@ -69,26 +70,21 @@ def checkerboard_scores(fm: FlowMap, n: int = 32_768) -> Scores:
     return scores
 
 
-def digits_scores(fm: FlowMap, n: int = 2000) -> Scores:
-    """Return FD-digits of ``n`` samples to the held-out digits, by the map and by the same network's own drift."""
-    heldout = open_reference("digits:heldout", device=torch.device("cpu"))
+def image_scores(reference: str, fm: FlowMap, n: int = 2000) -> Scores:
+    """Return the Fréchet distance of ``n`` samples to ``reference``, by the map and by the same network's own drift.
+
+    Of digits, which are few, also nearest-neighbour distances (of the last sampler and step count).
+    """
+    stats, data = open_reference(reference, device=torch.device("cpu")), reference == DIGITS
     few, solver = (fm.info.sampler, (1, 2, 4, 8)), ("euler", (1, 4, 64))
     scores: Scores = {}
     row: dict[str, Any] = {}
     for sampler, steps in {"map": (solver, few), "drift": (solver,), "consistency": (few,)}[fm.info.kind]:
-        record = evaluate(
-            fm,
-            heldout,
-            steps=steps,
-            num=n,
-            seeds=(1,),
-            sampler=sampler,
-            schedule="uniform",
-            memorisation=True,
-        )
+        options: dict[str, Any] = {"sampler": sampler, "schedule": "uniform", "memorisation": data}
+        record = evaluate(fm, stats, steps=steps, num=n, seeds=(1,), **options)
         for row in record["results"]:
             scores[f"{sampler}@{row['steps']}"] = row[record["metric"]]
-    return scores | {key: row[key] for key in MEMORISATION}  # of the last sampler and step count
+    return scores | {key: row[key] for key in MEMORISATION if data}
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def trained(file: str, score: Callable[..., Scores], args: Arguments) -> Records
     for row, seed in itertools.product(args.rows, args.seeds):
         if (row, seed) in args.done:
             continue
-        config = load_row(file, row)
+        config = row_config(row, file)
         config.seed, config.steps = seed, args.train_steps or config.steps
         fm, facts = fit(config, args.cpu_minutes)
         yield {"row": row, "seed": seed, **facts, "scores": score(fm, args.num) if args.num else score(fm)}
@@ -174,12 +170,14 @@ def fid(args: Arguments) -> Records:
 
 
 _MAPS = ["flow_matching", "lagrangian"]
+_GARMENTS = ["lagrangian+cpu"]
 # suite -> its records, and its default rows
 SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "bellman": (bellman, step_sizes.ROWS),
     "checkerboard": (partial(trained, "configs/checkerboard.py", checkerboard_scores), _MAPS),
-    "digits": (partial(trained, "configs/digits.py", digits_scores), _MAPS),
+    "digits": (partial(trained, "configs/digits.py", partial(image_scores, DIGITS)), _MAPS),
     "ema": (partial(timed, ema_times), ["lagrangian"]),
+    "fashion_mnist": (partial(trained, "configs/fashion_mnist.py", partial(image_scores, GARMENTS)), _GARMENTS),
     "fid": (fid, ["all"]),
     "folders": (lambda args: timed(partial(folder_times, num=args.num), args), list(FOLDERS)),
     "gate": (lambda args: several(lambda row: gate.scores(row, args.num, args.train_steps), args), list(gate.ROWS)),

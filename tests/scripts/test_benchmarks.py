@@ -8,7 +8,11 @@ import sys
 
 import pytest
 from benchmarks.learning import best_rates, optimiser_curves
+from benchmarks.rows import TRANSFORMERS, row_config
 from helpers import ROOT, run_script
+
+from flowmaps import UserError
+from training.config import Optimizer
 
 
 def run(file, *flags):
@@ -126,7 +130,7 @@ def test_unknown_rows_are_named(suite):
 
 def test_an_unknown_part_of_a_row_is_named():
     done = run_script("scripts/benchmark.py", "--suite=step", "--rows=lagrangian+sgd")
-    assert done.returncode == 2 and "may be DiT, small_DiT, radam, adamw, muon" in done.stderr
+    assert done.returncode == 2 and "unknown variant 'sgd'" in done.stderr and "small_DiT" in done.stderr
 
 
 @pytest.mark.slow
@@ -151,3 +155,17 @@ def test_a_file_that_is_not_of_records_is_refused(tmp_path, content):
     (tmp_path / "r.json").write_text(content.replace("{", '{"written_by": "flowmaps", ', 1))
     done = run_script("scripts/benchmark.py", "--suite=step", f"--json={tmp_path}/r.json")
     assert done.returncode == 2 and "--json=" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_settings_of_a_row():
+    config = row_config("imf+smoke+muon+network.head_depth=0+optim.lr=1e-3", base_std=0.25)
+    assert (config.network.head_depth, config.optim.lr, config.base_std) == (0, 1e-3, 0.25)
+    assert (config.optim.name, config.batch) == (Optimizer.muon, 16)
+    assert row_config("lagrangian+garment_DiT+cpu", "configs/fashion_mnist.py").network is TRANSFORMERS["garment_DiT"]
+    assert row_config("pmf+network.prediction=velocity").network.prediction == "velocity"
+
+
+@pytest.mark.parametrize("part", ["optim.rate=1", "optim", "smal", "seed.x=1"])
+def test_settings_that_do_not_exist(part):
+    with pytest.raises(UserError, match="--rows=lagrangian"):
+        row_config(f"lagrangian+{part}")

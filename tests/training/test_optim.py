@@ -149,7 +149,7 @@ def test_nesterov_steps_beside_muon_are_those_of_the_formula(decay, tmp_path):
         one.optimizer.zero_grad()
         one.step(4)
     assert_same(trainer.module.state_dict(), again.module.state_dict())
-    with pytest.raises(UserError, match=r"^optim\.nesterov=True: is for the AdamW beside Muon"):
+    with pytest.raises(UserError, match=r"^optim\.nesterov=True: is for the AdamW next to Muon"):
         tiny(optim=Optim(nesterov=True)).validate()
 
 

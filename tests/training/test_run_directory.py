@@ -59,7 +59,8 @@ TRAIN = f"{sys.executable} scripts/train.py {ROW} --workdir="
     else True,
     reason="no file system can be mounted here",
 )
-@pytest.mark.parametrize("way", ["full", pytest.param("read-only", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["full", "read-only"])
 def test_a_full_or_read_only_disk_ends_the_run_in_one_line_and_keeps_the_last_checkpoint(tmp_path, way):
     """A real file system with room for one checkpoint, or read-only; made writable, the same command ends as usual."""
     size, disk = {"full": "6m", "read-only": "9m"}[way], tmp_path / "disk"

@@ -193,6 +193,7 @@ def cifar(data_root):
     return [*config, "--config.network.width=8", "--config.sample_every=20", "--config.checkpoint_every=10"]
 
 
+@pytest.mark.slow
 def test_cifar10_dry_run_train_resume_sample(tmp_path, cifar):
     shown = run_script("scripts/train.py", *cifar, "--dry_run", check=True).stdout
     assert "cifar10, 300 samples of shape (3, 32, 32)" in shown
@@ -208,6 +209,7 @@ def test_cifar10_dry_run_train_resume_sample(tmp_path, cifar):
         assert image.mode == "RGB"
 
 
+@pytest.mark.slow
 def test_a_folder_of_all_kinds_trains_once_the_bad_files_are_skipped(tmp_path):
     good, bad = zoo()
     root = write_folder(tmp_path / "zoo", good | bad | {"notes.txt": b"hello"})

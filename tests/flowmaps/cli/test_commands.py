@@ -90,6 +90,7 @@ def test_mistakes_are_one_line_with_the_name_that_was_meant(arguments, elsewhere
     assert done.returncode == 2 and MISTAKES[arguments] in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.slow
 def test_a_config_imports_its_neighbour_and_a_shipped_config_and_its_flags_come_in_any_order(elsewhere):
     (elsewhere / "my").mkdir()
     (elsewhere / "my" / "config.py").write_text(CONFIG)

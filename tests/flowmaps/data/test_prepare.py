@@ -181,6 +181,7 @@ def test_a_damaged_shard_is_named_and_made_again(imagenet, whole, tmp_path):
     assert same_files(out, whole)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(imagenet, whole, tmp_path):
     out = tmp_path / "out"
     run_two("scripts/prepare_data.py", "imagenet", f"--src={imagenet}", f"--out={out}", "--shard=100", check=True)
@@ -225,6 +226,7 @@ def test_drawn_latents_have_the_stored_mean_and_standard_deviation(tmp_path, vae
     assert torch.equal(moved[1], (mean[1] - 2) * 0.25) and torch.equal(moved[3], (mean[3] - 4) * 2)
 
 
+@pytest.mark.slow
 def test_files_that_are_not_images(tmp_path):
     src = write_imagenet(tmp_path, classes=3, each=4)
     broken = sorted(src.rglob("*.JPEG"))[5]

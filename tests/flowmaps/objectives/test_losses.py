@@ -35,7 +35,7 @@ COMPILED += [
 ]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_consistency_shares_the_dropout_mask(compiled):
     """With u = s student and target are the same function of the same point, if the mask is the same."""
     torch.manual_seed(0)
