@@ -1,5 +1,6 @@
 """DINOv2, CLIP and Inception's spatial features: weights of the true format, numbers of other packages."""
 
+import time
 import zipfile
 from dataclasses import replace
 
@@ -217,3 +218,19 @@ def test_what_does_not_go_together_is_refused(place, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             open_references(base / "real.npz", names, weights)
+
+
+@pytest.mark.slow
+def test_one_pass_costs_what_its_extractors_cost(place):
+    """At most 5 % more than the time of the two one by one; least CPU times of interleaved rounds."""
+    base, (samples, _) = place
+    extractors, times = [load_extractor(name, base) for name in SMALL], {}
+    for _ in range(8):
+        for name, group in (("first", extractors[:1]), ("second", extractors[1:]), ("both", extractors)):
+            start = time.process_time()
+            stats = extract(group, torch.split(samples, 8), [False] * len(group))
+            times.setdefault(name, []).append(time.process_time() - start)
+            assert all(each.features is None for each in stats)  # memory streams
+    first, second, both = (min(values) for values in times.values())
+    print(f"one by one {first + second:.3f} s, in one pass {both:.3f} s: {both / (first + second) - 1:+.1%}")
+    assert both <= 1.05 * (first + second)
