@@ -153,9 +153,11 @@ def evaluate(
         references = open_references(reference, chosen, weights, root, keep=keep, size=size, team=team)
     num = num if data is None else len(data)
     shape = data.shape if data is not None else fm.info.shape if fm and not fm.info.latent_scale else ()
-    for each in references:
-        _check(each, defined(metrics, each.extractor), num, shape, kid_subset, memorisation, team)
     check_metrics(metrics or defined((), references[0].extractor), [e.extractor for e in references], num, kid_subset)
+    for each in references:
+        if not defined(metrics, each.extractor):
+            raise UserError(f"add one for the features of {each.extractor.name}, such as fid", field="metrics")
+        _check(each, defined(metrics, each.extractor), num, shape, kid_subset, memorisation, team)
     real = () if floor is None else open_floor(floor, references, root, keep=keep, size=size, team=team)
     record: Record = {}
     if not team.rank:  # the other processes have no reference
