@@ -77,7 +77,8 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             [content] = [e for e in archive.infolist() if e.filename.partition("/")[2] == "data.pkl"]
-            if content.file_size > size:
+            stored = [e.file_size for e in archive.infolist() if "/data/" in e.filename]
+            if content.file_size + sum(stored) > size:
                 raise pickle.UnpicklingError("its parts add up to more than the file")
             pickled = archive.read(content)
             folder = content.filename.partition("/")[0]

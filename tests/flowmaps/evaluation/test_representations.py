@@ -102,7 +102,7 @@ def test_a_record_of_several_is_repeated_and_judged(place):
     assert again.returncode == 0 and "is repeated: all numbers agree" in again.stdout, again.stdout + again.stderr
     record = load(place)
     [first, means, rows] = Limits(None, "before.json", 0.0, record).judge(record)
-    assert first.name == "map, 1 step, uniform" and means.name == "map, 1 step, uniform, FD-means"
+    assert first.name == (row := "map, 1 step, uniform, ema 0.999") and means.name == f"{row}, FD-means"
     assert all(verdict.comparison.endswith("no significant worsening: passed") for verdict in (first, means, rows))
     worse = json.loads(json.dumps(record))
     worse["results"][0]["FD-means"] *= 2
