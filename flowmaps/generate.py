@@ -10,7 +10,7 @@ from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.guidance import Guided
 from flowmaps.info import FlowMapInfo
-from flowmaps.labels import labels_for
+from flowmaps.labels import BALANCED, labels_for, sample_labels
 from flowmaps.networks.conditioning import soft_label, with_guidance
 from flowmaps.rng import generator
 from samplers import SAMPLERS, check_times
@@ -111,6 +111,7 @@ def generate(
     reward: Reward | None = None,
     particles: int = 4,
     watch: Watch | None = None,
+    label_policy: str | Tensor = BALANCED,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield samples ``first`` .. ``first + n - 1`` and their labels, batch by batch.
 
@@ -122,7 +123,7 @@ def generate(
         n: The number of samples.
         seed: The seed of their noise.
         sampler: A key of ``samplers.SAMPLERS``.
-        label: The class of all samples, by number or name; None gives them those of ``labels_for``.
+        label: The class of all samples, by number or name; None gives them those of ``label_policy``.
         gamma: The share of noise that ``sampler="stochastic"`` renews per step.
         guidance: The weight for a model that takes one (``FlowMapInfo.guidance_max``), None for 1. ODE solvers guide
             any model that was also trained without labels (classifier-free guidance).
@@ -135,6 +136,7 @@ def generate(
             in turn, and their weights choose.
         particles: Particles per sample, of which one is drawn by weight.
         watch: Called as ``watch(k, t_k, particles)`` at every time of every batch of a steered call.
+        label_policy: How samples without a ``label`` get theirs: see ``flowmaps.labels.sample_labels``.
 
     Yields:
         (samples [b, *shape], labels int64 [b], or None for an unconditional model).
@@ -161,7 +163,7 @@ def generate(
     model = fm if row.of == "map" else guided_drift(fm, guidance)
     for start in range(first, first + n, batch):
         size = min(batch, first + n - start)
-        y = labels_for(fm.info, size, label, start)
+        y = sample_labels(fm.info, start, size, seed, label, label_policy)
         y = None if y is None else y.to(device, non_blocking=True)
         x0, options = fm.noise(size, seed, start), {}
         if row.renoises:

@@ -62,7 +62,7 @@ def main() -> None:
     config = CONFIG.value
     workdir = "" if DRY_RUN.value or FORECAST.value is not None else required(WORKDIR, "runs/digits")
 
-    numbers = None if SEEDS.value is None else seeds()
+    numbers = None if SEEDS.value is None else seeds(SEEDS.value)
     if FORECAST.value is not None:
         show_forecast(config)
         return
@@ -84,8 +84,8 @@ def main() -> None:
             if main:
                 show(stage, facts, picture, pictures.get(stage))
     for place, seed in places.items() if not DRY_RUN.value else ():
-        for stage in stages.values() if seed is not None else ():
-            stage.seed = seed
+        for run in stages.values() if seed is not None else ():
+            run.seed = seed
         if isinstance(config, Chain):
             records = run_chain(config, place, STAGE.value)
             if main:
@@ -99,16 +99,16 @@ def main() -> None:
             print(next_command.show(next_command.command("compare", workdir)), file=sys.stderr)
 
 
-def seeds() -> list[int]:
+def seeds(texts: list[str]) -> list[int]:
     """Return the seeds of --seeds."""
     if DRY_RUN.value or FORECAST.value is not None:
-        raise UserError("a forecast or a dry run has no use for seeds: leave it out", "seeds", ",".join(SEEDS.value))
+        raise UserError("a forecast or a dry run has no use for seeds: leave it out", "seeds", ",".join(texts))
     try:
-        found = [int(text) for text in SEEDS.value]
+        found = [int(text) for text in texts]
     except ValueError:
         found = []
     if not found or len(set(found)) < len(found) or not all(0 <= seed <= LARGEST_SEED for seed in found):
-        raise UserError("give different whole numbers, such as 0,1,2", "seeds", ",".join(SEEDS.value))
+        raise UserError("give different whole numbers, such as 0,1,2", "seeds", ",".join(texts))
     return found
 
 
