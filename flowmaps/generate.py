@@ -10,8 +10,9 @@ from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.guidance import Guided
 from flowmaps.info import FlowMapInfo
-from flowmaps.labels import labels_for
+from flowmaps.labels import Label, labels_for
 from flowmaps.networks.conditioning import soft_label, with_guidance
+from flowmaps.networks.conditions import condition_rows
 from samplers import SAMPLERS, check_times
 from samplers.callables import Drift
 from samplers.grids import STEP_COUNT, Times, is_step_count
@@ -63,21 +64,25 @@ def check_grid(times: Times, field: str = "times") -> Tensor:
 
 
 def guided_label(fm: FlowMap, label: Tensor | None, weight: float | None, interval: Interval = None) -> Tensor | None:
-    """Return ``label`` [n] with the guidance ``weight`` and its times attached, if ``fm`` takes one; else ``label``."""
+    """Return ``label`` [n] with the guidance ``weight`` and its times attached, if ``fm`` takes one.
+
+    Conditions are rows in any case (``networks.conditioning``).
+    """
+    label = condition_rows(label, fm.info.condition)
     if label is None or weight is None or fm.info.guidance_max is None:
         return label
     augment_dim = getattr(getattr(fm.network, "config", None), "augment_dim", 0)
     unchanged = torch.zeros(len(label), augment_dim, device=label.device)
-    rows = soft_label(label, unchanged, fm.info.num_classes)
+    rows = soft_label(label, unchanged, fm.info.label_size)
     told = torch.tensor([weight, *(interval or ())], dtype=torch.float32, device=label.device)
-    return with_guidance(rows, told.expand(len(label), -1), fm.info.num_classes)
+    return with_guidance(rows, told.expand(len(label), -1), fm.info.label_size)
 
 
 def guided_drift(fm: FlowMap, weight: float | None) -> Drift:
     """Return the drift under guidance: classifier-free, unless the network takes the weight with the label."""
     if weight is None or fm.info.guidance_max is not None:
         return fm.drift
-    return Guided(fm.drift, weight, fm.info.num_classes)
+    return Guided(fm.drift, weight, fm.info.label_size)
 
 
 @torch.no_grad()
@@ -88,7 +93,7 @@ def generate(
     seed: int,
     *,
     sampler: str = "map",
-    label: int | str | None = None,
+    label: Label | None = None,
     gamma: float = 1.0,
     guidance: float | None = None,
     guidance_interval: Interval = None,
@@ -105,7 +110,8 @@ def generate(
         n: The number of samples.
         seed: The seed of their noise.
         sampler: A key of ``samplers.SAMPLERS``.
-        label: The class of all samples, by number or name; None gives them those of ``labels_for``.
+        label: The class of all samples, by number or name; None gives them those of ``labels_for``. Of a model with a
+            condition: conditions [m, *condition], of which sample i has row i mod m.
         gamma: The share of noise that ``sampler="stochastic"`` renews per step.
         guidance: The weight for a model that takes one (``FlowMapInfo.guidance_max``), None for 1. ODE solvers guide
             any model that was also trained without labels (classifier-free guidance).
@@ -115,7 +121,7 @@ def generate(
         first: The index of the first sample.
 
     Yields:
-        (samples [b, *shape], labels int64 [b], or None for an unconditional model).
+        (samples [b, *shape], labels int64 [b] or conditions [b, ...], or None for an unconditional model).
 
     Raises:
         UserError: The model was not trained for the sampler, the label or the guidance, or the times do not lead from

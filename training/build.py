@@ -131,6 +131,7 @@ def build_flow_map(
     info = FlowMapInfo(
         shape=shape,
         num_classes=classes,
+        condition=tuple(getattr(wants, "condition", ())),
         class_names=class_names if classes else (),
         kind=objective.kind,
         data=config.data.name,

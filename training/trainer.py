@@ -19,7 +19,8 @@ from flowmaps.data import DataSet, Latents, Loader, as_samples
 from flowmaps.data.augment import drop_labels, edm_augment, random_hflip
 from flowmaps.derivatives import derivative_dtype, tf32_products
 from flowmaps.distributed import AnyProcess
-from flowmaps.networks.conditioning import soft_label
+from flowmaps.networks.conditioning import soft_label, without_label
+from flowmaps.networks.conditions import condition_rows
 from flowmaps.networks.magnitude import normalise_weights
 from flowmaps.objectives import Loss, TrajectoryObjective
 from flowmaps.posthoc_ema import write_snapshot
@@ -175,20 +176,22 @@ class Trainer:
         part = self.accelerator.process_index * config.accumulate + micro
         x1, label = self.loader.batch(step * config.accumulate + micro)
         x1 = x1.to(device, non_blocking=True)
-        label = label.to(device, non_blocking=True) if label is not None and fm.info.num_classes else None
+        label = label.to(device, non_blocking=True) if label is not None and fm.info.label_size else None
         if not (self.paths and self.paths.solver is None):  # whose items are trajectories
             drawing = generator(config.seed, "latents", step, part, device)
             x1 = as_samples(self.data, x1, lambda shape: torch.randn(shape, generator=drawing, device=device))
+        if config.data.flip:
+            x1, label = random_hflip(x1, label, generator(config.seed, "flip", step, part, device))
+        label = condition_rows(label, fm.info.condition)
         if label is not None and config.data.label_dropout:
+            nothing, _ = without_label(label, fm.info.label_size)
             diagonal = config.data.dropout_rows is DropoutRows.diagonal
             first = self.module.objective.diagonal_rows(len(label)) if diagonal else len(label)
             drawing = generator(config.seed, "labels", step, part, device)
-            label = drop_labels(label, config.data.label_dropout, first, fm.info.num_classes, drawing)
-        if config.data.flip:
-            x1 = random_hflip(x1, generator(config.seed, "flip", step, part, device))
+            label = drop_labels(label, nothing, config.data.label_dropout, first, drawing)
         if config.data.augment:
             x1, done = edm_augment(x1, config.data.augment, generator(config.seed, "augment", step, part, device))
-            label = soft_label(label, done, fm.info.num_classes)
+            label = soft_label(label, done, fm.info.label_size)
         batch: Tensor | Trajectory = x1
         if self.paths:
             batch = self.paths(x1, label, generator(config.seed, "paths", step, part, device))
