@@ -99,6 +99,7 @@ class FlowMap(nn.Module):
         self.base_std = base_std
         self.info = info or FlowMapInfo()
         self.decoder: Decoder | None = None  # of latents, made when needed; not a submodule
+        self.conditions: Tensor | None = None  # [m, *info.condition], of samples for which none are given; not saved
 
     def forward(self, x: Tensor, s: Time, t: Time, label: Label | None = None) -> Tensor:
         """Return X_{s,t}(x), same shape as ``x``; refused for a drift, where only s = t was trained."""

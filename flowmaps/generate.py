@@ -111,7 +111,7 @@ def generate(
         seed: The seed of their noise.
         sampler: A key of ``samplers.SAMPLERS``.
         label: The class of all samples, by number or name; None gives them those of ``labels_for``. Of a model with a
-            condition: conditions [m, *condition], of which sample i has row i mod m.
+            condition: conditions [m, *condition], of which sample i has row i mod m; None gives them ``fm.conditions``.
         gamma: The share of noise that ``sampler="stochastic"`` renews per step.
         guidance: The weight for a model that takes one (``FlowMapInfo.guidance_max``), None for 1. ODE solvers guide
             any model that was also trained without labels (classifier-free guidance).
@@ -140,7 +140,7 @@ def generate(
     model = fm if row.of == "map" else guided_drift(fm, guidance)
     for start in range(first, first + n, batch):
         size = min(batch, first + n - start)
-        y = labels_for(fm.info, size, label, start)
+        y = labels_for(fm.info, size, fm.conditions if label is None else label, start)
         y = None if y is None else y.to(device, non_blocking=True)
         x0, options = fm.noise(size, seed, start), {}
         if row.renoises:

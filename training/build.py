@@ -33,6 +33,8 @@ from training.lora import add_lora
 from training.loss_module import LossModule
 from training.teacher_trajectories import TrajectorySource
 
+SHOWN_CONDITIONS = 1000  # from the first items on, in sample grids and scores of a run
+
 
 def build_accelerator(config: Config) -> Accelerator:
     """Create the accelerator; the environment decides nothing (no fp16, no other accumulation or sharding)."""
@@ -159,6 +161,11 @@ def build_model(config: Config, data: DataSet) -> tuple[FlowMap, LogVariance | N
             facts = {**facts, "class_shares": getattr(data, "class_shares", ())}
         names = getattr(data, "class_names", ())  # a data set of the user's own class may have none
         fm = build_flow_map(config, data.shape, data.num_classes, names, **facts)
+        given = tuple(getattr(data, "condition", ()))
+        if fm.info.condition != given:
+            raise UserError(f"the data have {given or 'none'}", "network.condition", fm.info.condition)
+        if given:  # of sample grids and scores
+            fm.conditions = data.fetch(torch.arange(min(len(data), SHOWN_CONDITIONS)))[1]
         init_fingerprint = init_from_checkpoint(config, fm) if config.init_from else ""
         learned = config.weight
         weight = LogVariance(limit=learned.limit, log_floor=learned.log_floor) if learned.learned else None

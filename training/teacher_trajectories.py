@@ -190,6 +190,8 @@ def write_trajectories(
     check_shard(shard, 4 * (options.steps + 1) * math.prod(teacher.info.shape))
     if (data is None) == (options.start is Start.data):
         raise UserError("start=data requires data, and data requires start=data", "start", options.start.name)
+    if teacher.info.condition:
+        raise UserError("the teacher needs conditions, which are not stored: solve during training", field="teacher")
     classes = teacher.info.num_classes
     if data is not None and (data.shape, data.num_classes if classes else 0) != (teacher.info.shape, classes):
         raise UserError(

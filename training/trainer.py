@@ -274,7 +274,7 @@ class Trainer:
         if self.config.lora:
             merge_lora(network)
         averaged = FlowMap(network, fm.interpolant_name, fm.base_std, info).eval()
-        averaged.decoder = fm.decoder
+        averaged.decoder, averaged.conditions = fm.decoder, fm.conditions
         return averaged
 
     def save(self, workdir: Path, done: int) -> None:

@@ -1,5 +1,7 @@
 """Conditions in place of a class: their form as rows, every network that takes one, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.small_networks import CONDITIONED, SMALL, inputs, small
@@ -15,16 +17,15 @@ from flowmaps.networks.conditions import condition_rows
 def test_every_number_of_a_condition_changes_the_result(name):
     fm = small(name).double()
     x, s, t, condition = inputs(fm, 2, torch.float64)
-    v, slope = torch.autograd.functional.jvp(lambda c: fm.velocity(x, s, t, c), condition, torch.randn_like(condition))
-    assert v.shape == x.shape and slope.abs().amin(dim=(1, 2, 3)).min() >= 0
-    (gradient,) = torch.autograd.grad(fm.velocity(x, s, t, condition.requires_grad_()).square().sum(), condition)
+    v = fm.velocity(x, s, t, condition.requires_grad_())
+    (gradient,) = torch.autograd.grad(v.square().sum(), condition)
     assert (gradient != 0).all()
 
 
 @pytest.mark.parametrize("name", CONDITIONED)
 def test_no_condition_is_one_learned_value_for_all_and_zero_for_images(name):
     fm = small(name).eval()
-    fm.info.label_dropout = 0.1
+    fm.info = replace(fm.info, label_dropout=0.1)
     x, s, t, condition = inputs(fm, 3)
     size = fm.info.label_size
     nothing, had = without_label(condition_rows(condition, fm.info.condition), size)
