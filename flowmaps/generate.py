@@ -10,7 +10,7 @@ from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.guidance import Guided
 from flowmaps.info import FlowMapInfo
-from flowmaps.labels import Label, labels_for
+from flowmaps.labels import BALANCED, Label, sample_labels
 from flowmaps.networks.conditioning import soft_label, with_guidance
 from flowmaps.networks.conditions import condition_rows
 from samplers import SAMPLERS, check_times
@@ -99,6 +99,7 @@ def generate(
     guidance_interval: Interval = None,
     batch: int = 500,
     first: int = 0,
+    label_policy: str | Tensor = BALANCED,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield samples ``first`` .. ``first + n - 1`` and their labels, batch by batch.
 
@@ -110,7 +111,7 @@ def generate(
         n: The number of samples.
         seed: The seed of their noise.
         sampler: A key of ``samplers.SAMPLERS``.
-        label: The class of all samples, by number or name; None gives them those of ``labels_for``. Of a model with a
+        label: The class of all samples, by number or name; None gives them those of ``label_policy``. Of a model with a
             condition: conditions [m, *condition], of which sample i has row i mod m; None gives them ``fm.conditions``.
         gamma: The share of noise that ``sampler="stochastic"`` renews per step.
         guidance: The weight for a model that takes one (``FlowMapInfo.guidance_max``), None for 1. ODE solvers guide
@@ -119,6 +120,7 @@ def generate(
             (``FlowMapInfo.guidance_interval``), None for all times.
         batch: Samples at a time.
         first: The index of the first sample.
+        label_policy: How samples without a ``label`` get theirs: see ``flowmaps.labels.sample_labels``.
 
     Yields:
         (samples [b, *shape], labels int64 [b] or conditions [b, ...], or None for an unconditional model).
@@ -140,7 +142,8 @@ def generate(
     model = fm if row.of == "map" else guided_drift(fm, guidance)
     for start in range(first, first + n, batch):
         size = min(batch, first + n - start)
-        y = labels_for(fm.info, size, fm.conditions if label is None else label, start)
+        given = fm.conditions if label is None else label
+        y = sample_labels(fm.info, start, size, seed, given, label_policy)
         y = None if y is None else y.to(device, non_blocking=True)
         x0, options = fm.noise(size, seed, start), {}
         if row.renoises:

@@ -1,20 +1,25 @@
 """Labels by number or class name: the one place that decides what a label may be."""
 
 import difflib
+import hashlib
 import operator
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flowmaps.errors import UserError, shorten
+from flowmaps.errors import UserError, blame, shorten
+from flowmaps.reading import read_json
+from flowmaps.rng import generator
 
 if TYPE_CHECKING:
     from flowmaps.info import FlowMapInfo
 
 Label = int | str | Sequence[Any] | Tensor  # a number or name, or several, also nested; conditions are a tensor
+POLICIES = BALANCED, RANDOM = "balanced", "random"  # how samples without a given label get theirs
 SHOWN = 20  # names that an error lists
 GOLDEN = (5**0.5 - 1) / 2  # whose multiples, mod 1, fill any interval evenly
 SEARCHED = 10_000  # names among which a similar one is looked for
@@ -94,6 +99,68 @@ def check_conditions(info: "FlowMapInfo", label: object, field: str = "label") -
 
 def _shape(info: "FlowMapInfo") -> str:
     return f"[n, {', '.join(map(str, info.condition))}]"
+
+
+def sample_labels(
+    info: "FlowMapInfo", start: int, n: int, seed: int, label: Label | None = None, policy: "str | Tensor" = BALANCED
+) -> Tensor | None:
+    """Return labels int64 [n] of the samples ``start`` .. ``start + n - 1`` of ``seed``; None if unconditional.
+
+    Args:
+        info: Facts about the model.
+        start: The index of the first sample.
+        n: The number of samples.
+        seed: That of the samples.
+        label: One label for all; None leaves them to ``policy``.
+        policy: ``"balanced"``, the shares that ``labels_for`` gives any stretch of samples; ``"random"``, drawn with
+            these probabilities, sample i by (seed, i) alone; or int64 labels of all samples, whatever the seed.
+    """
+    if label is not None or not info.num_classes or (isinstance(policy, str) and policy == BALANCED):
+        return labels_for(info, n, label, start)
+    if isinstance(policy, Tensor):
+        return policy[start : start + n]
+    shares = torch.tensor(info.class_shares or [1.0] * info.num_classes, dtype=torch.float64)
+    items = range(start, start + n)
+    drawn = [torch.rand((), generator=generator(seed, "label", i), dtype=torch.float64) for i in items]
+    ends = (shares.cumsum(0) / shares.sum())[:-1].contiguous()
+    return torch.searchsorted(ends, torch.stack(drawn), right=True)
+
+
+def read_label_policy(info: "FlowMapInfo", choice: str | Path, num: int, label: Label | None = None) -> "str | Tensor":
+    """Return what ``sample_labels`` takes: ``"balanced"``, ``"random"``, or int64 labels read from a file.
+
+    Args:
+        info: Facts about the model.
+        choice: One of ``POLICIES``, or a JSON file: a list with a class, by number or name, for each sample.
+        num: Samples; the file may have more labels.
+        label: The class of all samples, which leaves nothing to choose.
+
+    Raises:
+        UserError: The model is unconditional, a label is given too, or the file is missing, damaged or too short.
+    """
+    if choice == BALANCED:
+        return BALANCED
+    with blame("label_policy", choice):
+        if label is not None or not info.num_classes:
+            why = "this model is unconditional" if label is None else "all samples have the given label"
+            raise UserError(f"{why}: leave it out")
+        if choice == RANDOM:
+            return RANDOM
+        remedy = f"give {' or '.join(POLICIES)}, or a JSON list with a class for each sample"
+        found = read_json(Path(choice), remedy)
+        if not isinstance(found, list) or not all(type(one) in (int, str) for one in found):
+            raise UserError(f"it is not a list of classes: {remedy}")
+        if len(found) < num:
+            raise UserError(f"has {len(found):,} labels for {num:,} samples: {remedy}")
+        numbers = {one: class_number(info, one, "class") for one in set(found[:num])}
+        return torch.tensor([numbers[one] for one in found[:num]])
+
+
+def label_policy_text(policy: "str | Tensor") -> str:
+    """Return a policy as a record has it: its name, or the SHA-256 of the labels of a file."""
+    if isinstance(policy, str):
+        return policy
+    return f"sha256:{hashlib.sha256(policy.numpy().tobytes()).hexdigest()}"
 
 
 def class_number(info: "FlowMapInfo", label: object, field: str = "label") -> int:

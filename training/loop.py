@@ -220,10 +220,13 @@ def results(workdir: Path) -> list[str]:
 
 def _keep_best(trainer: Trainer, judge: BestModel, workdir: Path, done: int, log: Log) -> None:
     """Score the averaged model, and write it to checkpoints/best if it is the best of the run so far."""
+    config = trainer.config.best
     model = trainer.averaged(done)
-    score = judge.score(model)
-    log.score(done, judge.name, score)
-    if judge.team.broadcast(score < judge.best_score(workdir)):  # as the first process reads it
+    scores = judge.score(model)
+    for name, score in scores.items():
+        log.score(done, f"{name}@{config.steps}", score)  # metric at a number of sampling steps
+    if judge.team.broadcast(judge.is_best(scores, workdir)):  # as the first process reads it
+        score = scores[config.metric]
         trainer.checkpoint(workdir / "checkpoints" / "best", done, model, score=score, judge=judge.facts)
 
 

@@ -164,6 +164,7 @@ def test_missing_weights_are_refused_before_training(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks for it where a graph ends and the next begins
 def test_a_compiled_loss_is_the_eager_one(toy_features):
     fm, found = FlowMap(Toy(), info=FlowMapInfo(shape=(1, 8, 8))), []
     x1 = torch.randn(6, 1, 8, 8, dtype=torch.float64, generator=generator(1))
