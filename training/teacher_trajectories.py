@@ -137,6 +137,8 @@ def _check_files(config: Config, fm: FlowMap, teacher: FlowMap | None, stored: T
         raise UserError(
             "data.label_dropout, data.augment and data.flip cannot be applied to stored trajectories", **where
         )
+    if fm.info.condition:
+        raise UserError("holds no conditions, which this run needs: solve during training", **where)
     ours: dict[str, Any] = {
         "samples of shape": fm.info.shape,
         "num_classes": fm.info.num_classes,

@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 from flowmaps import FlowMap, UserError
 from flowmaps.data import DataSet, Latents, Loader, as_samples
 from flowmaps.data.augment import drop_labels, edm_augment, random_hflip
+from flowmaps.data.conditions import Conditions
 from flowmaps.derivatives import derivative_dtype, tf32_products
 from flowmaps.distributed import AnyProcess
 from flowmaps.networks.conditioning import soft_label, without_label
@@ -29,6 +30,7 @@ from samplers import Trajectory
 from training.best import check_best
 from training.build import (
     build_accelerator,
+    build_conditions,
     build_data,
     build_ema,
     build_loader,
@@ -71,6 +73,7 @@ class Trainer:
     precision: StepPrecision
     init_fingerprint: str = ""  # of what config.init_from held
     paths: TrajectorySource | None = None  # source of trajectories, of a TrajectoryObjective
+    conditions: Conditions | None = None  # of the data's items, read from files of their own
     latest: Any = None  # ((x1, label, draws), seed of dropout) of the latest micro-step
     skipped: int = 0  # steps with a non-finite gradient since the start or resume
     spikes: Spikes = field(default_factory=Spikes)
@@ -90,6 +93,7 @@ class Trainer:
         config.validate()
         accelerator = build_accelerator(config)
         data = build_data(config, accelerator, data)
+        conditions = build_conditions(config, data)
         config = replace(config, network=fitted(config.network, data.shape, data.num_classes))
         config.validate()
         if config.best.metric:
@@ -97,7 +101,7 @@ class Trainer:
         size = micro_batch_size(config, accelerator.num_processes)
         objective = build_objective(config)
         check_diagonal(objective, size)
-        fm, weight, init_fingerprint = build_model(config, data)
+        fm, weight, init_fingerprint = build_model(config, data, conditions)
         if isinstance(data, Latents) and (accelerator.is_main_process or config.best.metric):  # to draw, export, score
             fm.decoder = open_decoder(config, data)
         module = build_loss_module(config, fm, objective, weight, accelerator.device)
@@ -113,10 +117,21 @@ class Trainer:
         if isinstance(objective, TrajectoryObjective):
             paths = build_trajectory_source(config, objective, fm, module.teacher, data)
             objective.check_times(paths.times)
-        loader = build_loader(config, accelerator, data, paths, size)
+        loader = build_loader(config, accelerator, data, conditions, paths, size)
         precision = step_precision(config, objective, accelerator.device)
         return cls(
-            config, data, loader, accelerator, module, wrapped, optimizer, ema, precision, init_fingerprint, paths
+            config,
+            data,
+            loader,
+            accelerator,
+            module,
+            wrapped,
+            optimizer,
+            ema,
+            precision,
+            init_fingerprint,
+            paths,
+            conditions,
         )
 
     def step(self, step: int, term_norms: bool = False) -> dict[str, Tensor]:
@@ -316,4 +331,5 @@ class Trainer:
         origin = {"data.root": self.data.digest(), "teacher": teacher_digest, "init_from": self.init_fingerprint}
         grids = "".join(schedule.to_json() for schedule in self.module.objective.schedules.values())
         fitted = hashlib.sha256(grids.encode()).hexdigest() if grids else ""
-        return {**origin, "trajectories.files": walked, "objective.schedule": fitted}
+        given = {"data.condition": self.conditions.digest()} if self.conditions else {}
+        return {**origin, "trajectories.files": walked, "objective.schedule": fitted, **given}
