@@ -119,20 +119,8 @@ class Trainer:
             objective.check_times(paths.times)
         loader = build_loader(config, accelerator, data, conditions, paths, size)
         precision = step_precision(config, objective, accelerator.device)
-        return cls(
-            config,
-            data,
-            loader,
-            accelerator,
-            module,
-            wrapped,
-            optimizer,
-            ema,
-            precision,
-            init_fingerprint,
-            paths,
-            conditions,
-        )
+        made = (loader, accelerator, module, wrapped, optimizer, ema, precision, init_fingerprint, paths, conditions)
+        return cls(config, data, *made)
 
     def step(self, step: int, term_norms: bool = False) -> dict[str, Tensor]:
         """Take optimiser step ``step`` = 0, 1, ... and return what to log, still on the device.
