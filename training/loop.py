@@ -190,6 +190,8 @@ def banner(trainer: Trainer, workdir: Path, done: int) -> list[str]:
     name = source_of(config.data.name, config.data.root)
     kind = "points" if len(data.shape) == 1 else "latents" if isinstance(data, Latents) else "images"
     classes = f"{data.num_classes:,} classes" if data.num_classes else "no classes"
+    if shape := module.fm.info.condition:
+        classes = f"conditions {' x '.join(map(str, shape))}"
     classes += "" if module.fm.info.num_classes == data.num_classes else ", unused"
     parameters = sum(p.numel() for p in module.fm.network.parameters())
     teacher = f", teacher {config.teacher}" if config.teacher else ""
