@@ -247,9 +247,9 @@ def build_loader(
     config: Config,
     accelerator: Accelerator,
     data: DataSet,
-    conditions: Conditions | None,
     paths: TrajectorySource | None,
     size: int,
+    conditions: Conditions | None = None,
 ) -> Loader:
     """Read micro-batches of ``size`` rows, of which each item of a trajectory source gives several."""
     items, rows = (paths.data, paths.rows) if paths else (data, 1)

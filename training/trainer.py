@@ -117,7 +117,7 @@ class Trainer:
         if isinstance(objective, TrajectoryObjective):
             paths = build_trajectory_source(config, objective, fm, module.teacher, data)
             objective.check_times(paths.times)
-        loader = build_loader(config, accelerator, data, conditions, paths, size)
+        loader = build_loader(config, accelerator, data, paths, size, conditions)
         precision = step_precision(config, objective, accelerator.device)
         made = (loader, accelerator, module, wrapped, optimizer, ema, precision, init_fingerprint, paths, conditions)
         return cls(config, data, *made)
