@@ -181,7 +181,7 @@ FROZEN = {
 }
 
 SAMPLING = {"checkpoint", "steps", "num", "seed", "sampler", "label", "guidance", "gamma", "batch", "schedule"}
-SAMPLING |= {"guidance_interval", "vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
+SAMPLING |= {"condition", "guidance_interval", "vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
 SCORING = {"extractor", "extractors", "weights", "root"}
 FLAGS = {
     "train.py": {"config", "workdir", "seeds", "dry_run", "stage", "forecast", "gpus", "mfu", "json"},
