@@ -142,7 +142,7 @@ def is_image(fm: FlowMap) -> bool:
 
 
 def conditions(fm: FlowMap, n: int) -> dict[str, Tensor]:
-    """Return what the model takes besides x and times, for ``n`` rows: classes in turn or conditions, weights above 1."""
+    """Return what the model takes besides x and times, for ``n`` rows: labels, and weights above 1."""
     info, given = fm.info, {}
     if info.label_size:
         given["label"] = torch.arange(n) % max(1, info.num_classes)

@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from helpers import run_script
 from helpers.runs import assert_same, weights
 from PIL import Image
 
-from flowmaps import UserError
+from flowmaps import FlowMap, UserError
 from flowmaps.data.conditions import open_conditions
 from flowmaps.networks import UNet
 from flowmaps.objectives import Lagrangian
+from flowmaps.pipeline import FlowMapPipeline
 from training import Config, train
 from training.config import Data, network
 
@@ -71,6 +73,28 @@ def config(folder, source, shape):
     return made
 
 
+def sampled_with_conditions(folder, model):
+    """By the script and the pipeline, the same; and the mistakes."""
+    flags = [f"--checkpoint={model}", "--steps=1", "--num=4", f"--out={folder / 'out'}"]
+    run_script("scripts/sample.py", *flags, f"--condition={folder / 'small'}", check=True)
+    found = np.load(folder / "out" / "samples-1.npz")
+    assert found["arr_0"].shape == (4, 8, 8, 1) and found["label"].shape == (4, 1, 8, 8)
+    pipe = FlowMapPipeline.from_pretrained(model)
+    pictures = [
+        Image.open(folder / "small" / f"{i:02d}.png").resize((8, 8), Image.Resampling.NEAREST) for i in range(4)
+    ]
+    x = FlowMap.from_pretrained(model).noise(4, seed=0)
+    ours = pipe(condition=pictures, latents=x, output_type="pt").images
+    torch.testing.assert_close((255 * ours).round().permute(0, 2, 3, 1), torch.from_numpy(found["arr_0"]).float())
+    for given, said in (((), "--condition: missing"), ((f"--condition={folder / 'none'}",), "no such file or folder")):
+        done = run_script("scripts/sample.py", *flags, *given)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(UserError, match=r"condition: must be floats of shape \[n, 1, 8, 8\], not int"):
+        pipe(condition=3)
+    with pytest.raises(UserError, match="condition: this model takes no condition"):
+        FlowMapPipeline.from_pretrained("digits")(class_labels=3, condition=x)
+
+
 def test_a_run_reads_pairs_and_resumes_bit_for_bit(tmp_path):
     for i in range(16):
         picture(tmp_path / "large" / f"{i:02d}.png", 16 * i, size=8)
@@ -81,6 +105,7 @@ def test_a_run_reads_pairs_and_resumes_bit_for_bit(tmp_path):
         fm = train(made, tmp_path / run)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert torch.equal(fm.conditions[:, 0, 0, 0], torch.arange(16) * 16 / 127.5 - 1)
+    sampled_with_conditions(tmp_path, tmp_path / "whole" / "model")
     picture(tmp_path / "small" / "03.png", 255)
     made.steps = 6
     with pytest.raises(UserError, match=r"config\.data\.condition: has changed"):
