@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks import composition, guidance, initialisation, steering, step_sizes
+from benchmarks import composition, deployment, gate, guidance, initialisation, steering, step_sizes
 from benchmarks.derivatives import precision_errors, routes
 from benchmarks.folders import FOLDERS, folder_times
 from benchmarks.learning import learning_scores, optimiser_curves, with_optimisers
@@ -18,6 +18,7 @@ from benchmarks.objectives import COST_NETWORKS, network_costs
 from benchmarks.profiling import profiles
 from benchmarks.rows import row_config
 from benchmarks.scoring import fid_costs
+from benchmarks.sources import SOURCES, source_times
 from benchmarks.speed import ema_times, layout_times, resume_times, sample_times, step_times
 from flowmaps import FlowMap
 from flowmaps.data import open_dataset
@@ -182,11 +183,13 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "bellman": (bellman, step_sizes.ROWS),
     "checkerboard": (partial(trained, "configs/checkerboard.py", checkerboard_scores), _MAPS),
     "composition": (compositions, ["digits"]),
+    "deployment": (lambda args: several(partial(deployment.runtimes, num=args.num), args), deployment.MODELS),
     "digits": (partial(trained, "configs/digits.py", partial(image_scores, DIGITS)), _MAPS),
     "ema": (partial(timed, ema_times), ["lagrangian"]),
     "fashion_mnist": (partial(trained, "configs/fashion_mnist.py", partial(image_scores, GARMENTS)), _GARMENTS),
     "fid": (fid, ["all"]),
     "folders": (lambda args: timed(partial(folder_times, num=args.num), args), list(FOLDERS)),
+    "gate": (lambda args: several(lambda row: gate.scores(row, args.num, args.train_steps), args), list(gate.ROWS)),
     "guidance": (guided, list(guidance.TARGETS)),
     "layout": (partial(timed, layout_times), ["UNet", "EDM2UNet"]),
     "learning": (learning, _MAPS),
@@ -198,6 +201,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "resume": (partial(timed, resume_times), ["lagrangian"]),
     "routes": (partial(several, routes), list(COST_NETWORKS)),
     "sample": (partial(timed, sample_times), list(COST_NETWORKS)),
+    "sources": (lambda args: timed(partial(source_times, num=args.num), args), list(SOURCES)),
     "steering": (steered, steering.ROWS),
     "step": (partial(timed, step_times), [*_MAPS, *(f"{row}+DiT" for row in _MAPS)]),
 }

@@ -138,6 +138,13 @@ def test_folders(tmp_path):
 
 
 @pytest.mark.slow
+def test_sources(tmp_path):
+    _, records = run(tmp_path / "s.json", "--suite=sources", "--num=640")
+    assert [record["row"] for record in records] == ["folder", "hf", "wds", "datasets", "webdataset"]
+    assert all(record["scores"]["images/CPU s"] > 1 for record in records)
+
+
+@pytest.mark.slow
 def test_compositions(tmp_path):
     flags = ["--suite=composition", "--train_steps=4", "--num=32", "--seeds=1"]
     _, records = run(tmp_path / "c.json", *flags)
@@ -148,7 +155,7 @@ def test_compositions(tmp_path):
 TRAINED = ("composition", "mid_training", "bellman", "guidance")
 
 
-@pytest.mark.parametrize("suite", [*TRAINED, "ema", "folders", "resume", "sample", "step"])
+@pytest.mark.parametrize("suite", [*TRAINED, "ema", "folders", "resume", "sample", "sources", "step"])
 def test_unknown_rows_are_named(suite):
     done = run_script("scripts/benchmark.py", f"--suite={suite}", "--rows=moon")
     assert done.returncode == 2 and "--rows=moon" in done.stderr and done.stderr.count("\n") == 1
