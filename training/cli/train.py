@@ -62,7 +62,7 @@ def main() -> None:
     config = CONFIG.value
     workdir = "" if DRY_RUN.value or FORECAST.value is not None else required(WORKDIR, "runs/digits")
 
-    numbers = None if SEEDS.value is None else seeds()
+    numbers = None if SEEDS.value is None else seeds(SEEDS.value)
     if FORECAST.value is not None:
         show_forecast(config)
         return
@@ -77,15 +77,15 @@ def main() -> None:
     main = join(next(iter(stages.values())).timeout).rank == 0
     if STAGE.value and (DRY_RUN.value or not isinstance(config, Chain)):
         raise _stage_refused(chain=isinstance(config, Chain))
-    places = {workdir: None} if numbers is None else {str(Path(workdir) / f"seed-{n}"): n for n in numbers}
+    places = [workdir] if numbers is None else [str(Path(workdir) / f"seed-{n}") for n in numbers]
     if DRY_RUN.value:
         pictures = {stage: grid_file(stage) for stage in stages} if main and WORKDIR.value is not None else {}
         for stage, facts, picture in dry_run_chain(config) if isinstance(config, Chain) else [("", *dry_run(config))]:
             if main:
                 show(stage, facts, picture, pictures.get(stage))
-    for place, seed in places.items() if not DRY_RUN.value else ():
-        for stage in stages.values() if seed is not None else ():
-            stage.seed = seed
+    for i, place in enumerate(places if not DRY_RUN.value else ()):
+        for made in stages.values() if numbers is not None else ():
+            made.seed = numbers[i]
         if isinstance(config, Chain):
             records = run_chain(config, place, STAGE.value)
             if main:
@@ -94,21 +94,21 @@ def main() -> None:
             train(config, place)
     if main and not DRY_RUN.value:
         name = STAGE.value or list(stages)[-1]
-        print(next_commands(stages[name], str(Path(place) / name)), file=sys.stderr)
+        print(next_commands(stages[name], str(Path(places[-1]) / name)), file=sys.stderr)
         if numbers is not None and not isinstance(config, Chain):
             print(next_command.show(next_command.command("compare", workdir)), file=sys.stderr)
 
 
-def seeds() -> list[int]:
+def seeds(texts: list[str]) -> list[int]:
     """Return the seeds of --seeds."""
     if DRY_RUN.value or FORECAST.value is not None:
-        raise UserError("a forecast or a dry run has no use for seeds: leave it out", "seeds", ",".join(SEEDS.value))
+        raise UserError("a forecast or a dry run has no use for seeds: leave it out", "seeds", ",".join(texts))
     try:
-        found = [int(text) for text in SEEDS.value]
+        found = [int(text) for text in texts]
     except ValueError:
         found = []
     if not found or len(set(found)) < len(found) or not all(0 <= seed <= LARGEST_SEED for seed in found):
-        raise UserError("give different whole numbers, such as 0,1,2", "seeds", ",".join(SEEDS.value))
+        raise UserError("give different whole numbers, such as 0,1,2", "seeds", ",".join(texts))
     return found
 
 
