@@ -1,6 +1,6 @@
-"""From a flow map to samples: noise and label by sample index, batch by batch."""
+"""From a flow map to samples: noise and label by sample index, batch by batch; steered ones too."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -12,17 +12,21 @@ from flowmaps.guidance import Guided
 from flowmaps.info import FlowMapInfo
 from flowmaps.labels import labels_for
 from flowmaps.networks.conditioning import soft_label, with_guidance
+from flowmaps.rng import generator
 from samplers import SAMPLERS, check_times
 from samplers.callables import Drift
-from samplers.grids import STEP_COUNT, Times, is_step_count
+from samplers.grids import MOST_STEPS, STEP_COUNT, Times, is_step_count
+from samplers.steer import Reward, Watch, steer
 
 Interval = tuple[float, float] | None
+MOST_PARTICLES = 10_000
+SCALE_SAMPLES = 64  # one-step samples whose standard deviation a steered call takes for that of the data
 
 
-def nfe(info: FlowMapInfo, sampler: str, steps: int, guidance: float | None = None) -> int:
-    """Return the network evaluations of ``steps`` steps; classifier-free guidance of a solver doubles them."""
+def nfe(info: FlowMapInfo, sampler: str, steps: int, guidance: float | None = None, particles: int = 1) -> int:
+    """Return the network evaluations of a sample; classifier-free guidance of a solver doubles them."""
     twice = guidance not in (None, 1) and info.guidance_max is None
-    return steps * SAMPLERS[sampler].nfe * (1 + twice)
+    return steps * SAMPLERS[sampler].nfe * (1 + twice) * particles
 
 
 def check_sampling(
@@ -43,6 +47,16 @@ def check_sampling(
             field="sampler",
             value=sampler,
         )
+
+
+def check_steering(sampler: str, gamma: float, particles: object) -> None:
+    """Refuse what a reward cannot steer: another sampler or gamma, or what is not a number of particles."""
+    if not SAMPLERS[sampler].renoises:
+        raise UserError("a reward steers the sampler stochastic: choose that", field="sampler", value=sampler)
+    if gamma != 1:
+        raise UserError("steering renews all noise: leave it out", field="gamma", value=gamma)
+    if not isinstance(particles, int) or isinstance(particles, bool) or not 1 <= particles <= MOST_PARTICLES:
+        raise UserError(f"must be a whole number from 1 to {MOST_PARTICLES:,}", field="particles", value=particles)
 
 
 def check_steps(steps: object, field: str = "steps") -> None:
@@ -94,6 +108,9 @@ def generate(
     guidance_interval: Interval = None,
     batch: int = 500,
     first: int = 0,
+    reward: Reward | None = None,
+    particles: int = 4,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield samples ``first`` .. ``first + n - 1`` and their labels, batch by batch.
 
@@ -111,15 +128,20 @@ def generate(
             any model that was also trained without labels (classifier-free guidance).
         guidance_interval: The times from which and up to which the weight applies, for a model that takes them
             (``FlowMapInfo.guidance_interval``), None for all times.
-        batch: Samples at a time.
+        batch: Samples at a time, of steered ones particles.
         first: The index of the first sample.
+        reward: Steers ``sampler="stochastic"`` towards p_1(x) exp(r(x)) / Z (``samplers.steer``): a ``Score``, a
+            ``Measurement``, or one of ``flowmaps.rewards``. Without ``label`` the particles of a sample have classes
+            in turn, and their weights choose.
+        particles: Particles per sample, of which one is drawn by weight.
+        watch: Called as ``watch(k, t_k, particles)`` at every time of every batch of a steered call.
 
     Yields:
         (samples [b, *shape], labels int64 [b], or None for an unconditional model).
 
     Raises:
-        UserError: The model was not trained for the sampler, the label or the guidance, or the times do not lead from
-            noise to data.
+        UserError: The model was not trained for the sampler, the label or the guidance, the times do not lead from
+            noise to data, or the reward fails or has no gradient.
 
     Example:
         >>> fm = FlowMap.from_pretrained("assets/digits")
@@ -130,6 +152,11 @@ def generate(
     """
     grid = check_grid(times)
     check_sampling(fm, sampler, len(grid) - 1, gamma, guidance, guidance_interval)
+    if reward is not None:
+        check_steering(sampler, gamma, particles)
+        guided = partial(guided_label, fm, weight=guidance, interval=guidance_interval)
+        yield from _steered(fm, grid, range(first, first + n), seed, label, guided, batch, reward, particles, watch)
+        return
     row, device = SAMPLERS[sampler], next(fm.parameters()).device
     model = fm if row.of == "map" else guided_drift(fm, guidance)
     for start in range(first, first + n, batch):
@@ -144,3 +171,64 @@ def generate(
 
 def _renoise(fm: FlowMap, n: int, seed: int, start: int, step: int) -> Tensor:
     return fm.noise(n, seed, start, draw=step + 1)
+
+
+def _steered(
+    fm: FlowMap,
+    grid: Tensor,
+    items: range,
+    seed: int,
+    label: int | str | None,
+    guided: Callable[[Tensor | None], Tensor | None],
+    batch: int,
+    reward: Reward,
+    particles: int,
+    watch: Watch | None,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield the steered samples ``items``: particle p of sample i has its label and noise by (seed, i, p)."""
+    data_std = spread(fm, label, guided)
+    for start in items[:: max(1, batch // particles)]:
+        size = min(max(1, batch // particles), items.stop - start)
+
+        def noise(draw: int, start: int = start, size: int = size) -> Tensor:
+            rows = [fm.noise(size, seed, start, draw + p * (MOST_STEPS + 1)) for p in range(particles)]
+            return torch.stack(rows, dim=1).flatten(0, 1)
+
+        def uniform(step: int, start: int = start, size: int = size) -> Tensor:
+            streams = (generator(seed, "resampling", i, step) for i in range(start, start + size))
+            return torch.stack([torch.rand((), generator=stream, dtype=torch.float64) for stream in streams])
+
+        x0 = noise(0)
+        y = labels_for(fm.info, size * particles, label, start * particles)
+        y = None if y is None else y.to(x0.device)
+        try:
+            found = steer(
+                fm,
+                x0,
+                grid,
+                reward,
+                guided(y),
+                watch,
+                path=fm.interpolant,
+                noise=lambda k: noise(k + 1),
+                uniform=uniform,
+                base_std=fm.base_std,
+                data_std=data_std,
+                particles=particles,
+            )
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error), field="reward") from None
+        rows = found.pick(uniform(len(grid)))
+        yield found.x[rows], None if y is None else y[found.origin[rows]]
+
+
+@torch.no_grad()
+def spread(
+    fm: FlowMap, label: int | str | None = None, guided: Callable[[Tensor | None], Tensor | None] = lambda y: y
+) -> float:
+    """Return the standard deviation of the data about their mean, of ``SCALE_SAMPLES`` one-step samples."""
+    y, x0 = labels_for(fm.info, SCALE_SAMPLES, label), fm.noise(SCALE_SAMPLES, 0)
+    x = fm(x0, 0.0, 1.0, guided(None if y is None else y.to(x0.device))).float()
+    return max(float((x - x.mean(dim=0)).square().mean().sqrt()), 1e-3 * fm.base_std)

@@ -15,6 +15,25 @@ from samplers import check_times
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
+OUTPUTS = ("pil", "np", "pt", "latent")
+
+
+def check_output(fm: FlowMap, output_type: str, decode_batch: object, has_vae: bool) -> None:
+    """Refuse what no model can do, and outputs that this one cannot give."""
+    if output_type not in OUTPUTS:
+        raise UserError("must be 'pil', 'np', 'pt' or 'latent'", field="output_type", value=repr(output_type))
+    if fm.info.latent_scale and output_type != "latent" and not has_vae:
+        raise UserError(
+            "this model makes latents and came without a VAE: from_pretrained(directory, vae=AutoencoderKL...), or "
+            "output_type='latent'"
+        )
+    if not fm.info.shape:
+        raise UserError("FlowMapInfo.shape is empty: set it to the shape of one sample")
+    if len(fm.info.shape) != 3 and output_type in ("pil", "np"):
+        raise UserError(f"samples of shape {fm.info.shape} are not images: use output_type='pt'")
+    check_count("decode_batch", decode_batch)
+
+
 def check_count(name: str, count: object) -> None:
     """Refuse what is not a whole number of at least 1."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:

@@ -9,7 +9,8 @@ python scripts/benchmark.py --suite=mid_training --rows=digits --threads=1 --plo
 python scripts/benchmark.py --suite=guidance --seeds=0,1,2 --threads=1
 python scripts/benchmark.py --suite=composition --rows=digits --cpu_minutes=6 --threads=1 --json=composition.json
 python scripts/benchmark.py --suite=bellman --rows=digits --threads=1 --plot=bellman.png
-python scripts/benchmark.py --suite=step --threads=1  # or sample, networks, layout, routes, precision, profile, folders
+python scripts/benchmark.py --suite=steering --rows=plane --threads=1
+python scripts/benchmark.py --suite=step --threads=1  # or sample, networks, layout, routes, precision, profile, ...
 python scripts/benchmark.py --suite=fid --num=512
 
 Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n and euler@n are at n sampling steps.
@@ -32,8 +33,9 @@ SUITE = flags.DEFINE_string(
     None,
     "bellman (step sizes), checkerboard, composition (which parts pay), digits, fashion_mnist, guidance (baked in), "
     "learning (curves), mid_training (its gain for post-training), networks (time and memory of each objective), "
-    "optimisers (curves), precision (errors of derivatives), routes (of a constant derivative: time and memory), or "
-    "timings: ema, fid, folders, layout, profile, resume, sample, sources, step",
+    "optimisers (curves), precision (errors of derivatives), routes (of a constant derivative: time and memory), "
+    "steering (laws, images, classes, inversion), or timings: deployment (runtimes), ema, fid, folders, layout, "
+    "profile, resume, sample, sources, step",
 )
 ROWS = flags.DEFINE_list(
     "rows", None, "Rows of the suite's config, with settings after +; of networks: small ones, or names of presets"

@@ -18,6 +18,7 @@ COMMANDS = {  # name -> module, imported when called: this package must not impo
     "stats": "flowmaps.cli.stats",
     "schedule": "flowmaps.cli.schedule",
     "export": "flowmaps.cli.export",
+    "app": "flowmaps.cli.app",
     "import": "flowmaps.cli.import_checkpoint",
     "prepare": "training.cli.prepare",
     "extractor": "training.cli.extractor",

@@ -18,6 +18,7 @@ from flowmaps.data import ArrayData, DataSet, Latents, iterate, open_dataset
 from flowmaps.data.registry import builtin_name, check_source
 from flowmaps.distributed import ALONE, Team, pick_device
 from flowmaps.errors import UserError, blame
+from flowmaps.evaluation.samples import RECORD
 from flowmaps.files import cache_directory
 from flowmaps.flow_map import FlowMap
 from flowmaps.metrics import FeatureStats
@@ -204,8 +205,18 @@ def open_images(images: Tensor | str | Path | DataSet, root: str | Path = "data"
     if isinstance(images, str | Path):
         with blame("samples", images):
             check_source(images)
+            _refuse_steered(Path(images))
         return open_for_scoring(images, root, team=team)
     return images
+
+
+def _refuse_steered(file: Path) -> None:
+    """Refuse an archive of samples that a model did not make alone: a score would pass for the model's."""
+    if file.suffix == ".npz" and file.is_file() and RECORD in npz_shapes(file, REMEDY):
+        raise UserError(
+            "these samples were steered, or made of a picture (its record says how), so that their distance is not a "
+            "score of the model: to measure them as images, give their folder steps-N"
+        )
 
 
 def open_for_scoring(

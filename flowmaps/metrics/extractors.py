@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-import flowmaps
 from flowmaps.errors import UserError, blame, shorten
 from flowmaps.files import sha256
 from flowmaps.images import from_uint8
@@ -73,7 +72,7 @@ METRIC_OF = {"inception": "FID", POINTS: "KL"}
 
 def extractor_file(name: str) -> Path:
     """Return the weight file that ships with this package: next to the code in a wheel, in assets/ in a checkout."""
-    package = Path(flowmaps.__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package, package.parent):
         file = folder / "assets" / "extractors" / f"{name}.safetensors"
         if file.is_file():

@@ -44,7 +44,7 @@ def with_guidance(label: Tensor, guidance: Tensor, num_classes: int) -> Tensor:
     ``guidance`` is weights w [B], or rows (w, low, high) [B, 3]: the weight is 1 at times outside [low, high].
     """
     rows = label if label.is_floating_point() else F.one_hot(label, num_classes + 1).to(guidance.dtype)
-    return torch.cat([rows, guidance.reshape(len(guidance), -1).to(rows.dtype)], dim=1)
+    return torch.cat([rows, guidance.reshape(guidance.shape[0], -1).to(rows.dtype)], dim=1)
 
 
 def guidance_at(label: Tensor, t: Tensor) -> Tensor:

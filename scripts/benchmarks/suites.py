@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks import composition, guidance, initialisation, step_sizes
+from benchmarks import composition, deployment, guidance, initialisation, steering, step_sizes
 from benchmarks.derivatives import precision_errors, routes
 from benchmarks.folders import FOLDERS, folder_times
 from benchmarks.learning import learning_scores, optimiser_curves, with_optimisers
@@ -30,7 +30,7 @@ from training.config import Config
 from training.trainer import Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
-PLOTTED = ("bellman", "checkerboard", "digits", "fashion_mnist", "learning", "mid_training", "optimisers")
+PLOTTED = ("bellman", "checkerboard", "digits", "fashion_mnist", "learning", "mid_training", "optimisers", "steering")
 RATED = ("learning", "optimisers")  # that need --rates
 MEMORISATION = ("floor", "samples_to_train", "samples_to_heldout", "heldout_to_train", "memorisation_ratio")
 DIGITS, GARMENTS = "digits:heldout", "assets/references/fashion_mnist.npz"
@@ -151,6 +151,12 @@ def guided(args: Arguments) -> Records:
             yield from guidance.records(target, seed, args.train_steps, args.num)
 
 
+def steered(args: Arguments) -> Records:
+    """Yield the records of ``benchmarks.steering``."""
+    for row, seed in itertools.product(steering.chosen(args.rows), args.seeds):
+        yield from steering.records(row, seed, args.num, args.done)
+
+
 def compositions(args: Arguments) -> Records:
     """Yield the records of ``benchmarks.composition``."""
     for data, seed in itertools.product(composition.chosen(args.rows), args.seeds):
@@ -177,6 +183,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "bellman": (bellman, step_sizes.ROWS),
     "checkerboard": (partial(trained, "configs/checkerboard.py", checkerboard_scores), _MAPS),
     "composition": (compositions, ["digits"]),
+    "deployment": (lambda args: several(partial(deployment.runtimes, num=args.num), args), deployment.MODELS),
     "digits": (partial(trained, "configs/digits.py", partial(image_scores, DIGITS)), _MAPS),
     "ema": (partial(timed, ema_times), ["lagrangian"]),
     "fashion_mnist": (partial(trained, "configs/fashion_mnist.py", partial(image_scores, GARMENTS)), _GARMENTS),
@@ -194,12 +201,15 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "routes": (partial(several, routes), list(COST_NETWORKS)),
     "sample": (partial(timed, sample_times), list(COST_NETWORKS)),
     "sources": (lambda args: timed(partial(source_times, num=args.num), args), list(SOURCES)),
+    "steering": (steered, steering.ROWS),
     "step": (partial(timed, step_times), [*_MAPS, *(f"{row}+DiT" for row in _MAPS)]),
 }
 
 
 def plot(records: list[dict[str, Any]], suite: str) -> Image.Image:
     """Plot each metric against the number of steps or images, one line per row: means, with the range as bars."""
+    if suite == "steering":
+        return steering.picture(records[0]["row"].partition(",")[0])
     if suite == "mid_training":
         return lines(initialisation.curves(records), xlabel="images seen")
     if suite == "bellman":

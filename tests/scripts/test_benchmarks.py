@@ -59,6 +59,20 @@ def test_bellman(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("row", ["plane", "digits", "classes"])
+def test_steering(tmp_path, row):
+    flags = ["--suite=steering", f"--rows={row}", "--num=16", "--seeds=1"]
+    plot = [f"--plot={tmp_path}/s.png"] if row == "digits" else []
+    lines, records = run(tmp_path / "s.json", *flags, *plot)
+    assert all(math.isfinite(value) for record in records for value in record["scores"].values())
+    assert {"plane": 11, "digits": 10, "classes": 13}[row] == len(records) and bool(plot) == (
+        tmp_path / "s.png"
+    ).exists()
+    again, _ = run(tmp_path / "s.json", *flags)
+    assert again == lines[-len(again) :]
+
+
+@pytest.mark.slow
 def test_guidance(tmp_path):
     flags = ["--suite=guidance", "--train_steps=10", "--num=64", "--seeds=1"]
     lines, records = run(tmp_path / "g.json", *flags)
