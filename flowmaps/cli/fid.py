@@ -19,7 +19,9 @@ from flowmaps.errors import UserError, blame
 
 SAMPLING = SamplingFlags(num=50_000, several=True)
 SAMPLES = flags.DEFINE_string("samples", None, "Folder or .npz of images to score, instead of --checkpoint")
-REFERENCE = flags.DEFINE_string("reference", None, "Data set NAME[:split], folder, or statistics (stats.py, EDM, ADM)")
+REFERENCE = flags.DEFINE_string(
+    "reference", None, "Data set NAME[:split], folder, hf:REPO, wds:SHARDS, or statistics (stats.py, ADM, EDM)"
+)
 EXTRACTOR = flags.DEFINE_string("extractor", None, "Its name or file; by default the reference's own, else inception")
 WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor")
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")

@@ -58,7 +58,7 @@ def test_a_killed_run_resumes_bit_for_bit(source, place, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["hf:{}/parquet", "wds:{}/shards"])
 def test_a_killed_run_on_ten_thousand_pictures_resumes_bit_for_bit(source, tmp_path):
-    killed_and_resumed(source.format(write_all(tmp_path / "sets", 10_000)), tmp_path, steps=60, after=20)
+    killed_and_resumed(source.format(write_all(tmp_path / "sets", 10_000)), tmp_path, steps=12, after=4)
 
 
 def test_both_make_the_run_that_their_pictures_in_a_folder_make(place, tmp_path):
