@@ -77,15 +77,17 @@ def main() -> None:
     main = join(next(iter(stages.values())).timeout).rank == 0
     if STAGE.value and (DRY_RUN.value or not isinstance(config, Chain)):
         raise _stage_refused(chain=isinstance(config, Chain))
-    places = [workdir] if numbers is None else [str(Path(workdir) / f"seed-{n}") for n in numbers]
+    places: dict[str, int | None] = {workdir: None}
+    if numbers is not None:
+        places = {str(Path(workdir) / f"seed-{n}"): n for n in numbers}
     if DRY_RUN.value:
         pictures = {stage: grid_file(stage) for stage in stages} if main and WORKDIR.value is not None else {}
         for stage, facts, picture in dry_run_chain(config) if isinstance(config, Chain) else [("", *dry_run(config))]:
             if main:
                 show(stage, facts, picture, pictures.get(stage))
-    for i, place in enumerate(places if not DRY_RUN.value else ()):
-        for made in stages.values() if numbers is not None else ():
-            made.seed = numbers[i]
+    for place, seed in places.items() if not DRY_RUN.value else ():
+        for made in stages.values() if seed is not None else ():
+            made.seed = seed
         if isinstance(config, Chain):
             records = run_chain(config, place, STAGE.value)
             if main:
@@ -94,7 +96,7 @@ def main() -> None:
             train(config, place)
     if main and not DRY_RUN.value:
         name = STAGE.value or list(stages)[-1]
-        print(next_commands(stages[name], str(Path(places[-1]) / name)), file=sys.stderr)
+        print(next_commands(stages[name], str(Path(place) / name)), file=sys.stderr)
         if numbers is not None and not isinstance(config, Chain):
             print(next_command.show(next_command.command("compare", workdir)), file=sys.stderr)
 
