@@ -10,8 +10,9 @@ from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
 from flowmaps.guidance import Guided
 from flowmaps.info import FlowMapInfo
-from flowmaps.labels import labels_for
+from flowmaps.labels import BALANCED, Label, labels_for, sample_labels
 from flowmaps.networks.conditioning import soft_label, with_guidance
+from flowmaps.networks.conditions import condition_rows
 from flowmaps.rng import generator
 from samplers import SAMPLERS, check_times
 from samplers.callables import Drift
@@ -77,21 +78,25 @@ def check_grid(times: Times, field: str = "times") -> Tensor:
 
 
 def guided_label(fm: FlowMap, label: Tensor | None, weight: float | None, interval: Interval = None) -> Tensor | None:
-    """Return ``label`` [n] with the guidance ``weight`` and its times attached, if ``fm`` takes one; else ``label``."""
+    """Return ``label`` [n] with the guidance ``weight`` and its times attached, if ``fm`` takes one.
+
+    Conditions are rows in any case (``networks.conditioning``).
+    """
+    label = condition_rows(label, fm.info.condition)
     if label is None or weight is None or fm.info.guidance_max is None:
         return label
     augment_dim = getattr(getattr(fm.network, "config", None), "augment_dim", 0)
     unchanged = torch.zeros(len(label), augment_dim, device=label.device)
-    rows = soft_label(label, unchanged, fm.info.num_classes)
+    rows = soft_label(label, unchanged, fm.info.label_size)
     told = torch.tensor([weight, *(interval or ())], dtype=torch.float32, device=label.device)
-    return with_guidance(rows, told.expand(len(label), -1), fm.info.num_classes)
+    return with_guidance(rows, told.expand(len(label), -1), fm.info.label_size)
 
 
 def guided_drift(fm: FlowMap, weight: float | None) -> Drift:
     """Return the drift under guidance: classifier-free, unless the network takes the weight with the label."""
     if weight is None or fm.info.guidance_max is not None:
         return fm.drift
-    return Guided(fm.drift, weight, fm.info.num_classes)
+    return Guided(fm.drift, weight, fm.info.label_size)
 
 
 @torch.no_grad()
@@ -102,7 +107,7 @@ def generate(
     seed: int,
     *,
     sampler: str = "map",
-    label: int | str | None = None,
+    label: Label | None = None,
     gamma: float = 1.0,
     guidance: float | None = None,
     guidance_interval: Interval = None,
@@ -111,6 +116,7 @@ def generate(
     reward: Reward | None = None,
     particles: int = 4,
     watch: Watch | None = None,
+    label_policy: str | Tensor = BALANCED,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield samples ``first`` .. ``first + n - 1`` and their labels, batch by batch.
 
@@ -122,7 +128,8 @@ def generate(
         n: The number of samples.
         seed: The seed of their noise.
         sampler: A key of ``samplers.SAMPLERS``.
-        label: The class of all samples, by number or name; None gives them those of ``labels_for``.
+        label: The class of all samples, by number or name; None gives them those of ``label_policy``. Of a model with a
+            condition: conditions [m, *condition], of which sample i has row i mod m; None gives them ``fm.conditions``.
         gamma: The share of noise that ``sampler="stochastic"`` renews per step.
         guidance: The weight for a model that takes one (``FlowMapInfo.guidance_max``), None for 1. ODE solvers guide
             any model that was also trained without labels (classifier-free guidance).
@@ -135,9 +142,10 @@ def generate(
             in turn, and their weights choose.
         particles: Particles per sample, of which one is drawn by weight.
         watch: Called as ``watch(k, t_k, particles)`` at every time of every batch of a steered call.
+        label_policy: How samples without a ``label`` get theirs: see ``flowmaps.labels.sample_labels``.
 
     Yields:
-        (samples [b, *shape], labels int64 [b], or None for an unconditional model).
+        (samples [b, *shape], labels int64 [b] or conditions [b, ...], or None for an unconditional model).
 
     Raises:
         UserError: The model was not trained for the sampler, the label or the guidance, the times do not lead from
@@ -152,6 +160,7 @@ def generate(
     """
     grid = check_grid(times)
     check_sampling(fm, sampler, len(grid) - 1, gamma, guidance, guidance_interval)
+    label = fm.conditions if label is None else label
     if reward is not None:
         check_steering(sampler, gamma, particles)
         guided = partial(guided_label, fm, weight=guidance, interval=guidance_interval)
@@ -161,7 +170,7 @@ def generate(
     model = fm if row.of == "map" else guided_drift(fm, guidance)
     for start in range(first, first + n, batch):
         size = min(batch, first + n - start)
-        y = labels_for(fm.info, size, label, start)
+        y = sample_labels(fm.info, start, size, seed, label, label_policy)
         y = None if y is None else y.to(device, non_blocking=True)
         x0, options = fm.noise(size, seed, start), {}
         if row.renoises:
@@ -178,7 +187,7 @@ def _steered(
     grid: Tensor,
     items: range,
     seed: int,
-    label: int | str | None,
+    label: Label | None,
     guided: Callable[[Tensor | None], Tensor | None],
     batch: int,
     reward: Reward,
@@ -199,7 +208,11 @@ def _steered(
             return torch.stack([torch.rand((), generator=stream, dtype=torch.float64) for stream in streams])
 
         x0 = noise(0)
-        y = labels_for(fm.info, size * particles, label, start * particles)
+        if fm.info.condition:  # of a sample, whose particles share it
+            y = labels_for(fm.info, size, label, start)
+            y = None if y is None else y.repeat_interleave(particles, dim=0)
+        else:
+            y = labels_for(fm.info, size * particles, label, start * particles)
         y = None if y is None else y.to(x0.device)
         try:
             found = steer(
@@ -226,7 +239,7 @@ def _steered(
 
 @torch.no_grad()
 def spread(
-    fm: FlowMap, label: int | str | None = None, guided: Callable[[Tensor | None], Tensor | None] = lambda y: y
+    fm: FlowMap, label: Label | None = None, guided: Callable[[Tensor | None], Tensor | None] = lambda y: y
 ) -> float:
     """Return the standard deviation of the data about their mean, of ``SCALE_SAMPLES`` one-step samples."""
     y, x0 = labels_for(fm.info, SCALE_SAMPLES, label), fm.noise(SCALE_SAMPLES, 0)

@@ -31,7 +31,15 @@ from flowmaps.generate import check_sampling, check_steps, guided_drift, guided_
 from flowmaps.hub import shipped
 from flowmaps.info import FlowMapInfo
 from flowmaps.labels import Label, flat, labels_for
-from flowmaps.pipeline_parts import check_finite, check_output, checked_sigmas, converted, sample_count, start
+from flowmaps.pipeline_parts import (
+    check_finite,
+    check_output,
+    checked_sigmas,
+    converted,
+    given_conditions,
+    sample_count,
+    start,
+)
 from flowmaps.pipeline_steering import Asked, Watched
 from flowmaps.vae import decode
 
@@ -192,6 +200,7 @@ class FlowMapPipeline(DiffusionPipeline):
         particles: int = 4,
         invert: Any = None,
         edit_labels: Label | None = None,
+        condition: Any = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate samples: as many as there are ``class_labels`` or ``latents``, else ``num_images``, else one.
 
@@ -228,6 +237,7 @@ class FlowMapPipeline(DiffusionPipeline):
             particles: Steered particles per sample, of which one is drawn by weight.
             invert: Images of the classes ``class_labels``, like ``measurement``, to carry to noise and back.
             edit_labels: The classes to rebuild them as.
+            condition: Of a model with a condition: floats [n, *condition] or one of them for all; images also as PIL.
 
         Returns:
             The samples, as ``images``.
@@ -251,8 +261,12 @@ class FlowMapPipeline(DiffusionPipeline):
         asked = Asked(measurement, mask, measurement_std, reward, reward_scale, particles, invert, edit_labels)
         given = asked.given(fm, latents)
         counts = {"num_images": num_images, "batch_size": batch_size, "class_labels": flat(class_labels)}
+        conditions = given_conditions(fm.info, condition)
+        if conditions is not None and len(conditions) > 1:
+            counts["condition"] = list(conditions)
         n = sample_count(**counts, latents=latents, **asked.count(given))
-        label = labels_for(fm.info, n, class_labels, field="class_labels")
+        asked_label, field = (conditions, "condition") if fm.info.condition else (class_labels, "class_labels")
+        label = labels_for(fm.info, n, asked_label, field=field)
         label = None if label is None else label.to(device)
         sampler = "stochastic" if asked.steers else "euler" if fm.info.kind == "drift" else "map"
         if sigmas is not None:
@@ -271,7 +285,7 @@ class FlowMapPipeline(DiffusionPipeline):
             if asked.special:
                 guided = partial(guided_label, fm, weight=guidance_scale, interval=guidance_interval)
                 watch = Watched(self, call, scheduler.timesteps, callback_on_step_end)
-                x = asked.made(fm, given, grid, n, class_labels, guided, generator, device, self.network.dtype, watch)
+                x = asked.made(fm, given, grid, n, asked_label, guided, generator, device, self.network.dtype, watch)
                 return self._finished(fm, x, output_type, decode_batch, return_dict)
             x = start(fm, n, generator, latents, device, self.network.dtype)
             for k, timestep in enumerate(self.progress_bar(scheduler.timesteps)):

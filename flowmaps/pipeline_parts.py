@@ -5,11 +5,15 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from torch import Tensor
 
+from flowmaps.data.image_io import to_pixels
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
-from flowmaps.images import to_pil, to_uint8
+from flowmaps.images import from_uint8, to_pil, to_uint8
+from flowmaps.info import FlowMapInfo
+from flowmaps.labels import check_conditions
 from samplers import check_times
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -56,6 +60,25 @@ def sample_count(**given: Any) -> int:
             f"{' and '.join(counts)} give {' and '.join(map(str, counts.values()))} samples: make them agree"
         )
     return next(iter(counts.values()), 1)
+
+
+def given_conditions(info: FlowMapInfo, condition: Any) -> Tensor | None:
+    """Return the argument ``condition`` as floats [m, *info.condition]; images of PIL and uint8 in [-1, 1].
+
+    Raises:
+        UserError: The model takes none, or one of another shape.
+    """
+    if not info.condition:
+        if condition is not None:
+            raise UserError("this model takes no condition: leave it out", field="condition")
+        return None
+    several = condition if isinstance(condition, (list, tuple)) else [condition]
+    if condition is not None and all(isinstance(one, Image.Image) for one in several):
+        pixels = [torch.from_numpy(to_pixels(one)).permute(2, 0, 1) for one in several]
+        if len({tuple(one.shape) for one in pixels}) > 1:
+            raise UserError("give images of one size", field="condition")
+        condition = from_uint8(torch.stack(pixels))
+    return check_conditions(info, condition, "condition")
 
 
 def checked_sigmas(sigmas: Sequence[float] | Tensor, complete: bool) -> list[float]:

@@ -228,7 +228,8 @@ class Config:
                 field="data.dropout_rows",
                 value=self.data.dropout_rows.name,
             )
-        if self.data.label_dropout and getattr(self.network, "num_classes", 0) == 0:
+        told = getattr(self.network, "num_classes", 0) != 0 or getattr(self.network, "condition", ())
+        if self.data.label_dropout and not told:
             raise UserError("needs labels: set network.num_classes", "data.label_dropout", self.data.label_dropout)
         if made.guided and (self.teacher or not self.data.label_dropout):
             own = "bakes in guidance of the network's own drift: leave teacher out"

@@ -101,6 +101,7 @@ class Data:
     vae: str = ""  # decoder of latents, a directory or hub id; empty: the VAE that encoded them
     latent_shift: tuple[float, ...] = ()  # a sample is scale (z - shift) of a latent z, one number per channel; empty:
     latent_scale: tuple[float, ...] = ()  # as in the VAE's config
+    condition: str = may_change("")  # of each item: an .npy file, or pictures of the same names in a folder or zip file
     augment: float = 0.0  # probability of each of EDM's transforms; the network needs augment_dim=9
 
 
@@ -127,14 +128,16 @@ class Weight:
 
 @dataclass
 class Best:
-    """Keep the model with the lowest ``metric`` in checkpoints/best."""
+    """Keep the model with the best ``metric`` in checkpoints/best."""
 
-    metric: str = may_change("")  # FID, FD-digits, FD-NAME of your own extractor; for points W2 or KL; empty: keep none
+    # FID, sFID, FD-DINOv2, FD-NAME of any extractor, KID, IS, CMMD, precision, recall; points: W2, KL; empty: keep none
+    metric: str = may_change("")
+    also: tuple[str, ...] = may_change(())  # others, which are logged
     steps: int = may_change(1)  # sampling steps
     num: int = may_change(2000)  # samples
     every: int = may_change(5000)  # training steps between two scores
     reference: str = may_change("")  # statistics file of stats.py; empty: the training data
-    weights: str = may_change("")  # file of the extractor; empty: the default one, your own next to data.root
+    weights: str = may_change("")  # file or folder of the extractors; empty: default ones, your own next to data.root
 
 
 if TYPE_CHECKING:

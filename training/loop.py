@@ -190,6 +190,8 @@ def banner(trainer: Trainer, workdir: Path, done: int) -> list[str]:
     name = source_of(config.data.name, config.data.root)
     kind = "points" if len(data.shape) == 1 else "latents" if isinstance(data, Latents) else "images"
     classes = f"{data.num_classes:,} classes" if data.num_classes else "no classes"
+    if shape := module.fm.info.condition:
+        classes = f"conditions {' x '.join(map(str, shape))}"
     classes += "" if module.fm.info.num_classes == data.num_classes else ", unused"
     parameters = sum(p.numel() for p in module.fm.network.parameters())
     teacher = f", teacher {config.teacher}" if config.teacher else ""
@@ -219,10 +221,13 @@ def results(workdir: Path) -> list[str]:
 
 def _keep_best(trainer: Trainer, judge: BestModel, workdir: Path, done: int, log: Log) -> None:
     """Score the averaged model, and write it to checkpoints/best if it is the best of the run so far."""
+    config = trainer.config.best
     model = trainer.averaged(done)
-    score = judge.score(model)
-    log.score(done, judge.name, score)
-    if judge.team.broadcast(score < judge.best_score(workdir)):  # as the first process reads it
+    scores = judge.score(model)
+    for name, score in scores.items():
+        log.score(done, f"{name}@{config.steps}", score)  # metric at a number of sampling steps
+    if judge.team.broadcast(judge.is_best(scores, workdir)):  # as the first process reads it
+        score = scores[config.metric]
         trainer.checkpoint(workdir / "checkpoints" / "best", done, model, score=score, judge=judge.facts)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from flowmaps.errors import UserError, shorten
 from flowmaps.info import MOST_CLASSES
 
-Batch = tuple[Tensor, Tensor | None]  # items [b, ...] as they are stored, and their labels int64 [b] or None
+Batch = tuple[Tensor, Tensor | None]  # items [b, ...] as they are stored, and their labels, of classes int64 [b]
 
 
 class DataSet(Protocol):
@@ -33,8 +33,13 @@ class DataSet(Protocol):
         """Share of each class in the data; empty where they are as good as equal, or not known."""
         return ()
 
+    @property
+    def condition(self) -> tuple[int, ...]:
+        """Shape of what an item has in place of a class, floats; empty if it has nothing of the kind."""
+        return ()
+
     def fetch(self, index: Tensor) -> Batch:
-        """Return the items at ``index`` [b] as they are stored, with their labels int64 [b] or None."""
+        """Return the items at ``index`` [b] as they are stored, and their labels int64 [b], conditions or None."""
 
     def digest(self) -> str:
         """Return the fingerprint by which a resumed run recognises its data."""

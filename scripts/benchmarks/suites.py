@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks import composition, deployment, guidance, initialisation, steering, step_sizes
+from benchmarks import composition, deployment, gate, guidance, initialisation, steering, step_sizes
 from benchmarks.derivatives import precision_errors, routes
 from benchmarks.folders import FOLDERS, folder_times
 from benchmarks.learning import learning_scores, optimiser_curves, with_optimisers
@@ -189,6 +189,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "fashion_mnist": (partial(trained, "configs/fashion_mnist.py", partial(image_scores, GARMENTS)), _GARMENTS),
     "fid": (fid, ["all"]),
     "folders": (lambda args: timed(partial(folder_times, num=args.num), args), list(FOLDERS)),
+    "gate": (lambda args: several(lambda row: gate.scores(row, args.num, args.train_steps), args), list(gate.ROWS)),
     "guidance": (guided, list(guidance.TARGETS)),
     "layout": (partial(timed, layout_times), ["UNet", "EDM2UNet"]),
     "learning": (learning, _MAPS),

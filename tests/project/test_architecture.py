@@ -181,8 +181,8 @@ FROZEN = {
 }
 
 SAMPLING = {"checkpoint", "steps", "num", "seed", "sampler", "label", "guidance", "gamma", "batch", "schedule"}
-SAMPLING |= {"guidance_interval", "vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
-SCORING = {"extractor", "weights", "root"}
+SAMPLING |= {"condition", "guidance_interval", "vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
+SCORING = {"extractor", "extractors", "weights", "root"}
 FLAGS = {
     "train.py": {"config", "workdir", "seeds", "dry_run", "stage", "forecast", "gpus", "mfu", "json"},
     "sample.py": SAMPLING
@@ -192,7 +192,8 @@ FLAGS = {
     "fid.py": SAMPLING
     | SCORING
     | {"samples", "reference", "max_fid", "json", "memorisation", "metrics", "kid_subset"}
-    | {"repeats", "max_regression", "tolerance", "junit"},
+    | {"repeats", "max_regression", "tolerance", "confidence", "update_baseline", "junit"}
+    | {"from_record", "label_policy", "floor", "markdown"},
     "schedule.py": {"checkpoint", "steps", "out", "store", "plot", "sampler", "cost", "noises", "seed", "fine"}
     | {"guidance", "batch", "reference", "num"},
     "compare.py": {"out"},

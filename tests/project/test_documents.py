@@ -26,7 +26,7 @@ from helpers.makers import (
 from helpers.released_maps import Map
 from helpers.released_state_dicts import NCSNpp
 
-from flowmaps.metrics.extractors import INCEPTION_FILE
+from flowmaps.metrics.published import INCEPTION_FILE
 
 PROGRAMS = r"(?:flowmaps|python|make|torchrun|accelerate|git|mkdir|for)\b"
 SHORT = "--config.steps=20 --config.batch=16 --config.log_every=5 --config.checkpoint_every=5"
@@ -37,14 +37,14 @@ SCALED = {  # pattern -> replacement
     r"(configs/(?!digits\.py:(?!pipeline))\w+\.py:(?!\S*smoke)[\w,]+)": r"\1,smoke",
     r"(configs/imagenet\w+\.py:\S+)": r"\1 --config.network.num_classes=40",  # folders in `furnished`
     r"(best\.num|--num)=(?!32768)\d+": r"\1=40",  # except for points, which are cheap
-    r"(scripts/fid\.py (?!.*--num).*)": r"\1 --num=40",  # instead of 50,000
+    r"(scripts/fid\.py (?!.*--(?:num|from_record)).*)": r"\1 --num=40",  # instead of 50,000
     r"(scripts/train_extractor\.py .*)": r"\1 --epochs=1",
     r"--cpu_minutes=\d+": "--cpu_minutes=0.01",
     r"--seeds=0,1,2": "--seeds=0",
     r"--train_steps=\d+": "",
     r"--config\.steps=\d\d\d+": "--config.steps=20",
     r"(--suite=(?:checkerboard|digits)\b.*--rows=[\w,]*)": r"\1 --train_steps=4",
-    r"(--suite=(?:learning|optimisers|mid_training|bellman)\b)": r"\1 --train_steps=8 --num=16",
+    r"(--suite=(?:learning|optimisers|mid_training|bellman|guidance)\b)": r"\1 --train_steps=8 --num=16",
     r"(--suite=steering\b)": r"\1 --seeds=0 --num=8",
     r"--suite=deployment --rows=fashion_mnist": "--suite=deployment --rows=digits --num=40",
     r"--rates=1e-3,3e-3,1e-2,3e-2": "--rates=1e-2",

@@ -86,8 +86,8 @@ def main() -> None:
             if main:
                 show(stage, facts, picture, pictures.get(stage))
     for place, seed in places.items() if not DRY_RUN.value else ():
-        for made in stages.values() if seed is not None else ():
-            made.seed = seed
+        for run in stages.values() if seed is not None else ():
+            run.seed = seed
         if isinstance(config, Chain):
             records = run_chain(config, place, STAGE.value)
             if main:
