@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from flowmaps.data.registry import DATASETS, FORMATS
+from flowmaps.labels import BALANCED
 from flowmaps.markdown import counted, markdown_table
 
 if TYPE_CHECKING:
@@ -159,6 +160,8 @@ def _command(record: Record, name: str) -> str:
     if interval := record.get("guidance_interval"):
         given["guidance_interval"] = ",".join(f"{time:g}" for time in interval)
     given |= {"gamma": record["gamma"]} if record["gamma"] not in (None, 1) else {}
+    if (policy := record.get("label_policy")) not in (None, BALANCED):
+        given["label_policy"] = "LABELS.json" if policy.startswith("sha256:") else policy  # the record has no file name
     return shlex.join(["flowmaps", "fid", *(f"--{flag}={value}" for flag, value in given.items())])
 
 

@@ -40,8 +40,8 @@ def main() -> None:
 
     from flowmaps.data import open_dataset
     from flowmaps.evaluation import open_reference, plots, report
+    from flowmaps.evaluation.real_images import train_set_score
     from flowmaps.evaluation.record import table
-    from flowmaps.evaluation.references import train_set_score
     from flowmaps.images import from_uint8
     from training.config_rows import load_row
     from training.log import read_log

@@ -17,6 +17,7 @@ from flowmaps.files import Layout, new_directory, to_json
 from flowmaps.flow_map import FlowMap
 from flowmaps.images import to_uint8
 from flowmaps.networks.conditioning import soft_label, with_guidance
+from flowmaps.networks.conditions import condition_rows
 
 FACTS = "flow_map.json"  # in the directory of the graphs: what is known about them, for programs without flowmaps
 GRAPHS = Layout(FACTS, b'"written_by": "flowmaps"', (FACTS, "*.onnx", "*.onnx.data", "*.pt2"))
@@ -28,23 +29,25 @@ TOLERANCE = 1e-4  # of numbers, relative to the largest one if that is above 1; 
 class Velocity(nn.Module):
     """v_{s,t}(x) of a flow map for x [B, ...], s and t [B], as its network takes them.
 
-    ``label`` is int64 [B], absent for an unconditional model. ``guidance``, float [B, 1] or [B, 3], is the weight and,
-    for a network that takes them, the first and last time at which it applies; absent for other networks.
+    ``label`` is int64 [B], or a condition, float [B, ...]; absent for an unconditional model.
+    ``guidance``, float [B, 1] or [B, 3], is the weight and, for a network that takes them, the first and last time at
+    which it applies; absent for other networks.
     """
 
     def __init__(self, fm: FlowMap) -> None:
         super().__init__()
         network: Any = fm.network
         self.network = network.for_sampling() if hasattr(network, "for_sampling") else network
-        self.num_classes = fm.info.num_classes
+        self.label_size, self.condition = fm.info.label_size, fm.info.condition
         self.augment_dim = getattr(network, "config", {}).get("augment_dim", 0)
 
     def forward(
         self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
         if label is not None and guidance is not None:
-            rows = soft_label(label, x.new_zeros(x.shape[0], self.augment_dim), self.num_classes)
-            label = with_guidance(rows, guidance, self.num_classes)
+            given = condition_rows(label, self.condition)
+            rows = soft_label(given, x.new_zeros(x.shape[0], self.augment_dim), self.label_size)
+            label = with_guidance(rows, guidance, self.label_size)
         v: Tensor = self.network(x, s, t, label)
         return v
 
@@ -139,10 +142,12 @@ def is_image(fm: FlowMap) -> bool:
 
 
 def conditions(fm: FlowMap, n: int) -> dict[str, Tensor]:
-    """Return what the model takes besides x and times, for ``n`` rows: each class in turn, weights above 1."""
+    """Return what the model takes besides x and times, for ``n`` rows: labels, and weights above 1."""
     info, given = fm.info, {}
-    if info.num_classes:
-        given["label"] = torch.arange(n) % info.num_classes
+    if info.label_size:
+        given["label"] = torch.arange(n) % max(1, info.num_classes)
+        if info.condition:
+            given["label"] = torch.linspace(-1, 1, n * info.label_size).reshape(n, *info.condition)
         if fm.info.guidance_max is not None:
             weight = torch.linspace(1, fm.info.guidance_max, n)[:, None]
             times = torch.tensor([[0.25, 0.75]]).expand(n, -1)

@@ -5,6 +5,6 @@ belongs here, and nothing about flags or training.
 """
 
 from flowmaps.evaluation.evaluate import check_scorable, evaluate
-from flowmaps.evaluation.references import Reference, open_reference
+from flowmaps.evaluation.references import Reference, open_reference, open_references
 
-__all__ = ["Reference", "check_scorable", "evaluate", "open_reference"]
+__all__ = ["Reference", "check_scorable", "evaluate", "open_reference", "open_references"]

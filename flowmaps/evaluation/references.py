@@ -1,37 +1,31 @@
-"""References for scoring: statistics from a file, or of images, computed once and cached.
+"""References for scoring: statistics from a file, or of images, and the extractors that give such features."""
 
-Every call into ``flowmaps.data`` by name or path from the scoring code is in this module.
-"""
-
-import hashlib
-import json
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import PIL
 import torch
-from torch import Tensor
 
-from flowmaps.data import ArrayData, DataSet, Latents, iterate, open_dataset
-from flowmaps.data.registry import builtin_name, check_source
+from flowmaps.data.registry import check_source
 from flowmaps.distributed import ALONE, Team, pick_device
 from flowmaps.errors import UserError, blame
-from flowmaps.files import cache_directory
+from flowmaps.evaluation.real_images import built_in, cached_statistics, open_for_scoring
 from flowmaps.flow_map import FlowMap
 from flowmaps.metrics import FeatureStats
 from flowmaps.metrics.classifier import own_file
 from flowmaps.metrics.extractors import (
     EXTRACTORS,
-    INCEPTION_HASH,
-    Extractor,
-    check_extractor,
+    Function,
+    check_extractors,
     extractor_name,
     load_extractor,
+    weights_of,
 )
-from flowmaps.metrics.memorisation import Memorisation, memorisation
-from flowmaps.metrics.stats import REMEDY, frechet_distance
+from flowmaps.metrics.features import Extractor
+from flowmaps.metrics.published import INCEPTION_HASH
+from flowmaps.metrics.scores import compares
+from flowmaps.metrics.stored import REMEDY
 from flowmaps.reading import npz_shapes
 from flowmaps.vae import reduction
 
@@ -47,9 +41,12 @@ class Reference(NamedTuple):
     data: str = ""  # the built-in data set that the images are from, if any: it has a held-out split
 
 
+Choice = str | Function  # of an extractor: its name, its file, "module:function" or a function
+
+
 def open_reference(
     source: str | Path | FeatureStats,
-    extractor: str | None = None,
+    extractor: Choice | None = None,
     weights: str | Path | None = None,
     root: str | Path = "data",
     *,
@@ -63,13 +60,13 @@ def open_reference(
     Args:
         source: A data set ``NAME[:split]``, a folder or zip of images, an .npz of images, a statistics file (of
             ``FeatureStats.save``, EDM, EDM2 or ADM), or statistics. Those of images are kept in the cache directory.
-        extractor: Name of the feature extractor, or its file. By default that of the statistics, else the data set's
-            own (for a folder, zip file or prepared set ``NAME.extractor.safetensors`` next to it), else
-            ``"inception"``.
-        weights: Weight file of the extractor, instead of the default one.
+        extractor: The feature extractor as ``metrics.extractors.load_extractor`` takes it. By default that of the
+            statistics, of several the first, else the data set's own (for a folder, zip file or prepared set
+            ``NAME.extractor.safetensors`` next to it), else ``"inception"``.
+        weights: Weight file of the extractor, instead of the default one, or a folder that has it.
         root: Folder of the data set's files.
         device: Where the extractor runs; by default the accelerator if there is one.
-        keep: Keep the features of single images too, for KID, precision and recall.
+        keep: Keep the features of single images too, for metrics that compare them.
         size: Crop the images of a folder or zip file to squares of this many pixels, as training does; None leaves
             them as they are.
         team: The processes that share the work; only the first one then has the statistics.
@@ -85,57 +82,116 @@ def open_reference(
         >>> stats.n, extractor.metric
         (449, 'FD-digits')
     """
+    chosen = [] if extractor is None else [extractor]
+    return open_references(source, chosen, weights, root, device=device, keep=keep, size=size, team=team)[0]
+
+
+def open_references(
+    source: str | Path | FeatureStats,
+    extractors: Sequence[Choice] = (),
+    weights: str | Path | None = None,
+    root: str | Path = "data",
+    *,
+    device: torch.device | None = None,
+    keep: bool = False,
+    size: int | None = None,
+    team: Team = ALONE,
+) -> tuple[Reference, ...]:
+    """Open what samples are compared with by several extractors, which see the images in one pass.
+
+    Takes what ``open_reference`` takes. ``keep`` keeps only features that a metric compares one by one.
+    """
     device = device or pick_device()
+    check_extractors(extractors, weights)
     if isinstance(source, FeatureStats):
-        return Reference(source, _extractor_of(source, "statistics", extractor, weights, device))
+        loaded = _extractors_of([source], "statistics", extractors, weights, device)
+        return (Reference(source, loaded[0]),)
     source = str(source)
-    check_extractor(extractor, weights)
     with blame("reference", source):
         check_source(source)
-    path, names = Path(source), set[str]()
-    is_archive = path.is_file() and path.suffix != ".zip"
-    if is_archive and path.suffix != ".pkl":
-        names = set(npz_shapes(source, REMEDY))
-    if not is_archive or ("mu" not in names and {"samples", "arr_0"} & names):
+    names = _names(source)
+    if names is None or ("mu" not in names and {"samples", "arr_0"} & names):
         images = open_for_scoring(source, root, size, team=team)  # refused before an extractor is downloaded
-        chosen = pick_extractor(extractor, weights, source, device)
-        return Reference(cached_stats(images, chosen, keep, team), chosen, built_in(source))
-    stats = FeatureStats.load(source)
-    chosen = _extractor_of(stats, source, extractor, weights, device)
-    published = chosen.origin.extractor == "inception" and not stats.origin.weights
-    if published and not chosen.origin.weights.startswith(INCEPTION_HASH) and not team.rank:
-        print(
-            f"warning: reference={source} is a published file, made with the Inception of 2015; the weights in use are "
-            "not torch-fidelity's port of it",
-            file=sys.stderr,
-        )
+        loaded = load_extractors(extractors, weights, source, device, images.shape)
+        found = cached_statistics(images, loaded, [keep and compares(extractor) for extractor in loaded], team)
+        return tuple(Reference(stats, own, built_in(source)) for stats, own in zip(found, loaded, strict=True))
+    chosen: Sequence[Choice | None] = extractors or (None,)
+    found = [FeatureStats.load(source, name and extractor_name(name)) for name in chosen]
+    loaded = _extractors_of(found, source, extractors, weights, device)
+    for stats, extractor in zip(found, loaded, strict=True):
+        published = extractor.name == "inception" and not stats.origin.weights
+        if published and not extractor.origin.weights.startswith(INCEPTION_HASH) and not team.rank:
+            print(
+                f"warning: reference={source} is a published file, made with the Inception of 2015; the weights in use "
+                "are not torch-fidelity's port of it",
+                file=sys.stderr,
+            )
     if keep and "arr_0" in names:  # ADM's moments are of the complete data set, its images a part of it
         images = open_for_scoring(source, root)
-        stats.features = cached_stats(images, chosen, keep, team).features
-    return Reference(stats, chosen)
+        kept = [compares(extractor) for extractor in loaded]
+        for stats, single in zip(found, cached_statistics(images, loaded, kept, team), strict=True):
+            stats.features = single.features
+    return tuple(Reference(stats, extractor) for stats, extractor in zip(found, loaded, strict=True))
 
 
-def _extractor_of(
-    stats: FeatureStats, source: str, name: str | None, weights: str | Path | None, device: torch.device
-) -> Extractor:
-    """Load the extractor that made ``stats``; refuse another one."""
-    made_with = stats.origin.extractor
-    if name is None and made_with not in EXTRACTORS:
-        raise UserError(f"{source} was made with the extractor {made_with!r}: give its file", field="extractor")
-    if name is not None and extractor_name(name) != made_with:
-        raise UserError(f"{source} was made with the extractor {made_with!r}", field="extractor", value=name)
-    return load_extractor(name or made_with, weights, device)
+def open_floor(
+    source: str | Path,
+    references: Sequence[Reference],
+    root: str | Path = "data",
+    *,
+    keep: bool = False,
+    size: int | None = None,
+    team: Team = ALONE,
+) -> tuple[Reference, ...]:
+    """Open real images, or their statistics, with the extractors of ``references``; errors have the field "floor"."""
+    loaded, source = [reference.extractor for reference in references], str(source)
+    with blame("floor", source):
+        check_source(source)
+        if "mu" in (_names(source) or ()):
+            found = [FeatureStats.load(source, extractor.name) for extractor in loaded]
+        else:
+            images = open_for_scoring(source, root, size, team=team)
+            found = cached_statistics(images, loaded, [keep and compares(each) for each in loaded], team)
+    return tuple(Reference(stats, extractor) for stats, extractor in zip(found, loaded, strict=True))
 
 
-def built_in(source: str) -> str:
-    """Return the name of the built-in data set that ``source`` (NAME or NAME:split) names, else an empty string."""
-    known = builtin_name(source)
-    return known[0] if known else ""
+def _names(source: str) -> set[str] | None:
+    """Return the names of the arrays in a file; None of what is images: a folder, a zip file, a data set by name."""
+    path = Path(source)
+    if not path.is_file() or path.suffix == ".zip":
+        return None
+    return {"mu"} if path.suffix == ".pkl" else set(npz_shapes(source, REMEDY))
 
 
-def pick_extractor(name: str | None, weights: str | Path | None, source: str, device: torch.device) -> Extractor:
-    """Load the extractor ``name``, a name or a file, by default ``default_extractor``."""
-    return load_extractor(name or default_extractor(source, weights), weights, device)
+def _extractors_of(
+    found: Sequence[FeatureStats],
+    source: str,
+    names: Sequence[Choice],
+    weights: str | Path | None,
+    device: torch.device,
+) -> list[Extractor]:
+    """Load the extractors that made statistics; refuse others."""
+    loaded = []
+    chosen: Sequence[Choice | None] = names or (None,)
+    for stats, name in zip(found, chosen, strict=True):
+        made_with = stats.origin.extractor
+        if name is None and made_with not in EXTRACTORS:
+            remedy = "give its file, or the function"
+            raise UserError(f"{source} was made with the extractor {made_with!r}: {remedy}", field="extractor")
+        if name is not None and extractor_name(name) != made_with:
+            raise UserError(f"{source} was made with the extractor {made_with!r}", field="extractor", value=name)
+        own = weights_of(name or made_with, weights, len(found) > 1)
+        loaded.append(load_extractor(name or made_with, own, device, dim=stats.dim))
+    return loaded
+
+
+def load_extractors(
+    names: Sequence[Choice], weights: str | Path | None, source: str, device: torch.device, shape: Sequence[int]
+) -> list[Extractor]:
+    """Load extractors for images of ``shape`` from ``source``, by default ``default_extractor``."""
+    names = names or [default_extractor(source, weights)]
+    several = len(names) > 1
+    return [load_extractor(name, weights_of(name, weights, several), device, shape) for name in names]
 
 
 def default_extractor(source: str, weights: str | Path | None = None) -> str:
@@ -154,83 +210,3 @@ def model_size(fm: FlowMap) -> int | None:
     if len(fm.info.shape) != 3:
         return None
     return fm.info.shape[-1] * (reduction(fm.open_decoder().open()) if fm.info.latent_scale else 1)
-
-
-def cached_stats(images: DataSet, extractor: Extractor, keep: bool = False, team: Team = ALONE) -> FeatureStats:
-    """Return the statistics of ``images``, from the cache if their content and the extractor are the same as before.
-
-    Only the first process of a ``team`` has them.
-    """
-    extractor.check_shape(images.shape)
-    found, file, content = None, Path(), ""
-    if not team.rank:
-        content = images.content()
-        key = [1, PIL.__version__, content, images.name, images.split, images.crop, vars(extractor.origin)]
-        file = cache_directory() / "stats" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.npz"
-        found = _read(file, keep)
-    if team.broadcast(found is not None):
-        return found or FeatureStats(extractor.dim)
-    batches = (rows for rows, _ in iterate(images, team.split(len(images))))
-    stats = team.all_reduce_stats(extractor.stats(batches, images.name, images.split, images.crop, keep))
-    stats.origin = replace(stats.origin, content=content)
-    if not team.rank:
-        try:
-            stats.save(file, check=False)
-        except OSError:  # the cache is optional: without it the next call computes again
-            pass
-    return stats
-
-
-def _read(file: Path, keep: bool) -> FeatureStats | None:
-    try:
-        stats = FeatureStats.load(file)
-    except UserError:  # none yet, or damaged
-        return None
-    return stats if stats.features is not None or not keep else None
-
-
-def source_stats(source: str, extractor: Extractor, root: str | Path = "data") -> FeatureStats:
-    """Return the statistics of the images that ``source`` names."""
-    return cached_stats(open_for_scoring(source, root), extractor)
-
-
-def open_images(images: Tensor | str | Path | DataSet, root: str | Path = "data", team: Team = ALONE) -> DataSet:
-    """Open images to be scored: uint8 [n, C, H, W] (points: float [n, dim]), a path, or a data set (by name too)."""
-    if isinstance(images, Tensor):
-        if images.ndim != 2 and (images.ndim != 4 or images.dtype != torch.uint8):
-            found = f"{images.dtype} {list(images.shape)}"
-            raise UserError(f"images to score must be uint8 [n, C, H, W] (see flowmaps.images.to_uint8), got {found}")
-        return ArrayData(images)
-    if isinstance(images, str | Path):
-        with blame("samples", images):
-            check_source(images)
-        return open_for_scoring(images, root, team=team)
-    return images
-
-
-def open_for_scoring(
-    source: str | Path, root: str | Path, size: int | None = None, skip_corrupt: bool = False, team: Team = ALONE
-) -> DataSet:
-    """Open the data set ``source`` for scoring; an existing path is preferred to a name."""
-    with team.main_process_first():  # it checks all images of a folder, and the others find its cache
-        path = Path(source)
-        images = open_dataset(path if path.exists() else source, root=root, size=size, skip_corrupt=skip_corrupt)
-    if isinstance(images, Latents):
-        raise UserError(f"{source} holds latents, not images: pass the images that they were made from")
-    return images
-
-
-def train_set_score(data: str, extractor: Extractor, root: str | Path = "data") -> float:
-    """Return the distance between a data set's training and held-out images: the score of a perfect model."""
-    train, heldout = (source_stats(f"{data}:{split}", extractor, root) for split in ("train", "heldout"))
-    return frechet_distance(train, heldout)
-
-
-def nearest_neighbours(images: Tensor, data: str, root: str | Path = "data") -> Memorisation:
-    """Return nearest-neighbour distances between uint8 ``images`` and both splits of a small data set."""
-    train, heldout = (_pixels(open_dataset(data, split, root=root)) for split in ("train", "heldout"))
-    return memorisation(images.float().cpu() / 127.5, train, heldout)
-
-
-def _pixels(images: DataSet) -> Tensor:
-    return torch.cat([x for x, _ in iterate(images)]).float() / 127.5

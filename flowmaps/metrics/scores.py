@@ -1,7 +1,8 @@
 """Metrics of a set of samples from one pass over them: all are functions of the same features.
 
 Metrics that compare single images need the features themselves (``FeatureStats(keep=True)``). KID, the Inception Score,
-precision and recall are defined on Inception features only; torch-fidelity's functions compute them, at its settings.
+precision and recall are defined on Inception features only, and computed by torch-fidelity's functions at its settings;
+CMMD is defined on CLIP's.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,14 +11,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flowmaps.errors import UserError
-from flowmaps.metrics.extractors import POINTS, Extractor
+from flowmaps.metrics.features import POINTS, Extractor
+from flowmaps.metrics.frechet import check_comparable, frechet_distance
 from flowmaps.metrics.points import board_kl
-from flowmaps.metrics.stats import FeatureStats, check_comparable, frechet_distance
+from flowmaps.metrics.stats import FeatureStats
 
 KID_SUBSETS, KID_SUBSET = 100, 1000
 SEED = 2020  # of KID's subsets and of the Inception Score's splits
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+ROWS = 1024  # of a kernel matrix at a time
+LARGER_IS_BETTER = {"IS", "precision", "recall"}
 NEIGHBOURS = 3
 SPLITS = 10
 
@@ -77,6 +83,18 @@ def _precision_recall(sets: Sets) -> dict[str, float]:
     return {name: prc[name] for name in ("precision", "recall")}
 
 
+def _cmmd(sets: Sets) -> dict[str, float]:
+    device = torch.device(sets.device)
+    device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
+    ours, real = (F.normalize(x.to(device).double(), dim=1) for x in (sets.features, sets.real))
+
+    def kernel(a: Tensor, b: Tensor) -> float:  # the mean of exp(-|x - y|^2 / 2 sigma^2), of unit vectors
+        rows = (torch.exp((part @ b.T - 1) / CMMD_SIGMA**2).sum() for part in torch.split(a, ROWS))
+        return float(sum(rows)) / len(a) / len(b)
+
+    return {"CMMD": CMMD_SCALE * (kernel(ours, ours) + kernel(real, real) - 2 * kernel(ours, real))}
+
+
 @dataclass(frozen=True)
 class Metric:
     """A row of ``METRICS``: a function of two sets' features, and what it needs of them."""
@@ -85,18 +103,21 @@ class Metric:
     least: int | None  # fewest samples that it is defined on; None: those of one KID subset
     features: bool = False  # needs single features of the samples, not only their moments
     reference_features: bool = False  # needs single features of the reference
-    of: str = "inception"  # the features that it is defined on: "inception", "images" (any extractor) or "points"
+    distance: bool = False  # from the reference, so that real images have the smallest
+    of: str = "inception"  # the features that it is defined on: "inception", "clip", "images" (any) or "points"
 
 
 METRICS = {
     # Fréchet distance of the features' Gaussians: Heusel et al. 2017 (arXiv 1706.08500)
-    "fid": Metric(_fid, 2, of="images"),
+    "fid": Metric(_fid, 2, distance=True, of="images"),
     # Squared MMD, cubic kernel, mean and deviation over subsets: Binkowski et al. 2018 (arXiv 1801.01401)
-    "kid": Metric(_kid, None, features=True, reference_features=True),
+    "kid": Metric(_kid, None, features=True, reference_features=True, distance=True),
     # Inception Score, mean and deviation over 10 splits: Salimans et al. 2016 (arXiv 1606.03498)
     "is": Metric(_inception_score, SPLITS, features=True),
     # Precision and recall by 3 nearest neighbours: Kynkäänniemi et al. 2019 (arXiv 1904.06991)
     "prc": Metric(_precision_recall, NEIGHBOURS + 1, features=True, reference_features=True),
+    # Squared MMD on CLIP, Gaussian kernel, diagonal included, times 1000: Jayasumana et al. 2024 (arXiv 2401.09603)
+    "cmmd": Metric(_cmmd, 2, features=True, reference_features=True, distance=True, of="clip"),
     # KL(data || model) on a grid, the only metric of points: flowmaps.metrics.board_kl
     "kl": Metric(_kl, 2, features=True, of="points"),
 }
@@ -104,7 +125,25 @@ METRICS = {
 
 def distance_of(extractor: Extractor) -> str:
     """Return the metric that ``extractor.metric`` names, which a gate judges."""
-    return "kl" if extractor.origin.extractor == POINTS else "fid"
+    return "kl" if extractor.name == POINTS else "fid"
+
+
+def defined(metrics: Sequence[str], extractor: Extractor) -> list[str]:
+    """Return those of ``metrics`` that this extractor's features have; without any its distance."""
+    kinds = {"images"}
+    if extractor.name == POINTS:
+        kinds = {"points"}
+    elif extractor.logits:
+        kinds.add("inception")
+    elif extractor.name.startswith("clip-"):
+        kinds.add("clip")
+    own = [name for name, metric in METRICS.items() if metric.of in kinds]
+    return [name for name in own if name in metrics] if metrics else [distance_of(extractor)]
+
+
+def compares(extractor: Extractor) -> bool:
+    """Tell whether a metric compares single features of this extractor."""
+    return needs_reference_features(defined(list(METRICS), extractor))
 
 
 def needs_features(metrics: Sequence[str]) -> bool:
@@ -123,18 +162,20 @@ def check_names(metrics: Sequence[str]) -> None:
         raise UserError(f"give different ones of {', '.join(METRICS)}", field="metrics", value=",".join(metrics))
 
 
-def check_metrics(metrics: Sequence[str], extractor: Extractor, num: int, kid_subset: int = KID_SUBSET) -> None:
-    """Refuse metrics that ``num`` images and this extractor cannot give."""
-    given, extractor_name = ",".join(metrics), extractor.origin.extractor
+def check_metrics(
+    metrics: Sequence[str], extractors: Sequence[Extractor], num: int, kid_subset: int = KID_SUBSET
+) -> None:
+    """Refuse metrics that ``num`` images and these extractors cannot give."""
     check_names(metrics or ("",))
-    kinds = {"points"} if extractor_name == POINTS else {"images", "inception"} if extractor.logits else {"images"}
-    allowed = [name for name, metric in METRICS.items() if metric.of in kinds]
+    allowed = [name for name in METRICS if any(defined([name], extractor) for extractor in extractors)]
     if not set(metrics) <= set(allowed):
+        names = ", ".join(extractor.name for extractor in extractors)
         raise UserError(
-            f"only {', '.join(allowed)} {'is' if len(allowed) == 1 else 'are'} defined on the features of "
-            f"{extractor_name}: kl is for points, and kid, is and prc need the extractor inception",
+            f"only {', '.join(allowed)} {'is' if len(allowed) == 1 else 'are'} defined on the features of {names}: "
+            "kl is for points, kid, is and prc need the extractor inception, and cmmd needs clip-vit-l-14 or another "
+            "clip",
             field="metrics",
-            value=given,
+            value=",".join(metrics),
         )
     for name in metrics:
         least = METRICS[name].least
@@ -183,7 +224,7 @@ def scores(
     Raises:
         UserError: A set lacks what a metric needs, or the two are not comparable.
     """
-    check_metrics(metrics, extractor, ours.n or 0, kid_subset)
+    check_metrics(metrics, [extractor], ours.n or 0, kid_subset)
     check_reference(metrics, reference, kid_subset)
     check_comparable(ours, reference)
     sets = Sets(ours, reference, extractor, kid_subset, device)

@@ -1,48 +1,20 @@
-"""Moments of features, and the Fréchet distance between two sets of features."""
+"""Moments of features with their provenance, and the files that they are in."""
 
 import hashlib
 import io
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
 from flowmaps.errors import UserError, shorten
 from flowmaps.files import WRITER, WRITTEN_BY, write_file
-from flowmaps.reading import npz_shapes, read_npz, regular_file
+from flowmaps.metrics.stored import AGAIN, FACTS, PUBLISHED_DIMS, REMEDY, Origin, Stored
 
-INCEPTION_DIM = 2048
-REMEDY, AGAIN = "make reference statistics with stats.py", "make it again with stats.py"
 LARGEST_N, LARGEST_SQUARE = 1 << 53, 1e100  # of samples, and of a feature's square
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Provenance of features; a fact is empty where it is not known.
-
-    Two sets are comparable only if extractor, weights, resize and size agree, as far as both are known.
-    """
-
-    extractor: str = ""
-    weights: str = ""  # SHA-256 of the extractor's weight file
-    resize: str = ""  # what the extractor does to an image first
-    size: str = ""  # of the images, height x width
-    crop: str = ""  # how the images got that size
-    data: str = ""
-    split: str = ""
-    content: str = ""  # SHA-256 of the images: the same on every machine, where moments differ by rounding
-
-
-def pixels(height: int, width: int) -> str:
-    """Format an image size as ``Origin.size`` has it."""
-    return f"{height}x{width}"
-
-
-FACTS = tuple(field.name for field in fields(Origin))
 
 
 class FeatureStats:
@@ -124,44 +96,58 @@ class FeatureStats:
         self.mean.add_(delta, alpha=n / total)
         self.n = total
 
-    def save(self, path: str | Path, check: bool = True) -> None:
+    def save(self, path: str | Path, check: bool = True, others: "Sequence[FeatureStats]" = ()) -> None:
         """Write an ``.npz``: mu [dim], sigma [dim, dim] (as in EDM's reference files), n, the origin, kept features.
 
-        ``check``: refuse to replace a file that flowmaps did not write.
+        Args:
+            path: The file.
+            check: Refuse to replace a file that flowmaps did not write.
+            others: Statistics of the same images by other extractors; their keys start with ``EXTRACTOR/``.
         """
-        arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.cov.numpy(), "n": self.n, **vars(self.origin)}
-        arrays[WRITTEN_BY] = WRITER
-        if self.features is not None:
-            arrays["features"] = self.features.numpy()
+        arrays: dict[str, Any] = {WRITTEN_BY: WRITER, **self._arrays()}
+        for other in others:
+            arrays |= {f"{other.origin.extractor}/{key}": value for key, value in other._arrays().items()}
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         write_file(Path(path), buffer.getvalue(), check)
 
+    def _arrays(self) -> dict[str, Any]:
+        arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.cov.numpy(), "n": self.n, **vars(self.origin)}
+        return arrays if self.features is None else arrays | {"features": self.features.numpy()}
+
     @classmethod
-    def load(cls, path: str | Path) -> "FeatureStats":
+    def load(cls, path: str | Path, extractor: str | None = None) -> "FeatureStats":
         """Read a file of ``save``, or one that EDM, EDM2 or ADM published.
 
-        Published files have mu and sigma of Inception's 2048 features, without n and the weights. ADM's also have
-        images (arr_0), whose size is noted. EDM2's are pickles (.pkl), from which no code is run.
+        Published files have mu and sigma without n and the weights: of Inception's 2048 features, ADM's also of its
+        2023 spatial ones, EDM2's also of DINOv2's 1024. ADM's also have images (arr_0), whose size is noted. EDM2's
+        are pickles (.pkl), from which no code is run.
+
+        Args:
+            path: The file.
+            extractor: The extractor whose statistics are read, of a file with those of several; by default the first.
 
         Raises:
-            UserError: The file is missing, damaged or ambiguous.
+            UserError: The file is missing, damaged or ambiguous, or has no statistics of this extractor.
         """
-        pickled = _moments_in_pickle(Path(path)) if str(path).endswith(".pkl") else None
-        shapes = npz_shapes(path, REMEDY) if pickled is None else {key: value.shape for key, value in pickled.items()}
-        own = "extractor" in shapes
-        wanted = ["mu", "sigma", *(["n", *FACTS] if own else [])]
-        if missing := [key for key in wanted if key not in shapes]:
+        return cls._parse(Stored.open(Path(path)), extractor)
+
+    @classmethod
+    def _parse(cls, stored: Stored, extractor: str | None) -> "FeatureStats":
+        path, own = stored.path, stored.own
+        shapes = stored.shapes(extractor)
+        if missing := [key for key in ("mu", "sigma", *(["n", *FACTS] if own else [])) if key not in shapes]:
             raise UserError(f"{path} has no {', '.join(missing)}: {REMEDY}")
-        if not own and shapes["mu"] != (INCEPTION_DIM,):
+        name = extractor or stored.first
+        if not own and shapes["mu"] != (PUBLISHED_DIMS[name],):
             raise UserError(
                 f"{path} has mu of shape {shapes['mu']} and does not name its extractor: published files have "
-                f"{INCEPTION_DIM} features of Inception; {REMEDY}"
+                f"{PUBLISHED_DIMS[name]} features of {name.capitalize()}; {REMEDY}"
             )
         dim = shapes["mu"][0] if len(shapes["mu"]) == 1 else 0
         if not dim or shapes["sigma"] != (dim, dim):
             raise UserError(f"{path}: mu of shape {shapes['mu']} and sigma of shape {shapes['sigma']} do not fit")
-        values = read_npz(path, REMEDY, {*wanted, "features"}) if pickled is None else pickled
+        values = stored.values(extractor)
         if wrong := [key for key in ("mu", "sigma") if values[key].dtype.kind not in "fiu"]:
             raise UserError(f"{path}: {wrong[0]} must be numbers, it is {values[wrong[0]].dtype}: {AGAIN}")
         if wrong := [key for key in FACTS if own and (values[key].ndim or values[key].dtype.kind != "U")]:
@@ -173,7 +159,8 @@ class FeatureStats:
         n = values["n"] if own else None
         if n is not None and (n.ndim or n.dtype.kind not in "iu" or not 2 <= n <= LARGEST_N):
             raise UserError(f"{path}: n must be a whole number of at least 2, it is {shorten(n, 40)}: {AGAIN}")
-        stats = cls(dim, Origin(**{key: str(values[key]) for key in FACTS}) if own else _published(path, shapes))
+        origin = Origin(**{key: str(values[key]) for key in FACTS}) if own else stored.origin(name)
+        stats = cls(dim, origin)
         stats.n, stats.mean = None if n is None else int(n), mu
         stats.scatter = sigma if stats.n is None else sigma * (stats.n - 1)
         if own and "features" in values:
@@ -206,85 +193,3 @@ def not_moments(mu: Tensor, sigma: Tensor, precision: float = 0.0) -> str:
     if int(torch.linalg.cholesky_ex(shifted).info):
         return "sigma is not a covariance: it has a negative eigenvalue"
     return ""
-
-
-def _moments_in_pickle(path: Path) -> dict[str, Any]:
-    from flowmaps.importers.pickles import read_objects
-
-    regular_file(path, REMEDY)
-    try:
-        moments = read_objects(path)["fid"]
-        return {key: np.asarray(moments[key].value) for key in ("mu", "sigma")}
-    except (UserError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is missing, damaged or not a file of EDM2's reference statistics: {REMEDY}") from None
-
-
-def _published(path: str | Path, shapes: dict[str, tuple[int, ...]]) -> Origin:
-    images = shapes.get("arr_0", ())  # [n, height, width, channels]
-    size = pixels(*images[1:3]) if len(images) == 4 else ""
-    return Origin(extractor="inception", size=size, data=Path(path).name)
-
-
-def _factor(cov: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return L [dim, rank] with L L^T = ``cov``, by Cholesky with pivoting, which stops at the rank to rounding."""
-    packed, order, rank, _ = scipy.linalg.lapack.dpstrf(cov, lower=1)
-    factor = np.empty((len(cov), rank))
-    factor[order - 1] = np.tril(packed)[:, :rank]
-    return factor
-
-
-def _cross_trace(a: FeatureStats, b: FeatureStats) -> float:
-    """Return tr (C_a^1/2 C_b C_a^1/2)^1/2.
-
-    With C_a = L_a L_a^T it is the sum of the roots of the eigenvalues of L_a^T C_b L_a, as many as the smaller rank.
-    Rounding spoils the roots of small eigenvalues. Where that might exceed 1e-8 of the two traces, it is the sum of the
-    singular values of L_a^T L_b instead, which has no roots to take.
-    """
-    if b.rank_bound < a.rank_bound:
-        a, b = b, a
-    c_a, c_b = a.cov.numpy(), b.cov.numpy()
-    factor = _factor(c_a)
-    if not factor.shape[1]:
-        return 0.0
-    values = scipy.linalg.eigvalsh(factor.T @ c_b @ factor).clip(min=0)
-    rounding = 4 * np.finfo(np.float64).eps * values[-1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        error = np.fmin(rounding / (2 * np.sqrt(values)), np.sqrt(rounding)).sum()
-    if error <= 1e-8 * (c_a.trace() + c_b.trace()):
-        return float(np.sqrt(values).sum())
-    return float(scipy.linalg.svdvals(factor.T @ _factor(c_b)).sum())
-
-
-def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), of features from the same extractor.
-
-    Dowson and Landau 1982; Heusel et al. 2017 (arXiv 1706.08500). The last trace is computed from a factor of one
-    covariance: real where a matrix square root of C_a C_b turns complex, and exact to 1e-8 of the two traces.
-
-    Args:
-        a: Statistics of one set; the order of the two does not matter.
-        b: Statistics of the other set.
-
-    Returns:
-        The squared distance, called FID on Inception features.
-
-    Raises:
-        UserError: The features are not comparable (extractor, weights, image size), or there are fewer than 2 samples.
-    """
-    check_comparable(a, b)
-    apart = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()
-    if not float(apart) < LARGEST_SQUARE:
-        raise UserError(f"features of size {float(apart) ** 0.5:.0e} have no distance: they must be finite and smaller")
-    return max(float(apart - 2 * _cross_trace(a, b)), 0.0)
-
-
-def check_comparable(a: FeatureStats, b: FeatureStats) -> None:
-    """Refuse two sets of features whose distance would be meaningless."""
-    for fact in ("extractor", "weights", "resize", "size"):
-        ours, theirs = getattr(a.origin, fact), getattr(b.origin, fact)
-        if ours != theirs and (fact == "extractor" or (ours and theirs)):
-            what = "images differ in size" if fact == "size" else f"features differ in {fact}"
-            remedy = "; stats.py --size=N makes a reference of another size" if fact == "size" else ""
-            raise UserError(f"{what} ({ours or 'unknown'} against {theirs or 'unknown'}): no distance{remedy}")
-    if a.dim != b.dim:
-        raise UserError(f"features differ in size ({a.dim} against {b.dim}): no distance")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks import composition, deployment, guidance, initialisation, step_sizes
+from benchmarks import composition, deployment, gate, guidance, initialisation, steering, step_sizes
 from benchmarks.derivatives import precision_errors, routes
 from benchmarks.folders import FOLDERS, folder_times
 from benchmarks.learning import learning_scores, optimiser_curves, with_optimisers
@@ -18,6 +18,7 @@ from benchmarks.objectives import COST_NETWORKS, network_costs
 from benchmarks.profiling import profiles
 from benchmarks.rows import row_config
 from benchmarks.scoring import fid_costs
+from benchmarks.sources import SOURCES, source_times
 from benchmarks.speed import ema_times, layout_times, resume_times, sample_times, step_times
 from flowmaps import FlowMap
 from flowmaps.data import open_dataset
@@ -29,7 +30,7 @@ from training.config import Config
 from training.trainer import Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
-PLOTTED = ("bellman", "checkerboard", "digits", "fashion_mnist", "learning", "mid_training", "optimisers")
+PLOTTED = ("bellman", "checkerboard", "digits", "fashion_mnist", "learning", "mid_training", "optimisers", "steering")
 RATED = ("learning", "optimisers")  # that need --rates
 MEMORISATION = ("floor", "samples_to_train", "samples_to_heldout", "heldout_to_train", "memorisation_ratio")
 DIGITS, GARMENTS = "digits:heldout", "assets/references/fashion_mnist.npz"
@@ -150,6 +151,12 @@ def guided(args: Arguments) -> Records:
             yield from guidance.records(target, seed, args.train_steps, args.num)
 
 
+def steered(args: Arguments) -> Records:
+    """Yield the records of ``benchmarks.steering``."""
+    for row, seed in itertools.product(steering.chosen(args.rows), args.seeds):
+        yield from steering.records(row, seed, args.num, args.done)
+
+
 def compositions(args: Arguments) -> Records:
     """Yield the records of ``benchmarks.composition``."""
     for data, seed in itertools.product(composition.chosen(args.rows), args.seeds):
@@ -182,6 +189,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "fashion_mnist": (partial(trained, "configs/fashion_mnist.py", partial(image_scores, GARMENTS)), _GARMENTS),
     "fid": (fid, ["all"]),
     "folders": (lambda args: timed(partial(folder_times, num=args.num), args), list(FOLDERS)),
+    "gate": (lambda args: several(lambda row: gate.scores(row, args.num, args.train_steps), args), list(gate.ROWS)),
     "guidance": (guided, list(guidance.TARGETS)),
     "layout": (partial(timed, layout_times), ["UNet", "EDM2UNet"]),
     "learning": (learning, _MAPS),
@@ -193,12 +201,16 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "resume": (partial(timed, resume_times), ["lagrangian"]),
     "routes": (partial(several, routes), list(COST_NETWORKS)),
     "sample": (partial(timed, sample_times), list(COST_NETWORKS)),
+    "sources": (lambda args: timed(partial(source_times, num=args.num), args), list(SOURCES)),
+    "steering": (steered, steering.ROWS),
     "step": (partial(timed, step_times), [*_MAPS, *(f"{row}+DiT" for row in _MAPS)]),
 }
 
 
 def plot(records: list[dict[str, Any]], suite: str) -> Image.Image:
     """Plot each metric against the number of steps or images, one line per row: means, with the range as bars."""
+    if suite == "steering":
+        return steering.picture(records[0]["row"].partition(",")[0])
     if suite == "mid_training":
         return lines(initialisation.curves(records), xlabel="images seen")
     if suite == "bellman":

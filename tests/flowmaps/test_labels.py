@@ -9,7 +9,7 @@ from helpers.small_networks import small
 
 from flowmaps import FlowMapInfo, UserError
 from flowmaps.data.builtin import CIFAR, FASHION
-from flowmaps.labels import SHOWN, class_number, flat, labels_for
+from flowmaps.labels import SHOWN, class_number, flat, label_policy_text, labels_for, read_label_policy, sample_labels
 
 CLOTHES = FlowMapInfo(num_classes=10, class_names=tuple(FASHION.split(",")))
 FOLDERS = FlowMapInfo(num_classes=3, class_names=("1", "10", "2"))  # in order of name
@@ -149,3 +149,49 @@ def test_samples_of_another_shape_are_refused():
     fm = small("UNet").eval()
     with pytest.raises(UserError, match=r"x is \[2, 1, 16, 16\]"):
         fm(torch.randn(2, 1, 16, 16), 0, 1, 0)
+
+
+SHARED = FlowMapInfo(num_classes=3, class_shares=(0.7, 0.2, 0.1))
+
+
+@pytest.mark.parametrize("info", [CLOTHES, SHARED], ids=["equal", "shares"])
+def test_random_labels_depend_on_seed_and_index_and_have_the_shares(info):
+    drawn = sample_labels(info, 0, 3000, 1, policy="random")
+    assert torch.equal(drawn[700:900], sample_labels(info, 700, 200, 1, policy="random"))
+    assert not torch.equal(drawn, sample_labels(info, 0, 3000, 2, policy="random"))
+    shares = torch.tensor(info.class_shares or [0.1] * 10)
+    found = torch.bincount(drawn, minlength=info.num_classes) / 3000
+    assert ((found - shares).abs() < 4 * (shares * (1 - shares) / 3000).sqrt()).all()
+    assert not torch.equal(found, torch.bincount(labels_for(info, 3000), minlength=info.num_classes) / 3000)
+
+
+def test_labels_of_a_file(tmp_path):
+    file = tmp_path / "labels.json"
+    file.write_text('[3, "boot", "7", 0, 0]')
+    labels = read_label_policy(CLOTHES, file, 4)
+    assert labels.tolist() == [3, 9, 7, 0] and sample_labels(CLOTHES, 1, 2, 5, policy=labels).tolist() == [9, 7]
+    assert sample_labels(CLOTHES, 0, 2, 5, 1, "balanced").tolist() == [1, 1]  # one given for all
+    assert label_policy_text(labels).startswith("sha256:") and label_policy_text("random") == "random"
+    assert label_policy_text(labels) != label_policy_text(labels.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("info", "text", "label", "named"),
+    [
+        (CLOTHES, "[1, 2]", None, "has 2 labels for 3"),
+        (CLOTHES, "[1, 2, 10]", None, r"0 \.\. 9"),
+        (CLOTHES, "[1, 2, true]", None, "not a list of classes"),
+        (CLOTHES, "{}", None, "not a list of classes"),
+        (CLOTHES, "[1, 2", None, "labels.json"),
+        (CLOTHES, None, None, "balanced or random"),
+        (CLOTHES, "[1, 2, 3]", 4, "given label"),
+        (FlowMapInfo(), "[1, 2, 3]", None, "unconditional"),
+    ],
+)
+def test_files_of_labels_that_are_refused(tmp_path, info, text, label, named):
+    file = tmp_path / "labels.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=named) as error:
+        read_label_policy(info, str(file), 3, label)
+    assert error.value.field == "label_policy" and "\n" not in str(error.value)

@@ -64,6 +64,16 @@ def test_the_command_of_a_guided_record_has_the_times_of_guidance(run):
 
 
 @pytest.mark.parametrize(
+    ("policy", "flag"),
+    [("balanced", None), ("random", "--label_policy=random"), ("sha256:00", "--label_policy=LABELS.json")],
+)
+def test_the_command_of_a_record_has_its_label_policy(run, policy, flag):
+    record = json.loads((run / "fid.json").read_text()) | {"label_policy": policy}
+    text = card(FlowMap.from_pretrained(run), "a/b", records=[record])
+    assert f" {flag}\n" in text if flag else "label_policy" not in text
+
+
+@pytest.mark.parametrize(
     ("facts", "shown"),
     [
         ({"data": "folder"}, False),  # how the images were stored, not what they are

@@ -4,6 +4,7 @@ import gzip
 import io
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -272,3 +273,71 @@ def archive(path, n, first):
     images[::4] = images[::4] // (1 + first // 1000)
     np.savez(path, samples=images)
     return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def write_dinov2(file, sizes):
+    """A file of weights as DINOv2's authors publish them, its numbers random."""
+    g = torch.Generator().manual_seed(0)
+    width, deep = sizes.width, {}
+
+    def normal(*shape, scale=1.0):
+        return scale * torch.randn(shape, generator=g)
+
+    deep["cls_token"], deep["mask_token"] = normal(1, 1, width), normal(1, width)
+    deep["pos_embed"] = normal(1, sizes.stored_side**2 + 1, width)
+    deep |= {"patch_embed.proj.weight": normal(width, 3, sizes.patch, sizes.patch, scale=0.05)}
+    deep["patch_embed.proj.bias"] = normal(width)
+    for i in range(sizes.depth):
+        for name, shape in (("attn.qkv", (3 * width, width)), ("attn.proj", (width, width)),
+                            ("mlp.fc1", (4 * width, width)), ("mlp.fc2", (width, 4 * width))):  # fmt: skip
+            deep[f"blocks.{i}.{name}.weight"] = normal(*shape, scale=shape[1] ** -0.5)
+            deep[f"blocks.{i}.{name}.bias"] = normal(shape[0], scale=0.1)
+        for name in ("norm1", "norm2"):
+            deep[f"blocks.{i}.{name}.weight"] = 1 + normal(width, scale=0.1)
+            deep[f"blocks.{i}.{name}.bias"] = normal(width, scale=0.1)
+        for name in ("ls1", "ls2"):
+            deep[f"blocks.{i}.{name}.gamma"] = normal(width, scale=0.5)
+    deep["norm.weight"], deep["norm.bias"] = 1 + normal(width, scale=0.1), normal(width, scale=0.1)
+    torch.save(deep, file)
+    return file
+
+
+def write_clip(file, sizes):
+    """An archive of TorchScript as CLIP's authors publish it: half precision, a text part, its numbers random."""
+    g = torch.Generator().manual_seed(1)
+    width, flat = sizes.width, {}
+
+    def normal(*shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=g)).half()
+
+    flat["text_projection"], flat["logit_scale"] = normal(8, sizes.projection), normal(1)[0]
+    flat["transformer.resblocks.0.ln_1.weight"], flat["token_embedding.weight"] = normal(8), normal(9, 8)
+    flat["positional_embedding"], flat["ln_final.bias"] = normal(5, 8), normal(8)
+    flat["visual.conv1.weight"] = normal(width, 3, sizes.patch, sizes.patch, scale=0.03)
+    flat["visual.class_embedding"] = normal(width)
+    flat["visual.positional_embedding"] = normal(sizes.stored_side**2 + 1, width)
+    flat["visual.proj"] = normal(width, sizes.projection, scale=width**-0.5)
+    for i in range(sizes.depth):
+        block = f"visual.transformer.resblocks.{i}"
+        flat[f"{block}.attn.in_proj_weight"] = normal(3 * width, width, scale=width**-0.5)
+        flat[f"{block}.attn.in_proj_bias"] = normal(3 * width, scale=0.1)
+        for name, shape in (("attn.out_proj", (width, width)), ("mlp.c_fc", (4 * width, width)),
+                            ("mlp.c_proj", (width, 4 * width))):  # fmt: skip
+            flat[f"{block}.{name}.weight"] = normal(*shape, scale=shape[1] ** -0.5)
+            flat[f"{block}.{name}.bias"] = normal(shape[0], scale=0.1)
+    norms = [f"visual.transformer.resblocks.{i}.ln_{k}" for i in range(sizes.depth) for k in (1, 2)]
+    for name in ("visual.ln_pre", "visual.ln_post", *norms):
+        flat[f"{name}.weight"], flat[f"{name}.bias"] = 1 + normal(width, scale=0.1), normal(width, scale=0.1)
+    root = torch.nn.Module()
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if part not in dict(module.named_children()):
+                module.add_module(part, torch.nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(last, torch.nn.Parameter(value, requires_grad=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(root).save(str(file))
+    return file

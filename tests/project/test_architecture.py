@@ -79,7 +79,7 @@ def test_only_the_table_of_commands_names_modules_above():
         above = FLOORS[FLOORS.index(floor(module)) + 1 :]
         texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         named = {text for text in texts & MODULES.keys() if "." in text and floor(text) in above}
-        own = {f"training.cli.{name}" for name in ("train", "prepare", "extractor")}
+        own = {f"training.cli.{name}" for name in ("train", "prepare", "extractor", "compare")}
         assert named == (own if module == "flowmaps.cli.commands" else set())
     assert set(COMMANDS.values()) <= MODULES.keys()
 
@@ -175,23 +175,28 @@ FROZEN = {
     flowmaps.objectives: {cls.__name__ for cls in OBJECTIVES.values()}
     | {"OBJECTIVES", "Draws", "LogVariance", "Loss", "Objective", "SelfDistillation", "TrajectoryObjective"},
     samplers: {"check_times", "dpm_solver", "euler", "heun", "log_snr_times", "rollout", "stochastic"}
-    | {"SAMPLERS", "Sampler", "midpoint", "Schedule", "Trajectory", "trajectory", "uniform_times"},
+    | {"SAMPLERS", "Sampler", "midpoint", "Schedule", "Trajectory", "trajectory", "uniform_times"}
+    | {"Measurement", "Score", "Steered", "downsample", "inpaint", "invert", "invert_drift", "steer"},
     training: {"Config", "build_network", "train"},
 }
 
 SAMPLING = {"checkpoint", "steps", "num", "seed", "sampler", "label", "guidance", "gamma", "batch", "schedule"}
-SAMPLING |= {"guidance_interval", "vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
-SCORING = {"extractor", "weights", "root"}
+SAMPLING |= {"condition", "guidance_interval", "vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
+SCORING = {"extractor", "extractors", "weights", "root"}
 FLAGS = {
-    "train.py": {"config", "workdir", "dry_run", "stage", "forecast", "gpus", "mfu", "json"},
-    "sample.py": SAMPLING | {"out", "beside"},
-    "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt", "features"},
+    "train.py": {"config", "workdir", "seeds", "dry_run", "stage", "forecast", "gpus", "mfu", "json"},
+    "sample.py": SAMPLING
+    | {"out", "beside", "reward", "reward_scale", "measurement", "mask", "downsample", "measurement_std", "particles"}
+    | {"invert", "edit_label"},
+    "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt", "features", "fit", "background"},
     "fid.py": SAMPLING
     | SCORING
     | {"samples", "reference", "max_fid", "json", "memorisation", "metrics", "kid_subset"}
-    | {"repeats", "max_regression", "tolerance", "junit"},
+    | {"repeats", "max_regression", "tolerance", "confidence", "update_baseline", "junit"}
+    | {"from_record", "label_policy", "floor", "markdown"},
     "schedule.py": {"checkpoint", "steps", "out", "store", "plot", "sampler", "cost", "noises", "seed", "fine"}
     | {"guidance", "batch", "reference", "num"},
+    "compare.py": {"out"},
     "train_extractor.py": {"data", "root", "size", "out", "epochs", "seed"},
     "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
     "demo.py": {"workdir", "steps", "num"},

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, released, released_ect
+from helpers import ROOT, collections, released, released_ect
 from helpers.makers import (
     encoded,
     photograph,
@@ -26,7 +26,7 @@ from helpers.makers import (
 from helpers.released_maps import Map
 from helpers.released_state_dicts import NCSNpp
 
-from flowmaps.metrics.extractors import INCEPTION_FILE
+from flowmaps.metrics.published import INCEPTION_FILE
 
 PROGRAMS = r"(?:flowmaps|python|make|torchrun|accelerate|git|mkdir|for)\b"
 SHORT = "--config.steps=20 --config.batch=16 --config.log_every=5 --config.checkpoint_every=5"
@@ -37,7 +37,7 @@ SCALED = {  # pattern -> replacement
     r"(configs/(?!digits\.py:(?!pipeline))\w+\.py:(?!\S*smoke)[\w,]+)": r"\1,smoke",
     r"(configs/imagenet\w+\.py:\S+)": r"\1 --config.network.num_classes=40",  # folders in `furnished`
     r"(best\.num|--num)=(?!32768)\d+": r"\1=40",  # except for points, which are cheap
-    r"(scripts/fid\.py (?!.*--num).*)": r"\1 --num=40",  # instead of 50,000
+    r"(scripts/fid\.py (?!.*--(?:num|from_record)).*)": r"\1 --num=40",  # instead of 50,000
     r"(scripts/train_extractor\.py .*)": r"\1 --epochs=1",
     r"--cpu_minutes=\d+": "--cpu_minutes=0.01",
     r"--seeds=0,1,2": "--seeds=0",
@@ -45,6 +45,7 @@ SCALED = {  # pattern -> replacement
     r"--config\.steps=\d\d\d+": "--config.steps=20",
     r"(--suite=(?:checkerboard|digits)\b.*--rows=[\w,]*)": r"\1 --train_steps=4",
     r"(--suite=(?:learning|optimisers|mid_training|bellman)\b)": r"\1 --train_steps=8 --num=16",
+    r"(--suite=steering\b)": r"\1 --seeds=0 --num=8",
     r"--suite=deployment --rows=fashion_mnist": "--suite=deployment --rows=digits --num=40",
     r"--rates=1e-3,3e-3,1e-2,3e-2": "--rates=1e-2",
     r"(--suite=(?:step|sample|networks|profile)\b)(?!.*--rows)": r"\1 --rows=UNet",
@@ -164,6 +165,9 @@ def furnished(copy):
     folder = copy.folder
     write_data_root(folder / "data")
     write_folder(folder / "my/images", {f"{'ab'[i % 2]}/{i}.png": encoded(photograph(i), "png") for i in range(48)})
+    for split in ("train", "test"):
+        collections.write_parquet(folder / "my/parquet", collections.pictures(48), split)
+    collections.write_shards(folder / "my/shards", collections.pictures(48))
     (folder / "torch/hub/checkpoints").mkdir(parents=True)
     write_inception(folder / "inception.pth", size=299)
     os.link(folder / "inception.pth", folder / "torch/hub/checkpoints" / INCEPTION_FILE)

@@ -59,6 +59,20 @@ def test_bellman(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("row", ["plane", "digits", "classes"])
+def test_steering(tmp_path, row):
+    flags = ["--suite=steering", f"--rows={row}", "--num=16", "--seeds=1"]
+    plot = [f"--plot={tmp_path}/s.png"] if row == "digits" else []
+    lines, records = run(tmp_path / "s.json", *flags, *plot)
+    assert all(math.isfinite(value) for record in records for value in record["scores"].values())
+    assert {"plane": 11, "digits": 10, "classes": 13}[row] == len(records) and bool(plot) == (
+        tmp_path / "s.png"
+    ).exists()
+    again, _ = run(tmp_path / "s.json", *flags)
+    assert again == lines[-len(again) :]
+
+
+@pytest.mark.slow
 def test_guidance(tmp_path):
     flags = ["--suite=guidance", "--train_steps=10", "--num=64", "--seeds=1"]
     lines, records = run(tmp_path / "g.json", *flags)
@@ -124,6 +138,13 @@ def test_folders(tmp_path):
 
 
 @pytest.mark.slow
+def test_sources(tmp_path):
+    _, records = run(tmp_path / "s.json", "--suite=sources", "--num=640")
+    assert [record["row"] for record in records] == ["folder", "hf", "wds", "datasets", "webdataset"]
+    assert all(record["scores"]["images/CPU s"] > 1 for record in records)
+
+
+@pytest.mark.slow
 def test_compositions(tmp_path):
     flags = ["--suite=composition", "--train_steps=4", "--num=32", "--seeds=1"]
     _, records = run(tmp_path / "c.json", *flags)
@@ -134,7 +155,7 @@ def test_compositions(tmp_path):
 TRAINED = ("composition", "mid_training", "bellman", "guidance")
 
 
-@pytest.mark.parametrize("suite", [*TRAINED, "ema", "folders", "resume", "sample", "step"])
+@pytest.mark.parametrize("suite", [*TRAINED, "ema", "folders", "resume", "sample", "sources", "step"])
 def test_unknown_rows_are_named(suite):
     done = run_script("scripts/benchmark.py", f"--suite={suite}", "--rows=moon")
     assert done.returncode == 2 and "--rows=moon" in done.stderr and done.stderr.count("\n") == 1

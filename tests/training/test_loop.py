@@ -3,12 +3,15 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.runs import assert_same, tiny, weights
 
 from flowmaps import FlowMap, UserError
+from flowmaps.metrics.extractors import EXTRACTORS, load_extractor
+from flowmaps.metrics.stored import Origin
 from flowmaps.objectives import SoFlow
 from flowmaps.run_weights import list_checkpoints
 from training.best import BestModel
@@ -296,6 +299,34 @@ def test_best_of_another_judge_or_of_a_run_without_checkpoints_does_not_count(tm
     assert not best.exists()
 
 
+def test_several_scores_are_logged_and_the_first_one_judges(tmp_path, monkeypatch):
+    """The largest IS is the best; all are of the same samples, and features of digits stand for those of Inception."""
+    from configs.digits import get_config as digits
+
+    stand_in = replace(load_extractor("digits"), origin=Origin(extractor="inception"), logits=lambda features: features)
+    monkeypatch.setitem(EXTRACTORS, "inception", lambda name, weights, device: stand_in)
+    config = digits("flow_matching,smoke")
+    config.steps = config.sample_every = config.checkpoint_every = 4
+    config.best.every, config.best.num, config.best.steps = 2, 20, 1
+    config.best.metric, config.best.also = "IS", ("FID", "recall", "FD-digits", "IS")
+    train(config, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    found = {name: [row[f"{name}@1"] for row in rows if f"{name}@1" in row] for name in ("IS", *config.best.also)}
+    state = json.loads((tmp_path / "run/checkpoints/best/state.json").read_text())
+    assert state["score"] == max(found["IS"]) and state["judge"]["metric"] == "IS"
+    assert [len(values) for values in found.values()] == [2] * 4 and found["FID"] == found["FD-digits"]
+    for field, value, message in (
+        ("also", ("KID",), r"config\.best\.num=20: needs 1000 images"),
+        ("also", ("W2",), r"config\.best\.also=W2"),
+        ("metric", "FD-dinov2-vit-l-15", r"config\.best\.metric=FD-dinov2-vit-l-15"),
+    ):
+        other = digits("flow_matching,smoke")
+        other.best.metric, other.best.num = "FID", 20
+        setattr(other.best, field, value)
+        with pytest.raises(UserError, match=message):
+            train(other, tmp_path / "never")
+
+
 def test_a_broken_model_scores_infinity_and_the_run_goes_on():
     from configs.digits import get_config as digits
 
@@ -305,10 +336,10 @@ def test_a_broken_model_scores_infinity_and_the_run_goes_on():
         trainer = Trainer.build(config)
         judge = BestModel(config.best, trainer.data, 0, torch.device("cpu"))
         fm = trainer.averaged(0)
-        assert math.isfinite(judge.score(fm))
+        assert math.isfinite(judge.score(fm)[metric])
         for p in fm.network.parameters():
             torch.nn.init.constant_(p, float("nan"))
-        assert judge.score(fm) == math.inf
+        assert judge.score(fm) == {metric: math.inf}
 
 
 def test_resume_refuses_other_samples_or_labels(data_root, tmp_path):

@@ -64,7 +64,7 @@ def main() -> None:
     source = required(DATA, "my/images")
 
     from flowmaps.data.registry import check_source
-    from flowmaps.evaluation.references import built_in
+    from flowmaps.evaluation.real_images import built_in
     from flowmaps.metrics.classifier import CLASSIFIERS, SUFFIX, ClassifierOptions, OwnExtractor, own_file, own_name
 
     with blame("data", source):
@@ -98,7 +98,7 @@ def split(source: str, named: str) -> tuple[Part, Part]:
     import torch
 
     from flowmaps.data import ShuffledOrder, open_dataset
-    from flowmaps.evaluation.references import open_for_scoring
+    from flowmaps.evaluation.real_images import open_for_scoring
 
     if named:
         parts = (open_dataset(named, part, root=ROOT.value) for part in ("train", "heldout"))

@@ -13,10 +13,10 @@ from PIL import Image
 from flowmaps import FlowMap, FlowMapInfo, UserError
 from flowmaps.data import iterate, open_dataset
 from flowmaps.evaluation import evaluate, open_reference
-from flowmaps.evaluation.evaluate import NotFinite
+from flowmaps.evaluation.real_images import open_for_scoring
 from flowmaps.evaluation.record import read_record
-from flowmaps.evaluation.references import open_for_scoring
 from flowmaps.evaluation.samples import samples
+from flowmaps.evaluation.scoring import NotFinite
 from flowmaps.metrics import FeatureStats, board_kl
 from flowmaps.networks import UNet
 
@@ -65,6 +65,28 @@ def test_a_class_by_name_is_recorded_by_its_number(place):
     fm.info = replace(fm.info, class_names=tuple("abcdefghij"))
     named, numbered = (evaluate(fm, str(place / "ref.npz"), num=100, label=label) for label in ("D", 3))
     assert named["label"] == 3 and named["results"] == numbered["results"]
+
+
+def test_label_policies(place, tmp_path):
+    """A file of the balanced labels gives the balanced scores; random ones do not depend on the batch."""
+    fm, reference = FlowMap.from_pretrained(place / "map"), str(place / "ref.npz")
+    (tmp_path / "labels.json").write_text(json.dumps([i % 10 for i in range(150)]))
+    made = {
+        (policy, batch): evaluate(fm, reference, num=120, label_policy=policy, batch=batch, errors=True)
+        for policy in ("balanced", "random", tmp_path / "labels.json")
+        for batch in (7, 120)
+    }
+    rows = {key: record["results"][0] for key, record in made.items()}
+    for policy in ("balanced", "random", tmp_path / "labels.json"):
+        one, other = rows[policy, 7], rows[policy, 120]
+        assert one["FD-digits"] == pytest.approx(other["FD-digits"], rel=1e-6)
+        assert one["se"]["FD-digits"] == pytest.approx(other["se"]["FD-digits"], rel=1e-4)
+    assert rows["balanced", 7] == rows[tmp_path / "labels.json", 7]
+    assert made["balanced", 7]["label_policy"] == "balanced" and made["random", 7]["label_policy"] == "random"
+    assert made[tmp_path / "labels.json", 7]["label_policy"].startswith("sha256:")
+    for policy, label, named in (("random", 3, "given label"), ("sorted", None, "balanced or random")):
+        with pytest.raises(UserError, match=named):
+            evaluate(fm, reference, num=120, label_policy=policy, label=label)
 
 
 def fid(place, *arguments, **options):  # {base} in an argument is the folder of the fixture
@@ -132,7 +154,7 @@ def test_evaluate_returns_the_record_that_fid_writes(place):
 
 def test_evaluate_takes_images_of_every_kind_and_an_open_reference(place, monkeypatch):
     reference = open_reference("digits:heldout")
-    monkeypatch.setattr(MODULE, "open_reference", None)  # nothing is opened again
+    monkeypatch.setattr(MODULE, "open_references", None)  # nothing is opened again
     data = open_dataset("digits")
     kinds = (data, data.x, "digits:train")
     records = [evaluate(images, reference, memorisation=images is data) for images in kinds]

@@ -10,7 +10,7 @@ from helpers.makers import Items, archive, small_inception, write_inception
 from flowmaps.metrics.extractors import load_extractor
 from flowmaps.metrics.scores import METRICS as TABLE
 
-METRICS = [name for name, metric in TABLE.items() if metric.of != "points"]
+METRICS = [name for name, metric in TABLE.items() if metric.of in ("images", "inception")]
 NAMES = {
     "FID": "frechet_inception_distance",
     "KID": "kernel_inception_distance_mean",

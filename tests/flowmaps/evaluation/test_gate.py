@@ -15,8 +15,9 @@ import yaml
 from helpers import ROOT, run_script, run_two
 
 from flowmaps import FlowMap, UserError
-from flowmaps.evaluation.gate import Limits, check_outputs, finish, junit, summary
+from flowmaps.evaluation.gate import Limits, check_outputs, finish
 from flowmaps.evaluation.record import read_record
+from flowmaps.evaluation.verdicts import junit, summary
 from flowmaps.files import write_json
 
 TRAIN = [
@@ -62,7 +63,8 @@ def test_a_trained_model_passes_and_an_untrained_one_fails(place):
     assert "max_fid=" in done.stderr and "max_regression=" in done.stderr
     found = ET.parse(place / "a.xml").getroot()
     assert found.attrib == {"tests": "2", "failures": "2", "errors": "0"}
-    assert len(found.findall("testsuite/testcase/failure")) == 4  # two reasons for each of two rows
+    failures = [failure.text for failure in found.findall("testsuite/testcase/failure")]
+    assert len(failures) == 2 and all("max_fid" in text and "max_regression" in text for text in failures)
     assert json.loads((place / "after.json").read_text())["results"][0]["FD-digits"] > limit
 
 
@@ -89,6 +91,7 @@ def test_a_gate_that_cannot_judge_exits_with_2(place):
     changes = {
         "another num": lambda r: r.update(num=50_000),
         "another seeds": lambda r: r.update(seeds=[7]),
+        "another label_policy": lambda r: r.update(label_policy="random"),
         "another extractor": lambda r: r["extractor"].update(weights="0"),
         "another metric": lambda r: r.update(metric="FID", results=[{**row, "FID": 1.0} for row in r["results"]]),
         "another reference": lambda r: r["reference"].update(content="0"),
@@ -171,6 +174,73 @@ def test_limits_at_their_edges(place, tmp_path):
         Limits.read(None, str(tmp_path / "a.xml"), 0.0)
 
 
+def paired(value, shift=0.0, noise=0.0, influence=True):
+    """A record of one distance, whose blocks differ from those of ``paired(...)`` by ``noise``."""
+    g = torch.Generator().manual_seed(0)
+    blocks = torch.randn(100, generator=g) + noise * torch.randn(100, generator=g)
+    row = {"ema": None, "sampler": "map", "grid": "uniform", "steps": 1, "FD-digits": value + shift}
+    more = {"se": {"FD-digits": 0.1}, "influence": {"FD-digits": [blocks.tolist()]}}
+    return {"metric": "FD-digits", "results": [row | more if influence else row]}
+
+
+JUDGED = {  # change, noise, tolerance, confidence -> passed, words
+    "the same": (0.0, 0.0, 0.0, 0.99, True, "difference +0 ± 0.001 (+0.0%), no significant worsening: passed"),
+    "rounding": (0.0005, 0.0, 0.0, 0.99, True, "no significant worsening: passed"),
+    "small but seen": (0.03, 0.1, 0.0, 0.99, False, "± 0.0093 (+3.0%), significantly worse (tolerance=0): failed"),
+    "within the tolerance": (0.03, 0.1, 0.05, 0.99, True, "significantly worse (tolerance=0.05): passed"),
+    "above, by chance": (0.1, 1.0, 0.05, 0.99, True, "no significant worsening: passed"),
+    "above, with less confidence": (0.1, 0.5, 0.05, 0.9, False, "failed"),
+    "better": (-0.1, 0.1, 0.0, 0.99, True, "baseline 1, difference -0.1"),
+    "not a number": (float("nan"), 0.1, 0.0, 0.99, False, "failed"),
+}
+
+
+@pytest.mark.parametrize("case", JUDGED.values(), ids=JUDGED)
+def test_a_worsening_fails_if_it_is_significant_and_above_the_tolerance(case):
+    change, noise, tolerance, confidence, passed, words = case
+    limits = Limits(None, "before.json", tolerance, paired(1.0), confidence)
+    [verdict] = limits.judge(paired(1.0, change, noise))
+    assert (not verdict.reasons) == passed and words in verdict.comparison, verdict
+    assert verdict.comparison.startswith("baseline 1, difference ")
+
+
+@pytest.mark.parametrize("known", [(True, False), (False, True)], ids=["before", "after"])
+def test_without_standard_errors_the_tolerance_alone_decides(known):
+    """A record of an earlier version has none."""
+    before, after = known
+    baseline = paired(1.0, influence=before)
+    for tolerance, passed in ((0.02, False), (0.05, True)):
+        [verdict] = Limits(None, "before.json", tolerance, baseline).judge(paired(1.0, 0.03, influence=after))
+        assert (not verdict.reasons) == passed and "(+3.0%), standard error unknown" in verdict.comparison
+
+
+def test_a_baseline_is_replaced_by_one_command(place):
+    """Whatever the old scores were, unless ``--max_fid`` is exceeded."""
+    shutil.copy(place / "before.json", place / "base.json")
+    update = ["--max_regression={base}/base.json", "--update_baseline"]
+    assert fid(place, "untrained", *WAYS, *update, "--max_fid=0.001").returncode == 1
+    assert json.loads((place / "base.json").read_text())["results"] == rows(place)
+    done = fid(place, "untrained", *WAYS, *update, check=True)
+    assert f"{place}/base.json is the new baseline" in done.stdout
+    row = json.loads((place / "base.json").read_text())["results"][0]
+    assert row["FD-digits"] > rows(place)[0]["FD-digits"] and len(row["influence"]["FD-digits"][0]) == 100
+    done = fid(place, "run", *WAYS, "--max_regression={base}/base.json", "--tolerance=0", check=True)
+    assert done.stdout.count("no significant worsening: passed") == 2 and "baseline" in done.stdout
+    for flags, named in (
+        (["--update_baseline"], "needs --max_regression"),
+        ([*update, "--tolerance=0.1"], "--tolerance"),
+        ([*update, "--confidence=0.9"], "--confidence"),
+    ):
+        done = fid(place, "run", *WAYS, *flags)
+        assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("confidence", [0.4, 1.0, float("nan")])
+def test_confidence_without_a_meaning(confidence):
+    with pytest.raises(UserError, match=r"^confidence="):
+        Limits(confidence=confidence)
+
+
 RECORD = ROOT / "assets/results/digits-map.json"
 
 
@@ -206,6 +276,9 @@ DAMAGE = {
     "reference": (put("reference.n", "many"), "reference: n"),
     "unknown": (put("reference.colour", 1), "colour"),
     "device": (put("device", "delete"), "device"),
+    "standard error": (put("results.0.se", {"FD-digits": "small"}), "se"),
+    "influence": (put("results.0.influence", {"FD-digits": [[0.0] * 99]}), "influence of FD-digits must have 100"),
+    "influence of two seeds": (put("results.0.influence", {"FD-digits": [[0.0] * 100] * 2}), "for each seed"),
 }
 
 
@@ -222,6 +295,14 @@ def test_a_damaged_record_is_refused_by_the_part(tmp_path, change, named):
 @pytest.mark.parametrize("file", sorted((ROOT / "assets/results").glob("*.json")), ids=lambda file: file.stem)
 def test_shipped_records_are_read(file):
     assert read_record(file)["results"]
+
+
+def test_a_record_of_an_earlier_version_was_balanced(tmp_path):
+    record = json.loads(RECORD.read_text())
+    record.pop("label_policy", None)
+    for seeds, policy in (([0], "balanced"), ([], None)):  # of a model, of images
+        (tmp_path / "r.json").write_text(json.dumps(record | {"seeds": seeds}))
+        assert read_record(tmp_path / "r.json")["label_policy"] == policy
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
@@ -264,6 +345,7 @@ IDLE = {
     "num": ["--num=10"],
     "sampler": ["--sampler=euler"],
     "repeats": ["--repeats=2"],
+    "label_policy": ["--label_policy=random"],
 }
 
 

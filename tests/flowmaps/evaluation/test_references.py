@@ -15,10 +15,13 @@ from PIL import Image
 from flowmaps import UserError
 from flowmaps.data import open_dataset
 from flowmaps.data.registry import builtin_name
-from flowmaps.evaluation.references import cached_stats, open_reference, source_stats
+from flowmaps.evaluation.real_images import cached_stats, source_stats
+from flowmaps.evaluation.references import open_reference
 from flowmaps.files import cache_directory
 from flowmaps.metrics import FeatureStats, frechet_distance
-from flowmaps.metrics.extractors import Extractor, fold_batch_norms, load_extractor
+from flowmaps.metrics.extractors import load_extractor
+from flowmaps.metrics.features import Extractor
+from flowmaps.metrics.published import fold_batch_norms
 from flowmaps.metrics.scores import check_metrics, check_reference
 from flowmaps.metrics.stats import Origin
 
@@ -62,7 +65,7 @@ def place(tmp_path_factory):
         arrays = {**moments, "n": 30, **vars(stats.origin)}
         np.savez(base / "resize.npz", **arrays | {"resize": "bicubic, antialias"})
         np.savez(base / "weights.npz", **arrays | {"weights": "0" * 64})
-        np.savez(base / "extractor.npz", **arrays | {"extractor": "dinov2"})
+        np.savez(base / "extractor.npz", **arrays | {"extractor": "vgg"})
         np.savez(base / "old.npz", **{k: v for k, v in arrays.items() if k != "size"})
         rows = torch.randn(30, 2048).numpy()
         np.savez(base / "rows.npz", **arrays, features=rows[:29])
@@ -114,7 +117,7 @@ REFUSED = {
     "crossed": "crossed.npz: mu of shape (2048,) and sigma of shape (64, 64) do not fit",
     "resize": "features differ in resize",
     "weights": "features differ in weights",
-    "extractor": "was made with the extractor 'dinov2': give its file",
+    "extractor": "was made with the extractor 'vgg': give its file",
     "old": "old.npz has no size",
     "hostile": "not a file of EDM2's reference statistics",
     "rows": "rows.npz: features must be 30 x 2048",
@@ -205,7 +208,7 @@ def test_cifar10_train_by_two_processes_equals_one(data_root, tmp_path, monkeypa
 def test_scores_that_cannot_be_had():
     digits = load_extractor("digits")
     inception = Extractor(digits.embed, 64, digits.origin, logits=lambda x: x)
-    check_metrics(["fid"], digits, 2)
+    check_metrics(["fid"], [digits], 2)
     for metrics, extractor, num, message in (
         (["kid"], digits, 5000, "only fid is defined on the features of digits"),
         (["fid", "fid"], digits, 5000, "different ones of fid, kid, is, prc"),
@@ -217,7 +220,7 @@ def test_scores_that_cannot_be_had():
         (["fid"], inception, 1, "needs 2 images"),
     ):
         with pytest.raises(UserError, match=message):
-            check_metrics(metrics, extractor, num)
+            check_metrics(metrics, [extractor], num)
     kept = FeatureStats(64, keep=True).update(torch.randn(500, 64))
     check_reference(["kid", "prc"], kept, 500)
     with pytest.raises(UserError, match="kid_subset=1000: the reference has only 500 images"):

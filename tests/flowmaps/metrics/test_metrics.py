@@ -331,12 +331,12 @@ def test_inception_offline_says_what_to_do(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(UserError, match=r"fetch https://.* and pass its file as weights"):
+    with pytest.raises(UserError, match=r"fetch https://.* where there is a network and pass its file as weights"):
         load_extractor("inception")
 
 
 def test_unknown_extractor():
-    with pytest.raises(UserError, match="inception, digits"):
+    with pytest.raises(UserError, match=r"inception, .*, digits"):
         load_extractor("vgg")
 
 
