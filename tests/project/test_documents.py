@@ -45,6 +45,7 @@ SCALED = {  # pattern -> replacement
     r"--config\.steps=\d\d\d+": "--config.steps=20",
     r"(--suite=(?:checkerboard|digits)\b.*--rows=[\w,]*)": r"\1 --train_steps=4",
     r"(--suite=(?:learning|optimisers|mid_training|bellman)\b)": r"\1 --train_steps=8 --num=16",
+    r"--suite=gate\b": "--suite=gate --train_steps=4 --num=100 --rows=digits",
     r"--rates=1e-3,3e-3,1e-2,3e-2": "--rates=1e-2",
     r"(--suite=(?:step|sample|networks|profile)\b)(?!.*--rows)": r"\1 --rows=UNet",
     r"--suite=step --rows=UNet": "--suite=step --rows=lagrangian",
