@@ -47,7 +47,6 @@ SCALED = {  # pattern -> replacement
     r"(--suite=(?:learning|optimisers|mid_training|bellman|guidance)\b)": r"\1 --train_steps=8 --num=16",
     r"(--suite=steering\b)": r"\1 --seeds=0 --num=8",
     r"--suite=deployment --rows=fashion_mnist": "--suite=deployment --rows=digits --num=40",
-    r"(--suite=(?:learning|optimisers|mid_training|bellman)\b)": r"\1 --train_steps=8 --num=16",
     r"--suite=gate\b": "--suite=gate --train_steps=4 --num=100 --rows=digits",
     r"--rates=1e-3,3e-3,1e-2,3e-2": "--rates=1e-2",
     r"(--suite=(?:step|sample|networks|profile)\b)(?!.*--rows)": r"\1 --rows=UNet",
