@@ -225,7 +225,7 @@ def as_typed(text: str, script: str) -> str:
     """Return a text with the scripts as they are called without a checkout, if ``script`` was called so."""
     if not script.startswith("flowmaps"):
         return text
-    scripts = "train|sample|fid|stats|schedule|export|app|import_checkpoint|prepare_data|train_extractor"
+    scripts = "train|sample|fid|stats|schedule|export|app|compare|import_checkpoint|prepare_data|train_extractor"
     return re.sub(
         rf"(?:python scripts/|(?<![\w/.=-])|(?<= )scripts/)({scripts})\.py\b",
         lambda found: f"flowmaps {COMMAND_OF.get(found[1], found[1])}",

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from helpers import run_script, run_two
-from helpers.collections import NAMES, pictures, write_parquet, write_shards
+from helpers.image_sets import NAMES, pictures, write_parquet, write_shards
 from helpers.makers import write_folder
 from helpers.runs import assert_same, weights
 

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from helpers.collections import NAMES, pictures, table, write_parquet
+from helpers.image_sets import NAMES, pictures, table, write_parquet
 from helpers.makers import encoded, photograph, write_folder
 
 from flowmaps import UserError

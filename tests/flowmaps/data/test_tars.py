@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from helpers.collections import NAMES, pictures, write_shards, write_tar
+from helpers.image_sets import NAMES, pictures, write_shards, write_tar
 from helpers.makers import write_folder
 
 from flowmaps import UserError
