@@ -29,6 +29,7 @@ ADDED = (
     ("norm", "layer"),
     ("label_scale", 1.0),
     ("gap_embedding", "narrow"),
+    ("condition", ()),
 )
 Time = Tensor | float  # of each row, or of all
 
@@ -49,7 +50,8 @@ class FlowMap(nn.Module):
 
     Boffi, Albergo and Vanden-Eijnden 2025 (arXiv 2505.18825), parametrisation of section 3. Noise is at time 0, data at
     time 1. In all methods ``x`` is [B, ...] and times are floats [B] with s <= t, or one number for all rows. ``label``
-    is int64 [B], or one class for all rows by number or name. None means "no label": for an unconditional model, and
+    is int64 [B], or one class for all rows by number or name; of a model with a condition (``info.condition``, its
+    shape) floats [B, *condition]. None means "no label": for an unconditional model, and
     for one that was also trained without labels (``info.label_dropout``). Another would answer from an embedding that
     was never trained, so in eval mode, as ``from_pretrained`` returns it, it refuses None; training may learn that row.
 
@@ -97,6 +99,7 @@ class FlowMap(nn.Module):
         self.base_std = base_std
         self.info = info or FlowMapInfo()
         self.decoder: Decoder | None = None  # of latents, made when needed; not a submodule
+        self.conditions: Tensor | None = None  # [m, *info.condition], of samples for which none are given; not saved
 
     def forward(self, x: Tensor, s: Time, t: Time, label: Label | None = None) -> Tensor:
         """Return X_{s,t}(x), same shape as ``x``; refused for a drift, where only s = t was trained."""
@@ -150,7 +153,7 @@ class FlowMap(nn.Module):
         It is the same for a network that torch.compile has wrapped, entirely or in parts.
         """
         config = {k: v for k, v in getattr(self.network, "config", {}).items() if not k.startswith("_")}
-        config = {k: v for k, v in config.items() if (k, v) not in ADDED}
+        config = {k: v for k, v in config.items() if (k, tuple(v) if isinstance(v, list) else v) not in ADDED}
         digest = hashlib.sha256(json.dumps([config, self.interpolant_name, self.base_std], sort_keys=True).encode())
         tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in self.network.state_dict().items()}
         for name, tensor in sorted(tensors.items()):

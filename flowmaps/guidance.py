@@ -19,13 +19,13 @@ class Guided:
 
     drift: Drift
     weight: float
-    num_classes: int
+    label_size: int
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Return the guided drift for x [B, ...], t [B]; rows without a label are not guided."""
         if label is None or self.weight == 1:
             return self.drift(x, t, label)
-        nothing, _ = without_label(label, self.num_classes)
+        nothing, _ = without_label(label, self.label_size)
         return torch.lerp(self.drift(x, t, nothing), self.drift(x, t, label), self.weight)
 
 

@@ -62,6 +62,7 @@ class FlowMapInfo:
 
     shape: tuple[int, ...] = ()  # of one sample: (channels, height, width) for images, (dim,) for points
     num_classes: int = 0  # 0: unconditional; else labels 0 .. num_classes - 1, and num_classes means "no label"
+    condition: tuple[int, ...] = ()  # the shape of what is given in place of a class: a vector, tokens, an image
     kind: str = "map"  # "map": v_{s,t} is trained for s <= t; "drift": only v_{t,t}; "consistency": only v_{s,1}
     data: str = ""  # the name of the training set
     ema: float | None = None  # decay of the weights' moving average, or its relative width (< 0.29); None: raw weights
@@ -91,6 +92,8 @@ class FlowMapInfo:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:  # NaN fails this too
                 raise UserError(f"must lie from {least:g} to {most:g}", field=name, value=value)
+        if self.condition and (self.num_classes or any(size < 1 for size in self.condition)):
+            raise UserError("must be sizes of at least 1, and num_classes 0", "condition", self.condition)
         if not 0 <= self.t_range[0] < self.t_range[1] <= 1:
             raise UserError("must be two increasing times in [0, 1]", field="t_range", value=self.t_range)
         shares = self.class_shares
@@ -120,6 +123,11 @@ class FlowMapInfo:
                 f"latent_shift and latent_scale need one finite number for each of {channels} channels, and no scale "
                 f"may be 0, got {self.latent_shift} and {self.latent_scale}"
             )
+
+    @property
+    def label_size(self) -> int:
+        """The number of classes, or of the numbers in a condition; 0 for an unconditional model."""
+        return self.num_classes or (math.prod(self.condition) if self.condition else 0)
 
     @property
     def sampler(self) -> str:

@@ -18,7 +18,7 @@ from flowmaps.rng import generator
 if TYPE_CHECKING:
     from flowmaps.info import FlowMapInfo
 
-Label = int | str | Sequence[Any] | Tensor  # a number or name, or several, also nested
+Label = int | str | Sequence[Any] | Tensor  # a number or name, or several, also nested; conditions are a tensor
 POLICIES = BALANCED, RANDOM = "balanced", "random"  # how samples without a given label get theirs
 SHOWN = 20  # names that an error lists
 GOLDEN = (5**0.5 - 1) / 2  # whose multiples, mod 1, fill any interval evenly
@@ -38,7 +38,7 @@ def flat(label: object) -> list[Any] | None:
 def labels_for(
     info: "FlowMapInfo", n: int, label: Label | None = None, start: int = 0, field: str = "label"
 ) -> Tensor | None:
-    """Return labels int64 [n] of samples ``start`` .. ``start + n - 1``: the given ones, else index mod classes.
+    """Return the labels of samples ``start`` .. ``start + n - 1``: the given ones, else index mod classes.
 
     If the training images had classes of unequal shares, any stretch of samples has them in these shares, so that a
     score compares like with like: sample i has the class at i times the golden ratio, mod 1, of their cumulative sum.
@@ -47,16 +47,20 @@ def labels_for(
         info: Facts about the model.
         n: The number of samples.
         label: One label for all samples or one for each: the number of a class or its name (see ``class_number``).
-            The number ``num_classes`` asks a model trained with label dropout for "no label".
+            The number ``num_classes`` asks a model trained with label dropout for "no label". Of a model with a
+            condition: a tensor [m, *condition]; sample i has row i mod m.
         start: The index of the first sample.
         field: What errors call the label.
 
     Returns:
-        int64 [n] on the CPU; None for an unconditional model.
+        int64 [n] or conditions [n, ...], on the CPU; None for an unconditional model, or "no condition".
 
     Raises:
         UserError: The model is unconditional, there is no such class, or the number of labels is not n.
     """
+    if info.condition:
+        given = check_conditions(info, label, field)
+        return None if given is None else given[torch.arange(start, start + n) % len(given)]
     if not info.num_classes:
         if label is not None:
             raise UserError("this model is unconditional: leave it out", field=field, value=label)
@@ -72,6 +76,29 @@ def labels_for(
     if len(numbers) not in (1, n):
         raise UserError(f"has {len(numbers)} labels for {n} samples: pass one for all or one for each", field=field)
     return torch.tensor(numbers).expand(n)
+
+
+def check_conditions(info: "FlowMapInfo", label: object, field: str = "label") -> Tensor | None:
+    """Return the conditions [m, *condition] that ``label`` gives, one of them without its first dimension too.
+
+    Raises:
+        UserError: They are missing although the model was never trained without, or are not floats of that shape.
+    """
+    if label is None:
+        if info.label_dropout:
+            return None
+        raise UserError(f"missing: this model needs a condition of shape {_shape(info)}", field=field)
+    kind = label.dtype if isinstance(label, Tensor) else type(label).__name__
+    if not isinstance(label, Tensor) or not label.is_floating_point():
+        raise UserError(f"must be floats of shape {_shape(info)}, not {kind}", field=field)
+    found = label[None] if label.shape == info.condition else label
+    if tuple(found.shape[1:]) != tuple(info.condition) or not len(found):
+        raise UserError(f"must be floats of shape {_shape(info)}, got {list(label.shape)}", field=field)
+    return found
+
+
+def _shape(info: "FlowMapInfo") -> str:
+    return f"[n, {', '.join(map(str, info.condition))}]"
 
 
 def sample_labels(
@@ -172,6 +199,8 @@ def given_label(info: "FlowMapInfo", label: Label | None, x: Tensor, training: b
     Raises:
         UserError: A label is missing although the model was never trained without, or does not fit.
     """
+    if info.condition:
+        return _given_condition(info, label, x, training)
     if label is None:
         if not training and info.num_classes and not info.label_dropout:
             raise UserError(
@@ -191,6 +220,22 @@ def given_label(info: "FlowMapInfo", label: Label | None, x: Tensor, training: b
             wrong = low if low < 0 else high
             raise UserError(f"must be 0 .. {info.num_classes - 1}", field="label", value=wrong)
     return label
+
+
+def _given_condition(info: "FlowMapInfo", label: object, x: Tensor, training: bool) -> Tensor | None:
+    """Return conditions, or their rows (see ``networks.conditioning``), as they are; one of them for every row of x."""
+    if label is None and training:
+        return None
+    rows = isinstance(label, Tensor) and label.is_floating_point() and label.ndim == 2
+    if rows and label.shape[1] > info.label_size:  # type: ignore[attr-defined]
+        given: Tensor | None = label  # type: ignore[assignment]
+    else:
+        given = check_conditions(info, label)
+    if given is None:
+        return None
+    if given.shape[0] not in (1, x.shape[0]):  # len(x) would freeze the batch in an export
+        raise UserError(f"has {len(given)} rows for {len(x)} samples: pass one for each", field="label")
+    return given.to(x.device).expand(x.shape[0], *given.shape[1:])
 
 
 def _readable(label: Tensor) -> bool:

@@ -145,7 +145,8 @@ def ddpm(t: Tensor, base_std: float, data_std: float, predicts: str = "noise", t
     """
     levels = table.to(t, non_blocking=True)
     wanted = (base_std * (1 - t) / t).log()
-    after = torch.searchsorted(levels, wanted.detach().contiguous()).clamp(1, len(levels) - 1)
+    below = (levels < wanted.detach()[:, None]).sum(dim=1)  # torch.searchsorted, which ONNX does not have
+    after = below.clamp(1, len(levels) - 1)
     low, high = levels[after - 1], levels[after]
     level = after - 1 + ((wanted - low) / (high - low)).clamp(0, 1)
     c_in = (((1 - t) * base_std) ** 2 + t**2).rsqrt()

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -30,11 +31,19 @@ from flowmaps.generate import check_sampling, check_steps, guided_drift, guided_
 from flowmaps.hub import shipped
 from flowmaps.info import FlowMapInfo
 from flowmaps.labels import Label, flat, labels_for
-from flowmaps.pipeline_parts import check_count, check_finite, checked_sigmas, converted, sample_count, start
+from flowmaps.pipeline_parts import (
+    check_finite,
+    check_output,
+    checked_sigmas,
+    converted,
+    given_conditions,
+    sample_count,
+    start,
+)
+from flowmaps.pipeline_steering import Asked, Watched
 from flowmaps.vae import decode
 
 Callback = Callable[["FlowMapPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
-OUTPUTS = ("pil", "np", "pt", "latent")
 
 # diffusers warns of layers that should stay in float32 even if a network has none.
 logging.getLogger("diffusers.models.modeling_utils").addFilter(
@@ -183,6 +192,15 @@ class FlowMapPipeline(DiffusionPipeline):
         decode_batch: int = 8,
         batch_size: int | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        measurement: Any = None,
+        mask: Any = None,
+        measurement_std: float = 0.05,
+        reward: Any = None,
+        reward_scale: float = 1.0,
+        particles: int = 4,
+        invert: Any = None,
+        edit_labels: Label | None = None,
+        condition: Any = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate samples: as many as there are ``class_labels`` or ``latents``, else ``num_images``, else one.
 
@@ -209,6 +227,17 @@ class FlowMapPipeline(DiffusionPipeline):
             batch_size: Another name for ``num_images``, which other pipelines have.
             callback_on_step_end_tensor_inputs: The tensors that the callback is given, of
                 ``_callback_tensor_inputs``.
+            measurement: What samples should agree with, where ``mask`` is black or when made smaller: a PIL image, a
+                file, or a tensor [C, h, w] in 0 .. 1; or one for each sample.
+            mask: White where pixels are to be filled in, black where they are given.
+            measurement_std: The noise of the measurement, of a range of 2.
+            reward: What to steer towards: a function of images [n, C, H, W] about in -1 .. 1 that returns [n],
+                "class:3", or a reward of ``samplers``.
+            reward_scale: Its factor.
+            particles: Steered particles per sample, of which one is drawn by weight.
+            invert: Images of the classes ``class_labels``, like ``measurement``, to carry to noise and back.
+            edit_labels: The classes to rebuild them as.
+            condition: Of a model with a condition: floats [n, *condition] or one of them for all; images also as PIL.
 
         Returns:
             The samples, as ``images``.
@@ -225,11 +254,21 @@ class FlowMapPipeline(DiffusionPipeline):
         fm, device = self.flow_map, self._execution_device
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check(fm, output_type, decode_batch, callback_on_step_end_tensor_inputs)
-        n = sample_count(num_images=num_images, batch_size=batch_size, class_labels=flat(class_labels), latents=latents)
-        label = labels_for(fm.info, n, class_labels, field="class_labels")
+        check_output(fm, output_type, decode_batch, self.vae is not None)
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            known = ", ".join(self._callback_tensor_inputs)
+            raise UserError(f"choose from {known}", "callback_on_step_end_tensor_inputs", min(unknown))
+        asked = Asked(measurement, mask, measurement_std, reward, reward_scale, particles, invert, edit_labels)
+        given = asked.given(fm, latents)
+        counts = {"num_images": num_images, "batch_size": batch_size, "class_labels": flat(class_labels)}
+        conditions = given_conditions(fm.info, condition)
+        if conditions is not None and len(conditions) > 1:
+            counts["condition"] = list(conditions)
+        n = sample_count(**counts, latents=latents, **asked.count(given))
+        asked_label, field = (conditions, "condition") if fm.info.condition else (class_labels, "class_labels")
+        label = labels_for(fm.info, n, asked_label, field=field)
         label = None if label is None else label.to(device)
-        sampler = "euler" if fm.info.kind == "drift" else "map"
+        sampler = "stochastic" if asked.steers else "euler" if fm.info.kind == "drift" else "map"
         if sigmas is not None:
             sigmas = checked_sigmas(sigmas, complete=latents is None)
         steps = num_inference_steps if sigmas is None else len(sigmas)
@@ -241,9 +280,14 @@ class FlowMapPipeline(DiffusionPipeline):
         scheduler = copy.copy(self.scheduler)  # of this call alone
         scheduler.set_timesteps(steps, device=device, sigmas=sigmas)
         grid = 1 - scheduler.sigmas.to(torch.float32)  # our times, 0 .. 1
-        x = start(fm, n, generator, latents, device, self.network.dtype)
         call = self._calls[threading.get_ident()] = _Call(guidance_scale, steps)
         try:
+            if asked.special:
+                guided = partial(guided_label, fm, weight=guidance_scale, interval=guidance_interval)
+                watch = Watched(self, call, scheduler.timesteps, callback_on_step_end)
+                x = asked.made(fm, given, grid, n, asked_label, guided, generator, device, self.network.dtype, watch)
+                return self._finished(fm, x, output_type, decode_batch, return_dict)
+            x = start(fm, n, generator, latents, device, self.network.dtype)
             for k, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
                 if call.interrupted:
                     break
@@ -253,10 +297,14 @@ class FlowMapPipeline(DiffusionPipeline):
                 v = guided_drift(fm, call.guidance)(x, s, told) if sampler == "euler" else fm.velocity(x, s, t, told)
                 x = scheduler.step(-v, timestep, x, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    given = {name: {"latents": x}[name] for name in callback_on_step_end_tensor_inputs}
-                    x = (callback_on_step_end(self, k, timestep, given) or {}).get("latents", x)
+                    tensors = {name: {"latents": x}[name] for name in callback_on_step_end_tensor_inputs}
+                    x = (callback_on_step_end(self, k, timestep, tensors) or {}).get("latents", x)
         finally:
             call.running = False
+        return self._finished(fm, x, output_type, decode_batch, return_dict)
+
+    def _finished(self, fm: FlowMap, x: Tensor, output_type: str, decode_batch: int, return_dict: bool) -> Any:
+        """Return samples in the form that was asked for."""
         check_finite(x, "samples", self.network.dtype)
         if fm.info.latent_scale and output_type != "latent":
             x = decode(self.vae, x, fm.info, decode_batch)
@@ -264,21 +312,3 @@ class FlowMapPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         images = converted(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _check(self, fm: FlowMap, output_type: str, decode_batch: int, tensors: Sequence[str]) -> None:
-        """Refuse what no model can do, and outputs that this one cannot give."""
-        if output_type not in OUTPUTS:
-            raise UserError("must be 'pil', 'np', 'pt' or 'latent'", field="output_type", value=repr(output_type))
-        if fm.info.latent_scale and output_type != "latent" and self.vae is None:
-            raise UserError(
-                "this model makes latents and came without a VAE: from_pretrained(directory, vae=AutoencoderKL...), or "
-                "output_type='latent'"
-            )
-        if not fm.info.shape:
-            raise UserError("FlowMapInfo.shape is empty: set it to the shape of one sample")
-        if len(fm.info.shape) != 3 and output_type in ("pil", "np"):
-            raise UserError(f"samples of shape {fm.info.shape} are not images: use output_type='pt'")
-        check_count("decode_batch", decode_batch)
-        if unknown := [name for name in tensors if name not in self._callback_tensor_inputs]:
-            known = ", ".join(self._callback_tensor_inputs)
-            raise UserError(f"choose from {known}", "callback_on_step_end_tensor_inputs", unknown[0])

@@ -5,14 +5,37 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from torch import Tensor
 
+from flowmaps.data.image_io import to_pixels
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
-from flowmaps.images import to_pil, to_uint8
+from flowmaps.images import from_uint8, to_pil, to_uint8
+from flowmaps.info import FlowMapInfo
+from flowmaps.labels import check_conditions
 from samplers import check_times
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+
+
+def check_output(fm: FlowMap, output_type: str, decode_batch: object, has_vae: bool) -> None:
+    """Refuse what no model can do, and outputs that this one cannot give."""
+    if output_type not in OUTPUTS:
+        raise UserError("must be 'pil', 'np', 'pt' or 'latent'", field="output_type", value=repr(output_type))
+    if fm.info.latent_scale and output_type != "latent" and not has_vae:
+        raise UserError(
+            "this model makes latents and came without a VAE: from_pretrained(directory, vae=AutoencoderKL...), or "
+            "output_type='latent'"
+        )
+    if not fm.info.shape:
+        raise UserError("FlowMapInfo.shape is empty: set it to the shape of one sample")
+    if len(fm.info.shape) != 3 and output_type in ("pil", "np"):
+        raise UserError(f"samples of shape {fm.info.shape} are not images: use output_type='pt'")
+    check_count("decode_batch", decode_batch)
 
 
 def check_count(name: str, count: object) -> None:
@@ -37,6 +60,25 @@ def sample_count(**given: Any) -> int:
             f"{' and '.join(counts)} give {' and '.join(map(str, counts.values()))} samples: make them agree"
         )
     return next(iter(counts.values()), 1)
+
+
+def given_conditions(info: FlowMapInfo, condition: Any) -> Tensor | None:
+    """Return the argument ``condition`` as floats [m, *info.condition]; images of PIL and uint8 in [-1, 1].
+
+    Raises:
+        UserError: The model takes none, or one of another shape.
+    """
+    if not info.condition:
+        if condition is not None:
+            raise UserError("this model takes no condition: leave it out", field="condition")
+        return None
+    several = condition if isinstance(condition, (list, tuple)) else [condition]
+    if condition is not None and all(isinstance(one, Image.Image) for one in several):
+        pixels = [torch.from_numpy(to_pixels(one)).permute(2, 0, 1) for one in several]
+        if len({tuple(one.shape) for one in pixels}) > 1:
+            raise UserError("give images of one size", field="condition")
+        condition = from_uint8(torch.stack(pixels))
+    return check_conditions(info, condition, "condition")
 
 
 def checked_sigmas(sigmas: Sequence[float] | Tensor, complete: bool) -> list[float]:

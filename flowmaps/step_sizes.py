@@ -172,7 +172,7 @@ def _noise(
     for first in range(start, start + count, batch):
         size = min(batch, start + count - first)
         x = fm.noise(size, seed, first)
-        label = labels_for(fm.info, size, start=first)
+        label = labels_for(fm.info, size, fm.conditions, start=first)
         yield x, guided_label(fm, None if label is None else label.to(x.device), guidance)
 
 

@@ -149,12 +149,16 @@ def channels(values: tuple[float, ...], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)[:, None, None]
 
 
-@torch.no_grad()
 def decode(vae: "AutoencoderKL", x: Tensor, info: FlowMapInfo, batch: int = 8) -> Tensor:
     """Decode samples x [B, C, h, w] to float32 images [B, 3, H, W], about in [-1, 1], ``batch`` at a time.
 
-    ``info`` has the scaling of the latents and the range of the VAE.
+    ``info`` has the scaling of the latents and the range of the VAE. Gradients are kept if x asks for them.
     """
+    with torch.set_grad_enabled(x.requires_grad and torch.is_grad_enabled()):
+        return _decode(vae, x, info, batch)
+
+
+def _decode(vae: "AutoencoderKL", x: Tensor, info: FlowMapInfo, batch: int) -> Tensor:
     z = x.float() / channels(info.latent_scale, x.float()) + channels(info.latent_shift, x.float())
     middle, half = middle_and_half(info.vae_range)
     parts = [vae.decode(part.to(vae.device, vae.dtype)).sample for part in torch.split(z, batch)]

@@ -7,9 +7,11 @@ python scripts/benchmark.py --suite=learning --rows=lagrangian,lagrangian_edm2 -
 python scripts/benchmark.py --suite=optimisers --rates=1e-3,3e-3,1e-2,3e-2 --seeds=0 --plot=optimisers.png
 python scripts/benchmark.py --suite=mid_training --rows=digits --threads=1 --plot=mid-training.png
 python scripts/benchmark.py --suite=guidance --seeds=0,1,2 --threads=1
+python scripts/benchmark.py --suite=composition --rows=digits --cpu_minutes=6 --threads=1 --json=composition.json
 python scripts/benchmark.py --suite=gate --threads=1 --json=gate.json
 python scripts/benchmark.py --suite=bellman --rows=digits --threads=1 --plot=bellman.png
-python scripts/benchmark.py --suite=step --threads=1  # or sample, networks, layout, routes, precision, profile, folders
+python scripts/benchmark.py --suite=steering --rows=plane --threads=1
+python scripts/benchmark.py --suite=step --threads=1  # or sample, networks, layout, routes, precision, profile, ...
 python scripts/benchmark.py --suite=fid --num=512
 
 Prints a Markdown table (mean over seeds ± half the range). KL@n, W2@n, map@n and euler@n are at n sampling steps.
@@ -30,10 +32,11 @@ from flowmaps.files import check_new_file, to_json
 SUITE = flags.DEFINE_string(
     "suite",
     None,
-    "bellman (step sizes), checkerboard, digits, fashion_mnist, gate (false alarms and power), guidance (baked in), "
-    "learning (curves), mid_training (its gain for post-training), networks (time and memory of each objective), "
-    "optimisers (curves), precision (errors of derivatives), routes (of a constant derivative: time and memory), or "
-    "timings: ema, fid, folders, layout, profile, resume, sample, step",
+    "bellman (step sizes), checkerboard, composition (which parts pay), digits, fashion_mnist, gate (false alarms and "
+    "power), guidance (baked in), learning (curves), mid_training (its gain for post-training), networks (time and "
+    "memory of each objective), optimisers (curves), precision (errors of derivatives), routes (of a constant "
+    "derivative: time and memory), steering (laws, images, classes, inversion), or timings: deployment (runtimes), "
+    "ema, fid, folders, layout, profile, resume, sample, sources, step",
 )
 ROWS = flags.DEFINE_list(
     "rows", None, "Rows of the suite's config, with settings after +; of networks: small ones, or names of presets"
@@ -42,9 +45,7 @@ RATES = flags.DEFINE_list("rates", [], "Learning rates, for --suite=learning, op
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds")
 TRAIN_STEPS = flags.DEFINE_integer("train_steps", None, "Training steps, instead of the config's", lower_bound=1)
 CPU_MINUTES = flags.DEFINE_float("cpu_minutes", None, "Process time to train for, instead of steps", 0.01)
-NUM = flags.DEFINE_integer(
-    "num", None, "Samples to score: 32768 points, 2000 images or (fid) 512 by default; of folders: files", lower_bound=2
-)
+NUM = flags.DEFINE_integer("num", None, "Samples to score [32768 points, 2000 images, fid 512]; files of folders", 2)
 THREADS = flags.DEFINE_integer("threads", None, "Threads that torch may use", 1, 4096)
 JSON = flags.DEFINE_string("json", None, "File for the records, written after each one; those in it are not run again")
 PLOT = flags.DEFINE_string("plot", None, "PNG file for the scores against the number of steps, or of images")
@@ -53,8 +54,9 @@ WRITES = (JSON, PLOT)
 
 def main() -> None:
     import torch
+    from benchmarks.record_files import add_record, markdown, stored_records
     from benchmarks.speed import machine
-    from benchmarks.suites import PLOTTED, RATED, SUITES, Arguments, add_record, markdown, plot, stored_records
+    from benchmarks.suites import PLOTTED, RATED, SUITES, Arguments, plot
 
     from flowmaps.images import write_png
 

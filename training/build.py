@@ -20,8 +20,9 @@ from torch import Tensor
 
 from flowmaps.data import DataSet, Latents, Loader, ShuffledOrder, as_dataset, download, open_dataset
 from flowmaps.data.augment import PARAMETERS
+from flowmaps.data.conditions import Conditions, Paired, check_pairs, open_conditions
 from flowmaps.distributed import ON_CPU
-from flowmaps.errors import UserError, within
+from flowmaps.errors import UserError, blame, within
 from flowmaps.flow_map import FlowMap
 from flowmaps.info import FlowMapInfo
 from flowmaps.objectives import LogVariance, Objective
@@ -32,6 +33,8 @@ from training.initialise import build_teacher, init_from_checkpoint
 from training.lora import add_lora
 from training.loss_module import LossModule
 from training.teacher_trajectories import TrajectorySource
+
+SHOWN_CONDITIONS = 1000  # from the first items on, in sample grids and scores of a run
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -79,10 +82,22 @@ def build_data(config: Config, accelerator: Accelerator, given: Any = None) -> D
                 if config.data.download:
                     download(config.data.name, config.data.root)
                 named = config.data
-                data = open_dataset(named.name, root=named.root, size=size, skip_corrupt=named.skip_corrupt)
+                look = {"fit": named.fit.value, "background": named.background.value}
+                data = open_dataset(named.name, root=named.root, size=size, skip_corrupt=named.skip_corrupt, **look)
     data = scaled(config, data)
     _check_augmentation(config, data)
     return data
+
+
+def build_conditions(config: Config, data: DataSet) -> Conditions | None:
+    """Open the conditions of ``config.data.condition``, one for each item of ``data``; None if there are none."""
+    if not config.data.condition:
+        return None
+    with within("data"):
+        conditions = open_conditions(config.data.condition, tuple(getattr(config.network, "condition", ())))
+        with blame("condition", config.data.condition):
+            check_pairs(data, conditions)
+    return conditions
 
 
 def scaled(config: Config, data: DataSet) -> DataSet:
@@ -131,6 +146,7 @@ def build_flow_map(
     info = FlowMapInfo(
         shape=shape,
         num_classes=classes,
+        condition=tuple(getattr(wants, "condition", ())),
         class_names=class_names if classes else (),
         kind=objective.kind,
         data=config.data.name,
@@ -145,7 +161,9 @@ def build_flow_map(
     return FlowMap(build_network(config), config.interpolant, config.base_std, info)
 
 
-def build_model(config: Config, data: DataSet) -> tuple[FlowMap, LogVariance | None, str]:
+def build_model(
+    config: Config, data: DataSet, conditions: Conditions | None = None
+) -> tuple[FlowMap, LogVariance | None, str]:
     """Build the flow map at step 0, the learned weight if any, and the fingerprint of ``config.init_from``.
 
     The weights depend on the seed alone: torch's global generator is seeded here and restored afterwards. The order
@@ -158,6 +176,12 @@ def build_model(config: Config, data: DataSet) -> tuple[FlowMap, LogVariance | N
             facts = {**facts, "class_shares": getattr(data, "class_shares", ())}
         names = getattr(data, "class_names", ())  # a data set of the user's own class may have none
         fm = build_flow_map(config, data.shape, data.num_classes, names, **facts)
+        given = conditions.shape if conditions else tuple(getattr(data, "condition", ()))
+        if fm.info.condition != given:
+            raise UserError(f"the data have {given or 'none'}", "network.condition", fm.info.condition)
+        if given:  # of sample grids and scores
+            first = torch.arange(min(len(data), SHOWN_CONDITIONS))
+            fm.conditions = conditions.fetch(first) if conditions else data.fetch(first)[1]
         init_fingerprint = init_from_checkpoint(config, fm) if config.init_from else ""
         learned = config.weight
         weight = LogVariance(limit=learned.limit, log_floor=learned.log_floor) if learned.learned else None
@@ -220,7 +244,12 @@ def build_ema(config: Config, objective: Objective, network: torch.nn.Module, me
 
 
 def build_loader(
-    config: Config, accelerator: Accelerator, data: DataSet, paths: TrajectorySource | None, size: int
+    config: Config,
+    accelerator: Accelerator,
+    data: DataSet,
+    paths: TrajectorySource | None,
+    size: int,
+    conditions: Conditions | None = None,
 ) -> Loader:
     """Read micro-batches of ``size`` rows, of which each item of a trajectory source gives several."""
     items, rows = (paths.data, paths.rows) if paths else (data, 1)
@@ -231,7 +260,8 @@ def build_loader(
             value=config.batch,
         )
     indices = _micro_step_indices(config, ShuffledOrder(len(items), config.seed), accelerator.process_index, size, rows)
-    return Loader(items, indices, config.data.workers, pin=accelerator.device.type == "cuda")
+    read = Paired(items, conditions) if conditions else items
+    return Loader(read, indices, config.data.workers, pin=accelerator.device.type == "cuda")
 
 
 def _micro_step_indices(

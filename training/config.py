@@ -7,26 +7,28 @@ options. ``network`` has exactly the arguments of the class that it configures, 
 
 import dataclasses
 import enum
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
 from torch import nn
 
-from flowmaps.errors import UserError, within
+from flowmaps.errors import UserError, choose, within
 from flowmaps.interpolants import INTERPOLANTS
 from flowmaps.networks import NETWORKS
 from flowmaps.objectives import OBJECTIVES, Objective, TrajectoryObjective
 from flowmaps.objectives.base import DerivativeRole
 from flowmaps.posthoc_ema import WIDEST
 from training.config_sections import (
+    TRACKERS,
+    Background,
     Best,
     CompileMode,
     Data,
     Decay,
     DerivativePrecision,
     DropoutRows,
+    Fit,
     Grid,
     Optim,
     Optimizer,
@@ -36,12 +38,14 @@ from training.config_sections import (
     Trajectories,
     Weight,
     may_change,
+    resumable,
 )
 from training.config_values import check_assigned, check_values
 from training.network_section import NetworkSection, check_fit, network, preset
 
 __all__ = [
     "WIDEST",
+    "Background",
     "Best",
     "CompileMode",
     "Config",
@@ -49,6 +53,7 @@ __all__ = [
     "Decay",
     "DerivativePrecision",
     "DropoutRows",
+    "Fit",
     "Grid",
     "NetworkSection",
     "Optim",
@@ -116,6 +121,7 @@ class Config:
     timeout: int = may_change(1800)  # seconds that a process waits for the others
     snapshot_every: int = may_change(1000)
     log_every: int = may_change(50)
+    log_with: tuple[str, ...] = may_change(())  # of TRACKERS, next to log.jsonl; tensorboard also by being installed
     sample_every: int = may_change(500)
     sample_steps: tuple[int, ...] = may_change((1, 2, 4, 8))
     checkpoint_every: int = may_change(500)
@@ -168,6 +174,8 @@ class Config:
             raise UserError(f"choose one of {', '.join(INTERPOLANTS)}", field="interpolant", value=self.interpolant)
         if self.weight.log_floor and not self.weight.learned:
             raise UserError("needs weight.learned=True", field="weight.log_floor", value=self.weight.log_floor)
+        if unknown := [name for name in self.log_with if name not in TRACKERS]:
+            raise UserError(choose(unknown[0], TRACKERS), field="log_with", value=unknown[0])
         if self.lora and not self.init_from:
             raise UserError("needs a base model: set init_from", field="lora", value=self.lora)
         for name in ("init_ema", "init_fresh"):
@@ -220,7 +228,8 @@ class Config:
                 field="data.dropout_rows",
                 value=self.data.dropout_rows.name,
             )
-        if self.data.label_dropout and getattr(self.network, "num_classes", 0) == 0:
+        told = getattr(self.network, "num_classes", 0) != 0 or getattr(self.network, "condition", ())
+        if self.data.label_dropout and not told:
             raise UserError("needs labels: set network.num_classes", "data.label_dropout", self.data.label_dropout)
         if made.guided and (self.teacher or not self.data.label_dropout):
             own = "bakes in guidance of the network's own drift: leave teacher out"
@@ -239,16 +248,7 @@ class Config:
 
     def resumable_fields(self) -> set[str]:
         """Return the dotted names of the fields that may differ when a run resumes."""
-        return set(_may_change(self))
-
-
-def _may_change(section: Any, prefix: str = "") -> Iterator[str]:
-    for f in dataclasses.fields(section):
-        value = getattr(section, f.name)
-        if f.metadata.get("may_change"):
-            yield prefix + f.name
-        elif dataclasses.is_dataclass(value):
-            yield from _may_change(value, f"{prefix}{f.name}.")
+        return set(resumable(self))
 
 
 def plain(value: Any) -> Any:

@@ -1,9 +1,11 @@
 """The sections of a config but for network and objective: data, optimiser, weight, best model, trajectories."""
 # No `from __future__ import annotations` here: ml_collections reads the annotations as types.
 
+import dataclasses
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from samplers import SAMPLERS
 
@@ -13,6 +15,20 @@ T = TypeVar("T")
 def may_change(default: T) -> T:
     """Declare a field that may differ when a run resumes, since it does not change the steps already done."""
     return field(default=default, metadata={"may_change": True})
+
+
+def resumable(section: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of the fields declared by ``may_change``."""
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if f.metadata.get("may_change"):
+            yield prefix + f.name
+        elif dataclasses.is_dataclass(value):
+            yield from resumable(value, f"{prefix}{f.name}.")
+
+
+# Names that accelerate has for trackers.
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 
 
 class Optimizer(enum.Enum):
@@ -55,19 +71,37 @@ class DropoutRows(enum.Enum):
     diagonal = "diagonal"  # s = t: only the drift is learned without a label, and no map
 
 
+class Fit(enum.Enum):
+    """The way from an image to a square."""
+
+    crop = "crop"  # the central square
+    pad = "pad"  # the background on both sides
+
+
+class Background(enum.Enum):
+    """What is behind transparent pixels, and around padded images."""
+
+    white = "white"
+    black = "black"
+    grey = "grey"
+
+
 @dataclass
 class Data:
-    name: str = "digits"  # a name in flowmaps.data.DATASETS; folder or zip (your own images); prepared (prepare_data)
-    root: str = may_change("data")  # directory of the data set's files; the folder, zip file or prepared set
+    name: str = "digits"  # in flowmaps.data.DATASETS; folder, zip, hf, wds (your own images); prepared (prepare_data)
+    root: str = may_change("data")  # directory of the data set's files; the folder, zip file, prepared set, or address
     download: bool = may_change(False)  # fetch the files into root first
     workers: int = may_change(0)  # processes that read ahead; 0: read between the steps
     skip_corrupt: bool = False  # skip unreadable image files instead of refusing the folder
+    fit: Fit = Fit.crop
+    background: Background = Background.white
     flip: bool = False  # mirror half of the images
     label_dropout: float = 0.0  # share of rows trained without their label, for "no label" and guidance
     dropout_rows: DropoutRows = DropoutRows.all
     vae: str = ""  # decoder of latents, a directory or hub id; empty: the VAE that encoded them
     latent_shift: tuple[float, ...] = ()  # a sample is scale (z - shift) of a latent z, one number per channel; empty:
     latent_scale: tuple[float, ...] = ()  # as in the VAE's config
+    condition: str = may_change("")  # of each item: an .npy file, or pictures of the same names in a folder or zip file
     augment: float = 0.0  # probability of each of EDM's transforms; the network needs augment_dim=9
 
 

@@ -113,6 +113,7 @@ def build_teacher(config: Config, fm: FlowMap, objective: Objective) -> FlowMap 
     for name, theirs, ours in (
         ("samples of shape", teacher.info.shape, fm.info.shape),
         ("num_classes", teacher.info.num_classes, fm.info.num_classes),
+        ("condition", teacher.info.condition, fm.info.condition),
         ("interpolant", teacher.interpolant_name, fm.interpolant_name),
         ("base_std", teacher.base_std, fm.base_std),
         ("augment_dim", *(getattr(m.network.config, "augment_dim", 0) for m in (teacher, fm))),

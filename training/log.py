@@ -1,23 +1,27 @@
-"""The log of a run: JSON lines in log.jsonl, progress on the terminal, and TensorBoard files."""
+"""The log of a run: JSON lines in log.jsonl, progress on the terminal, and trackers such as TensorBoard."""
 
 import json
 import math
+import os
 import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from flowmaps.distributed import team
+from flowmaps.errors import shorten
 from flowmaps.files import finite, write_file
 from flowmaps.reading import parse, parse_json, read_bytes
 from training.loss_module import GAPS, largest
@@ -86,21 +90,93 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-class Log:
-    """Append to ``workdir/log.jsonl`` and to TensorBoard's files, and show the progress.
+class Trackers:
+    """The trackers of accelerate that are called ``names``, for a run in ``workdir`` that begins after step ``start``.
 
-    The values of steps stay on their device and are read once per interval, so that no step waits for the device. In
-    a run of several processes only the main one writes (``enabled``).
+    None stops a run: one that fails is left out from then on, and a line ``say``s so.
     """
 
-    def __init__(self, workdir: Path, steps: int, start: int, enabled: bool = True, stage: str = "") -> None:
+    def __init__(
+        self, names: Iterable[str], workdir: Path, start: int, config: dict[str, Any], say: Callable[[str], None]
+    ) -> None:
+        self.say, self.open = say, dict[str, Any]()
+        plain = {name: x if isinstance(x, (bool, int, float, str)) else str(x) for name, x in config.items()}
+        for name in names:
+            self._try(name, self._start, name, workdir, start, plain)
+
+    def _start(self, name: str, *facts: Any) -> None:
+        self.open[name] = _tracker(name, *facts)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Record numbers after ``step`` steps."""
+        for name, tracker in list(self.open.items()):
+            self._try(name, tracker.log, values, step=step)
+
+    def picture(self, pixels: NDArray[np.uint8], step: int) -> None:
+        """Record a sample grid [H, W, C], with trackers that take pictures."""
+        for name, tracker in list(self.open.items()):
+            form = {"dataformats": "NHWC"} if name == "tensorboard" else {}
+            if hasattr(tracker, "log_images"):
+                self._try(name, tracker.log_images, {"samples": pixels[None]}, step=step, **form)
+
+    def close(self) -> None:
+        for name, tracker in list(self.open.items()):
+            self._try(name, tracker.finish)
+
+    def _try(self, name: str, work: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        try:
+            work(*arguments, **options)
+        except Exception as error:  # whatever it is: of the network, the disk, an account, a missing package
+            self.open.pop(name, None)
+            reason = shorten(f"{type(error).__name__}: {error}")
+            self.say(f"warning: {name} fails and is left out from here on: {reason}")
+
+
+def _tracker(name: str, workdir: Path, start: int, config: dict[str, Any]) -> Any:
+    """Start a tracker of accelerate and give it the config."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    kind: Any = LOGGER_TYPE_TO_CLASS[name]
+    if name == "tensorboard":  # its files are in workdir/tb
+        tracker = kind("tb", logging_dir=workdir, purge_step=start + 1)
+    elif name == "wandb":
+        project, before = os.environ.get("WANDB_PROJECT", "flowmaps"), sorted((workdir / "wandb").glob("*run-*-*"))
+        same = {"id": before[-1].name.rpartition("-")[2], "resume": "allow"} if start and before else {}
+        tracker = kind(project, dir=workdir, name=workdir.name, **same)
+    else:
+        tracker = kind("flowmaps", **({"logging_dir": workdir} if kind.requires_logging_directory else {}))
+    tracker.start()
+    if not start or name != "tensorboard":  # which would list a resumed run twice
+        tracker.store_init_configuration(config)
+    return tracker
+
+
+class Log:
+    """Append to ``workdir/log.jsonl``, tell the trackers, and show the progress.
+
+    The values of steps stay on their device and are read once per interval, so that no step waits for the device. In
+    a run of several processes only the main one writes (``enabled``). ``trackers`` are names, and they receive
+    ``config``; TensorBoard is one of them if it is installed.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        steps: int,
+        start: int,
+        enabled: bool = True,
+        stage: str = "",
+        trackers: Sequence[str] = (),
+        config: dict[str, Any] | None = None,
+    ) -> None:
         self.steps, self.file = steps, None
         if enabled:
             rows = [row for row in read_log(workdir / "log.jsonl") if row["step"] <= start] if start else []
             write_file(workdir / "log.jsonl", b"".join(map(_line, rows)), check=False)
             self.file = (workdir / "log.jsonl").open("a", buffering=1)
-        self.board = _tensorboard(workdir, start) if enabled else None
         self.progress = Progress(steps, start, stage, enabled)
+        names = dict.fromkeys([*["tensorboard"] * (find_spec("tensorboard") is not None), *trackers])
+        self.trackers = Trackers(names if enabled else (), workdir, start, config or {}, self.progress.say)
         self.clear()
 
     @contextmanager
@@ -134,7 +210,7 @@ class Log:
         values = means | facts | {"images_per_second": self.count * batch / seconds}
         self._write({"step": step, **values, "residuals": residuals})
         plots = {f"residuals/{name}/{i}": x for name, numbers in residuals.items() for i, x in enumerate(numbers)}
-        self._plot(step, values | plots)
+        self.trackers.log(values | plots, step)
         self.progress.show(step, values)
         self.clear()
 
@@ -160,13 +236,12 @@ class Log:
     def score(self, step: int, name: str, value: float) -> None:
         """Log a score of the model after ``step`` steps."""
         self._write({"step": step, name: value})
-        self._plot(step, {name: value})
+        self.trackers.log({name: value}, step)
         self.progress.say(f"{self.progress.name} {step}/{self.steps} {name} {value:.4g}")
 
     def picture(self, step: int, image: Image.Image) -> None:
-        """Show the sample grid in TensorBoard."""
-        if self.board:
-            self.board.add_image("samples", np.atleast_3d(np.asarray(image)), step, dataformats="HWC")
+        """Show the sample grid in the trackers."""
+        self.trackers.picture(np.atleast_3d(np.asarray(image)), step)
 
     def event(self, name: str, **facts: Any) -> None:
         """Log an event, such as a resume; it is not shown."""
@@ -176,13 +251,7 @@ class Log:
         self.progress.bar.close()
         if self.file:
             self.file.close()
-        if self.board:
-            self.board.close()
-
-    def _plot(self, step: int, values: dict[str, float]) -> None:
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+        self.trackers.close()
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.file:
@@ -191,15 +260,6 @@ class Log:
 
 def _line(row: dict[str, Any]) -> bytes:
     return (json.dumps(finite(row), allow_nan=False) + "\n").encode()
-
-
-def _tensorboard(workdir: Path, start: int) -> Any:
-    """Open a writer of event files in workdir/tb if TensorBoard is installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(workdir / "tb", purge_step=start + 1)
 
 
 NO_JSON = re.compile(r"-?\bInfinity\b|\bNaN\b")  # numbers of a log that an earlier version wrote

@@ -10,7 +10,7 @@ import torch
 
 from flowmaps import FlowMap, UserError, jvp_attention
 from flowmaps.data import Latents
-from flowmaps.data.registry import FORMATS
+from flowmaps.data.registry import source_of
 from flowmaps.derivatives import tf32_products
 from flowmaps.distributed import join, processes, team
 from flowmaps.errors import Stopped, blame, within
@@ -129,7 +129,8 @@ def _train(
         print("\n".join([*title, *about]), file=sys.stderr, flush=True)
     if last:
         return done
-    with closing(Log(workdir, config.steps, done, main, stage)) as log:
+    facts = named(config.to_dict())
+    with closing(Log(workdir, config.steps, done, main, stage, config.log_with, facts)) as log:
         if done:
             log.event("resume", step=done)
             for name, before, now in (
@@ -186,9 +187,11 @@ def banner(trainer: Trainer, workdir: Path, done: int) -> list[str]:
     """Return lines on what is trained, on what and where, for whoever starts the run or reads its output later."""
     config, data, module = trainer.config, trainer.data, trainer.module
     device, number = trainer.accelerator.device, trainer.accelerator.num_processes
-    name = config.data.root if config.data.name in FORMATS else config.data.name
+    name = source_of(config.data.name, config.data.root)
     kind = "points" if len(data.shape) == 1 else "latents" if isinstance(data, Latents) else "images"
     classes = f"{data.num_classes:,} classes" if data.num_classes else "no classes"
+    if shape := module.fm.info.condition:
+        classes = f"conditions {' x '.join(map(str, shape))}"
     classes += "" if module.fm.info.num_classes == data.num_classes else ", unused"
     parameters = sum(p.numel() for p in module.fm.network.parameters())
     teacher = f", teacher {config.teacher}" if config.teacher else ""

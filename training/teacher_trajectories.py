@@ -137,6 +137,8 @@ def _check_files(config: Config, fm: FlowMap, teacher: FlowMap | None, stored: T
         raise UserError(
             "data.label_dropout, data.augment and data.flip cannot be applied to stored trajectories", **where
         )
+    if fm.info.condition:
+        raise UserError("holds no conditions, which this run needs: solve during training", **where)
     ours: dict[str, Any] = {
         "samples of shape": fm.info.shape,
         "num_classes": fm.info.num_classes,
@@ -190,6 +192,8 @@ def write_trajectories(
     check_shard(shard, 4 * (options.steps + 1) * math.prod(teacher.info.shape))
     if (data is None) == (options.start is Start.data):
         raise UserError("start=data requires data, and data requires start=data", "start", options.start.name)
+    if teacher.info.condition:
+        raise UserError("the teacher needs conditions, which are not stored: solve during training", field="teacher")
     classes = teacher.info.num_classes
     if data is not None and (data.shape, data.num_classes if classes else 0) != (teacher.info.shape, classes):
         raise UserError(

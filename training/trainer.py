@@ -17,9 +17,11 @@ from torch.nn.utils import get_total_norm
 from flowmaps import FlowMap, UserError
 from flowmaps.data import DataSet, Latents, Loader, as_samples
 from flowmaps.data.augment import drop_labels, edm_augment, random_hflip
+from flowmaps.data.conditions import Conditions
 from flowmaps.derivatives import derivative_dtype, tf32_products
 from flowmaps.distributed import AnyProcess
-from flowmaps.networks.conditioning import soft_label
+from flowmaps.networks.conditioning import soft_label, without_label
+from flowmaps.networks.conditions import condition_rows
 from flowmaps.networks.magnitude import normalise_weights
 from flowmaps.objectives import Loss, TrajectoryObjective
 from flowmaps.posthoc_ema import write_snapshot
@@ -28,6 +30,7 @@ from samplers import Trajectory
 from training.best import check_best
 from training.build import (
     build_accelerator,
+    build_conditions,
     build_data,
     build_ema,
     build_loader,
@@ -70,6 +73,7 @@ class Trainer:
     precision: StepPrecision
     init_fingerprint: str = ""  # of what config.init_from held
     paths: TrajectorySource | None = None  # source of trajectories, of a TrajectoryObjective
+    conditions: Conditions | None = None  # of the data's items, read from files of their own
     latest: Any = None  # ((x1, label, draws), seed of dropout) of the latest micro-step
     skipped: int = 0  # steps with a non-finite gradient since the start or resume
     spikes: Spikes = field(default_factory=Spikes)
@@ -89,6 +93,7 @@ class Trainer:
         config.validate()
         accelerator = build_accelerator(config)
         data = build_data(config, accelerator, data)
+        conditions = build_conditions(config, data)
         config = replace(config, network=fitted(config.network, data.shape, data.num_classes))
         config.validate()
         if config.best.metric:
@@ -96,7 +101,7 @@ class Trainer:
         size = micro_batch_size(config, accelerator.num_processes)
         objective = build_objective(config)
         check_diagonal(objective, size)
-        fm, weight, init_fingerprint = build_model(config, data)
+        fm, weight, init_fingerprint = build_model(config, data, conditions)
         if isinstance(data, Latents) and (accelerator.is_main_process or config.best.metric):  # to draw, export, score
             fm.decoder = open_decoder(config, data)
         module = build_loss_module(config, fm, objective, weight, accelerator.device)
@@ -112,11 +117,10 @@ class Trainer:
         if isinstance(objective, TrajectoryObjective):
             paths = build_trajectory_source(config, objective, fm, module.teacher, data)
             objective.check_times(paths.times)
-        loader = build_loader(config, accelerator, data, paths, size)
+        loader = build_loader(config, accelerator, data, paths, size, conditions)
         precision = step_precision(config, objective, accelerator.device)
-        return cls(
-            config, data, loader, accelerator, module, wrapped, optimizer, ema, precision, init_fingerprint, paths
-        )
+        made = (loader, accelerator, module, wrapped, optimizer, ema, precision, init_fingerprint, paths, conditions)
+        return cls(config, data, *made)
 
     def step(self, step: int, term_norms: bool = False) -> dict[str, Tensor]:
         """Take optimiser step ``step`` = 0, 1, ... and return what to log, still on the device.
@@ -175,20 +179,22 @@ class Trainer:
         part = self.accelerator.process_index * config.accumulate + micro
         x1, label = self.loader.batch(step * config.accumulate + micro)
         x1 = x1.to(device, non_blocking=True)
-        label = label.to(device, non_blocking=True) if label is not None and fm.info.num_classes else None
+        label = label.to(device, non_blocking=True) if label is not None and fm.info.label_size else None
         if not (self.paths and self.paths.solver is None):  # whose items are trajectories
             drawing = generator(config.seed, "latents", step, part, device)
             x1 = as_samples(self.data, x1, lambda shape: torch.randn(shape, generator=drawing, device=device))
+        if config.data.flip:
+            x1, label = random_hflip(x1, label, generator(config.seed, "flip", step, part, device))
+        label = condition_rows(label, fm.info.condition)
         if label is not None and config.data.label_dropout:
+            nothing, _ = without_label(label, fm.info.label_size)
             diagonal = config.data.dropout_rows is DropoutRows.diagonal
             first = self.module.objective.diagonal_rows(len(label)) if diagonal else len(label)
             drawing = generator(config.seed, "labels", step, part, device)
-            label = drop_labels(label, config.data.label_dropout, first, fm.info.num_classes, drawing)
-        if config.data.flip:
-            x1 = random_hflip(x1, generator(config.seed, "flip", step, part, device))
+            label = drop_labels(label, nothing, config.data.label_dropout, first, drawing)
         if config.data.augment:
             x1, done = edm_augment(x1, config.data.augment, generator(config.seed, "augment", step, part, device))
-            label = soft_label(label, done, fm.info.num_classes)
+            label = soft_label(label, done, fm.info.label_size)
         batch: Tensor | Trajectory = x1
         if self.paths:
             batch = self.paths(x1, label, generator(config.seed, "paths", step, part, device))
@@ -271,7 +277,7 @@ class Trainer:
         if self.config.lora:
             merge_lora(network)
         averaged = FlowMap(network, fm.interpolant_name, fm.base_std, info).eval()
-        averaged.decoder = fm.decoder
+        averaged.decoder, averaged.conditions = fm.decoder, fm.conditions
         return averaged
 
     def save(self, workdir: Path, done: int) -> None:
@@ -313,4 +319,5 @@ class Trainer:
         origin = {"data.root": self.data.digest(), "teacher": teacher_digest, "init_from": self.init_fingerprint}
         grids = "".join(schedule.to_json() for schedule in self.module.objective.schedules.values())
         fitted = hashlib.sha256(grids.encode()).hexdigest() if grids else ""
-        return {**origin, "trajectories.files": walked, "objective.schedule": fitted}
+        given = {"data.condition": self.conditions.digest()} if self.conditions else {}
+        return {**origin, "trajectories.files": walked, "objective.schedule": fitted, **given}

@@ -18,9 +18,11 @@ COMMANDS = {  # name -> module, imported when called: this package must not impo
     "stats": "flowmaps.cli.stats",
     "schedule": "flowmaps.cli.schedule",
     "export": "flowmaps.cli.export",
+    "app": "flowmaps.cli.app",
     "import": "flowmaps.cli.import_checkpoint",
     "prepare": "training.cli.prepare",
     "extractor": "training.cli.extractor",
+    "compare": "training.cli.compare",
 }
 PACKAGES = ("samplers", "training")  # installed next to flowmaps, under names that other folders have too
 HOME = Path(__file__).resolve().parents[2]

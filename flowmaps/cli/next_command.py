@@ -32,11 +32,13 @@ def sample(checkpoint: str, sampler: str, *flags: str) -> str:
 def fid(checkpoint: str, data: str, flags: Sequence[str], root: str = "data") -> str:
     """Return the command that scores ``checkpoint``, sampled by ``flags``, against ``data``.
 
-    That is a built-in data set or a path; where it is neither, a name in capitals stands for it.
+    That is a built-in data set, an address, a path, or statistics to be made; for anything else there is a name in
+    capitals.
     """
-    from flowmaps.data.registry import DATASETS
+    from flowmaps.data.registry import DATASETS, is_address
 
-    reference = f"{data}:heldout" if data in DATASETS else data if Path(data).exists() and data else REAL_IMAGES
+    there = data and (Path(data).exists() or is_address(data) or data.endswith("-reference.npz"))
+    reference = f"{data}:heldout" if data in DATASETS else data if there else REAL_IMAGES
     where = [f"--root={root}"] if data in DATASETS and root != "data" else []
     return command(
         "fid", f"--checkpoint={checkpoint}", f"--reference={reference}", *where, *flags, f"--num={FIRST_SCORE}"

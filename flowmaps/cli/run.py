@@ -33,7 +33,8 @@ OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "bad alloc")
 def run(command: ModuleType) -> NoReturn:
     """Parse the flags, call ``command.main`` and exit with its value.
 
-    A module with a table ``COMMANDS`` in place of ``main`` has sub-commands, named by the first argument. ``READS`` and
+    A module with a table ``COMMANDS`` in place of ``main`` has sub-commands, named by the first argument; one with
+    ``ARGUMENTS``, which says what they are, takes arguments without a flag's name. ``READS`` and
     ``WRITES`` of a module are its flags that name inputs and outputs: no output may be an input, or another output.
     Exit codes: 0 success (or stopped politely), 1 failed gate, 2 the user's mistake or the system's refusal in one
     line, 3 a bug with its traceback, 130 interrupted.
@@ -54,7 +55,7 @@ def run(command: ModuleType) -> NoReturn:
                 wrong = f"unknown sub-command {rest[0]!r}" if rest else "missing sub-command"
                 raise UserError(f"{wrong}: {choose(''.join(rest[:1]), command.COMMANDS)}")
             main = command.COMMANDS[rest.pop(0)]
-        if rest:
+        if rest and not hasattr(command, "ARGUMENTS"):
             raise UserError(f"unexpected argument {rest[0]!r}: flags look like --name=value")
         _check_values()
         _check_paths(getattr(command, "READS", ()), getattr(command, "WRITES", ()))
@@ -65,7 +66,7 @@ def run(command: ModuleType) -> NoReturn:
     except KeyboardInterrupt:
         _interrupted(script)
     try:
-        code = main() or 0
+        code = main(*rest) or 0
         sys.stdout.flush()
         sys.exit(code)
     except Stopped as stopped:
@@ -224,7 +225,7 @@ def as_typed(text: str, script: str) -> str:
     """Return a text with the scripts as they are called without a checkout, if ``script`` was called so."""
     if not script.startswith("flowmaps"):
         return text
-    scripts = "train|sample|fid|stats|schedule|export|import_checkpoint|prepare_data|train_extractor"
+    scripts = "train|sample|fid|stats|schedule|export|app|import_checkpoint|prepare_data|train_extractor"
     return re.sub(
         rf"(?:python scripts/|(?<![\w/.=-])|(?<= )scripts/)({scripts})\.py\b",
         lambda found: f"flowmaps {COMMAND_OF.get(found[1], found[1])}",

@@ -49,6 +49,12 @@ class SamplingFlags:
         self.label = flags.DEFINE_string(
             "label", None, "Class of all samples, by number or name; without it, shares as in the data"
         )
+        self.condition = flags.DEFINE_string(
+            "condition",
+            None,
+            "Conditions, of a model that takes them: an .npy file [n, ...], a picture, or a folder or zip file; sample "
+            "i has row i, from the first again after the last",
+        )
         self.guidance = flags.DEFINE_float(
             "guidance",
             None,
@@ -74,7 +80,7 @@ class SamplingFlags:
         self.vae_tiling = flags.DEFINE_bool("vae_tiling", False, "Decode in overlapping tiles: less memory")
         self.batch = flags.DEFINE_integer("batch", 500, "Samples at a time", 1, 1_000_000)
 
-        self.reads = (self.checkpoint, self.schedule, self.vae)
+        self.reads = (self.checkpoint, self.schedule, self.vae, self.condition)
 
     def all(self) -> "list[flags.FlagHolder[Any]]":
         """Return all flags defined here."""
@@ -123,6 +129,7 @@ class SamplingFlags:
         if usual := not (self.guidance.present or self.guidance_interval.present) and fm.info.usual_guidance():
             flags.FLAGS[self.guidance.name].value = usual["guidance"]
             flags.FLAGS[self.guidance_interval.name].value = list(map(str, usual["guidance_interval"]))
+        self._open_conditions(fm)
         self.settings(fm)
         for file in set(self.schedule.value) - {"stored", "uniform"}:
             if read_schedule(file).checkpoint not in ("", fm.fingerprint()):
@@ -170,6 +177,24 @@ class SamplingFlags:
 
         load = partial(run_weights, self.checkpoint.value or "")
         return {None if ema == "raw" else float(ema): partial(load, ema) for ema in self.ema.value}
+
+    def _open_conditions(self, fm: "FlowMap") -> None:
+        """Give a map that takes conditions those of ``--condition``, as many as there are samples."""
+        import torch
+
+        from flowmaps.data.conditions import open_conditions
+
+        source, shape = self.condition.value, fm.info.condition
+        if not shape:
+            if source:
+                raise UserError("this model takes no condition: leave it out", field="condition", value=source)
+            return
+        if source:
+            found = open_conditions(source, shape)
+            fm.conditions = found.fetch(torch.arange(min(len(found), self.num.value)))
+        elif not fm.info.label_dropout:
+            sizes = ", ".join(map(str, shape))
+            raise UserError(f"missing: this model needs conditions of shape [n, {sizes}]", field="condition")
 
     def _open_vae(self, fm: "FlowMap") -> None:
         """Give a map of latents the VAE that the flags describe, and open it."""

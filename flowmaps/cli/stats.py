@@ -13,7 +13,7 @@ from flowmaps.cli.run import required
 from flowmaps.errors import blame
 from flowmaps.files import check_new_file
 
-DATA = flags.DEFINE_string("data", None, "Data set NAME[:split], folder or zip of images, or .npz of images")
+DATA = flags.DEFINE_string("data", None, "Data set NAME[:split], folder, zip or .npz of images, hf:REPO or wds:SHARDS")
 OUT = flags.DEFINE_string("out", None, "Statistics file to write, an .npz whatever its name")
 EXTRACTORS = flags.DEFINE_list("extractors", [], "Names, files or module:function [the data set's own, else inception]")
 flags.DEFINE_alias("extractor", "extractors")
@@ -21,6 +21,10 @@ WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor, or
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
 DOWNLOAD = flags.DEFINE_bool("download", False, "Fetch the data set's files into --root first")
 SIZE = flags.DEFINE_integer("size", None, "Crop and resize the images of a folder or zip to this", 1, 4096)
+FIT = flags.DEFINE_enum("fit", "crop", ["crop", "pad"], "With --size: the central square, or padding to a square")
+BACKGROUND = flags.DEFINE_enum(
+    "background", "white", ["white", "black", "grey"], "Behind transparent pixels and around padded images"
+)
 FEATURES = flags.DEFINE_bool("features", False, "Also keep the features, for KID, precision and recall (large)")
 SKIP_CORRUPT = flags.DEFINE_bool("skip_corrupt", False, "Leave out files that are not complete images")
 READS, WRITES = (DATA, EXTRACTORS, WEIGHTS), (OUT,)
@@ -47,7 +51,8 @@ def main() -> None:
     if DOWNLOAD.value and not everyone.rank:
         download(built_in(data) or data, ROOT.value)
     everyone.barrier()
-    images = open_for_scoring(data, ROOT.value, SIZE.value, SKIP_CORRUPT.value, everyone)
+    look = (SIZE.value, SKIP_CORRUPT.value, FIT.value, BACKGROUND.value)
+    images = open_for_scoring(data, ROOT.value, *look, team=everyone)
     extractors = load_extractors(EXTRACTORS.value, WEIGHTS.value, data, pick_device(), images.shape)
     first, *others = cached_statistics(images, extractors, [FEATURES.value] * len(extractors), everyone)
     if not everyone.rank:

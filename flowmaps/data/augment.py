@@ -9,20 +9,23 @@ from torch import Tensor
 PARAMETERS = 9  # numbers per image that describe its augmentation
 
 
-def random_hflip(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image of [B, C, H, W] left to right with probability 1/2."""
-    return _flipped(x, torch.rand(len(x), device=x.device, generator=generator) < 0.5, -1)
+def random_hflip(x: Tensor, label: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    """Mirror each image of [B, C, H, W] left to right with probability 1/2, and its label if that is an image too."""
+    chosen = torch.rand(len(x), device=x.device, generator=generator) < 0.5
+    if label is not None and label.ndim == 4:
+        label = _flipped(label, chosen, -1)
+    return _flipped(x, chosen, -1), label
 
 
-def drop_labels(label: Tensor, share: float, first: int, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Replace labels int64 [B] by "no label" (``num_classes``), a share of all rows in expectation.
+def drop_labels(label: Tensor, nothing: Tensor, share: float, first: int, generator: torch.Generator) -> Tensor:
+    """Replace labels [B, ...] by ``nothing``, which means "no label", a share of all rows in expectation.
 
     Rows are chosen among the ``first`` ones, with equal chance and independently.
     """
     drawn = torch.rand(len(label), device=label.device, generator=generator)
     chosen = drawn * max(first, 1) < share * len(label)
     chosen[first:] = False
-    return torch.where(chosen, num_classes, label)
+    return torch.where(chosen.view(-1, *[1] * (label.ndim - 1)), nothing, label)
 
 
 def edm_augment(x: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,15 @@
 """The interface of a data set, and iteration over one."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Batch = tuple[Tensor, Tensor | None]  # items [b, ...] as they are stored, and their labels int64 [b] or None
+from flowmaps.errors import UserError, shorten
+from flowmaps.info import MOST_CLASSES
+
+Batch = tuple[Tensor, Tensor | None]  # items [b, ...] as they are stored, and their labels, of classes int64 [b]
 
 
 class DataSet(Protocol):
@@ -30,8 +33,13 @@ class DataSet(Protocol):
         """Share of each class in the data; empty where they are as good as equal, or not known."""
         return ()
 
+    @property
+    def condition(self) -> tuple[int, ...]:
+        """Shape of what an item has in place of a class, floats; empty if it has nothing of the kind."""
+        return ()
+
     def fetch(self, index: Tensor) -> Batch:
-        """Return the items at ``index`` [b] as they are stored, with their labels int64 [b] or None."""
+        """Return the items at ``index`` [b] as they are stored, and their labels int64 [b], conditions or None."""
 
     def digest(self) -> str:
         """Return the fingerprint by which a resumed run recognises its data."""
@@ -64,6 +72,43 @@ class DataSet(Protocol):
 def named(classes: Sequence[str]) -> tuple[str, ...]:
     """Return ``classes`` unless they are only the numbers 0, 1, ..., as those of a dataset.json are."""
     return () if all(name == str(number) for number, name in enumerate(classes)) else tuple(classes)
+
+
+def numbered(
+    values: Sequence[int | str | None], names: Sequence[str], where: str, classes: Sequence[str] | None = None
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Return labels int64 [n] of the items ``names`` and the names of the classes; (None, ()) if no item has a label.
+
+    Args:
+        values: The label of each item: a number, or a text, which is a number or a name; None without one.
+        names: What errors call the items.
+        where: What they call the source.
+        classes: The names of the classes by number; by default names in alphabetical order, or the numbers.
+
+    Raises:
+        UserError: Some items have no label, or a label is not a number from 0 on.
+    """
+    missing = [name for name, value in zip(names, values, strict=True) if value is None]
+    if len(missing) == len(values):
+        return None, ()
+    if missing:
+        raise UserError(f"{where}: {len(missing)} items have no label, such as {missing[0]}: label all or none")
+    numbers: dict[Any, int]
+    if classes is None and any(isinstance(value, str) and not value.isdecimal() for value in values):
+        classes = sorted({str(value) for value in values})
+        numbers = {name: i for i, name in enumerate(classes)}
+        return torch.tensor([numbers[str(value)] for value in values]), tuple(classes)
+    try:
+        label = [int(value) for value in values if value is not None]
+    except ValueError as error:
+        raise UserError(f"{where}: a label is not a number ({shorten(error, 80)})") from None
+    low, high = min(label), max(label)
+    if low < 0 or high >= (MOST_CLASSES if classes is None else len(classes)):
+        wrong, most = (low, high)[low >= 0], MOST_CLASSES if classes is None else len(classes)
+        raise UserError(f"{where}: the label of {names[label.index(wrong)]} is {wrong}, not in 0 .. {most - 1:,}")
+    if low > 0 and classes is None:
+        raise UserError(f"{where}: the labels begin at {low}, so that class 0 has no image: count from 0")
+    return torch.tensor(label), tuple(map(str, range(high + 1))) if classes is None else tuple(classes)
 
 
 def iterate(data: DataSet, items: range | None = None, batch: int = 500) -> Iterator[Batch]:

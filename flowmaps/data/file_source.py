@@ -1,4 +1,4 @@
-"""Folders and zip files: the images in them, and their bytes."""
+"""Sources of image files, and two of them: folders and zip files."""
 
 import os
 import stat
@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.reading import regular_file
@@ -44,7 +46,7 @@ def _is_image(name: str) -> bool:
 
 
 class FileSource(Protocol):
-    """A folder or a zip file."""
+    """A folder, a zip file, or anything else that has images as files, by name."""
 
     @property
     def root(self) -> Path: ...
@@ -57,6 +59,14 @@ class FileSource(Protocol):
 
     def read(self, name: str) -> bytes:
         """Return the content of one file of at most ``LARGEST_FILE`` bytes."""
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """A source that has the labels of its images, rather than folders of classes or a dataset.json."""
+
+    def labels(self, names: list[str]) -> tuple[Tensor | None, tuple[str, ...]]:
+        """Return labels int64 [n] of the images ``names`` and the names of the classes; (None, ()) without labels."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ class Folder:
             seen = os.fstat(file)
             if not stat.S_ISREG(seen.st_mode):
                 raise IsADirectoryError if stat.S_ISDIR(seen.st_mode) else OSError("a pipe or a device, not a file")
-            _check_size(seen.st_size)
+            check_size(seen.st_size)
             content = os.read(file, seen.st_size + 1)
             while len(content) < seen.st_size and (more := os.read(file, seen.st_size - len(content))):
                 content += more
@@ -117,7 +127,8 @@ class Folder:
             os.close(file)
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
+    """Refuse a file of more than ``LARGEST_FILE`` bytes."""
     if size > LARGEST_FILE:
         raise RuntimeError(f"{size:,} bytes, more than {LARGEST_FILE:,}")
 
@@ -161,7 +172,7 @@ class Zip:
 
     def read(self, name: str) -> bytes:
         archive = self._archive()
-        _check_size(archive.getinfo(name).file_size)
+        check_size(archive.getinfo(name).file_size)
         return archive.read(name)
 
 

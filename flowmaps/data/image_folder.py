@@ -1,4 +1,4 @@
-"""Images in a folder or a zip file: listed, checked once, labelled, and decoded on demand."""
+"""Image files of any source: listed, checked once, labelled, and decoded on demand."""
 
 import errno
 import hashlib
@@ -14,25 +14,35 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowmaps.data.dataset import Batch, DataSet, named
-from flowmaps.data.file_source import LABELS, READ_ERRORS, SUFFIXES, FileSource, Folder, Zip
+from flowmaps.data.file_source import LABELS, READ_ERRORS, SUFFIXES, FileSource, Folder, Labelled, Zip
 from flowmaps.data.image_check import check_images, some
 from flowmaps.data.image_io import (
+    BACKGROUNDS,
+    FITS,
     LARGEST_SIDE,
     BadImage,
     Pixels,
-    area_center_crop,
     decode,
     in_threads,
+    squared,
     with_channels,
 )
-from flowmaps.errors import UserError, shorten
+from flowmaps.data.tables import open_table
+from flowmaps.data.tars import open_tars
+from flowmaps.errors import UserError, choose, shorten
 from flowmaps.info import MOST_CLASSES
 from flowmaps.reading import parse_json, regular_file
+
+PREFIXES = ("hf", "wds")  # before a colon and the address of a Hugging Face dataset, or of WebDataset shards
 
 
 @dataclass(frozen=True)
 class ImageFiles(DataSet):
-    """A data set of image files, decoded at each visit; without ``size`` they are not cropped and need one shape."""
+    """A data set of image files, decoded at each visit; without ``size`` they need one shape.
+
+    ``fit``, one of ``FITS``, makes them square. ``background``, one of ``BACKGROUNDS``, is behind transparent pixels
+    and around padded images.
+    """
 
     source: FileSource
     names: list[str]
@@ -42,6 +52,8 @@ class ImageFiles(DataSet):
     classes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()  # in the source but not in the data set, with reasons
     sha256: str = ""  # over the contents of the files in order
+    fit: str = "crop"
+    background: str = "white"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,7 +77,8 @@ class ImageFiles(DataSet):
 
     @property
     def crop(self) -> str:
-        return "centre square, exact mean over areas" if self.size else "none"
+        added = "" if self.background == "white" else f", over {self.background}"
+        return f"{FITS[self.fit]}, exact mean over areas{added}" if self.size else f"none{added}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,7 +87,8 @@ class ImageFiles(DataSet):
 
     def _image(self, name: str) -> Pixels:
         try:
-            pixels = with_channels(decode(self.source.read(name)), self.channels)
+            pixels = with_channels(decode(self.source.read(name), background=self.background), self.channels)
+            return squared(pixels, self.size, self.fit, self.background) if self.size else pixels
         except (BadImage, *READ_ERRORS) as error:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # not the file's fault
                 raise
@@ -82,7 +96,6 @@ class ImageFiles(DataSet):
                 f"{self.source.root}: {name} is now unreadable ({error}) although it passed the check at start-up: "
                 "restore it"
             ) from None
-        return area_center_crop(pixels, self.size) if self.size else pixels
 
     def file_of(self, item: int) -> str:
         """Return the file that an item is read from."""
@@ -96,7 +109,10 @@ class ImageFiles(DataSet):
 
     def content(self) -> str:
         """Return a SHA-256 over the files' contents in order, channels and size."""
-        return hashlib.sha256(json.dumps([self.channels, self.size, self.sha256]).encode()).hexdigest()
+        facts = [self.channels, self.size, self.sha256]
+        if (self.fit, self.background) != ("crop", "white"):
+            facts += [self.fit, self.background]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def fetch(self, index: Tensor) -> Batch:
         names = [self.names[i] for i in index.tolist()]
@@ -112,18 +128,28 @@ class ImageFiles(DataSet):
         return torch.from_numpy(x), None if self.label is None else self.label[index]
 
 
-def open_images(root: str | Path, size: int | None = None, skip_corrupt: bool = False) -> ImageFiles:
-    """Open the images under a folder or in a zip file; each is decoded once to check that it is intact.
+def open_images(
+    root: str | Path,
+    size: int | None = None,
+    skip_corrupt: bool = False,
+    fit: str = "crop",
+    background: str = "white",
+) -> ImageFiles:
+    """Open the images of a source; each is decoded once to check that it is intact.
 
-    Labels come from dataset.json if it exists, else from the names of the first folders that differ, in alphabetical
-    order; there are none if an image lies outside such a folder. Files left out, also hidden ones and the folders of
-    the system, are named on stderr.
+    The source ``root`` is a folder, a zip file, ``hf:`` with what ``open_table`` takes, or ``wds:`` with what
+    ``open_tars`` takes. Labels of a folder or zip file come from dataset.json if it exists, else from the names of the
+    first folders that differ, in alphabetical order; there are none if an image lies outside such a folder. Files left
+    out, also hidden ones and the folders of the system, are named on stderr. For the others see ``ImageFiles``.
 
     Raises:
         UserError: Some files are not intact images, and ``skip_corrupt`` is off; the message names them.
     """
     if size is not None and not 1 <= size <= LARGEST_SIDE:
         raise UserError(f"must lie in 1 .. {LARGEST_SIDE:,}", field="size", value=size)
+    for name, value, choices in (("fit", fit, FITS), ("background", background, BACKGROUNDS)):
+        if value not in choices:
+            raise UserError(choose(value, choices), field=name, value=value)
     source, found, left_out = find_images(root)
     checked = check_images(source, found)
     bad = checked.bad
@@ -139,15 +165,13 @@ def open_images(root: str | Path, size: int | None = None, skip_corrupt: bool = 
     if left_out:
         tqdm.write(f"{root}: {len(names)} images; left out: {', '.join(left_out)}", file=sys.stderr)
     label, classes = find_labels(source, names)
-    return ImageFiles(source, names, checked.channels, size, label, classes, tuple(left_out), checked.sha256)
+    facts = (checked.channels, size, label, classes, tuple(left_out), checked.sha256)
+    return ImageFiles(source, names, *facts, fit, background)
 
 
 def find_images(root: str | Path) -> tuple[FileSource, dict[str, str], list[str]]:
-    """Return the folder or zip file ``root``, its image files and its other files; none of them is read."""
-    root = Path(root)
-    if not root.exists():
-        raise UserError("no such folder or zip file of images", field="root", value=root)
-    source: FileSource = Folder(root) if root.is_dir() else Zip(regular_file(root))
+    """Return the source ``root``, its image files and its other files; none of them is read."""
+    source = _source(root)
     found, left_out = source.listing()
     if not found:
         others = f"; left out: {', '.join(summary(left_out))}" if left_out else ""
@@ -155,16 +179,30 @@ def find_images(root: str | Path) -> tuple[FileSource, dict[str, str], list[str]
     return source, found, left_out
 
 
+def _source(root: str | Path) -> FileSource:
+    form, _, address = str(root).partition(":")
+    if isinstance(root, str) and form in PREFIXES:
+        return open_table(address) if form == "hf" else open_tars(address)
+    root = Path(root)
+    if not root.exists():
+        raise UserError("no such folder or zip file of images", field="root", value=root)
+    return Folder(root) if root.is_dir() else Zip(regular_file(root))
+
+
 def find_labels(source: FileSource, names: list[str]) -> tuple[Tensor | None, tuple[str, ...]]:
     """Return labels int64 [n] of the images ``names`` and the names of the classes; (None, ()) without labels.
 
     Classes without an image are named on stderr.
     """
-    label, classes = _labels(source, names)
-    if label is None:
+    if isinstance(source, Labelled):
+        numbers, classes = source.labels(names)
+    else:
+        label, classes = _labels(source, names)
+        numbers = None if label is None else torch.tensor([label[name] for name in names])
+    if numbers is None:
         return None, classes
-    numbers = torch.tensor([label[name] for name in names])
-    if empty := [name for name, count in zip(classes, numbers.bincount().tolist(), strict=True) if not count]:
+    counts = numbers.bincount(minlength=len(classes)).tolist()
+    if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
         shown = ", ".join(empty[:20]) + (f" and {len(empty) - 20} more" if len(empty) > 20 else "")
         tqdm.write(f"{source.root}: classes without an image: {shown}", file=sys.stderr)
     return numbers, classes

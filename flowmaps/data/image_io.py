@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import gcd
 from typing import Any, TypeVar
 
@@ -14,6 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Pixels = NDArray[np.uint8]  # [height, width, 1 or 3]
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "PPM")  # of the suffixes; Pillow has others, which start programs
 LARGEST_IMAGE, LARGEST_SIDE = 1 << 26, 1 << 13  # pixels of an image, also while it is resized, and of a crop's side
+BACKGROUNDS = {"white": 255, "black": 0, "grey": 128}  # what is behind transparent pixels and around padded images
+FITS = {"crop": "centre square", "pad": "padded to a square"}  # ways to a square
 ORIENTED = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # where Pillow finds a rotation mark
 Result = TypeVar("Result")
 
@@ -22,16 +24,16 @@ class BadImage(ValueError):
     """The bytes are not an intact image; the message says why."""
 
 
-def decode(content: bytes, upright: bool = True) -> Pixels:
+def decode(content: bytes, upright: bool = True, background: str = "white") -> Pixels:
     """Decode an image file of one of the ``FORMATS`` to uint8 [H, W, C]; C = 1 for grey, else 3.
 
     ``upright`` applies the EXIF orientation. 16-bit grey is scaled to 8 bits, CMYK and palettes become RGB,
-    transparency is put over white.
+    transparency is put over ``background``, one of ``BACKGROUNDS``.
 
     Raises:
         BadImage: The file is not an intact image, or has more than ``LARGEST_IMAGE`` pixels.
     """
-    return _decode(content, to_pixels, upright)
+    return _decode(content, partial(to_pixels, background=background), upright)
 
 
 def inspect(content: bytes) -> int:
@@ -72,8 +74,8 @@ def _channels(image: Image.Image) -> int:
     return int(to_pixels(image).shape[-1])
 
 
-def to_pixels(image: Image.Image) -> Pixels:
-    """Convert an open image of any mode to uint8 [H, W, C]."""
+def to_pixels(image: Image.Image, background: str = "white") -> Pixels:
+    """Convert an open image of any mode to uint8 [H, W, C], transparent pixels over a ``background``."""
     if image.mode.startswith("I"):  # 16 bits
         deep: NDArray[Any] = np.asarray(image)
         if deep.min() < 0 or deep.max() > 65535:
@@ -85,7 +87,8 @@ def to_pixels(image: Image.Image) -> Pixels:
         grey = image.mode in ("1", "L", "LA", "La")
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            behind = Image.new("RGBA", image.size, 3 * (BACKGROUNDS[background],) + (255,))
+            image = Image.alpha_composite(behind, image)
         mode = "L" if grey else "RGB"
         array = np.array(image if image.mode == mode else image.convert(mode))
     return np.ascontiguousarray(np.atleast_3d(array))
@@ -114,6 +117,24 @@ def area_center_crop(pixels: Pixels, size: int) -> Pixels:
         np.matmul(planes[:, old], share.T.astype(sums, copy=False), out=resized[:, new])
     mean: Pixels = np.rint(np.divide(resized, whole**2, dtype=np.float64)).astype(np.uint8)
     return mean.reshape(channels, size, size).transpose(1, 2, 0)
+
+
+def squared(pixels: Pixels, size: int, fit: str = "crop", background: str = "white") -> Pixels:
+    """Make an image ``size`` x ``size``: by its central square, or padded with the ``background`` on both sides.
+
+    Raises:
+        BadImage: The padded image would have more than ``LARGEST_IMAGE`` pixels.
+    """
+    height, width, channels = pixels.shape
+    if fit == "pad" and height != width:
+        side = max(height, width)
+        if side**2 > LARGEST_IMAGE:
+            raise BadImage(f"{width} x {height} pixels are too many to be padded to a square")
+        whole = np.full((side, side, channels), BACKGROUNDS[background], np.uint8)
+        top, left = (side - height) // 2, (side - width) // 2
+        whole[top : top + height, left : left + width] = pixels
+        pixels = whole
+    return area_center_crop(pixels, size)
 
 
 def adm_center_crop(pixels: Pixels, size: int) -> Pixels:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,6 +25,7 @@ class MapStyleData(DataSet):
     fingerprint: str
     shape: tuple[int, ...] = ()
     num_classes: int = 0
+    condition: tuple[int, ...] = ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -43,8 +45,8 @@ class MapStyleData(DataSet):
 
     def fetch(self, index: Tensor) -> Batch:
         rows = [_read(self.items, i) for i in index.tolist()]
-        labels = [label for _, label in rows if label is not None]
-        return torch.stack([x for x, _ in rows]), torch.tensor(labels) if labels else None
+        labels = [torch.as_tensor(label) for _, label in rows if label is not None]
+        return torch.stack([x for x, _ in rows]), torch.stack(labels) if labels else None
 
 
 def as_dataset(data: Any, num_classes: int | None = None) -> DataSet:
@@ -52,8 +54,9 @@ def as_dataset(data: Any, num_classes: int | None = None) -> DataSet:
 
     Args:
         data: An object with ``__len__`` and ``__getitem__``; an item is x or (x, label). x is an image, PIL or uint8
-            [C, H, W], all of one shape, or a point, float32 [dim]. label is an integer from 0 on. A ``DataSet`` is
-            returned as it is. Items must be the same at every visit: random augmentation belongs in the config
+            [C, H, W], all of one shape, or a point, float32 [dim]. label is an integer from 0 on, or a condition:
+            floats of one shape, a vector [dim], tokens [n, dim] or an image [C, H, W]. A ``DataSet`` is returned as it
+            is. Items must be the same at every visit: random augmentation belongs in the config
             (``data.flip``, ``data.augment``).
         num_classes: Number of classes; by default the largest label + 1, or 0 without labels. Needed if no item has
             the label 0.
@@ -86,17 +89,27 @@ def as_dataset(data: Any, num_classes: int | None = None) -> DataSet:
             raise UserError(f"item {i} is {_described(x)}, item 0 {_described(first)}: give all items one shape")
         if (label is None) != (first_label is None):
             raise UserError(f"item {i} has {'no' if label is None else 'a'} label, unlike item 0: label all or none")
-        digest.update(f"{tuple(x.shape)} {label} ".encode() + x.contiguous().numpy().tobytes())
-        if label is not None and smallest is not None:
+        if isinstance(label, Tensor) or isinstance(first_label, Tensor):
+            if not isinstance(label, Tensor) or _condition(first_label) != label.shape:
+                raise UserError(f"the condition of item {i} is not of the shape of item 0's, {_condition(first_label)}")
+            digest.update(label.numpy().tobytes())
+        elif label is not None and isinstance(smallest, int):
             classes, smallest = max(classes, label + 1), min(smallest, label)
+        told = "condition" if isinstance(label, Tensor) else label
+        digest.update(f"{tuple(x.shape)} {told} ".encode() + x.contiguous().numpy().tobytes())
     if num_classes is not None and num_classes < classes:
         raise UserError(f"the largest label is {classes - 1}", field="num_classes", value=num_classes)
-    if num_classes is None and smallest:
+    if num_classes is None and isinstance(smallest, int) and smallest:
         raise UserError(f"the labels begin at {smallest}, so class 0 has no item: count from 0, or pass num_classes")
-    return MapStyleData(data, digest.hexdigest(), tuple(first.shape), classes if num_classes is None else num_classes)
+    found, shape = classes if num_classes is None else num_classes, _condition(first_label)
+    return MapStyleData(data, digest.hexdigest(), tuple(first.shape), found, shape)
 
 
-def _read(items: Any, i: int) -> tuple[Tensor, int | None]:
+def _condition(label: int | Tensor | None) -> tuple[int, ...]:
+    return tuple(label.shape) if isinstance(label, Tensor) else ()
+
+
+def _read(items: Any, i: int) -> tuple[Tensor, int | Tensor | None]:
     item = items[i]
     x, label = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
     if isinstance(x, (tuple, list)) and len(x) == 1:  # an item of a TensorDataset without labels
@@ -112,6 +125,11 @@ def _read(items: Any, i: int) -> tuple[Tensor, int | None]:
         )
     if label is None:
         return x, None
+    if isinstance(label, (Tensor, np.ndarray)) and label.ndim and torch.as_tensor(label).is_floating_point():
+        condition = torch.as_tensor(label).float()
+        if not bool(torch.isfinite(condition).all()):
+            raise UserError(f"the condition of item {i} is not finite")
+        return x, condition.contiguous()
     try:
         number = operator.index(label)
     except TypeError:

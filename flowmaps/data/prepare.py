@@ -115,7 +115,7 @@ def write_images(
 
     Args:
         out: Directory of the set; one that was started with the same arguments is completed.
-        root: Folder or zip file of images, labelled as ``open_images`` labels them.
+        root: Source of images, as ``open_images`` takes and labels them.
         size: Pixels per side of the crops.
         encoder: Write the latents that it makes instead of the crops.
         shard: Images per file, less those left out; their mirror images come on top. A file is made in memory.

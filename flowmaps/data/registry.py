@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowmaps.data.builtin import ArrayData, checkerboard, cifar10, digits, fashion_mnist
 from flowmaps.data.dataset import DataSet
-from flowmaps.data.image_folder import open_images
+from flowmaps.data.image_folder import PREFIXES, open_images
 from flowmaps.data.shards import Latents, PreparedImages, Shards, TrajectoryFiles
 from flowmaps.errors import UserError
 from flowmaps.images import from_uint8
@@ -24,7 +24,12 @@ DATASETS: dict[str, Callable[[str, str], ArrayData]] = {  # name -> opener(split
     "digits": digits,
     "fashion_mnist": fashion_mnist,
 }
-FORMATS = ("folder", "zip", "prepared")  # names for the data at ``root``: images, or a set that prepare_data.py wrote
+FORMATS = (
+    "folder",
+    "zip",
+    "prepared",
+    *PREFIXES,
+)  # names for the data at ``root``; prepared: by prepare_data.py
 
 
 def open_dataset(
@@ -34,17 +39,22 @@ def open_dataset(
     root: str | Path = "data",
     size: int | None = None,
     skip_corrupt: bool = False,
+    fit: str = "crop",
+    background: str = "white",
 ) -> DataSet:
     """Open a data set, for training or for scoring.
 
     Args:
         name_or_path: One of ``DATASETS``, also with its split (``"digits:heldout"``, ``"digits-heldout"``); the path of
-            a folder or zip file of images, of a set that prepare_data.py wrote, or of an .npz of samples; or one of
-            ``FORMATS``, whose path is ``root``. A ``Path`` is never taken for a name.
+            a folder or zip file of images, of a set that prepare_data.py wrote, or of an .npz of samples; ``hf:`` or
+            ``wds:`` with the address of a Hugging Face dataset (``hf:uoft-cs/cifar100@test``) or of WebDataset shards;
+            or one of ``FORMATS``, whose path or address is ``root``. A ``Path`` is never taken for a name.
         split: "train" or "heldout", if the name has no split. Only the built-in data sets have a "heldout".
-        root: Folder of the built-in data sets' files, or the path of a format.
-        size: Crop the images of a folder or zip file to squares of this many pixels; None leaves them as they are.
+        root: Folder of the built-in data sets' files, or the path or address of a format.
+        size: Make image files squares of this many pixels; None leaves them as they are.
         skip_corrupt: Leave out files that are not intact images instead of refusing them.
+        fit: The way to a square: "crop" takes the central one, "pad" adds ``background``.
+        background: "white", "black" or "grey", also behind transparent pixels.
 
     Returns:
         A ``DataSet``: ``ArrayData``, ``ImageFiles``, ``PreparedImages`` or ``Latents``.
@@ -64,13 +74,15 @@ def open_dataset(
     if split != "train":
         raise UserError(f"only {', '.join(DATASETS)} have a split {split!r}", field="split", value=split)
     if name_or_path in FORMATS:
-        return _open_format(str(name_or_path), Path(root), size, skip_corrupt)
+        return _open_format(str(name_or_path), root, size, skip_corrupt, fit, background)
     check_source(name_or_path)
+    if is_address(name_or_path):
+        return open_images(name_or_path, size, skip_corrupt, fit, background)
     path = Path(name_or_path)
     if prepared_kind(path):
         return _open_prepared(path)
     if path.is_dir() or path.suffix == ".zip":
-        return open_images(path, size, skip_corrupt)
+        return open_images(path, size, skip_corrupt, fit, background)
     return ArrayData(_read_samples(path), name=path.name)
 
 
@@ -80,8 +92,21 @@ def builtin_name(source: str | Path, split: str = "train") -> tuple[str, str] | 
     return None if found is None or Path(source).exists() else (found[1], found[2] or split)
 
 
+def is_address(source: str | Path) -> bool:
+    """Tell hf:ADDRESS and wds:ADDRESS from the path of an existing file."""
+    prefix, colon, _ = str(source).partition(":")
+    return isinstance(source, str) and bool(colon) and prefix in PREFIXES and not Path(source).exists()
+
+
+def source_of(name: str, root: str) -> str:
+    """Return what flags such as --data and --reference call the data that a config names, other than its root."""
+    return f"{name}:{root}" if name in PREFIXES else root if name in FORMATS else name
+
+
 def check_source(name_or_path: str | Path) -> None:
-    """Refuse, before any slow work, what is neither a path nor the name of a built-in data set."""
+    """Refuse, before any slow work, what is neither a path, an address, nor the name of a built-in data set."""
+    if is_address(name_or_path):
+        return
     if not builtin_name(name_or_path) and not Path(name_or_path).exists():
         raise UserError(
             f"no such file or folder, and not a data set ({', '.join(DATASETS)})", field="name", value=name_or_path
@@ -104,14 +129,19 @@ def as_samples(data: DataSet, x: Tensor, noise: Callable[[tuple[int, ...]], Tens
     return from_uint8(x) if x.dtype == torch.uint8 else x
 
 
-def _open_format(name: str, root: Path, size: int | None, skip_corrupt: bool) -> DataSet:
+def _open_format(
+    name: str, root: str | Path, size: int | None, skip_corrupt: bool, fit: str, background: str
+) -> DataSet:
+    if name in PREFIXES:
+        return open_images(f"{name}:{root}", size, skip_corrupt, fit, background)
+    root = Path(root)
     if name == "prepared":
         return _open_prepared(root)
     if prepared_kind(root):
         raise UserError("a set written by prepare_data.py: set name=prepared", field="root", value=root)
     if root.exists() and root.is_dir() != (name == "folder"):
         raise UserError(f"{root} is not a {name}: choose folder or zip", field="name", value=name)
-    return open_images(root, size, skip_corrupt)
+    return open_images(root, size, skip_corrupt, fit, background)
 
 
 def _open_prepared(root: Path) -> DataSet:

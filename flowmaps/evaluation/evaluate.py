@@ -1,5 +1,6 @@
 """Score a model or images against a reference, with a record of every fact that moves the number."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,8 @@ def evaluate(
         facts |= {"seeds": list(seeds), **guided} if fm else {"seeds": [], **dict.fromkeys(guided)}
         facts |= {"kid_subset": kid_subset} if "kid" in metrics else {}
         facts["label_policy"] = label_policy_text(policy) if fm else None
+        if fm is not None and fm.conditions is not None:
+            facts["condition"] = hashlib.sha256(fm.conditions.cpu().contiguous().numpy().tobytes()).hexdigest()
         record = describe(references, fm, facts)
         if before_sampling:
             before_sampling(record | {"results": _planned(fm, settings, averages)})
@@ -179,7 +182,8 @@ def evaluate(
     else:
         options = {**guided, "label_policy": policy, "batch": batch, "progress": progress}
         samplings = _samplings(fm, settings, averages, seeds, team.split(num), options)
-    fixed = fm is not None and not (isinstance(policy, str) and policy == RANDOM)  # classes whatever the seed
+    random = isinstance(policy, str) and policy == RANDOM  # other classes for another seed
+    fixed = fm is not None and fm.info.num_classes > 0 and not random
     classes = sample_labels(fm.info, 0, num, 0, guided["label"], policy) if fm and fixed else None
     rows = []
     for row, shares in samplings:

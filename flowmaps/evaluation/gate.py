@@ -13,7 +13,7 @@ from flowmaps.evaluation.verdicts import Difference, Verdict, failures, junit, n
 from flowmaps.files import WRITER, WRITTEN_BY, check_new_file, writable_directory, write_file, write_json
 
 # What two records must agree in before their distances can be compared.
-PROTOCOL = ("metric", "extractor", "num", "seeds", "label", "label_policy", "guidance", "guidance_interval", "gamma")
+PROTOCOL = tuple("metric extractor num seeds label label_policy condition guidance guidance_interval gamma".split())
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class Limits:
         if self.baseline is None:
             return
         for fact in PROTOCOL:
-            if report[fact] != self.baseline.get(fact):
+            if report.get(fact) != self.baseline.get(fact):
                 raise self._refusal(
-                    f"was made with another {fact} ({self.baseline.get(fact)}, now {report[fact]}): make it again, or "
-                    "score as it was made"
+                    f"was made with another {fact} ({self.baseline.get(fact)}, now {report.get(fact)}): make it again, "
+                    "or score as it was made"
                 )
         before = {part["metric"]: part for part in representations(self.baseline)}
         for part in representations(report):

@@ -1,8 +1,8 @@
-"""Plots of scores, and of step sizes with the costs that they were fitted to."""
+"""Plots of scores, of curves over training, and of step sizes with the costs that they were fitted to."""
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,10 @@ def lines(
     plt = pyplot()
     metrics = list(dict.fromkeys(metric for _, metric, _, _ in points))
     names = list(dict.fromkeys(point[0] for point in points))
-    styles = {name: {"color": f"C{i}", "fmt": f"{MARKERS[i % len(MARKERS)]}-"} for i, name in enumerate(names)}
+    styles = {  # after ten colours the same ones again, dashed
+        name: {"color": f"C{i % 10}", "fmt": f"{MARKERS[i % len(MARKERS)]}{'-' if i < 10 else '--'}"}
+        for i, name in enumerate(names)
+    }
     shown: dict[str, Any] = {}
     across = min(2, len(metrics))
     down = math.ceil(len(metrics) / across)
@@ -78,6 +81,37 @@ def lines(
             axes.set_xticks(steps)
         axes.grid(alpha=0.3)
     figure.legend(handles=list(shown.values()), loc="outside lower center", ncols=min(4, len(shown)), fontsize="small")
+    return picture(figure)
+
+
+def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], across: int = 3) -> Image.Image:
+    """Plot (training step, value) of runs by name, a panel for each quantity, ``across`` of them in a row.
+
+    The vertical axis is logarithmic where positive values span more than a decade.
+    """
+    plt = pyplot()
+    names = list(dict.fromkeys(name for runs in panels.values() for name in runs))
+    across = min(across, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure, axes = plt.subplots(
+        down, across, layout="constrained", figsize=(4.6 * across, 3.2 * down), dpi=110, squeeze=False
+    )
+    shown: dict[str, Any] = {}
+    for panel, (quantity, runs) in zip(axes.flat, panels.items(), strict=False):
+        for name, points in runs.items():
+            i = names.index(name)
+            look = {"color": f"C{i}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4], "linewidth": 1.3}
+            marker = MARKERS[i % len(MARKERS)] if len(points) < 20 else ""
+            (shown[name],) = panel.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name, **look)
+        values = [value for points in runs.values() for _, value in points]
+        if min(values) > 0 and max(values) > 10 * min(values):
+            panel.set_yscale("log")
+        panel.set(title=quantity, xlabel="step")
+        panel.grid(alpha=0.3)
+    for panel in axes.flat[len(panels) :]:
+        panel.remove()
+    handles = [shown[name] for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize="small")
     return picture(figure)
 
 

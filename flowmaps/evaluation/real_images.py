@@ -18,10 +18,13 @@ from flowmaps.data import ArrayData, DataSet, Latents, iterate, open_dataset
 from flowmaps.data.registry import builtin_name, check_source
 from flowmaps.distributed import ALONE, Team
 from flowmaps.errors import UserError, blame
+from flowmaps.evaluation.samples import RECORD
 from flowmaps.files import cache_directory
 from flowmaps.metrics import FeatureStats, frechet_distance
 from flowmaps.metrics.features import Extractor, extract
 from flowmaps.metrics.memorisation import Memorisation, memorisation
+from flowmaps.metrics.stored import REMEDY
+from flowmaps.reading import npz_shapes
 
 
 def built_in(source: str) -> str:
@@ -92,17 +95,34 @@ def open_images(images: Tensor | str | Path | DataSet, root: str | Path = "data"
     if isinstance(images, str | Path):
         with blame("samples", images):
             check_source(images)
+            _refuse_steered(Path(images))
         return open_for_scoring(images, root, team=team)
     return images
 
 
+def _refuse_steered(file: Path) -> None:
+    """Refuse an archive of samples that a model did not make alone: a score would pass for the model's."""
+    if file.suffix == ".npz" and file.is_file() and RECORD in npz_shapes(file, REMEDY):
+        raise UserError(
+            "these samples were steered, or made of a picture (its record says how), so that their distance is not a "
+            "score of the model: to measure them as images, give their folder steps-N"
+        )
+
+
 def open_for_scoring(
-    source: str | Path, root: str | Path, size: int | None = None, skip_corrupt: bool = False, team: Team = ALONE
+    source: str | Path,
+    root: str | Path,
+    size: int | None = None,
+    skip_corrupt: bool = False,
+    fit: str = "crop",
+    background: str = "white",
+    team: Team = ALONE,
 ) -> DataSet:
-    """Open the data set ``source`` for scoring; an existing path is preferred to a name."""
+    """Open the data set ``source`` for scoring by ``open_dataset``; an existing path is preferred to a name."""
     with team.main_process_first():  # it checks all images of a folder, and the others find its cache
         path = Path(source)
-        images = open_dataset(path if path.exists() else source, root=root, size=size, skip_corrupt=skip_corrupt)
+        look = {"size": size, "skip_corrupt": skip_corrupt, "fit": fit, "background": background}
+        images = open_dataset(path if path.exists() else source, root=root, **look)  # type: ignore[arg-type]
     if isinstance(images, Latents):
         raise UserError(f"{source} holds latents, not images: pass the images that they were made from")
     return images

@@ -71,6 +71,7 @@ class _Record:
     floor: dict[str, Any] | None = None  # source, n and distances of real images
     kid_subset: int | None = None  # of KID, if it was scored
     label_policy: str | None = None  # of an earlier version's record of a model: balanced
+    condition: str | None = None  # SHA-256 of the conditions of a model that takes them
     failed: list[str] = field(default_factory=list)  # reasons why the run that wrote it failed its gate
     written_by: str = ""
 

@@ -132,6 +132,18 @@ CAPTIONS = {
     "loss": "Training loss. The two are different quantities: compare the slopes, not the heights.",
 }
 PAGE = """\
+<h2>What it shows</h2>
+<ul>
+{conclusions}
+</ul>
+{pictures}
+<h2>The numbers</h2>
+{numbers}
+<h2>What to type next</h2>
+{commands}
+<details><summary>The config of the run</summary><pre>{config}</pre></details>
+"""
+HEAD = """\
 <!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -149,17 +161,6 @@ PAGE = """\
 </style>
 <h1>{title}</h1>
 <p>{summary}</p>
-<h2>What it shows</h2>
-<ul>
-{conclusions}
-</ul>
-{pictures}
-<h2>The numbers</h2>
-{numbers}
-<h2>What to type next</h2>
-{commands}
-<details><summary>The config of the run</summary><pre>{config}</pre></details>
-</html>
 """
 
 
@@ -187,19 +188,31 @@ def write_report(
     figures = []
     for name, picture in pictures.items():
         write_png(picture, out / f"{name}.png")
-        source, text = f"data:image/png;base64,{base64.b64encode(png(picture)).decode()}", html.escape(CAPTIONS[name])
-        figures.append(f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>')
+        figures.append(html_figure(picture, CAPTIONS[name]))
     page = PAGE.format(
         pictures="\n".join(figures),
         conclusions="\n".join(f"<li>{html.escape(line)}" for line in conclusions),
-        numbers=_html_table(*numbers),
+        numbers=html_table(*numbers),
         commands="\n".join(f"<p>{html.escape(what)}:</p>{_html_command(words)}" for what, words in commands.items()),
-        **{name: html.escape(text) for name, text in (("title", title), ("summary", summary), ("config", config))},
+        config=html.escape(config),
     )
-    write_file(out / "report.html", page.encode())
+    write_file(out / "report.html", html_page(title, summary, page))
 
 
-def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_page(title: str, summary: str, body: str) -> bytes:
+    """Return a page: a title and a summary as plain text, and the rest as HTML."""
+    head = HEAD.format(title=html.escape(title), summary=html.escape(summary))
+    return f"{head}{body}</html>\n".encode()
+
+
+def html_figure(picture: Image.Image, caption: str) -> str:
+    """Return a picture inside the page, with its caption below."""
+    source, text = f"data:image/png;base64,{base64.b64encode(png(picture)).decode()}", html.escape(caption)
+    return f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
+
+
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of texts."""
     lines = []
     for cells, tag in ((columns, "th"), *((row, "td") for row in rows)):
         lines.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>")

@@ -1,5 +1,6 @@
 """Draw samples, show them as grids, write them to disk."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from flowmaps.data import DataSet, ShuffledOrder, as_samples
 from flowmaps.errors import UserError
-from flowmaps.files import WRITER, WRITTEN_BY, Layout, lock_later, new_directory, new_file
+from flowmaps.files import WRITER, WRITTEN_BY, Layout, finite, lock_later, new_directory, new_file
 from flowmaps.flow_map import FlowMap
 from flowmaps.generate import generate
 from flowmaps.images import COLUMNS, png, sample_grid, to_pil, to_uint8
@@ -27,16 +28,20 @@ from flowmaps.markdown import counted
 from flowmaps.rng import generator
 from samplers.grids import uniform_times
 
+RECORD = "record"  # key of an archive of samples that a model did not make alone
 PICTURES = Layout("000000.png", b"tEXtSoftware\0flowmaps", ("[0-9]*.png",))
 GRID = 8192  # samples that a grid may need: a point cloud takes many
 
 
-def write_samples(batches: Iterable[tuple[Tensor, Tensor | None]], out: Path, count: int) -> Tensor:
+def write_samples(
+    batches: Iterable[tuple[Tensor, Tensor | None]], out: Path, count: int, record: dict[str, Any] | None = None
+) -> Tensor:
     """Write the samples of one step count as they are made, to steps-N/*.png and samples-N.npz.
 
     A folder of an earlier call is replaced, so that it never holds a mix; of two calls at a time the last one's files
-    stay. Points have no pictures. Memory does not grow with the number of samples. Returns the first ones, as many as a
-    grid shows.
+    stay. Points have no pictures. Memory does not grow with the number of samples. The ``record`` of samples that a
+    model did not make alone, complete once they are made, is written as JSON into the archive. Returns the first
+    samples, as many as a grid shows.
     """
     shown: list[Tensor] = []
     labels: list[Tensor] = []
@@ -77,6 +82,7 @@ def write_samples(batches: Iterable[tuple[Tensor, Tensor | None]], out: Path, co
                 rows.seek(0)
                 shutil.copyfileobj(rows, target)
             arrays = {"label": torch.cat(labels).numpy()} if labels else {}
+            arrays |= {} if record is None else {RECORD: np.array(json.dumps(finite(record)))}
             for name, array in {**arrays, WRITTEN_BY: np.array(WRITER)}.items():
                 with file.open(f"{name}.npy", "w") as target:
                     np.lib.format.write_array(target, array)

@@ -42,7 +42,7 @@ def sampling_settings(
 ) -> list[Setting]:
     """Return every combination of sampler, schedule and step count; refuse what the model was not trained for."""
     check_choices(steps, samplers, schedules)
-    labels_for(fm.info, 1, label)
+    labels_for(fm.info, 1, fm.conditions if label is None else label)
     found = []
     for sampler, schedule, count in product(samplers, schedules, steps):
         check_sampling(fm, sampler, count, gamma, guidance, guidance_interval)

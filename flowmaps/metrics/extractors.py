@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import flowmaps
 from flowmaps.errors import UserError, blame, choose, shorten
 from flowmaps.files import sha256
 from flowmaps.images import from_uint8
@@ -28,7 +27,7 @@ Function = Callable[[Tensor], Tensor]  # uint8 images [n, C, H, W] -> features [
 
 def extractor_file(name: str) -> Path:
     """Return the weight file that ships with this package: next to the code in a wheel, in assets/ in a checkout."""
-    package = Path(flowmaps.__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package, package.parent):
         file = folder / "assets" / "extractors" / f"{name}.safetensors"
         if file.is_file():

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flowmaps.networks.conditioning import TimeEmbedding, without_label
+from flowmaps.networks.conditions import ConditionEmbedding, given_rows
 from flowmaps.networks.interface import registered
 from flowmaps.networks.layers import Dropout, check_sizes, layer_norm, rms_norm, run, zero
 from flowmaps.networks.preconditioning import Preconditioned
@@ -88,7 +89,8 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
     of the modulation, by their root mean square; ``label_scale`` multiplies v of rows with a label, by the weight of
     baked-in guidance: both are Terminal Velocity Matching's (arXiv 2511.19797). ``gap_embedding`` is the MLP for t - s:
     "narrow", "wide" or, in a decoupled network, "none" (``conditioning.TimeEmbedding``). ``data_std``,
-    ``augment_dim``, ``guidance``, ``guidance_interval``, ``convention`` and ``base_std`` as in ``UNet``.
+    ``augment_dim``, ``guidance``, ``guidance_interval``, ``convention``, ``base_std`` and ``condition`` as in ``UNet``;
+    a ``condition`` (n, dim) is n further tokens, before the patches.
     """
 
     _supports_gradient_checkpointing = True
@@ -117,6 +119,7 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
         norm: str = "layer",
         label_scale: float = 1.0,
         gap_embedding: str = "narrow",
+        condition: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         if variant not in ("", "diffusers"):
@@ -126,6 +129,7 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
         if gap_embedding not in ("narrow", "wide", "none"):
             raise ValueError(f"gap_embedding must be narrow, wide or none, got {gap_embedding}")
         check_sizes(self.config)
+        self.conditioned(self.config, tokens=True)
         if gap_embedding == "none" and not decoupled:
             raise ValueError("gap_embedding=none needs decoupled: no block would know t")
         if decoupled > depth:
@@ -145,10 +149,11 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
         self.register_buffer("positions", positions(self.size, width), persistent=False)
         pixels = channels * patch**2
-        self.stem = nn.Linear(pixels, width)
+        self.stem = nn.Linear((channels + self.images) * patch**2, width)
+        self.tokens = ConditionEmbedding(condition, width) if len(condition) == 2 else None
         eps = 1e-5 if variant else 1e-6
         last = 10000.0 ** -(1 if variant else 127 / 128) if convention else 32.0
-        told = (num_classes, augment_dim, guidance, guidance_interval)
+        told = (num_classes, condition, augment_dim, guidance, guidance_interval)
         self.embedding = TimeEmbedding(256, width, *told, last=last, gap=gap_embedding)
         sizes = (width, heads, mlp_ratio, qk_norm, dropout, eps, self.rms)
         self.blocks = nn.ModuleList(TransformerBlock(*sizes) for _ in range(depth))
@@ -161,13 +166,18 @@ class DiT(Preconditioned, ModelMixin, ConfigMixin):
     def body(self, x: Tensor, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """Apply the transformer: F of the parametrisation, or v / data_std."""
         p = self.patch
-        x = self.stem(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
+        x = self.stem(rearrange(self.with_image(x, label), "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
         x = x + self.positions.to(x.dtype)
+        if self.tokens is not None:
+            rows = given_rows(label, s, self.tokens.shape)
+            x = torch.cat([self.tokens(rows).to(x.dtype), x], dim=1)
         first = last = F.silu(self.embedding(level, s, s if self.decoupled else t, label))
         if self.decoupled:
             last = F.silu(self.embedding(self.level(t), t, t, label))
         for i, block in enumerate(self.blocks):
             x = run(self, block, x, first if i < self.decoupled else last)
+        if self.tokens is not None:
+            x = x[:, -(self.size**2) :]
         shift, scale = modulation(self.modulation, last, x, 2, self.rms)
         x = self.head(modulate(x, shift, scale, self.rms))
         if self.label_scale != 1 and label is not None:

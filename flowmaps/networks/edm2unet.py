@@ -8,7 +8,8 @@ from diffusers import ConfigMixin, ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from flowmaps.networks.conditioning import check_guidance, condition
+from flowmaps.networks.conditioning import check_guidance, split_label
+from flowmaps.networks.conditions import label_size
 from flowmaps.networks.interface import registered
 from flowmaps.networks.layers import Dropout, Stage, check_unet, heads_of, resample, run, u_shape
 from flowmaps.networks.magnitude import MPLayer, mp_add, mp_cat, mp_silu, mp_sum, unit
@@ -34,9 +35,10 @@ class MPEmbedding(nn.Module):
 
     The layer for s is summed with layers for t - s, for the augmentation, for the inverse of the guidance weight and,
     with ``interval``, for its times, each with a learned gain, then with the layer for the class at share 1/2 ("no
-    label" is a zero vector). The gains start at zero: a network with one time, loaded into this one, is the same
-    function at s = t. A gain of 1 for t - s is the equal mixture of Boffi et al. 2025. ``random`` replaces the features
-    of s by EDM2's, cos(level f + p) sqrt 2 with random f and p.
+    label" is a zero vector). A condition that is a vector, whose numbers should have unit variance, takes the place of
+    the class ("no label" is learned). The gains start at zero: a network with one time, loaded into this one, is the
+    same function at s = t. A gain of 1 for t - s is the equal mixture of Boffi et al. 2025. ``random`` replaces the
+    features of s by EDM2's, cos(level f + p) sqrt 2 with random f and p.
     """
 
     frequencies: Tensor
@@ -47,16 +49,19 @@ class MPEmbedding(nn.Module):
         features: int,
         channels: int,
         num_classes: int,
+        condition: tuple[int, ...],
         augment_dim: int,
         guidance: bool,
         interval: bool,
         random: bool,
     ) -> None:
         super().__init__()
-        check_guidance(num_classes, guidance, interval)
-        self.channels, self.num_classes, self.augment_dim = features, num_classes, augment_dim
+        self.size = label_size(num_classes, condition)
+        check_guidance(self.size, guidance, interval)
+        self.channels, self.augment_dim = features, augment_dim
         self.start, self.gap = MPLayer(features, channels), MPLayer(features, channels)
         self.label = MPLayer(num_classes, channels) if num_classes else None
+        self.condition = MPLayer(self.size + 1, channels) if len(condition) == 1 else None
         self.augmentation = MPLayer(augment_dim, channels) if augment_dim else None
         self.guidance = MPLayer(features, channels) if guidance else None
         self.low = MPLayer(features, channels) if interval else None
@@ -70,7 +75,7 @@ class MPEmbedding(nn.Module):
 
     def forward(self, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         guided, interval = self.guidance is not None, self.low is not None
-        given = condition(label, s, self.num_classes, self.augment_dim, guided, interval)
+        given = split_label(label, s, self.size, self.augment_dim, guided, interval)
         dtype = self.start.weight.dtype  # times keep their own precision until here
 
         def features(time: Tensor) -> Tensor:
@@ -92,8 +97,12 @@ class MPEmbedding(nn.Module):
             if layer is not None:
                 x = mp_add(x, layer(features(value)), self.gains[name])
         if self.label is not None:
-            classes = given.classes[:, :-1].to(dtype) * math.sqrt(self.num_classes)
+            classes = given.rows[:, :-1].to(dtype) * math.sqrt(self.size)
             x = mp_sum(x, self.label(classes), LABEL_BALANCE)
+        if self.condition is not None:
+            numbers, absent = given.rows[:, :-1], given.rows[:, -1:]
+            rows = torch.cat([numbers, absent * math.sqrt(self.size + 1)], dim=1).to(dtype)
+            x = mp_sum(x, self.condition(rows), LABEL_BALANCE)
         return mp_silu(x)
 
 
@@ -166,17 +175,19 @@ class EDM2UNet(Preconditioned, ModelMixin, ConfigMixin):
         guidance_interval: bool = False,
         convention: str = "",
         base_std: float = 0.5,
+        condition: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         check_unet(self.config)
+        self.conditioned(self.config)
         self.precondition(convention, base_std, data_std)
         self.gradient_checkpointing = False
         widths = tuple(mult * width for mult in channel_mult)
         embedding = max(widths)
         self.embedding = MPEmbedding(
-            widths[0], embedding, num_classes, augment_dim, guidance, guidance_interval, bool(convention)
+            widths[0], embedding, num_classes, condition, augment_dim, guidance, guidance_interval, bool(convention)
         )
-        self.stem = MPLayer(channels + 1, widths[0], 3)
+        self.stem = MPLayer(channels + self.images + 1, widths[0], 3)
         down, up = u_shape(image_size, widths[0], widths, blocks)
 
         def block(stage: Stage, encoder: bool) -> Block:
@@ -193,6 +204,7 @@ class EDM2UNet(Preconditioned, ModelMixin, ConfigMixin):
     def body(self, x: Tensor, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """Apply the U-Net: F of the parametrisation, or v / data_std."""
         embedding = self.embedding(level, s, t, label)
+        x = self.with_image(x, label)
         ones = x.new_ones(x.shape[0], 1, *x.shape[2:])  # acts as a bias
         x = self.stem(torch.cat([x, ones], dim=1))
         skips = [x]

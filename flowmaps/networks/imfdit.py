@@ -9,7 +9,8 @@ from diffusers import ConfigMixin, ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from flowmaps.networks.conditioning import check_guidance, condition, time_features
+from flowmaps.networks.conditioning import check_guidance, split_label, time_features
+from flowmaps.networks.conditions import Conditioned, ConditionEmbedding, condition_rows, label_size
 from flowmaps.networks.interface import registered
 from flowmaps.networks.layers import check_sizes, run, without_tangent, zero
 from flowmaps.networks.rotary import (
@@ -26,10 +27,10 @@ from samplers.callables import expand
 
 LAST = 10000.0 ** -(127 / 128)  # lowest frequency of the features of a number
 NEAREST = 0.05  # least 1 - s by which the difference to predicted data is divided
-PREFIX = {"classes": 8, "guidance": 4, "high": 2, "low": 2, "gap": 4}  # tokens of each condition, in this order
+PREFIX = {"classes": 8, "condition": 8, "guidance": 4, "high": 2, "low": 2, "gap": 4}  # tokens of each, in this order
 
 
-class IMFDiT(ModelMixin, ConfigMixin):
+class IMFDiT(Conditioned, ModelMixin, ConfigMixin):
     """v(x, s, t, label) for x [B, channels, image_size, image_size]: a transformer over patches and conditions.
 
     Geng et al. 2025 (arXiv 2512.02012), improved MeanFlow. The class (8 tokens), with ``guidance`` its weight (4), with
@@ -60,6 +61,8 @@ class IMFDiT(ModelMixin, ConfigMixin):
         bottleneck: Channels between two linear layers that embed a patch, 0 for one layer.
         rotation: "sequence" rotates every token by its position; "grid" patches alone, by row and column, and adds a
             learned table of positions to all tokens.
+        condition: The shape of a condition in place of a class: a vector (dim,), which has 8 tokens, tokens (n, dim),
+            or an image (channels, image_size, image_size), concatenated to x. Empty for none.
 
     Raises:
         ValueError: The arguments do not fit together.
@@ -86,10 +89,13 @@ class IMFDiT(ModelMixin, ConfigMixin):
         prediction: str = "velocity",
         bottleneck: int = 0,
         rotation: str = "sequence",
+        condition: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         check_sizes(self.config)
-        check_guidance(num_classes, guidance, guidance_interval)
+        self.conditioned(self.config, tokens=True)
+        self.label_size = label_size(num_classes, condition)
+        check_guidance(self.label_size, guidance, guidance_interval)
         if not head_depth <= depth:
             raise ValueError(f"head_depth ({head_depth}) must not be above depth ({depth})")
         if image_size // patch > 1024:
@@ -109,25 +115,26 @@ class IMFDiT(ModelMixin, ConfigMixin):
             raise ValueError(f"rotation=grid needs width ({width}) divisible by four times the heads ({heads})")
         if not 0 < data_std < float("inf"):
             raise ValueError(f"data_std must be positive, got {data_std}")
-        self.patch, self.size, self.num_classes, self.data_std = patch, image_size // patch, num_classes, data_std
+        self.patch, self.size, self.data_std = patch, image_size // patch, data_std
         self.guidance, self.interval = guidance, guidance_interval
         self.data, self.gradient_checkpointing = prediction == "data", False
-        told = {"classes": num_classes > 0, "guidance": guidance, "high": guidance_interval, "low": guidance_interval}
-        classes, hidden = num_classes + 1, hidden or 8 * width // 3
-        self.prefix = nn.ModuleDict(
-            {
-                name: ConditionTokens(count, width, Table(classes, width) if name == "classes" else number_mlp(width))
-                for name, count in PREFIX.items()
-                if told.get(name, True)
-            }
-        )
-        before = sum(PREFIX[name] for name in self.prefix)
+        hidden = hidden or 8 * width // 3
+        self.prefix = nn.ModuleDict()
+        if num_classes:
+            self.prefix["classes"] = ConditionTokens(PREFIX["classes"], width, Table(num_classes + 1, width))
+        if self.condition and not self.images:
+            count = condition[0] if len(condition) == 2 else PREFIX["condition"]
+            self.prefix["condition"] = ConditionTokens(count, width, ConditionEmbedding(condition, width))
+        told = {"guidance": guidance, "high": guidance_interval, "low": guidance_interval, "gap": True}
+        for name in (name for name, used in told.items() if used):
+            self.prefix[name] = ConditionTokens(PREFIX[name], width, number_mlp(width))
+        before = sum(len(cast(ConditionTokens, part).tokens) for part in self.prefix.values())
         tokens, size = before + self.size**2, width // heads
         turned = grid_turns(before, self.size, size) if rotation == "grid" else sequence_turns(tokens, size)
         self.register_buffer("turned", turned, persistent=False)
         self.positions = nn.Parameter(0.02 * torch.randn(tokens, width)) if rotation == "grid" else None
         pixels = channels * patch**2
-        first = nn.Conv2d(channels, bottleneck or width, patch, stride=patch)
+        first = nn.Conv2d(channels + self.images, bottleneck or width, patch, stride=patch)
         self.stem = nn.Sequential(first, nn.Conv2d(bottleneck, width, 1)) if bottleneck else nn.Sequential(first)
 
         def blocks(count: int) -> nn.ModuleList:
@@ -169,7 +176,8 @@ class IMFDiT(ModelMixin, ConfigMixin):
 
     def trunk(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """Return the tokens [B, n, width], conditions first, after the shared blocks."""
-        given = condition(label, s, self.num_classes, 0, self.guidance, self.interval)
+        label = condition_rows(label, self.condition)
+        given = split_label(label, s, self.label_size, 0, self.guidance, self.interval)
         numbers = {
             "guidance": 1 - 1 / given.guidance,
             "high": 1 - given.high,
@@ -177,8 +185,8 @@ class IMFDiT(ModelMixin, ConfigMixin):
             "gap": t - s,
         }
         told = {name: time_features(number, FEATURES, LAST) for name, number in numbers.items()}
-        told["classes"] = given.classes
-        patches = self.stem(x / self.data_std).flatten(2).mT
+        told["classes"] = told["condition"] = given.rows
+        patches = self.stem(self.with_image(x / self.data_std, label)).flatten(2).mT
         tokens = [part(told[name]).to(patches.dtype) for name, part in self.prefix.items()]
         sequence = torch.cat([*tokens, patches], dim=1)
         if self.positions is not None:

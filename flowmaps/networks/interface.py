@@ -13,8 +13,9 @@ class Network(Protocol):
     """A two-time velocity network v(x, s, t, label): an ``nn.Module`` with this ``forward`` and a ``config``.
 
     **Calling it.** x is [B, ...], s <= t are floats [B] in [0, 1], the result has the shape of x. ``label`` is None,
-    int64 [B] (``num_classes`` means "no label"), or the float rows of ``networks.conditioning`` if the network takes
-    augmentation parameters or guidance weights; ``conditioning.condition`` unpacks all of them.
+    int64 [B] (``num_classes`` means "no label"), floats [B, *condition], or the float rows of
+    ``networks.conditioning`` if the network takes a condition, augmentation parameters or guidance weights;
+    ``conditioning.split_label`` unpacks all of them.
 
     **Constructor.** Subclass diffusers' ``ModelMixin`` and ``ConfigMixin`` and decorate ``__init__`` with
     ``registered``: its arguments are then saved with the weights and become config fields and flags, so they need type
@@ -23,6 +24,7 @@ class Network(Protocol):
     * ``image_size`` and ``channels``, or ``dim`` for points: must agree with the shape of the data, and images are
       loaded at ``image_size``;
     * ``num_classes``: 0 for an unconditional network;
+    * ``condition``: the shape of a condition in place of a class, empty for none;
     * ``augment_dim``: number of augmentation parameters that the label may carry;
     * ``guidance``: True if the network is conditioned on a guidance weight, ``guidance_interval`` if on its times too;
     * ``data_std``: the network divides its input and multiplies its output by it;

@@ -4,11 +4,12 @@ import math
 
 from torch import Tensor
 
+from flowmaps.networks.conditions import Conditioned, condition_rows
 from flowmaps.parametrisations import parametrisation
 from samplers.callables import expand
 
 
-class Preconditioned:
+class Preconditioned(Conditioned):
     """v_{s,t}(x) from ``body(x, level, s, t, label)``, the network proper.
 
     By default the input is divided and the output multiplied by ``data_std``, and level is s. With a name that
@@ -36,6 +37,7 @@ class Preconditioned:
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Return v_{s,t}(x), same shape as ``x``."""
+        label = condition_rows(label, self.condition)
         if self.parametrisation is None:
             return self.data_std * self.body(x / self.data_std, s, s, t, label)
         c_in, c_noise, c_skip, c_out = self.parametrisation(s, self.base_std, self.data_std)

@@ -98,7 +98,7 @@ class PlainBlock(nn.Module):
 
 
 class ConditionTokens(nn.Module):
-    """Tokens [B, count, width] of one condition: learned ones, plus the condition as one vector for all of them."""
+    """Tokens [B, count, width] of one condition: learned ones, plus the condition as a vector for all or one each."""
 
     def __init__(self, count: int, width: int, embed: nn.Module) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class ConditionTokens(nn.Module):
     def forward(self, told: Tensor) -> Tensor:
         """``told``: what ``embed`` takes, with the batch first."""
         embedded: Tensor = self.embed(told.to(self.tokens.dtype))
-        return self.tokens + embedded[:, None]
+        return self.tokens + (embedded if embedded.ndim == 3 else embedded[:, None])
 
 
 class Table(nn.Embedding):

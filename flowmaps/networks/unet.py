@@ -137,6 +137,8 @@ class UNet(Preconditioned, ModelMixin, ConfigMixin):
         base_std: Standard deviation of the noise, for ``convention``.
         norm_groups: Groups of every normalisation, 0 for up to 32 of at least 4 channels.
         head_channels: Channels of an attention head, 0 for those of the variant; a level with fewer has one head.
+        condition: The shape of a condition in place of a class: a vector (dim,), added to the embedding, or an image
+            (channels, image_size, image_size), concatenated to x. Empty for none.
 
     Raises:
         ValueError: The arguments do not fit together, such as a resolution that cannot be halved.
@@ -169,11 +171,13 @@ class UNet(Preconditioned, ModelMixin, ConfigMixin):
         base_std: float = 0.5,
         norm_groups: int = 0,
         head_channels: int = 0,
+        condition: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant}")
         check_unet(self.config)
+        self.conditioned(self.config)
         if norm_groups and width % norm_groups:
             raise ValueError(f"width ({width}) must be divisible by norm_groups ({norm_groups})")
         self.precondition(convention, base_std, data_std)
@@ -181,13 +185,14 @@ class UNet(Preconditioned, ModelMixin, ConfigMixin):
         chosen = VARIANTS[variant]
         chosen = chosen._replace(head_channels=head_channels or chosen.head_channels)
         size, embedding = image_size // patch, 4 * width
-        pixels = channels * patch**2
+        pixels, outputs = (channels + self.images) * patch**2, channels * patch**2
         features = embedding if variant == "small" else width * (1 + chosen.ncsn)
         last = 10000.0 ** -(1 if chosen.endpoint else 1 - 2 / features) if convention else 32.0
         self.embedding = TimeEmbedding(
             features,
             embedding,
             num_classes,
+            condition,
             augment_dim,
             guidance,
             guidance_interval,
@@ -209,7 +214,7 @@ class UNet(Preconditioned, ModelMixin, ConfigMixin):
         self.down = nn.ModuleList(block(stage, listed(stage)) for stage in down)
         halved = [stage.channels for stage in down if stage.resample == "down"] if chosen.ncsn else []
         self.residuals = nn.ModuleList(
-            nn.Conv2d(inputs, outputs, 3, padding=2) for inputs, outputs in zip([pixels, *halved], halved, strict=False)
+            nn.Conv2d(a, b, 3, padding=2) for a, b in zip([pixels, *halved], halved, strict=False)
         )
         low = Stage("keep", down[-1].channels, down[-1].channels, down[-1].size)
         self.middle = nn.ModuleList([block(low, chosen.resampling != "pool" or listed(low)), block(low, False)])
@@ -217,13 +222,13 @@ class UNet(Preconditioned, ModelMixin, ConfigMixin):
         self.head = nn.Sequential(
             GroupNorm(up[-1].channels, chosen.eps, norm_groups),
             nn.SiLU(),
-            zero(nn.Conv2d(up[-1].channels, pixels, 3, padding=1)),
+            zero(nn.Conv2d(up[-1].channels, outputs, 3, padding=1)),
         )
 
     def body(self, x: Tensor, level: Tensor, s: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """Apply the U-Net: F of the parametrisation, or v / data_std."""
         p = self.patch
-        x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
+        x = rearrange(self.with_image(x, label), "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
         embedding = F.silu(self.embedding(level, s, t, label))
         again, residuals = x, iter(self.residuals)
         x = self.stem(x)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
+from flowmaps.networks.conditions import condition_rows
 from samplers.callables import Drift
 from samplers.schedule import Schedule
 from samplers.trajectories import Trajectory
@@ -178,7 +179,7 @@ class Objective:
         Args:
             fm: The flow map to train.
             batch: Data x1 [B, ...], or a ``Trajectory`` for a ``TrajectoryObjective``.
-            label: Class labels [B], or None. A trajectory has its own.
+            label: Class labels [B], conditions [B, ...], or None. A trajectory has its own.
             generator: Source of all random draws: noise, times, guidance weights, choice of segments.
             teacher: Drift b(x, t, label) that the off-diagonal target uses, None for the live network's.
             weight: A module w(s, t) -> [B] such as ``LogVariance``, None for an unweighted loss.
@@ -204,6 +205,7 @@ class Objective:
         """Return the arguments of ``loss``: data x1 [B, ...], their label, and the random part."""
         if isinstance(batch, Trajectory):
             raise UserError("this objective learns from data [B, ...], not from a Trajectory")
+        label = condition_rows(label, fm.info.condition)
         return batch, label, self.draw(fm, batch, generator, step)
 
     def draw(self, fm: FlowMap, x1: Tensor, generator: torch.Generator, step: int = 0) -> Draws:

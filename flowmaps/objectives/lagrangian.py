@@ -84,5 +84,5 @@ class TerminalVelocity(Lagrangian):
         losses = super().row_losses(fm, x1, label, draws, teacher, terms)
         if draws.guidance is None or label is None:
             return losses
-        _, has_label = without_label(label, fm.info.num_classes)
+        _, has_label = without_label(label, fm.info.label_size)
         return losses / torch.where(has_label, draws.guidance, 1.0) ** 2

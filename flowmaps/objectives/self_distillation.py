@@ -106,7 +106,7 @@ class DriftObjective(Objective):
             given = label
             velocity, label = self.guided_target(fm, x_s, draws.s, given, velocity, draws.guidance, drift)
             if draws.told is not None and given is not None:
-                label = with_guidance(given, draws.told, fm.info.num_classes)
+                label = with_guidance(given, draws.told, fm.info.label_size)
         return x_s, velocity, label
 
     def guided_target(
@@ -124,11 +124,11 @@ class DriftObjective(Objective):
         """
         if label is None:
             raise UserError("needs labels", field="guidance" if self.guidance > 1 else "guidance_max")
-        unlabelled, has_label = without_label(label, fm.info.num_classes)
+        unlabelled, has_label = without_label(label, fm.info.label_size)
         w = torch.where(has_label, guidance, 1.0)
         told = self.guidance_max > 1
         if told:
-            label = with_guidance(label, w, fm.info.num_classes)
+            label = with_guidance(label, w, fm.info.label_size)
         with torch.no_grad(), no_dropout(fm.network):
             u = drift(x, s, unlabelled).to(velocity.dtype)
             c = drift(x, s, label).to(velocity.dtype) if self.guidance_mix else u

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flowmaps.errors import UserError
 from flowmaps.flow_map import FlowMap
+from flowmaps.networks.conditions import condition_rows
 from flowmaps.objectives.base import Objective, Segments, mean_square
 from samplers.callables import Drift, rounded
 from samplers.trajectories import Trajectory
@@ -53,7 +54,8 @@ class TrajectoryObjective(Objective):
         path, row = index // rows, index % rows
         uniform = torch.rand(2, len(index), generator=generator, device=states.device, dtype=times.dtype)
         i, j = self.segment_indices(batch.times, row, uniform)
-        label = None if batch.label is None else batch.label[path]
+        label = condition_rows(batch.label, fm.info.condition)
+        label = None if label is None else label[path]
         return states[j, path], label, Segments(states[i, path], times[i], times[j])
 
     def row_losses(

@@ -1,42 +1,36 @@
 """The suites of benchmark.py: train rows of a config with several seeds, score them, make a table."""
 
 import itertools
-import math
-import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from benchmarks import gate, guidance, initialisation, step_sizes
+from benchmarks import composition, deployment, gate, guidance, initialisation, steering, step_sizes
 from benchmarks.derivatives import precision_errors, routes
 from benchmarks.folders import FOLDERS, folder_times
-from benchmarks.learning import best_rates, learning_scores, optimiser_curves, with_optimisers
+from benchmarks.learning import learning_scores, optimiser_curves, with_optimisers
 from benchmarks.objectives import COST_NETWORKS, network_costs
 from benchmarks.profiling import profiles
 from benchmarks.rows import row_config
 from benchmarks.scoring import fid_costs
+from benchmarks.sources import SOURCES, source_times
 from benchmarks.speed import ema_times, layout_times, resume_times, sample_times, step_times
-from flowmaps import FlowMap, UserError
+from flowmaps import FlowMap
 from flowmaps.data import open_dataset
-from flowmaps.errors import blame
 from flowmaps.evaluation import evaluate, open_reference
 from flowmaps.evaluation.plots import EVALUATIONS, lines
 from flowmaps.evaluation.samples import samples
-from flowmaps.files import lock_later, write_json
-from flowmaps.markdown import markdown_table
 from flowmaps.metrics import board_kl, sliced_w2
-from flowmaps.reading import parse, read_json
 from training.config import Config
 from training.trainer import Trainer
 
 Scores = dict[str, float]  # "KL, 4 steps" -> value
-PLOTTED = ("bellman", "checkerboard", "digits", "fashion_mnist", "learning", "mid_training", "optimisers")
+PLOTTED = ("bellman", "checkerboard", "digits", "fashion_mnist", "learning", "mid_training", "optimisers", "steering")
 RATED = ("learning", "optimisers")  # that need --rates
 MEMORISATION = ("floor", "samples_to_train", "samples_to_heldout", "heldout_to_train", "memorisation_ratio")
 DIGITS, GARMENTS = "digits:heldout", "assets/references/fashion_mnist.npz"
@@ -157,6 +151,19 @@ def guided(args: Arguments) -> Records:
             yield from guidance.records(target, seed, args.train_steps, args.num)
 
 
+def steered(args: Arguments) -> Records:
+    """Yield the records of ``benchmarks.steering``."""
+    for row, seed in itertools.product(steering.chosen(args.rows), args.seeds):
+        yield from steering.records(row, seed, args.num, args.done)
+
+
+def compositions(args: Arguments) -> Records:
+    """Yield the records of ``benchmarks.composition``."""
+    for data, seed in itertools.product(composition.chosen(args.rows), args.seeds):
+        score = partial(image_scores, {"digits": DIGITS}.get(data, GARMENTS), n=args.num or 2000)
+        yield from composition.records(data, seed, args.cpu_minutes, args.train_steps, fit, score, args.done)
+
+
 def several(scores_of: Callable[[str], Iterator[tuple[str, Scores]]], args: Arguments) -> Records:
     """Yield the records that ``scores_of`` each row gives, unless one of them is done."""
     for name in args.rows:
@@ -175,6 +182,8 @@ _GARMENTS = ["lagrangian+cpu"]
 SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "bellman": (bellman, step_sizes.ROWS),
     "checkerboard": (partial(trained, "configs/checkerboard.py", checkerboard_scores), _MAPS),
+    "composition": (compositions, ["digits"]),
+    "deployment": (lambda args: several(partial(deployment.runtimes, num=args.num), args), deployment.MODELS),
     "digits": (partial(trained, "configs/digits.py", partial(image_scores, DIGITS)), _MAPS),
     "ema": (partial(timed, ema_times), ["lagrangian"]),
     "fashion_mnist": (partial(trained, "configs/fashion_mnist.py", partial(image_scores, GARMENTS)), _GARMENTS),
@@ -192,95 +201,16 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "resume": (partial(timed, resume_times), ["lagrangian"]),
     "routes": (partial(several, routes), list(COST_NETWORKS)),
     "sample": (partial(timed, sample_times), list(COST_NETWORKS)),
+    "sources": (lambda args: timed(partial(source_times, num=args.num), args), list(SOURCES)),
+    "steering": (steered, steering.ROWS),
     "step": (partial(timed, step_times), [*_MAPS, *(f"{row}+DiT" for row in _MAPS)]),
 }
 
 
-def stored_records(file: str, suite: str, budget: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the records of an earlier call with the same suite and budget; none if the file does not exist yet."""
-    if not Path(file).exists() or not Path(file).stat().st_size:
-        return []
-    with blame("json", file):
-        stored = parse(_Stored, read_json(file, "choose another file"), file)
-        for i, record in enumerate(stored.records):
-            facts = parse(_Facts, {name: record.get(name) for name in ("row", "seed", "scores")}, f"records[{i}]")
-            record["scores"] = {name: math.nan if value is None else value for name, value in facts.scores.items()}
-        if (stored.suite, stored.budget) != (suite, budget):
-            raise UserError("has records of another suite or budget: choose another file")
-    return stored.records
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """The schema of a file of records."""
-
-    suite: str
-    budget: dict[str, float | None]
-    records: list[dict[str, Any]]
-    written_by: str = ""
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """The fields that every record has; the others depend on the suite."""
-
-    row: str
-    seed: int
-    scores: dict[str, float | None]
-
-
-def add_record(file: str, suite: str, budget: dict[str, Any], record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Add ``record`` to a file, whatever other processes add to it meanwhile, and return all that it now has."""
-    with lock_later(Path(file).parent) as lock:
-        lock()
-        stored, mine = stored_records(file, suite, budget), (record["row"], record["seed"])
-        records = [*(r for r in stored if (r["row"], r["seed"]) != mine), record]
-        write_json(Path(file), {"suite": suite, "budget": budget, "records": records})
-    return records
-
-
-# Boffi et al. 2025, table 1: another network and budget (MLP 4 x 512, 150,000 steps of 100,000 points), and a KL whose
-# definition is not published.
-PAPER: dict[str, dict[str, dict[str, float]]] = {
-    "checkerboard": {
-        row: {f"KL@{n}": kl for n, kl in zip((1, 2, 4, 8, 16), kls, strict=True)}
-        for row, kls in {
-            "lagrangian": (0.086, 0.077, 0.071, 0.070, 0.071),
-            "eulerian": (0.098, 0.092, 0.083, 0.082, 0.075),
-            "progressive": (0.146, 0.089, 0.081, 0.072, 0.069),
-            "progressive_uniform": (0.111, 0.107, 0.075, 0.073, 0.068),
-        }.items()
-    }
-}
-
-
-def markdown(records: list[dict[str, Any]], suite: str = "") -> str:
-    """Return a Markdown table: mean over seeds and half the range of every score, and the paper's numbers.
-
-    Of optimisers only at their best rates.
-    """
-    records = best_rates(records) if suite == "optimisers" else records
-    found = list(dict.fromkeys(name for record in records for name in record["scores"]))
-    metrics = list(dict.fromkeys(name.partition("@")[0] for name in found))
-    names = sorted(found, key=lambda name: metrics.index(name.partition("@")[0]))
-    facts = [key for key in records[0] if isinstance(records[0][key], (int, float)) and key != "seed"]
-    table = []
-    for row in dict.fromkeys(record["row"] for record in records):
-        mine = [record for record in records if record["row"] == row]
-        cells = [row, *(f"{statistics.mean(r[key] for r in mine):.4g}" for key in facts)]
-        for name in names:
-            values = [r["scores"][name] for r in mine if name in r["scores"]]
-            spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3g}{spread}" if values else "")
-        table.append(cells)
-        if row in PAPER.get(suite, {}):
-            published = [str(PAPER[suite][row].get(name, "")) for name in names]
-            table.append([f"{row}, paper", *[""] * len(facts), *published])
-    return markdown_table(["", *facts, *names], table)
-
-
 def plot(records: list[dict[str, Any]], suite: str) -> Image.Image:
     """Plot each metric against the number of steps or images, one line per row: means, with the range as bars."""
+    if suite == "steering":
+        return steering.picture(records[0]["row"].partition(",")[0])
     if suite == "mid_training":
         return lines(initialisation.curves(records), xlabel="images seen")
     if suite == "bellman":

@@ -21,7 +21,7 @@ def test_gaussian_map_is_a_flow_map(case):
     torch.testing.assert_close(fm(fm(x1, s, u, label), u, t, label), fm(x1, s, t, label))
     zero, one = torch.zeros_like(s), torch.ones_like(s)
     noise = fm.base_std * torch.randn_like(x1)
-    mean = fm.network.mean if label is None else fm.network.mean[label]
+    mean = fm.network.mean_of(label)
     torch.testing.assert_close(fm(noise, zero, one, label), mean + fm.network.std / fm.base_std * noise)
 
 

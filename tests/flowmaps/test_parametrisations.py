@@ -114,7 +114,7 @@ def test_guidance_is_that_of_the_denoiser_and_leaves_rows_without_label_alone():
 
     t, x = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     label, w = torch.tensor([1, 4, 3]), 2.5
-    guided = Guided(denoiser_drift(labelled), w, num_classes=4)(x, t, label)
+    guided = Guided(denoiser_drift(labelled), w, label_size=4)(x, t, label)
 
     def together(y, sigma, label):
         without = labelled(y, sigma, torch.full_like(label, 4))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class GaussianNetwork(nn.Module):
 
     With m_t = beta(t) mean and var_t = alpha(t)^2 base_std^2 + beta(t)^2 std^2, the map is
     X_{s,t}(x) = m_t + sqrt(var_t / var_s) (x - m_s) and the drift m'_t + var'_t / (2 var_t) (x - m_t).
+
+    ``mean`` is [dim], or [n, dim]: a row for each class, or the matrix that a condition of n numbers is multiplied by.
     """
 
     def __init__(self, mean: Tensor, std: Tensor, interpolant: str, base_std: float, wrong: float = 0.0) -> None:
@@ -35,13 +38,17 @@ class GaussianNetwork(nn.Module):
         self.mean, self.std = mean.double(), std.double()
         self.wrong = nn.Parameter(torch.tensor(wrong, dtype=torch.float64))
 
+    def mean_of(self, label: Tensor | None) -> Tensor:  # [dim] or [B, dim]
+        if label is None:
+            return self.mean
+        return label[:, : len(self.mean)] @ self.mean if label.is_floating_point() else self.mean[label]
+
     def moments(self, t: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        mean = self.mean if label is None else self.mean[label]  # [dim] or [B, dim]
         a, b = self.path.alpha(t)[:, None], self.path.beta(t)[:, None]
-        return b * mean, a**2 * self.base_std**2 + b**2 * self.std**2
+        return b * self.mean_of(label), a**2 * self.base_std**2 + b**2 * self.std**2
 
     def drift(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        mean = self.mean if label is None else self.mean[label]
+        mean = self.mean_of(label)
         a, b = self.path.alpha(t)[:, None], self.path.beta(t)[:, None]
         da, db = self.path.d_alpha(t)[:, None], self.path.d_beta(t)[:, None]
         m, var = self.moments(t, label)
@@ -61,16 +68,21 @@ CASES = [
     ("linear", 0.5, True),
     ("trigonometric", 1.0, False),
     ("trigonometric", 0.7, True),
+    ("linear", 0.7, "condition"),
 ]
 
 
 def gaussian_map(
-    interpolant: str = "linear", base_std: float = 1.0, classes: bool = False, wrong: float = 0.0
+    interpolant: str = "linear", base_std: float = 1.0, classes: bool | str = False, wrong: float = 0.0
 ) -> FlowMap:
-    """A FlowMap that is exact for anisotropic Gaussian data in 3 dimensions, optionally with one mean per class."""
+    """A FlowMap that is exact for anisotropic Gaussian data in 3 dimensions.
+
+    Optionally with one mean per class, or a mean that is a linear function of a "condition".
+    """
     mean = torch.tensor([[0.3, -0.5, 1.0], [-1.0, 0.2, 0.4]]) if classes else torch.tensor([0.3, -0.5, 1.0])
     network = GaussianNetwork(mean, torch.tensor([0.4, 1.0, 2.0]), interpolant, base_std, wrong)
-    info = FlowMapInfo(shape=(3,), num_classes=2 if classes else 0)
+    told = {False: {}, True: {"num_classes": 2}, "condition": {"condition": (2,)}}[classes]
+    info = FlowMapInfo(shape=(3,), **told)
     return FlowMap(network, interpolant, base_std, info)
 
 
@@ -78,8 +90,9 @@ def gaussian_data(fm: FlowMap, n: int, seed: int = 0) -> tuple[Tensor, Tensor | 
     """``n`` samples of the data that ``fm`` is exact for, with labels."""
     g = torch.Generator().manual_seed(seed)
     label = torch.arange(n) % 2 if fm.info.num_classes else None
-    mean = fm.network.mean if label is None else fm.network.mean[label]
-    return mean + fm.network.std * torch.randn(n, 3, generator=g, dtype=torch.float64), label
+    if fm.info.condition:
+        label = torch.randn(n, *fm.info.condition, generator=generator(n), dtype=torch.float64)
+    return fm.network.mean_of(label) + fm.network.std * torch.randn(n, 3, generator=g, dtype=torch.float64), label
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -122,11 +135,20 @@ def _script(arguments: list[str], out: str) -> None:
     runpy.run_path(arguments[0], run_name="__main__")
 
 
-def run_script(*arguments: str | Path, check: bool = False, timeout: float = 300) -> Done:
-    """Run a script of this repository, in a separate process, as ``python scripts/x.py --flag=value`` would."""
+def run_script(
+    *arguments: str | Path, check: bool = False, timeout: float = 300, kill: Callable[[], bool] | None = None
+) -> Done:
+    """Run a script of this repository, in a separate process, as ``python scripts/x.py --flag=value`` would.
+
+    It is killed (SIGKILL) as soon as ``kill`` returns true.
+    """
     with tempfile.TemporaryDirectory() as out:
         process = _FORKS.Process(target=_script, args=([str(a) for a in arguments], out))
         process.start()
+        while kill and process.is_alive() and not kill():
+            process.join(0.01)
+        if kill:
+            process.kill()
         process.join(timeout)
         assert process.exitcode is not None, f"{arguments} did not end within {timeout} s"
         read = {name: (Path(out) / name).read_text() for name in ("stdout", "stderr")}

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from flowmaps.networks.conditioning import condition
+from flowmaps.networks.conditioning import split_label
 from samplers.callables import expand
 
 CLASSES = 2  # and "no label", whose data are Gaussian too, so that guidance shifts a mean and the map stays affine
@@ -21,8 +21,8 @@ class Guided(nn.Module):
         self.bent = nn.Parameter(torch.zeros((), dtype=torch.float64))
 
     def forward(self, x, s, t, label=None):
-        given = condition(label, s, CLASSES, guidance=True, interval=True)
-        plain, nothing, w = given.classes @ self.mean, self.mean[CLASSES], given.guidance[:, None]
+        given = split_label(label, s, CLASSES, guidance=True, interval=True)
+        plain, nothing, w = given.rows @ self.mean, self.mean[CLASSES], given.guidance[:, None]
         guided = w * plain + (1 - w) * nothing
 
         def variance(u):

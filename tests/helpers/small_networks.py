@@ -32,9 +32,19 @@ SMALL = {
     "DiT none": (DiT, {**DIT, "decoupled": 1, "gap_embedding": "none", "convention": "noise_at_one"}),
     "DiT rms": (DiT, {**DIT, "norm": "rms", "qk_norm": True, "label_scale": 2.0}),
     "IMFDiT": (IMFDiT, IMF),
+    "UNet vector": (UNet, {**UNET, "condition": (3,), "guidance": True}),
+    "UNet image": (UNet, {**UNET, "image_size": 16, "patch": 2, "condition": (2, 16, 16)}),
+    "EDM2UNet vector": (EDM2UNet, {**UNET, "condition": (3,)}),
+    "EDM2UNet image": (EDM2UNet, {**UNET, "condition": (2, 8, 8)}),
+    "DiT tokens": (DiT, {**DIT, "num_classes": 0, "condition": (5, 3)}),
+    "DiT image": (DiT, {**DIT, "num_classes": 0, "condition": (2, 8, 8)}),
+    "IMFDiT vector": (IMFDiT, {**IMF, "num_classes": 0, "condition": (3,)}),
+    "IMFDiT tokens": (IMFDiT, {**IMF, "num_classes": 0, "condition": (5, 3), "rotation": "grid"}),
+    "IMFDiT image": (IMFDiT, {**IMF, "num_classes": 0, "condition": (2, 8, 8)}),
 }
 IMAGES = [name for name in SMALL if name != "MLP"]
-LABELLED = [name for name, (_, options) in SMALL.items() if "num_classes" in options]
+LABELLED = [name for name, (_, options) in SMALL.items() if options.get("num_classes")]
+CONDITIONED = [name for name, (_, options) in SMALL.items() if "condition" in options]
 
 
 def small(name: str, std: float = 0.2, **options: object) -> FlowMap:
@@ -46,7 +56,7 @@ def small(name: str, std: float = 0.2, **options: object) -> FlowMap:
         torch.nn.init.normal_(p, std=std if p.ndim < 2 else min(std, p[0].numel() ** -0.5))
     c = network.config
     shape = (c.dim,) if name == "MLP" else (c.channels, c.image_size, c.image_size)
-    info = FlowMapInfo(shape=shape, num_classes=c.get("num_classes", 0))
+    info = FlowMapInfo(shape=shape, num_classes=c.get("num_classes", 0), condition=tuple(c.get("condition", ())))
     return FlowMap(network.train(), base_std=0.5, info=info)
 
 
@@ -55,6 +65,8 @@ def inputs(fm: FlowMap, n: int, dtype: torch.dtype = torch.float32) -> tuple[tor
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, *fm.info.shape, generator=generator, dtype=dtype)
     s, t = torch.rand(2, n, generator=generator, dtype=dtype).sort(dim=0).values
+    if fm.info.condition:
+        return x, s, t, torch.randn(n, *fm.info.condition, generator=generator, dtype=dtype)
     classes = fm.info.num_classes
     return x, s, t, (torch.arange(n) % (classes + 1) if classes else None)
 

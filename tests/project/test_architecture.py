@@ -16,8 +16,10 @@ import flowmaps.objectives
 import samplers
 import training
 from flowmaps.cli.commands import COMMANDS
+from flowmaps.cli.export import STORAGE_NAMES
 from flowmaps.cli.run import COMMAND_OF
 from flowmaps.cli.sampling_flags import DTYPE_NAMES, SAMPLER_NAMES
+from flowmaps.deployment.onnx_files import STORAGE
 from flowmaps.metrics.classifier import CLASSIFIERS
 from flowmaps.metrics.scores import KID_SUBSET
 from flowmaps.objectives import OBJECTIVES
@@ -77,7 +79,7 @@ def test_only_the_table_of_commands_names_modules_above():
         above = FLOORS[FLOORS.index(floor(module)) + 1 :]
         texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         named = {text for text in texts & MODULES.keys() if "." in text and floor(text) in above}
-        own = {f"training.cli.{name}" for name in ("train", "prepare", "extractor")}
+        own = {f"training.cli.{name}" for name in ("train", "prepare", "extractor", "compare")}
         assert named == (own if module == "flowmaps.cli.commands" else set())
     assert set(COMMANDS.values()) <= MODULES.keys()
 
@@ -123,6 +125,7 @@ def test_wheel_holds_packages_types_configs_commands_and_small_assets(tmp_path):
     assert "[console_scripts]\nflowmaps = flowmaps.cli.commands:main" in points
     assert {f"flowmaps/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")} <= names
     assert "flowmaps/assets/digits/network/diffusion_pytorch_model.safetensors" in names
+    assert {f"flowmaps/deployment/{name}" for name in ("engine.js", "page.html")} <= names
     assert {"flowmaps/py.typed", "samplers/py.typed", "training/py.typed"} <= names
     assert {f"flowmaps/assets/extractors/{name}.safetensors" for name in CLASSIFIERS} <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"flowmaps", "samplers", "training"}
@@ -161,6 +164,7 @@ def test_flags_name_every_sampler_and_precision():
     """Literals in the flags, which are defined without torch, agree with the tables and the defaults."""
     assert SAMPLER_NAMES == list(samplers.SAMPLERS)
     assert DTYPE_NAMES == list(DTYPES)
+    assert STORAGE_NAMES == list(STORAGE)
     shown = run_script("scripts/fid.py", "--help", check=True).stdout
     assert f"Images in each of KID's subsets ['{KID_SUBSET}']" in shown
 
@@ -171,17 +175,20 @@ FROZEN = {
     flowmaps.objectives: {cls.__name__ for cls in OBJECTIVES.values()}
     | {"OBJECTIVES", "Draws", "LogVariance", "Loss", "Objective", "SelfDistillation", "TrajectoryObjective"},
     samplers: {"check_times", "dpm_solver", "euler", "heun", "log_snr_times", "rollout", "stochastic"}
-    | {"SAMPLERS", "Sampler", "midpoint", "Schedule", "Trajectory", "trajectory", "uniform_times"},
+    | {"SAMPLERS", "Sampler", "midpoint", "Schedule", "Trajectory", "trajectory", "uniform_times"}
+    | {"Measurement", "Score", "Steered", "downsample", "inpaint", "invert", "invert_drift", "steer"},
     training: {"Config", "build_network", "train"},
 }
 
 SAMPLING = {"checkpoint", "steps", "num", "seed", "sampler", "label", "guidance", "gamma", "batch", "schedule"}
-SAMPLING |= {"guidance_interval", "vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
+SAMPLING |= {"condition", "guidance_interval", "vae", "vae_dtype", "vae_batch", "vae_tiling", "ema"}
 SCORING = {"extractor", "extractors", "weights", "root"}
 FLAGS = {
-    "train.py": {"config", "workdir", "dry_run", "stage", "forecast", "gpus", "mfu", "json"},
-    "sample.py": SAMPLING | {"out", "beside"},
-    "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt", "features"},
+    "train.py": {"config", "workdir", "seeds", "dry_run", "stage", "forecast", "gpus", "mfu", "json"},
+    "sample.py": SAMPLING
+    | {"out", "beside", "reward", "reward_scale", "measurement", "mask", "downsample", "measurement_std", "particles"}
+    | {"invert", "edit_label"},
+    "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt", "features", "fit", "background"},
     "fid.py": SAMPLING
     | SCORING
     | {"samples", "reference", "max_fid", "json", "memorisation", "metrics", "kid_subset"}
@@ -189,11 +196,14 @@ FLAGS = {
     | {"from_record", "label_policy", "floor", "markdown"},
     "schedule.py": {"checkpoint", "steps", "out", "store", "plot", "sampler", "cost", "noises", "seed", "fine"}
     | {"guidance", "batch", "reference", "num"},
+    "compare.py": {"out"},
     "train_extractor.py": {"data", "root", "size", "out", "epochs", "seed"},
     "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
     "demo.py": {"workdir", "steps", "num"},
     "gpu_check.py": {"parts", "out", "minutes", "data", "device", "smoke"},
-    "export.py": {"checkpoint", "ema", "out", "name", "license", "results", "how", "push_to_hub", "picture"},
+    "export.py": {"checkpoint", "ema", "out", "name", "license", "results", "how", "push_to_hub", "picture"}
+    | {"onnx", "storage", "torch_export", "web", "space"},
+    "app.py": {"checkpoint", "reference", "root", "vae", "port"},
     "import_checkpoint.py": {
         *("format", "src", "out", "image_size", "heads", "prediction", "path", "guidance", "decoupled"),
         "base_std",

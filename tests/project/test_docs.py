@@ -86,7 +86,8 @@ def test_commands_in_the_documents_name_real_flags():
         for script, arguments in re.findall(r"^    python scripts/(\w+)\.py(.*)$", text, re.MULTILINE):
             shim = (ROOT / f"scripts/{script}.py").read_text()
             module = COMMANDS[COMMAND_OF.get(script, script)].replace(".", "/") if "run_command" in shim else ""
-            files = ["flowmaps/cli/sampling_flags.py", f"{module}.py"] if module else []
+            shared = [f"flowmaps/cli/{name}_flags.py" for name in ("sampling", "steering")]
+            files = [*shared, f"{module}.py"] if module else []
             source = shim + "".join((ROOT / file).read_text() for file in files)
             for flag in re.findall(r"--([\w.]+)", arguments):
                 if not flag.startswith("config."):

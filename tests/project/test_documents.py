@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, released, released_ect
+from helpers import ROOT, collections, released, released_ect
 from helpers.makers import (
     encoded,
     photograph,
@@ -44,8 +44,10 @@ SCALED = {  # pattern -> replacement
     r"--train_steps=\d+": "",
     r"--config\.steps=\d\d\d+": "--config.steps=20",
     r"(--suite=(?:checkerboard|digits)\b.*--rows=[\w,]*)": r"\1 --train_steps=4",
-    r"(--suite=(?:learning|optimisers|mid_training|bellman)\b)": r"\1 --train_steps=8 --num=16",
     r"--suite=gate\b": "--suite=gate --train_steps=4 --num=100 --rows=digits",
+    r"(--suite=(?:learning|optimisers|mid_training|bellman|guidance)\b)": r"\1 --train_steps=8 --num=16",
+    r"(--suite=steering\b)": r"\1 --seeds=0 --num=8",
+    r"--suite=deployment --rows=fashion_mnist": "--suite=deployment --rows=digits --num=40",
     r"--rates=1e-3,3e-3,1e-2,3e-2": "--rates=1e-2",
     r"(--suite=(?:step|sample|networks|profile)\b)(?!.*--rows)": r"\1 --rows=UNet",
     r"--suite=step --rows=UNet": "--suite=step --rows=lagrangian",
@@ -164,6 +166,9 @@ def furnished(copy):
     folder = copy.folder
     write_data_root(folder / "data")
     write_folder(folder / "my/images", {f"{'ab'[i % 2]}/{i}.png": encoded(photograph(i), "png") for i in range(48)})
+    for split in ("train", "test"):
+        collections.write_parquet(folder / "my/parquet", collections.pictures(48), split)
+    collections.write_shards(folder / "my/shards", collections.pictures(48))
     (folder / "torch/hub/checkpoints").mkdir(parents=True)
     write_inception(folder / "inception.pth", size=299)
     os.link(folder / "inception.pth", folder / "torch/hub/checkpoints" / INCEPTION_FILE)

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, pictures
 from helpers.fuzz import NUMBERS, TEXTS, Server, damage, fault, foreign, seeded, tree
 from helpers.makers import photograph, write_folder
 from helpers.released import edm
@@ -189,6 +189,12 @@ def _images(folder, call):
     write_folder(folder / "images", {f"{c}/{i}.png": photograph_bytes(i) for c in "ab" for i in range(3)})
 
 
+def _pictures(folder, call):
+    pictures.save(folder)
+    for name in ("small", "white", "black", "wide", "colour", "broken"):
+        (folder / f"{name}.png").unlink()
+
+
 def _arrays(folder, call):
     np.savez(folder / "images.npz", samples=np.zeros((9, 8, 8, 1), np.uint8), label=np.arange(9))
 
@@ -226,6 +232,11 @@ KINDS = {  # what makes the files, and a command that reads them
     "resumed set": (_trajectories, "prepare_data.py", COMMANDS["prepare_data.py"][1] + " --out={files}/paths"),
     "prepared set": (_prepared, "stats.py", "--data={files}/set --extractor=digits"),
     "images": (_images, "train.py", f"{FOLDER} --config.data.root={{files}}/images"),
+    "measurement": (
+        _pictures,
+        "sample.py",
+        "--checkpoint=assets/digits --steps=2 --num=2 --measurement={files}/digit.png --mask={files}/mask.png",
+    ),
     "arrays": (_arrays, "stats.py", "--data={files}/images.npz"),
     "edm": (_edm, "import_checkpoint.py", "--format=edm --src={files}/edm.pkl"),
     "published maps": (_maps, "import_checkpoint.py", "--src={files}/im256_w2.pkl"),

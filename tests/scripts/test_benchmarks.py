@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from benchmarks.composition import COMPOSITIONS
 from benchmarks.learning import best_rates, optimiser_curves
 from benchmarks.rows import TRANSFORMERS, row_config
 from helpers import ROOT, run_script
@@ -54,6 +55,20 @@ def test_bellman(tmp_path):
     ):
         assert set(scores[f"checkerboard, {row}", 3]) == {f"{m}@{k}" for m in ("KL", "error") for k in (2, 4, 6, 8)}
     again, _ = run(tmp_path / "b.json", *flags)
+    assert again == lines[-len(again) :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["plane", "digits", "classes"])
+def test_steering(tmp_path, row):
+    flags = ["--suite=steering", f"--rows={row}", "--num=16", "--seeds=1"]
+    plot = [f"--plot={tmp_path}/s.png"] if row == "digits" else []
+    lines, records = run(tmp_path / "s.json", *flags, *plot)
+    assert all(math.isfinite(value) for record in records for value in record["scores"].values())
+    assert {"plane": 11, "digits": 10, "classes": 13}[row] == len(records) and bool(plot) == (
+        tmp_path / "s.png"
+    ).exists()
+    again, _ = run(tmp_path / "s.json", *flags)
     assert again == lines[-len(again) :]
 
 
@@ -122,7 +137,25 @@ def test_folders(tmp_path):
     assert scores["opening"]["again, s"] < scores["opening"]["first, s"]
 
 
-@pytest.mark.parametrize("suite", ["mid_training", "bellman", "guidance", "ema", "folders", "resume", "sample", "step"])
+@pytest.mark.slow
+def test_sources(tmp_path):
+    _, records = run(tmp_path / "s.json", "--suite=sources", "--num=640")
+    assert [record["row"] for record in records] == ["folder", "hf", "wds", "datasets", "webdataset"]
+    assert all(record["scores"]["images/CPU s"] > 1 for record in records)
+
+
+@pytest.mark.slow
+def test_compositions(tmp_path):
+    flags = ["--suite=composition", "--train_steps=4", "--num=32", "--seeds=1"]
+    _, records = run(tmp_path / "c.json", *flags)
+    assert [record["row"] for record in records] == [f"digits, {name}" for name in COMPOSITIONS]
+    assert all(record["train_steps"] in (3, 4, 5) and "map@1" in record["scores"] for record in records)
+
+
+TRAINED = ("composition", "mid_training", "bellman", "guidance")
+
+
+@pytest.mark.parametrize("suite", [*TRAINED, "ema", "folders", "resume", "sample", "sources", "step"])
 def test_unknown_rows_are_named(suite):
     done = run_script("scripts/benchmark.py", f"--suite={suite}", "--rows=moon")
     assert done.returncode == 2 and "--rows=moon" in done.stderr and done.stderr.count("\n") == 1
@@ -137,7 +170,7 @@ def test_an_unknown_part_of_a_row_is_named():
 def test_three_processes_write_records_into_one_file(tmp_path):
     """None of them is lost, and a process that starts again finds all."""
     code = (
-        "import sys; sys.path.insert(0, 'scripts'); from benchmarks.suites import add_record\n"
+        "import sys; sys.path.insert(0, 'scripts'); from benchmarks.record_files import add_record\n"
         "for seed in range(20): add_record(sys.argv[1], 's', {'num': 3}, {'row': sys.argv[2], 'seed': seed, "
         "'scores': {'FD@1': float('nan')}})"
     )

@@ -1,6 +1,7 @@
 """The lines of log.jsonl, and what a run shows on a terminal and in a file."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -11,14 +12,18 @@ import sys
 import termios
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from helpers.runs import tiny
+from PIL import Image
 
 from configs.digits import get_config as digits
+from flowmaps import UserError
 from flowmaps.cli.run import _Terminal
 from flowmaps.run_weights import list_checkpoints
 from training.config import Optimizer, build_network
+from training.config_sections import TRACKERS
 from training.log import Log, Progress, read_log
 from training.loop import train
 from training.optim import matrices
@@ -113,3 +118,113 @@ def test_a_run_by_muon_says_how_much_it_trains(tmp_path, capsys):
     share = sum(p.numel() for p in matrices(network).values()) / sum(p.numel() for p in network.parameters())
     assert line == f"muon     trains the matrices, {share:.0%} of the weights; adamw the rest" and len(line) <= 80
     assert 0.1 < share < 0.5
+
+
+def records(content, block=1 << 15):
+    """Yield the records of W&B's file, a log of LevelDB: blocks of chunks (checksum, length, kind) after 7 bytes."""
+    at, whole = 7, b""
+    while at + 7 <= len(content):
+        if block - at % block < 7:  # too little room for a chunk
+            at += block - at % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the complete record, or its last chunk
+            yield whole
+            whole = b""
+
+
+def offline_runs(workdir):
+    """Return the rows and the config that each offline run of W&B holds, in order."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for file in sorted((workdir / "wandb").glob("offline-run-*/run-*.wandb")):
+        rows, config = [], {}
+        for data in records(file.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            rows += [{(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}]
+            config |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
+            config |= {i.key: json.loads(i.value_json) for i in record.config.update}
+        found.append(([row for row in rows if row], config, file.name))
+    return found
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_wandb_offline_and_tensorboard_hold_the_scalars_of_the_log(tmp_path, offline):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny(log_with=("wandb", "tensorboard")), tmp_path)
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    ((rows, config, _),) = offline_runs(tmp_path)
+    logged = [row for row in read_log(tmp_path / "log.jsonl") if row.get("loss")]
+    assert [row["step"] for row in logged] == [2, 4, 6]
+    for name in ("loss", "diagonal", "lr", "images_per_second"):
+        wanted = {row["step"]: row[name] for row in logged}
+        assert {row["_step"]: row[name] for row in rows if name in row} == pytest.approx(wanted)
+        assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(wanted, rel=1e-6)
+    assert config["optim.lr"] == tiny().optim.lr and config["data.name"] == "checkerboard"
+    (picture,) = tmp_path.glob("wandb/offline-run-*/files/media/images/samples_*.png")
+    (shown,), (grid,) = events.Images("samples"), (tmp_path / "samples").iterdir()
+    for file in (picture, io.BytesIO(shown.encoded_image_string)):
+        assert np.array_equal(np.asarray(Image.open(file).convert("L")), np.asarray(Image.open(grid)))
+
+
+def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path, offline):
+    train(tiny(log_with=("wandb",)), tmp_path)
+    shutil.rmtree(list_checkpoints(tmp_path)[-1])
+    train(tiny(log_with=("wandb",)), tmp_path)
+    (_, _, first), (rows, _, second) = offline_runs(tmp_path)
+    assert first == second and min(row["_step"] for row in rows if "loss" in row) > 3
+
+
+class Failing:
+    """A tracker that raises in the method ``at``."""
+
+    requires_logging_directory, at = False, ""
+
+    def __init__(self, name, **options):
+        pass
+
+    def __getattr__(self, name):
+        def method(*arguments, **options):
+            if name == self.at:
+                raise OSError("no route to host")
+
+        return method
+
+
+@pytest.mark.parametrize("at", ["start", "store_init_configuration", "log", "log_images", "finish"])
+def test_a_failing_tracker_is_one_line_and_stops_nothing(tmp_path, at, monkeypatch, capsys):
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mlflow", type("Broken", (Failing,), {"at": at}))
+    train(tiny(), tmp_path / "a")
+    capsys.readouterr()
+    train(tiny(log_with=("mlflow",)), tmp_path / "b")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert lines == ["warning: mlflow fails and is left out from here on: OSError: no route to host"]
+    assert (tmp_path / "b" / "tb").is_dir()
+    steps = [[row["step"] for row in read_log(tmp_path / run / "log.jsonl")] for run in "ab"]
+    assert steps[0] == steps[1] and steps[0][-1] == 6
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    train(tiny(log_with=("wandb",)), tmp_path)
+    assert "warning: wandb fails and is left out from here on: ModuleNotFoundError: " in capsys.readouterr().err
+
+
+def test_trackers_are_those_of_accelerate():
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    assert set(TRACKERS) == {str(name) for name in LOGGER_TYPE_TO_CLASS}
+    with pytest.raises(UserError, match=r"log_with=wandv: did you mean wandb\?"):
+        tiny(log_with=("wandv",)).validate()

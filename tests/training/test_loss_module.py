@@ -129,7 +129,7 @@ def test_a_skipped_step_says_where(tmp_path, monkeypatch, capsys, size, norm):
 def test_tensorboard_has_each_cell(tmp_path):
     written = {}
     log = Log(tmp_path, 1, 0)
-    log.board.add_scalar = lambda name, value, step: written.update({name: value})
+    log.trackers.open["tensorboard"].log = lambda values, step: written.update(values)
     cells = torch.arange(len(GAPS) * BINS).float().view(len(GAPS), BINS)
     log.add({"loss": torch.ones(()), "residuals": cells, "largest": torch.tensor([9.0, S, T])})
     log.interval(1, 1, lr=1.0)

@@ -7,7 +7,8 @@ python scripts/prepare_data.py trajectories --teacher=runs/digits-flow --out=dat
 python scripts/prepare_data.py trajectories --teacher=teachers/edm --out=data/walks --num=50000 \\
     --solver=dpm_solver --grid=log_snr --low=0.0062 --start=data --data=cifar10
 
-imagenet: ADM's square crops of a folder or zip with one folder per class, for --config.data.name=prepared.
+imagenet: ADM's square crops of a folder or zip with one folder per class, of a Hugging Face dataset (--src=hf:REPO) or
+of WebDataset shards (--src=wds:train-{000..099}.tar), for --config.data.name=prepared.
 latents: the moments that a VAE gives for such crops; under torchrun each process has a GPU and makes its share.
 trajectories: solver trajectories of a drift, for --config.trajectories.files of mid_training and straightening.
 Run the same command again to resume after a stop and to replace damaged files.
@@ -29,7 +30,7 @@ from flowmaps.files import writable_directory
 if TYPE_CHECKING:  # torch takes seconds to import, which help and mistakes need not wait for
     from training.config_sections import Trajectories
 
-SRC = flags.DEFINE_string("src", None, "Folder or zip file of images, one folder per class")
+SRC = flags.DEFINE_string("src", None, "Folder or zip of images, one folder per class; hf:ADDRESS or wds:SHARDS")
 SIZE = flags.DEFINE_integer("size", None, "Pixels per side of the crops [64; latents: 256]", lower_bound=1)
 VAE = flags.DEFINE_string("vae", None, "AutoencoderKL that makes the latents: directory or hub id")
 VAE_RANGE = flags.DEFINE_list("vae_range", ["-1", "1"], "Values of black and white for the VAE; EDM2 has 0,1")
@@ -84,7 +85,7 @@ def told(out: Path, *flags: str) -> None:
 
 
 def images(size: int, vae: str | None = None) -> None:
-    src = Path(required(SRC, "ILSVRC/train"))
+    src = required(SRC, "ILSVRC/train")
     out = output(required(OUT, "data/imagenet"))
 
     from flowmaps.data.prepare import Encoder, write_images

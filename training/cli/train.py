@@ -5,7 +5,8 @@ python scripts/train.py --config=configs/digits.py:lagrangian --workdir=runs/dig
 python scripts/train.py --config=configs/digits.py:pipeline --workdir=runs/chain --config.post_training.steps=2000
 python scripts/train.py --config=configs/imagenet256.py:mean_flow --forecast=80 --gpus=8
 
-A row that is a chain trains its stages in WORKDIR/pre_training, mid_training and post_training.
+A row that is a chain trains its stages in WORKDIR/pre_training, mid_training and post_training. With --seeds=0,1,2
+there is a run for each seed, one after the other, in WORKDIR/seed-0 and so on.
 """
 
 import os
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from flowmaps.cli.run import required
+from flowmaps.cli import next_command
+from flowmaps.cli.run import LARGEST_SEED, required
 from flowmaps.errors import UserError, blame
 from flowmaps.files import check_new_file, write_json
 from training.cli import config_file
@@ -38,6 +40,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run foun
 STAGE = flags.DEFINE_string(
     "stage", "", "The only stage of a chain to train; the stages that it starts from must exist"
 )
+SEEDS = flags.DEFINE_list("seeds", None, "Seeds, such as 0,1,2: a run of each in WORKDIR/seed-N, in turn")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build everything, take two steps on a few images, draw a grid, stop")
 _forecast: flags.Flag[Any] = flags.Flag(
     Memory(),
@@ -59,6 +62,7 @@ def main() -> None:
     config = CONFIG.value
     workdir = "" if DRY_RUN.value or FORECAST.value is not None else required(WORKDIR, "runs/digits")
 
+    numbers = None if SEEDS.value is None else seeds(SEEDS.value)
     if FORECAST.value is not None:
         show_forecast(config)
         return
@@ -73,34 +77,58 @@ def main() -> None:
     main = join(next(iter(stages.values())).timeout).rank == 0
     if STAGE.value and (DRY_RUN.value or not isinstance(config, Chain)):
         raise _stage_refused(chain=isinstance(config, Chain))
+    places = {workdir: None} if numbers is None else {str(Path(workdir) / f"seed-{n}"): n for n in numbers}
     if DRY_RUN.value:
         pictures = {stage: grid_file(stage) for stage in stages} if main and WORKDIR.value is not None else {}
         for stage, facts, picture in dry_run_chain(config) if isinstance(config, Chain) else [("", *dry_run(config))]:
             if main:
                 show(stage, facts, picture, pictures.get(stage))
-    elif isinstance(config, Chain):
-        records = run_chain(config, workdir, STAGE.value)
-        if main:
-            print(table(records))
-    else:
-        train(config, workdir)
+    for place, seed in places.items() if not DRY_RUN.value else ():
+        for run in stages.values() if seed is not None else ():
+            run.seed = seed
+        if isinstance(config, Chain):
+            records = run_chain(config, place, STAGE.value)
+            if main:
+                print(table(records))
+        else:
+            train(config, place)
     if main and not DRY_RUN.value:
         name = STAGE.value or list(stages)[-1]
-        print(next_commands(stages[name], str(Path(workdir) / name)), file=sys.stderr)
+        print(next_commands(stages[name], str(Path(place) / name)), file=sys.stderr)
+        if numbers is not None and not isinstance(config, Chain):
+            print(next_command.show(next_command.command("compare", workdir)), file=sys.stderr)
+
+
+def seeds(texts: list[str]) -> list[int]:
+    """Return the seeds of --seeds."""
+    if DRY_RUN.value or FORECAST.value is not None:
+        raise UserError("a forecast or a dry run has no use for seeds: leave it out", "seeds", ",".join(texts))
+    try:
+        found = [int(text) for text in texts]
+    except ValueError:
+        found = []
+    if not found or len(set(found)) < len(found) or not all(0 <= seed <= LARGEST_SEED for seed in found):
+        raise UserError("give different whole numbers, such as 0,1,2", "seeds", ",".join(texts))
+    return found
 
 
 def next_commands(config: "Config", workdir: str) -> str:
     """Return the commands that sample from the run in ``workdir`` and score it, a line each."""
-    from flowmaps.cli import next_command
     from flowmaps.data import Latents
-    from flowmaps.data.registry import FORMATS, prepared_kind
+    from flowmaps.data.registry import prepared_kind, source_of
     from flowmaps.info import FlowMapInfo
     from training.config import build_objective
 
     sampler, data = FlowMapInfo(kind=build_objective(config).kind).sampler, config.data
     commands = [next_command.sample(workdir, sampler)]
     if prepared_kind(Path(data.root)) is not Latents:  # which are not what the model is compared with
-        source = data.root if data.name in FORMATS else data.name
+        source, look = source_of(data.name, data.root), (data.fit.value, data.background.value)
+        if look != ("crop", "white"):  # statistics of images that look as in training
+            flags = [f"--data={source}", f"--size={getattr(config.network, 'image_size', 0)}"]
+            file = f"{workdir.rstrip('/')}-reference.npz"
+            flags += [f"--fit={look[0]}", f"--background={look[1]}", f"--out={file}"]
+            commands.append(next_command.command("stats", *flags))
+            source = file
         commands.append(next_command.fid(workdir, source, next_command.sampling(sampler), data.root))
     return next_command.show(*commands)
 

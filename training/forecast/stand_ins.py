@@ -33,6 +33,7 @@ class Shapes(DataSet):
 
     shape: tuple[int, ...] = ()
     num_classes: int = 0
+    condition: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return ITEMS
@@ -60,6 +61,8 @@ class TrajectoryShapes(TrajectoryFiles):
 
 
 def _labels(data: DataSet, index: Tensor) -> Tensor | None:
+    if data.condition:
+        return torch.zeros(len(index), *data.condition)
     return torch.zeros(len(index), dtype=torch.int64) if data.num_classes else None
 
 
@@ -78,13 +81,14 @@ def data_of(config: Config) -> DataSet:
     """
     net: Any = config.network
     classes, channels = getattr(net, "num_classes", 0) or 0, getattr(net, "channels", 3) or 3  # None: as the data have
+    condition = tuple(getattr(net, "condition", ()))
     if hasattr(net, "dim"):
-        return Shapes((net.dim,), classes)
+        return Shapes((net.dim,), classes, condition)
     if not hasattr(net, "image_size") or not hasattr(net, "channels"):
         raise UserError("needs the options image_size and channels, or dim, for a forecast", field="network")
     shape = (channels, net.image_size, net.image_size)
     if config.data.name != "prepared" or channels == 3:
-        return Shapes(shape, classes)
+        return Shapes(shape, classes, condition)
     scaling = {"latent_shift": channels * (0.0,), "latent_scale": channels * (1.0,), "vae_range": VAE_RANGE}
     return scaled(config, LatentShapes(Path(), {"shape": shape, "num_classes": classes, "vae": "", **scaling}, [ITEMS]))
 

@@ -24,7 +24,7 @@ def smooth(n=4, size=32):
 
 def test_mirror_half():
     x = smooth(400, 4)
-    y = random_hflip(x, stream())
+    y, _ = random_hflip(x, None, stream())
     turned = (y == x.flip(-1)).flatten(1).all(dim=1)
     assert ((y == x).flatten(1).all(dim=1) ^ turned).all() and 150 < turned.sum() < 250
 
@@ -195,7 +195,7 @@ def test_labels_are_left_out_of_the_first_rows_at_the_share_of_all(first):
     label = torch.zeros(1000, dtype=torch.int64)
     counts = []
     for seed in range(200):
-        dropped = drop_labels(label, 0.1, first, 7, torch.Generator().manual_seed(seed)) == 7
+        dropped = drop_labels(label, torch.full_like(label, 7), 0.1, first, torch.Generator().manual_seed(seed)) == 7
         assert not dropped[first:].any()
         counts.append(int(dropped.sum()))
     assert abs(sum(counts) / 200 - 100) < 3

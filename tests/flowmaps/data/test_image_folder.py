@@ -16,7 +16,7 @@ from PIL import Image
 from flowmaps import UserError
 from flowmaps.data import open_dataset, open_images
 from flowmaps.data.file_source import Folder
-from flowmaps.data.image_io import inspect
+from flowmaps.data.image_io import BACKGROUNDS, inspect
 from flowmaps.data.prepare import write_images
 
 
@@ -411,3 +411,39 @@ def test_many_foreign_files_are_counted_by_suffix(tmp_path):
     files = {f"{i}.{suffix}": b"text" for i in range(15) for suffix in ("txt", "json")}
     root = write_folder(tmp_path, files | {"a.png": encoded(photograph(0), "png")})
     assert set(open_images(root, 8).left_out) == {"15 files with .json", "15 files with .txt"}
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_padding_keeps_all_of_a_picture_and_adds_the_background(background, tmp_path):
+    """The padded square has the picture's sum plus that of the added pixels; a square picture does not change."""
+    grey = BACKGROUNDS[background]
+    tall = np.asarray(photograph(0, 40, 20))
+    data = open_images(
+        write_folder(tmp_path, {"a.png": encoded(photograph(0, 40, 20), "png")}), 40, False, "pad", background
+    )
+    x = data.fetch(torch.arange(1))[0][0].permute(1, 2, 0).numpy()
+    assert np.array_equal(x[:, 10:30], tall) and np.all(x[:, :10] == grey) and np.all(x[:, 30:] == grey)
+    assert "padded to a square" in data.crop and (background in data.crop) == (background != "white")
+    small = open_images(tmp_path, 10, fit="pad", background=background).fetch(torch.arange(1))[0][0].permute(1, 2, 0)
+    assert np.array_equal(small.numpy(), np.rint(x.reshape(10, 4, 10, 4, 3).mean((1, 3), dtype=np.float64)))
+    assert data.content() != open_images(tmp_path, 40).content()
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_transparent_pixels_show_the_background(background, tmp_path):
+    clear = np.zeros((4, 4, 4), np.uint8)
+    clear[:2] = (10, 20, 30, 255)
+    files = {"a.png": encoded(Image.fromarray(clear), "png"), "b.png": encoded(Image.new("LA", (4, 4), (9, 0)), "png")}
+    data = open_images(write_folder(tmp_path, files), background=background)
+    x = data.fetch(torch.arange(2))[0]
+    assert torch.all(x[0, :, 2:] == BACKGROUNDS[background]) and torch.all(x[1] == BACKGROUNDS[background])
+    assert x[0, :, 0, 0].tolist() == [10, 20, 30]
+
+
+def test_the_way_to_a_square_is_one_of_two(tmp_path):
+    write_folder(tmp_path, {"a.png": encoded(photograph(0), "png")})
+    with pytest.raises(UserError, match="fit=squeeze: choose one of crop, pad"):
+        open_images(tmp_path, 8, fit="squeeze")
+    write_folder(tmp_path, {"a.png": encoded(Image.new("L", (9000, 2)), "png")})
+    with pytest.raises(UserError, match="9000 x 2 pixels are too many to be padded to a square"):
+        open_images(tmp_path, 8, fit="pad").fetch(torch.arange(1))

@@ -36,7 +36,7 @@ def test_without_a_teacher_the_exact_map_is_right_in_the_mean(case):
     draws = objective.draw(fm, x1, generator())
     x = fm.interpolant.point(draws.x0, x1, draws.s)
     m, variance = fm.network.moments(draws.s, label)
-    mean = fm.network.mean if label is None else fm.network.mean[label]
+    mean = fm.network.mean_of(label)
     a, b = fm.interpolant.alpha(draws.s)[:, None], fm.interpolant.beta(draws.s)[:, None]
     x0_mean = a * fm.base_std**2 / variance * (x - m)
     x1_mean = mean + b * fm.network.std**2 / variance * (x - m)

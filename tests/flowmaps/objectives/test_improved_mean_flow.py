@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from flowmaps import FlowMap, FlowMapInfo, UserError
-from flowmaps.networks.conditioning import condition
+from flowmaps.networks.conditioning import split_label
 from flowmaps.objectives import OBJECTIVES
 
 CONFIG = {"second_head": True}
@@ -28,8 +28,8 @@ class Toy(nn.Module):
         return (self.a + self.c * (t - s))[:, None] * x
 
     def second(self, x, s, t, label=None):
-        given = condition(label, s, 1, guidance=True, interval=True)
-        return ((given.classes @ self.e) * given.guidance * (1 + t - s))[:, None] * x
+        given = split_label(label, s, 1, guidance=True, interval=True)
+        return ((given.rows @ self.e) * given.guidance * (1 + t - s))[:, None] * x
 
     def pair(self, x, s, t, label=None):
         return self(x, s, t, label), self.second(x, s, t, label)

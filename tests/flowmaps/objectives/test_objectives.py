@@ -162,7 +162,7 @@ def test_consistency_bias_shrinks_with_the_gap(case):
         x0, s, u, gamma, *_ = objective.draw(fm, x1, generator())
         x = fm.interpolant.point(x0, x1, s)
         m, variance = fm.network.moments(s, label)
-        mean = fm.network.mean if label is None else fm.network.mean[label]
+        mean = fm.network.mean_of(label)
         a, b = fm.interpolant.alpha(s)[:, None], fm.interpolant.beta(s)[:, None]
         x0_mean = a * fm.base_std**2 / variance * (x - m)
         x1_mean = mean + b * fm.network.std**2 / variance * (x - m)

@@ -1,0 +1,6 @@
+"""The command ``flowmaps app``."""
+
+from flowmaps.cli.commands import run_command
+
+if __name__ == "__main__":
+    run_command("app")
