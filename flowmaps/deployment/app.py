@@ -29,6 +29,12 @@ def check_installed() -> None:
         raise UserError("the app needs gradio: pip install gradio")
 
 
+def check_model(fm: FlowMap) -> None:
+    """Refuse a model that needs more than the app can ask for."""
+    if fm.info.condition:
+        raise UserError("the app has no control for a condition: use sample.py --condition")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """The computations of the app, for a model and the reference of its distances, if there is one."""
@@ -117,12 +123,13 @@ def build(fm: FlowMap, reference: Reference | None = None) -> Any:
         reference: What samples are compared with, of ``flowmaps.evaluation.open_reference``.
 
     Raises:
-        UserError: gradio is not installed.
+        UserError: gradio is not installed, or the model takes a condition that the app cannot ask for.
 
     Example:
         >>> build(FlowMap.from_pretrained("digits")).launch()
     """
     check_installed()
+    check_model(fm)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it asks no other host
     import gradio
 

@@ -21,8 +21,8 @@ PROBED = 64  # numbers of the network's output that the page compares
 
 def check_page(fm: FlowMap) -> None:
     """Refuse a model that a page cannot show: it must be a map of images, and small."""
-    if fm.info.kind != "map" or not is_image(fm) or fm.info.shape[0] not in (1, 3):
-        raise UserError(f"a page shows a map of images in grey or colour: for other models {BEYOND}")
+    if fm.info.kind != "map" or not is_image(fm) or fm.info.shape[0] not in (1, 3) or fm.info.condition:
+        raise UserError(f"a page shows a map of images in grey or colour, by class at most: for other models {BEYOND}")
     size = sum(p.numel() for p in fm.network.parameters())
     if size > MOST_WEIGHTS:
         raise UserError(f"the model has {size / 1e6:.1f} million weights, a page at most 10 million: {BEYOND}")

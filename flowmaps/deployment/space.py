@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from flowmaps.deployment.app import check_model
 from flowmaps.export import MODEL
 from flowmaps.files import WRITER, WRITTEN_BY, Layout, new_directory
 from flowmaps.flow_map import FlowMap
@@ -44,6 +45,7 @@ def write_space(fm: FlowMap, directory: Path, name: str, license: str = "") -> N
         name: The title of the Space.
         license: Of the weights, by its name on the hub.
     """
+    check_model(fm)
     with new_directory(directory, SPACES) as folder:
         fm.save_pretrained(folder / "model", card(fm, "model", license))
         (folder / "app.py").write_text(APP.format(mark=f"{WRITTEN_BY}: {WRITER}"))

@@ -81,6 +81,10 @@ def test_a_space_has_the_app_and_the_model(tmp_path):
     assert "title: Digits\nsdk: gradio\n" in head and "app_file: app.py\nlicense: apache-2.0\n" in head
     assert "flowmaps[app] @ git+https://" in (folder / "requirements.txt").read_text()
     compile((folder / "app.py").read_text(), "app.py", "exec")
+    fm.info = replace(fm.info, num_classes=0, class_names=(), condition=(3,))
+    with pytest.raises(UserError, match="no control for a condition"):
+        write_space(fm, folder, "Digits")
+    fm = digits()
     (folder / "mine.py").touch()
     with pytest.raises(UserError, match="flowmaps did not write"):
         write_space(fm, folder, "Digits")

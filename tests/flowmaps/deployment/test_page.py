@@ -90,6 +90,7 @@ def test_page_refuses_what_it_cannot_show(monkeypatch):
         {"kind": "drift"},
         {"kind": "consistency"},
         {"shape": (2,)},
+        {"num_classes": 0, "condition": (3,)},
         {"latent_scale": (1.0,), "latent_shift": (0.0,)},
     ):
         fm.info = replace(small("UNet").info, **info)
