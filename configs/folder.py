@@ -1,4 +1,6 @@
-"""Your own images, in a folder or a zip file, cropped to squares and resized to 64 x 64, with "small" to 32 x 32.
+"""Your own images, cropped to squares and resized to 64 x 64, with "small" to 32 x 32.
+
+They are in a folder, a zip file, a Hugging Face dataset or WebDataset shards (docs/data.md).
 
 python scripts/train.py --config=configs/folder.py:lagrangian,small --config.data.root=my/images --workdir=runs/mine
 python scripts/train.py --config=configs/folder.py:pipeline,small --config.data.root=my/images --workdir=runs/chain
@@ -6,6 +8,8 @@ python scripts/train.py --config=configs/folder.py:lagrangian --config.data.root
 python scripts/train.py --config=configs/folder.py:mid_training --config.data.root=my/images --workdir=runs/mid \\
     --config.init_from=runs/flow --config.teacher=runs/flow
 python scripts/train.py --config=configs/folder.py:lagrangian --config.data.name=zip --config.data.root=my.zip ...
+python scripts/train.py --config=configs/folder.py:lagrangian --config.data.name=hf --config.data.root=USER/DATASET ...
+python scripts/train.py --config=configs/folder.py:lagrangian --config.data.name=wds --config.data.root=my/shards ...
 
 docs/own_images.md leads from a folder to a score. ",small" is for one CPU core: 1.2 million parameters, half an hour.
 

@@ -164,7 +164,8 @@ def generate(
     if reward is not None:
         check_steering(sampler, gamma, particles)
         guided = partial(guided_label, fm, weight=guidance, interval=guidance_interval)
-        yield from _steered(fm, grid, range(first, first + n), seed, label, guided, batch, reward, particles, watch)
+        items, labels = range(first, first + n), (label, label_policy)
+        yield from _steered(fm, grid, items, seed, *labels, guided, batch, reward, particles, watch)
         return
     row, device = SAMPLERS[sampler], next(fm.parameters()).device
     model = fm if row.of == "map" else guided_drift(fm, guidance)
@@ -188,6 +189,7 @@ def _steered(
     items: range,
     seed: int,
     label: Label | None,
+    label_policy: str | Tensor,
     guided: Callable[[Tensor | None], Tensor | None],
     batch: int,
     reward: Reward,
@@ -208,12 +210,10 @@ def _steered(
             return torch.stack([torch.rand((), generator=stream, dtype=torch.float64) for stream in streams])
 
         x0 = noise(0)
-        if fm.info.condition:  # of a sample, whose particles share it
-            y = labels_for(fm.info, size, label, start)
-            y = None if y is None else y.repeat_interleave(particles, dim=0)
-        else:
-            y = labels_for(fm.info, size * particles, label, start * particles)
-        y = None if y is None else y.to(x0.device)
+        shared = bool(fm.info.condition) or isinstance(label_policy, Tensor)  # by the particles of a sample
+        each = 1 if shared else particles
+        y = sample_labels(fm.info, start * each, size * each, seed, label, label_policy)
+        y = None if y is None else y.repeat_interleave(particles // each, dim=0).to(x0.device)
         try:
             found = steer(
                 fm,

@@ -62,7 +62,6 @@ class FlowMapInfo:
 
     shape: tuple[int, ...] = ()  # of one sample: (channels, height, width) for images, (dim,) for points
     num_classes: int = 0  # 0: unconditional; else labels 0 .. num_classes - 1, and num_classes means "no label"
-    condition: tuple[int, ...] = ()  # the shape of what is given in place of a class: a vector, tokens, an image
     kind: str = "map"  # "map": v_{s,t} is trained for s <= t; "drift": only v_{t,t}; "consistency": only v_{s,1}
     data: str = ""  # the name of the training set
     ema: float | None = None  # decay of the weights' moving average, or its relative width (< 0.29); None: raw weights
@@ -78,6 +77,7 @@ class FlowMapInfo:
     latent_shift: tuple[float, ...] = ()  # of latents: a sample is scale (z - shift), one number per channel, see
     latent_scale: tuple[float, ...] = ()  # flowmaps.vae; empty: samples are images or points
     origin: dict[str, str] = field(default_factory=dict)  # of imported weights: format, sha256, license and the like
+    condition: tuple[int, ...] = ()  # the shape of what is given in place of a class: a vector, tokens, an image
     recommended_sampler: str = field(default="", metadata={"optional": True})  # of a map whose authors say so
     recommended_guidance: tuple[float, ...] = field(default=(), metadata={"optional": True})  # the same: (w, low, high)
     class_names: tuple[str, ...] = field(default=(), metadata={"optional": True})  # by number; empty: unknown

@@ -68,15 +68,17 @@ class Measurement:
         return self.std**2 + self.gain * stage.data_std**2 * (1 - stage.exponent**2)
 
     def potential(self, guess: Tensor, stage: Stage) -> Tensor:
+        """Return -|y - A guess|^2 / (2 V) - (n / 2) log(V / std^2) for n measured values: [B]."""
         v = self._variance(stage)
         e = self._residual(guess, stage.exponent).double()
         return -e.square().flatten(1).sum(dim=1) / (2 * v) - self.observed / 2 * math.log(v / self.std**2)
 
     def propose(self, guess: Tensor, z: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
+        """Draw from the kernel conditioned on y, as if the look-ahead were linear with the slope of Gaussian data."""
         if not stage.width:
             raise ValueError("a measurement steers by noise: gamma must be above 0")
         factor = 1.0 if self.mean is None else stage.exponent
-        slope, v, noise = factor / stage.gain, self._variance(stage), stage.width**2
+        slope, v, noise = factor / stage.lever, self._variance(stage), stage.width**2
         s = self.gain * (slope * stage.width) ** 2
         shrunk = math.sqrt(v / (s + v))
         pull = self.adjoint(self._residual(guess, factor * stage.rho)) * (slope * noise / (s + v))

@@ -34,7 +34,7 @@ class Stage:
     rho: float
     width: float  # standard deviation of the noise that re-noising adds: gamma alpha_t sigma0
     reach: float  # variance of the look-ahead that it adds: sigma1^2 (1 - rho^2)
-    gain: float  # shift of x_t by which the look-ahead shifts by 1: 1 / J_t
+    lever: float  # shift of x_t by which the look-ahead shifts by 1: 1 / J_t
     data_std: float  # sigma1
 
 
@@ -78,10 +78,12 @@ class Score:
         return self.scale * value
 
     def potential(self, guess: Tensor, stage: Stage) -> Tensor:
+        """Return exponent * r(guess) [B]."""
         return stage.exponent * self(guess).detach().double()
 
     def propose(self, guess: Tensor, z: Tensor, stage: Stage) -> tuple[Tensor, Tensor]:
-        shift = stage.gain * (self._ascended(guess, stage) - guess) if self.ascents else torch.zeros_like(guess)
+        """Shift x_t by what moves the look-ahead to its best place."""
+        shift = stage.lever * (self._ascended(guess, stage) - guess) if self.ascents else torch.zeros_like(guess)
         ratio = z.new_zeros(len(z), dtype=torch.float64)
         if stage.width:
             d = shift.double() / stage.width
@@ -256,11 +258,11 @@ def _stages(path: Path, times: Tensor, gamma: float, base_std: float, data_std: 
     rho = (1 - (gamma * alpha * base_std) ** 2 / q).clamp(min=0).sqrt()
     rho[-1] = 1.0  # data has no noise to renew
     exponent = torch.cat([rho[1:], rho[-1:]]).flip(0).cumprod(dim=0).flip(0)
-    reach, gain = data_std**2 * (1 - rho**2), q.sqrt() / data_std
+    reach, lever = data_std**2 * (1 - rho**2), q.sqrt() / data_std
     if not gamma:  # the look-ahead moves to its best place, and x_t by what the flow from s to t leaves of that
         before = torch.cat([beta[:1], beta[:-1]]) * (q / torch.cat([q[:1], q[:-1]])).sqrt()
-        reach, gain = torch.full_like(reach, data_std**2), beta - before
-    columns = (exponent, rho, gamma * alpha * base_std, reach, gain, torch.full_like(rho, data_std))
+        reach, lever = torch.full_like(reach, data_std**2), beta - before
+    columns = (exponent, rho, gamma * alpha * base_std, reach, lever, torch.full_like(rho, data_std))
     return [Stage(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:  # torch takes seconds to import
 
 SAMPLING = SamplingFlags(num=50_000, several=True)
 SAMPLES = flags.DEFINE_string("samples", None, "Folder or .npz of images to score, instead of --checkpoint")
-REFERENCE = flags.DEFINE_string("reference", None, "Data set NAME[:split], folder, or statistics (stats.py, EDM, ADM)")
+REFERENCE = flags.DEFINE_string(
+    "reference", None, "Data set NAME[:split], folder, hf:REPO, wds:SHARDS, or statistics (stats.py, EDM, ADM)"
+)
 EXTRACTORS = flags.DEFINE_list(
     "extractors", [], "Names, files or module:function; all see the same images [the reference's own, else inception]"
 )

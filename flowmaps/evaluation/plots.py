@@ -47,7 +47,10 @@ def lines(
     plt = pyplot()
     metrics = list(dict.fromkeys(metric for _, metric, _, _ in points))
     names = list(dict.fromkeys(point[0] for point in points))
-    styles = {name: {"color": f"C{i}", "fmt": f"{MARKERS[i % len(MARKERS)]}-"} for i, name in enumerate(names)}
+    styles = {  # after ten colours the same ones again, dashed
+        name: {"color": f"C{i % 10}", "fmt": f"{MARKERS[i % len(MARKERS)]}{'-' if i < 10 else '--'}"}
+        for i, name in enumerate(names)
+    }
     shown: dict[str, Any] = {}
     across = min(2, len(metrics))
     down = math.ceil(len(metrics) / across)

@@ -70,7 +70,7 @@ def scores(data: str, num: int | None, train_steps: int | None) -> Iterator[tupl
     """Yield the name of each pair and the shares in % of draws in which "after" is found worse than "before"."""
     if data not in ROWS:
         raise UserError(f"--rows={data}: of --suite=gate they are {', '.join(ROWS)}")
-    pooled = ROWS[data][2] if train_steps is None else 10 * (num or 2000)
+    pooled, draws = (ROWS[data][2], DRAWS) if train_steps is None else (10 * (num or 2000), 10)
     reference = open_reference(f"{data}:heldout", device=torch.device("cpu"))
     of = {name: pool(fm, reference, pooled) for name, fm in trained(data, train_steps).items()}
     g = torch.Generator().manual_seed(0)
@@ -79,11 +79,11 @@ def scores(data: str, num: int | None, train_steps: int | None) -> Iterator[tupl
     pairs += [(f"equal: {best} and {other} mixed", best, other) for other in others]
     pairs += [(f"{a} -> {b}", a, b) for other in others for a, b in ((best, other), (other, best))]
     for name, before, after in pairs:
-        yield f"{data}, {name}", compare(of[before], of[after], reference, num or 2000, g, name)
+        yield f"{data}, {name}", compare(of[before], of[after], reference, num or 2000, g, name, draws)
 
 
 def compare(
-    before: Tensor, after: Tensor, reference: Reference, num: int, g: torch.Generator, name: str
+    before: Tensor, after: Tensor, reference: Reference, num: int, g: torch.Generator, name: str, draws: int
 ) -> dict[str, float]:
     """Return the change of the distance from one pool to the other, and how often each rule finds it worse, in %.
 
@@ -93,7 +93,7 @@ def compare(
     whole = [frechet_distance(FeatureStats(x.shape[1]).update(x), _bare(reference)) for x in (before, after)]
     mixed, other_noise = name.endswith("mixed"), name.endswith("noise")
     found: dict[str, list[bool]] = {}
-    for _ in range(DRAWS):
+    for _ in range(draws):
         first, second = drawn(len(before), num, g)
         old, new, unpaired = before[first], after[second if other_noise else first], after[second]
         if mixed:

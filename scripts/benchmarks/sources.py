@@ -1,6 +1,6 @@
 """Bench of sources of images: the same pictures as a folder, a parquet file and tar shards, and by plain loaders.
 
-A row runs in a process of its own, in which it opens the pictures and reads all of them once in a shuffled order, cut
+A row runs in a separate process, in which it opens the pictures and reads all of them once in a shuffled order, cut
 and resized, without workers. The plain loaders are those of ``datasets`` and ``webdataset`` with transforms of
 torchvision.
 """

@@ -240,6 +240,16 @@ def test_steering_options_that_do_not_fit(fm, change, message):
         next(generate(fm, [0.0, 0.5, 1.0], 2, 0, **options))
 
 
+def test_labels_of_particles_follow_the_policy(fm):
+    """Given classes are those of all particles of a sample; else particles have classes in turn, or drawn ones."""
+    given = torch.tensor([5, 1, 8])
+    zero = as_reward(fm, bright, 0.0)
+    _, label = steered(fm, zero, 3, label_policy=given, particles=4)
+    assert label.tolist() == [5, 1, 8]
+    drawn, whole = (steered(fm, zero, n, label_policy="random", particles=4)[1] for n in (3, 6))
+    assert torch.equal(drawn, whole[:3])
+
+
 def test_a_drift_has_no_map_to_steer(fm):
     drift = FlowMap(fm.network, base_std=fm.base_std, info=replace(fm.info, kind="drift"))
     with pytest.raises(UserError, match="is a drift"):

@@ -68,6 +68,7 @@ def test_a_stop_is_told_from_an_end(signals, code, tmp_path):
     assert run.wait(60) == code
 
 
+@pytest.mark.slow
 def test_a_job_of_slurm_is_queued_again_until_its_run_is_complete(tmp_path):
     """The limit comes after some steps; the second job resumes and ends, with the weights of an undisturbed run."""
     (tmp_path / "bin").mkdir()

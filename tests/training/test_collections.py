@@ -50,7 +50,7 @@ def killed_and_resumed(source, tmp_path, steps, after):
     assert_same(weights(tmp_path / "a", "optimizer"), weights(tmp_path / "b", "optimizer"))
 
 
-@pytest.mark.parametrize("source", ["hf:{}/parquet", "wds:{}/shards"])
+@pytest.mark.parametrize("source", ["hf:{}/parquet", pytest.param("wds:{}/shards", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(source, place, tmp_path):
     killed_and_resumed(source.format(place), tmp_path, steps=6, after=2)
 
@@ -58,7 +58,7 @@ def test_a_killed_run_resumes_bit_for_bit(source, place, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["hf:{}/parquet", "wds:{}/shards"])
 def test_a_killed_run_on_ten_thousand_pictures_resumes_bit_for_bit(source, tmp_path):
-    killed_and_resumed(source.format(write_all(tmp_path / "sets", 10_000)), tmp_path, steps=60, after=20)
+    killed_and_resumed(source.format(write_all(tmp_path / "sets", 10_000)), tmp_path, steps=12, after=4)
 
 
 def test_both_make_the_run_that_their_pictures_in_a_folder_make(place, tmp_path):
@@ -95,6 +95,7 @@ def test_class_names_of_a_column_reach_labels_card_and_pipeline(place, tmp_path)
     assert len(pipeline(class_labels=["emu", "cat"], num_inference_steps=1).images) == 2
 
 
+@pytest.mark.slow
 def test_statistics_and_scores_of_both_are_those_of_their_pictures(place, tmp_path):
     own = tmp_path / "own.extractor.safetensors"
     source = f"hf:{place / 'parquet'}"
@@ -109,5 +110,5 @@ def test_statistics_and_scores_of_both_are_those_of_their_pictures(place, tmp_pa
     rows = []
     for reference in (f"{tmp_path}/hf.npz", f"{tmp_path}/wds.npz", source, f"wds:{place / 'shards'}"):
         done = run_script("scripts/fid.py", f"--reference={reference}", *scored, check=True)
-        rows.append(next(line for line in done.stdout.splitlines() if line.startswith("| 1 ")))
+        rows.append(done.stdout.splitlines()[2])  # of the table
     assert len(set(rows)) == 1, rows

@@ -33,13 +33,14 @@ def test_muon_takes_the_weights_of_linear_layers(name):
     assert all(taken[key] is all_of_them[key] for key in taken)
     linear = {f"{key}.weight" for key, layer in network.named_modules() if isinstance(layer, nn.Linear)}
     if name.startswith("EDM2"):  # whose layers are MPLayers, the table of classes too
-        assert "embedding.label.weight" in taken and {p.ndim for p in taken.values()} == {2}
+        table = {"EDM2UNet vector": "condition", "EDM2UNet image": "start"}.get(name, "label")
+        assert f"embedding.{table}.weight" in taken and {p.ndim for p in taken.values()} == {2}
         assert all(all_of_them[key].ndim in (1, 4) for key in rest)
     else:
         assert taken.keys() == linear
         tables = {f"{key}.weight" for key, layer in network.named_modules() if isinstance(layer, nn.Embedding)}
         assert {key for key in rest if all_of_them[key].ndim == 2} - tables <= {
-            key for key in rest if key.endswith(("attention.scales", ".tokens"))
+            key for key in rest if key.endswith(("attention.scales", ".tokens", "positions", "nothing"))
         }
     assert any(p.ndim == 4 for p in all_of_them.values()) is ("UNet" in name or "IMF" in name)  # kernels, for AdamW
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from flowmaps.data import DataSet
     from flowmaps.metrics.classifier import Classifier, OwnExtractor
 
-DATA = flags.DEFINE_string("data", None, "Data set NAME, folder, zip file or prepared set")
+DATA = flags.DEFINE_string("data", None, "Data set NAME, folder, zip file, prepared set, hf:REPO or wds:SHARDS")
 ROOT = flags.DEFINE_string("root", "data", "Folder of a named data set's files")
 SIZE = flags.DEFINE_integer("size", None, "Crop and resize the images of a folder or zip to this", 4, 4096)
 OUT = flags.DEFINE_string("out", None, "File to write (.safetensors) [NAME.extractor.safetensors next to --data]")
@@ -63,15 +63,15 @@ class Part:
 def main() -> None:
     source = required(DATA, "my/images")
 
-    from flowmaps.data.registry import check_source
+    from flowmaps.data.registry import check_source, is_address
     from flowmaps.evaluation.real_images import built_in
     from flowmaps.metrics.classifier import CLASSIFIERS, SUFFIX, ClassifierOptions, OwnExtractor, own_file, own_name
 
     with blame("data", source):
         check_source(source)
     named = built_in(source)
-    if named and OUT.value is None:
-        raise UserError("missing for a named data set, e.g. --out=mine.safetensors", field="out")
+    if (named or is_address(source)) and OUT.value is None:
+        raise UserError("missing for data that is not a path, e.g. --out=mine.safetensors", field="out")
     out = Path(OUT.value or own_file(source))
     with blame("out", out):
         if out.suffix != SUFFIX:

@@ -77,7 +77,9 @@ def main() -> None:
     main = join(next(iter(stages.values())).timeout).rank == 0
     if STAGE.value and (DRY_RUN.value or not isinstance(config, Chain)):
         raise _stage_refused(chain=isinstance(config, Chain))
-    places = {workdir: None} if numbers is None else {str(Path(workdir) / f"seed-{n}"): n for n in numbers}
+    places: dict[str, int | None] = {workdir: None}
+    if numbers is not None:
+        places = {str(Path(workdir) / f"seed-{n}"): n for n in numbers}
     if DRY_RUN.value:
         pictures = {stage: grid_file(stage) for stage in stages} if main and WORKDIR.value is not None else {}
         for stage, facts, picture in dry_run_chain(config) if isinstance(config, Chain) else [("", *dry_run(config))]:
