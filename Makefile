@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(BIN)/python scripts/demo.py --workdir=runs/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow

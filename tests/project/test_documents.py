@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, collections, released, released_ect
+from helpers import ROOT, image_sets, released, released_ect
 from helpers.makers import (
     encoded,
     photograph,
@@ -167,8 +167,8 @@ def furnished(copy):
     write_data_root(folder / "data")
     write_folder(folder / "my/images", {f"{'ab'[i % 2]}/{i}.png": encoded(photograph(i), "png") for i in range(48)})
     for split in ("train", "test"):
-        collections.write_parquet(folder / "my/parquet", collections.pictures(48), split)
-    collections.write_shards(folder / "my/shards", collections.pictures(48))
+        image_sets.write_parquet(folder / "my/parquet", image_sets.pictures(48), split)
+    image_sets.write_shards(folder / "my/shards", image_sets.pictures(48))
     (folder / "torch/hub/checkpoints").mkdir(parents=True)
     write_inception(folder / "inception.pth", size=299)
     os.link(folder / "inception.pth", folder / "torch/hub/checkpoints" / INCEPTION_FILE)

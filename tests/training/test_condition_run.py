@@ -37,7 +37,7 @@ def config(kind, steps=8, **changes):
     return made
 
 
-@pytest.mark.parametrize("kind", ["vector", "image"])
+@pytest.mark.parametrize("kind", ["vector", pytest.param("image", marks=pytest.mark.slow)])
 def test_a_run_learns_its_condition_and_resumes_bit_for_bit(kind, tmp_path):
     fm = train(config(kind, steps=60, checkpoint_every=30, sample_every=60), tmp_path / "whole", pairs(kind))
     train(config(kind, steps=30, checkpoint_every=30, sample_every=60), tmp_path / "parts", pairs(kind))

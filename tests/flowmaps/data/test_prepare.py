@@ -143,7 +143,8 @@ def test_labels_are_the_order_of_the_synsets_and_images_are_the_crops(imagenet, 
         assert np.array_equal(image.permute(1, 2, 0).numpy(), np.broadcast_to(adm_center_crop(pixels, 64), (64, 64, 3)))
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_and_resumed_run_writes_the_same_bytes(imagenet, whole, tmp_path, workers):
     flags = [f"--src={imagenet}", f"--out={tmp_path / 'out'}", "--shard=100", f"--workers={workers}"]
     command = [sys.executable, "scripts/prepare_data.py", "imagenet", *flags]

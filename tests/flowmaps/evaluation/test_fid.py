@@ -58,9 +58,9 @@ def sets(tmp_path_factory):
 @pytest.mark.parametrize(
     ("run", "batch"),
     [
-        (run_two, 7),
+        (run_script, 7),
         pytest.param(run_script, 64, marks=pytest.mark.slow),
-        pytest.param(run_script, 7, marks=pytest.mark.slow),
+        pytest.param(run_two, 7, marks=pytest.mark.slow),
         pytest.param(run_two, 64, marks=pytest.mark.slow),
     ],
 )
