@@ -16,12 +16,14 @@ from flowmaps.data.dataset import Batch, DataSet
 from flowmaps.data.image_folder import ImageFiles
 from flowmaps.data.image_io import BadImage, decode
 from flowmaps.data.registry import open_dataset
+from flowmaps.data.shards import Latents
+from flowmaps.data.tables import read_vectors
 from flowmaps.errors import UserError, blame, shorten
 from flowmaps.images import from_uint8
 from flowmaps.reading import regular_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-REMEDY = "give an .npy file of conditions, a picture, or a folder or zip file of pictures"
+REMEDY = "give an .npy file of conditions, a picture, a folder or zip file of pictures, or hf:PLACE#COLUMN"
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Conditions:
     """Conditions of one shape, floats; images in [-1, 1], smaller ones enlarged by repetition of their pixels.
 
     Args:
-        rows: What they are read from: an .npy file of [n, ...], or a data set of images.
+        rows: What they are read from: an .npy file of [n, ...], an array, or a data set of images.
         shape: The shape of one of them, as a network takes it.
     """
 
@@ -41,8 +43,9 @@ class Conditions:
 
     def fetch(self, index: Tensor) -> Tensor:
         """Return the conditions at ``index`` [b]: floats [b, *shape]."""
-        if isinstance(self.rows, Path):
-            found = torch.from_numpy(np.array(_mapped(self.rows)[index.numpy()]))
+        if isinstance(self.rows, Path | np.ndarray):
+            rows = _mapped(self.rows) if isinstance(self.rows, Path) else self.rows
+            found = torch.from_numpy(np.array(rows[index.numpy()]))
         else:
             found = self.rows.fetch(index)[0]
         found = from_uint8(found) if found.dtype == torch.uint8 else found.float()
@@ -53,6 +56,8 @@ class Conditions:
 
     def digest(self) -> str:
         """Return the SHA-256 over all conditions, or the fingerprint of their data set."""
+        if isinstance(self.rows, np.ndarray):
+            return hashlib.sha256(self.rows.tobytes()).hexdigest()
         if not isinstance(self.rows, Path):
             return str(self.rows.digest())
         with self.rows.open("rb") as file:
@@ -76,28 +81,36 @@ def open_conditions(source: str | Path, shape: tuple[int, ...]) -> Conditions:
 
     Args:
         source: An .npy file of floats [n, *shape], or of images uint8 [n, C, H, W]; a picture; a folder or zip file of
-            pictures, or a set that prepare_data.py wrote. Pictures may be smaller than ``shape`` by a whole factor.
+            pictures, or a set that prepare_data.py wrote; ``hf:PLACE#COLUMN``, a column of vectors or of pictures of a
+            Hugging Face dataset. Pictures may be smaller than ``shape`` by a whole factor.
         shape: The shape of one condition (``FlowMapInfo.condition``).
 
     Raises:
         UserError: There is no such file, it is damaged, or what it holds has another shape.
     """
     with blame("condition", source):
-        path = Path(source)
-        if path.suffix == ".npy":
-            rows: Any = path
-            found, image = _check_npy(path)
-        elif path.suffix.lower() in PICTURES and not path.is_dir():
-            rows = ArrayData(_picture(path))
-        elif path.exists():
-            rows = open_dataset(path)
-        else:
-            raise UserError(f"no such file or folder: {REMEDY}")
-        if rows is not path:
-            found, image = tuple(rows.shape), True
+        rows, found, image = _opened(str(source))
         if found != tuple(shape) and not (image and _enlarged(found, tuple(shape))):
             raise UserError(f"has conditions of shape {found}, the model takes {tuple(shape)}")
         return Conditions(rows, tuple(shape))
+
+
+def _opened(source: str) -> tuple[Any, tuple[int, ...], bool]:
+    """Return what ``source`` holds, the shape of one row of it, and whether that is an image of uint8."""
+    path = Path(source)
+    if path.suffix == ".npy":
+        return path, *_check_npy(path)
+    if source.startswith("hf:"):
+        vectors = read_vectors(source.removeprefix("hf:"))
+        if vectors is not None:
+            return vectors, vectors.shape[1:], False
+    elif not path.exists():
+        raise UserError(f"no such file or folder: {REMEDY}")
+    picture = path.suffix.lower() in PICTURES and not path.is_dir()
+    rows = ArrayData(_picture(path)) if picture else open_dataset(source)
+    if isinstance(rows, Latents):
+        raise UserError(f"holds latents: {REMEDY}")
+    return rows, tuple(rows.shape), True
 
 
 def check_pairs(data: DataSet, conditions: Conditions) -> None:

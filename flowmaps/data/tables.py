@@ -8,6 +8,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowmaps.data.dataset import numbered
@@ -116,21 +118,44 @@ def open_table(text: str) -> Table:
     Raises:
         UserError: The library is missing, it cannot open the data set, or the columns are not clear.
     """
+    found, (_, _, _, image, label) = _open(text)
+    return Table(Path(text.partition("#")[0]), found, *_columns(found, text, image, label))
+
+
+def read_vectors(text: str) -> NDArray[np.float32] | None:
+    """Return the column of numbers that ``PLACE[:CONFIG][@SPLIT]#COLUMN`` names, [n, ...]; None if it holds images.
+
+    Raises:
+        UserError: There is no such data set or column, or its rows are not numbers of one shape.
+    """
+    found, (_, _, _, column, _) = _open(text)
+    if column not in found.features:
+        raise UserError(f"{shorten(text)} has no column {shorten(column)}: {choose(column, found.features)}")
+    if _holds_bytes(found.data.column(column).type):
+        return None
+    try:
+        return np.asarray(found.data.column(column).to_pylist(), dtype=np.float32)
+    except (TypeError, ValueError):
+        raise UserError(f"the column {column} of {shorten(text)} does not hold numbers of one shape") from None
+
+
+def _open(text: str) -> tuple[Any, Address]:
+    """Open what ``text`` names by the library, and return it with the parts of ``text``."""
     try:
         import datasets
     except ImportError:
         raise UserError('needs the package datasets: pip install "flowmaps[datasets]"', field="name") from None
-    place, config, split, image, label = address(text)
+    parts = address(text)
     try:
-        found = _load(datasets, Path(place), place, config, split or "train")
+        found = _load(datasets, Path(parts.place), parts.place, parts.config, parts.split or "train")
     except Exception as error:  # the library raises its own, pyarrow's, fsspec's and the network's
         raise UserError(
             f"{shorten(text)} cannot be opened as a Hugging Face dataset ({shorten(error, 200)}): check name, config "
             "and split, as in REPO:config@split"
         ) from None
     if not len(found):
-        raise UserError(f"{shorten(text)} has no rows: choose another split, as in {place}@test")
-    return Table(Path(text.partition("#")[0]), found, *_columns(found, text, image, label))
+        raise UserError(f"{shorten(text)} has no rows: choose another split, as in {parts.place}@test")
+    return found, parts
 
 
 def _load(datasets: Any, path: Path, place: str, config: str, split: str) -> Any:

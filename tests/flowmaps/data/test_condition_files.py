@@ -47,6 +47,22 @@ def test_images_are_in_minus_one_to_one_and_enlarged_by_repetition(kind, tmp_pat
     torch.testing.assert_close(found, torch.full((1, 1, 8, 8), 51 / 127.5 - 1))
 
 
+def test_a_column_of_a_table_is_read(tmp_path):
+    import datasets
+
+    vectors = np.arange(6, dtype=np.float32).reshape(3, 2)
+    columns = {"vector": vectors.tolist(), "name": ["a", "b", "c"]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+    found = open_conditions(f"hf:{tmp_path}#vector", (2,))
+    assert torch.equal(found.fetch(torch.tensor([2, 0])), torch.from_numpy(vectors[[2, 0]])) and len(found) == 3
+    for column, said in (
+        ("name", "does not hold numbers of one shape"),
+        ("vectr", "has no column vectr: did you mean"),
+    ):
+        with pytest.raises(UserError, match=said):
+            open_conditions(f"hf:{tmp_path}#{column}", (2,))
+
+
 def test_what_does_not_fit_is_one_line(tmp_path):
     np.save(tmp_path / "int.npy", np.zeros((4, 3), dtype=np.int64))
     np.save(tmp_path / "wide.npy", np.zeros((4, 5), dtype=np.float32))
