@@ -101,7 +101,7 @@ class Data:
     vae: str = ""  # decoder of latents, a directory or hub id; empty: the VAE that encoded them
     latent_shift: tuple[float, ...] = ()  # a sample is scale (z - shift) of a latent z, one number per channel; empty:
     latent_scale: tuple[float, ...] = ()  # as in the VAE's config
-    condition: str = may_change("")  # of each item: an .npy file, or pictures of the same names in a folder or zip file
+    condition: str = may_change("")  # of each item: an .npy file, pictures of the same names, or hf:PLACE#COLUMN
     augment: float = 0.0  # probability of each of EDM's transforms; the network needs augment_dim=9
 
 

@@ -57,7 +57,7 @@ def test_a_column_of_a_table_is_read(tmp_path):
     assert torch.equal(found.fetch(torch.tensor([2, 0])), torch.from_numpy(vectors[[2, 0]])) and len(found) == 3
     for column, said in (
         ("name", "does not hold numbers of one shape"),
-        ("vectr", "has no column vectr: did you mean"),
+        ("vectr", "no column vectr: did you mean"),
     ):
         with pytest.raises(UserError, match=said):
             open_conditions(f"hf:{tmp_path}#{column}", (2,))
