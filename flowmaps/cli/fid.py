@@ -37,6 +37,8 @@ WEIGHTS = flags.DEFINE_string("weights", None, "Weight file of the extractor, or
 FLOOR = flags.DEFINE_string(
     "floor", None, "Real images that are not in the reference: ratio of each distance to theirs"
 )
+PAIRS = flags.DEFINE_string("pairs", None, "True pictures of the samples of a model with --condition: PSNR to them")
+LPIPS = flags.DEFINE_string("lpips_weights", None, "Folder of LPIPS's weights: with --pairs also that distance")
 POLICY = flags.DEFINE_string("label_policy", "balanced", "Classes of the samples: balanced, random, or a JSON list")
 ROOT = flags.DEFINE_string("root", "data", "Folder of the data set's files")
 METRICS = flags.DEFINE_list(
@@ -55,7 +57,19 @@ MARKDOWN = flags.DEFINE_string("markdown", None, "File for results and verdicts 
 FROM_RECORD = flags.DEFINE_string("from_record", None, "Repeat the evaluation of this record, say where it differs")
 MEMORISATION = flags.DEFINE_bool("memorisation", False, "Floor and nearest-neighbour distances (small data sets)")
 READS, WRITES = (
-    (*SAMPLING.reads, POLICY, SAMPLES, REFERENCE, EXTRACTORS, WEIGHTS, FLOOR, MAX_REGRESSION, FROM_RECORD),
+    [
+        *SAMPLING.reads,
+        POLICY,
+        SAMPLES,
+        REFERENCE,
+        EXTRACTORS,
+        WEIGHTS,
+        FLOOR,
+        PAIRS,
+        LPIPS,
+        MAX_REGRESSION,
+        FROM_RECORD,
+    ],
     (JSON, JUNIT, MARKDOWN),
 )
 
@@ -77,7 +91,7 @@ def _check_idle_flags() -> None:
 
 # What a record cannot know about another machine; all else is as the record has it.
 ELSEWHERE = "checkpoint samples reference extractors extractor weights floor root label_policy batch json".split()
-ELSEWHERE += ["vae", "vae_batch", "vae_tiling"]
+ELSEWHERE += ["vae", "vae_batch", "vae_tiling", "condition", "pairs", "lpips_weights"]
 
 
 def _as_recorded() -> "Record | None":
@@ -159,6 +173,8 @@ def main() -> int:
         kid_subset=KID.value,
         memorisation=MEMORISATION.value,
         floor=FLOOR.value,
+        pairs=PAIRS.value,
+        lpips_weights=LPIPS.value or "",
         errors=bool(JSON.value or MAX_REGRESSION.value),
         averages=SAMPLING.averages(),
         source=SAMPLES.value or SAMPLING.checkpoint.value or "",

@@ -12,6 +12,7 @@ from torch import Tensor
 from flowmaps import FlowMap, UserError
 from flowmaps.data import DataSet, iterate
 from flowmaps.distributed import ALONE, Team
+from flowmaps.evaluation.paired import open_pairs
 from flowmaps.evaluation.real_images import nearest_neighbours, open_images, train_set_score
 from flowmaps.evaluation.record import Record, Row, describe, ratios
 from flowmaps.evaluation.references import Choice, Reference, model_size, open_floor, open_references
@@ -58,6 +59,8 @@ def evaluate(
     extractor: Choice | Sequence[Choice] | None = None,
     weights: str | Path | None = None,
     floor: str | Path | None = None,
+    pairs: str | Path | DataSet | None = None,
+    lpips_weights: str = "",
     root: str | Path = "data",
     kid_subset: int = KID_SUBSET,
     memorisation: bool = False,
@@ -98,6 +101,9 @@ def evaluate(
         weights: Weight file of the extractor, or a folder with those of several.
         floor: Real images that are not in the reference, such as a validation set, or their statistics. Their own
             distances are in the record, and the rows have the ratio of each distance to them (``FID ratio``).
+        pairs: Images, a path or the name of a data set: sample i of a model with conditions is compared with image i,
+            from the first again after the last. Rows then have ``PSNR`` in dB, and ``LPIPS`` with ``lpips_weights``,
+            the folder of its weights.
         root: Folder of the data set's files.
         kid_subset: Images in each of KID's subsets.
         memorisation: Add the score of the training images (``floor``) and nearest-neighbour distances to each row; the
@@ -159,6 +165,7 @@ def evaluate(
         if not defined(metrics, each.extractor):
             raise UserError(f"add one for the features of {each.extractor.name}, such as fid", field="metrics")
         _check(each, defined(metrics, each.extractor), num, shape, kid_subset, memorisation, team)
+    paired = None if pairs is None else open_pairs(pairs, root, shape, num, lpips_weights, team)
     real = () if floor is None else open_floor(floor, references, root, keep=keep, size=size, team=team)
     record: Record = {}
     if not team.rank:  # the other processes have no reference
@@ -189,8 +196,11 @@ def evaluate(
     for row, shares in samplings:
         if memorisation:
             shares[0] = kept = list(shares[0])
+        if paired:
+            shares = [paired.watch(share) for share in shares]
         row |= score(shares, num, references, metrics, kid_subset, team, errors, classes)
         row |= ratios(row, record)
+        row |= paired.scores(team) if paired else {}
         if memorisation:
             images = team.all_gather(torch.cat(kept))
             if not team.rank:

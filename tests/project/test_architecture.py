@@ -191,7 +191,7 @@ FLAGS = {
     "stats.py": SCORING | {"data", "out", "download", "size", "skip_corrupt", "features", "fit", "background"},
     "fid.py": SAMPLING
     | SCORING
-    | {"samples", "reference", "max_fid", "json", "memorisation", "metrics", "kid_subset"}
+    | {"pairs", "lpips_weights", "samples", "reference", "max_fid", "json", "memorisation", "metrics", "kid_subset"}
     | {"repeats", "max_regression", "tolerance", "confidence", "update_baseline", "junit"}
     | {"from_record", "label_policy", "floor", "markdown"},
     "schedule.py": {"checkpoint", "steps", "out", "store", "plot", "sampler", "cost", "noises", "seed", "fine"}

@@ -1,5 +1,7 @@
 """Conditions from files: arrays, pictures and folders, what does not fit, and runs that read them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 
 from flowmaps import FlowMap, UserError
 from flowmaps.data.conditions import open_conditions
+from flowmaps.images import to_uint8
 from flowmaps.networks import UNet
 from flowmaps.objectives import Lagrangian
 from flowmaps.pipeline import FlowMapPipeline
@@ -105,6 +108,16 @@ def sampled_with_conditions(folder, model):
     for given, said in (((), "--condition: missing"), ((f"--condition={folder / 'none'}",), "no such file or folder")):
         done = run_script("scripts/sample.py", *flags, *given)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    command = ["scripts/fid.py", f"--checkpoint={model}", "--steps=1", "--num=16", "--extractor=digits"]
+    given = [f"--condition={folder / 'small'}", f"--reference={folder / 'large'}", f"--pairs={folder / 'large'}"]
+    done = run_script(*command, *given, f"--json={folder / 'record.json'}", check=True)
+    (row,) = json.loads((folder / "record.json").read_text())["results"]
+    with torch.no_grad():
+        fm = FlowMap.from_pretrained(model)
+        given = open_conditions(folder / "small", (1, 8, 8)).fetch(torch.arange(16))
+        made = to_uint8(fm(fm.noise(16, seed=0), 0.0, 1.0, given))
+    error = (made.double() - (torch.arange(16) * 16)[:, None, None, None]).square().mean(dim=(1, 2, 3)) / 255**2
+    assert row["PSNR"] == pytest.approx(float((-10 * error.log10()).mean()), rel=1e-4) and "PSNR" in done.stdout
     with pytest.raises(UserError, match=r"condition: must be floats of shape \[n, 1, 8, 8\], not int"):
         pipe(condition=3)
     with pytest.raises(UserError, match="condition: this model takes no condition"):
