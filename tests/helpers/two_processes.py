@@ -22,19 +22,25 @@ from training.trainer import Trainer
 
 STEPS = 20
 MODES = ("ddp", "shard")
+CONDITIONS = "conditions.npy"  # in OUT: of rows with "_told"
 DRIFT = "drift"  # in OUT: the teacher of rows that learn from trajectories
 
 
 def config_of(row, out, **changes):
     """A small run of ``row`` with dropout; with "_dit" that of a transformer, with "_muon" by Muon.
 
-    Muon's without clipping: it iterates in bfloat16, where the rounding of a norm would turn bits.
+    With "_told" it has conditions in place of classes, from a file that the test has made. Muon's is without clipping:
+    it iterates in bfloat16, where the rounding of a norm would turn bits.
     """
     row, muon, _ = row.partition("_muon")
+    row, told, _ = row.partition("_told")
     config = get_config(f"{row.removesuffix('_dit')},smoke")
     config.steps, config.batch, config.optim.warmup = STEPS, 16, 5
     if muon:
         config.optim.name, config.optim.clip = Optimizer.muon, 0.0
+    if told:
+        config.network.num_classes, config.network.condition = 0, (3,)
+        config.data.condition, config.data.label_dropout = str(out / CONDITIONS), 0.25
     if row.endswith("_dit"):
         config.network = network(DiT, image_size=8, channels=1, patch=2, width=16, depth=2, heads=2, num_classes=10)
     if hasattr(config.network, "dropout"):

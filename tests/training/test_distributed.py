@@ -10,21 +10,23 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from helpers import ROOT, run_script, run_two
 from helpers.runs import assert_same
-from helpers.two_processes import DRIFT, MODES, config_of, run
+from helpers.two_processes import CONDITIONS, DRIFT, MODES, config_of, run
 
 from flowmaps import UserError
+from flowmaps.data import open_dataset
 from flowmaps.run_weights import list_checkpoints, read_checkpoint
 from training.config_rows import METHODS
 from training.trainer import Trainer
 
 QUICK = ["lagrangian"]
 ROWS = [*METHODS, "lagrangian_guided", "lagrangian_edm2", "mid_training", "straightening", "lagrangian_dit"]
-ROWS += ["lagrangian_dit_muon", "imf"]
+ROWS += ["lagrangian_dit_muon", "imf", "lagrangian_told"]
 SLOW = [row for row in ROWS if row not in QUICK]
 DIGITS = "--config=configs/digits.py:lagrangian,smoke"
 
@@ -34,6 +36,8 @@ def drift(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     flow = "--config=configs/digits.py:flow_matching,smoke"
     run_script("scripts/train.py", flow, f"--workdir={out}/{DRIFT}", "--config.steps=2", check=True)
+    rows = len(open_dataset("digits", "train"))
+    np.save(out / CONDITIONS, np.random.default_rng(0).normal(size=(rows, 3)).astype(np.float32))
     return out
 
 
