@@ -82,7 +82,7 @@ def open_conditions(source: str | Path, shape: tuple[int, ...]) -> Conditions:
     Args:
         source: An .npy file of floats [n, *shape], or of images uint8 [n, C, H, W]; a picture; a folder or zip file of
             pictures, or a set that prepare_data.py wrote; ``hf:PLACE#COLUMN``, a column of vectors or of pictures of a
-            Hugging Face dataset. Pictures may be smaller than ``shape`` by a whole factor.
+            Hugging Face dataset. Pictures may be smaller than ``shape`` by an integer factor.
         shape: The shape of one condition (``FlowMapInfo.condition``).
 
     Raises:
@@ -124,7 +124,7 @@ def check_pairs(data: DataSet, conditions: Conditions) -> None:
 
 
 def _enlarged(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Return whether images of the one shape are those of the other, smaller by a whole factor."""
+    """Return whether images of the one shape are those of the other, smaller by an integer factor."""
     if len(found) != 3 or len(shape) != 3 or found[0] != shape[0] or not found[1]:
         return False
     factor = shape[1] // found[1]
