@@ -50,7 +50,8 @@ def killed_and_resumed(source, tmp_path, steps, after):
     assert_same(weights(tmp_path / "a", "optimizer"), weights(tmp_path / "b", "optimizer"))
 
 
-@pytest.mark.parametrize("source", ["hf:{}/parquet", pytest.param("wds:{}/shards", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["hf:{}/parquet", "wds:{}/shards"])
 def test_a_killed_run_resumes_bit_for_bit(source, place, tmp_path):
     killed_and_resumed(source.format(place), tmp_path, steps=6, after=2)
 
