@@ -2,7 +2,7 @@
 
 python examples/enlarge.py runs/enlarge data
 
-About 15 minutes on one core; the last argument is the folder of Fashion-MNIST's files. Prints the peak signal-to-noise
+About 13 minutes on one core; the last argument is the folder of Fashion-MNIST's files. Prints the peak signal-to-noise
 ratio to the true picture and the distance FD-fashion_mnist of 2,000 held-out pictures, and draws OUT/enlarged.png: the
 small picture, bicubic, the map in one step and in four, Euler's method in eight, the true picture.
 """

@@ -49,6 +49,7 @@ SCALED = {  # pattern -> replacement
     r"--suite=deployment --rows=fashion_mnist": "--suite=deployment --rows=digits --num=40",
     r"--suite=gate\b": "--suite=gate --train_steps=4 --num=100 --rows=digits",
     r"(examples/embeddings\.py \S+)": r"\1 4",
+    r"(examples/enlarge\.py \S+ \S+)": r"\1 2 40",
     r"--rates=1e-3,3e-3,1e-2,3e-2": "--rates=1e-2",
     r"(--suite=(?:step|sample|networks|profile)\b)(?!.*--rows)": r"\1 --rows=UNet",
     r"--suite=step --rows=UNet": "--suite=step --rows=lagrangian",
