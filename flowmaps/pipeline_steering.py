@@ -149,9 +149,10 @@ def _steered(
 ) -> Tensor:
     """Return n samples, one particle of each by weight; without ``class_labels`` the weights choose the class too."""
     rows = n * particles
-    label = labels_for(fm.info, rows if class_labels is None else n, class_labels, field="class_labels")
-    if label is not None:
-        label = (label if class_labels is None else label.repeat_interleave(particles)).to(device)
+    shared = class_labels is not None or bool(fm.info.condition)  # by the particles of a sample
+    each = 1 if shared else particles
+    label = labels_for(fm.info, n * each, class_labels, field="class_labels")
+    label = None if label is None else label.repeat_interleave(particles // each, dim=0).to(device)
     streams = (
         [stream for stream in generator for _ in range(particles)] if isinstance(generator, Sequence) else generator
     )
@@ -176,7 +177,7 @@ def _steered(
             noise=noise,
             uniform=uniform,
             base_std=fm.base_std,
-            data_std=spread(fm, guided=guided),
+            data_std=spread(fm, class_labels if fm.info.condition else None, guided),
             particles=particles,
         )
     except Interrupted as stop:

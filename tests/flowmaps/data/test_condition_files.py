@@ -118,6 +118,9 @@ def sampled_with_conditions(folder, model):
         made = to_uint8(fm(fm.noise(16, seed=0), 0.0, 1.0, given))
     error = (made.double() - (torch.arange(16) * 16)[:, None, None, None]).square().mean(dim=(1, 2, 3)) / 255**2
     assert row["PSNR"] == pytest.approx(float((-10 * error.log10()).mean()), rel=1e-4) and "PSNR" in done.stdout
+    steering = {"num_inference_steps": 2, "reward": lambda x: x.mean(dim=(1, 2, 3)), "particles": 3}
+    assert len(pipe(condition=pictures, **steering).images) == 4  # whose particles share their condition
+    assert len(pipe(num_images=2, condition=pictures[0], **steering).images) == 2
     with pytest.raises(UserError, match=r"condition: must be floats of shape \[n, 1, 8, 8\], not int"):
         pipe(condition=3)
     with pytest.raises(UserError, match="condition: this model takes no condition"):
