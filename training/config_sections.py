@@ -79,7 +79,7 @@ class Fit(enum.Enum):
 
 
 class Background(enum.Enum):
-    """What is behind transparent pixels, and around padded images."""
+    """Colour behind transparent pixels and around padded images."""
 
     white = "white"
     black = "black"

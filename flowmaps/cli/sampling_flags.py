@@ -183,6 +183,7 @@ class SamplingFlags:
         import torch
 
         from flowmaps.data.conditions import open_conditions
+        from flowmaps.labels import check_conditions
 
         source, shape = self.condition.value, fm.info.condition
         if not shape:
@@ -192,9 +193,8 @@ class SamplingFlags:
         if source:
             found = open_conditions(source, shape)
             fm.conditions = found.fetch(torch.arange(min(len(found), self.num.value)))
-        elif not fm.info.label_dropout:
-            sizes = ", ".join(map(str, shape))
-            raise UserError(f"missing: this model needs conditions of shape [n, {sizes}]", field="condition")
+        else:
+            check_conditions(fm.info, None, "condition")
 
     def _open_vae(self, fm: "FlowMap") -> None:
         """Give a map of latents the VAE that the flags describe, and open it."""

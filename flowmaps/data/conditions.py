@@ -13,16 +13,17 @@ from torch import Tensor
 
 from flowmaps.data.builtin import ArrayData
 from flowmaps.data.dataset import Batch, DataSet
+from flowmaps.data.file_source import SUFFIXES
 from flowmaps.data.image_folder import ImageFiles
 from flowmaps.data.image_io import BadImage, decode
 from flowmaps.data.registry import open_dataset
 from flowmaps.data.shards import Latents
 from flowmaps.data.tables import read_vectors
 from flowmaps.errors import UserError, blame, shorten
+from flowmaps.files import sha256
 from flowmaps.images import from_uint8
 from flowmaps.reading import regular_file
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 REMEDY = "give an .npy file of conditions, a picture, a folder or zip file of pictures, or hf:PLACE#COLUMN"
 
 
@@ -39,15 +40,21 @@ class Conditions:
     shape: tuple[int, ...]
 
     def __len__(self) -> int:
-        return len(_mapped(self.rows) if isinstance(self.rows, Path) else self.rows)
+        return len(self._stored)
+
+    def __getstate__(self) -> dict[str, Any]:  # without the mapped file, which each process opens for itself
+        return {"rows": self.rows, "shape": self.shape}
+
+    @functools.cached_property
+    def _stored(self) -> Any:
+        return _mapped(self.rows) if isinstance(self.rows, Path) else self.rows
 
     def fetch(self, index: Tensor) -> Tensor:
         """Return the conditions at ``index`` [b]: floats [b, *shape]."""
-        if isinstance(self.rows, Path | np.ndarray):
-            rows = _mapped(self.rows) if isinstance(self.rows, Path) else self.rows
-            found = torch.from_numpy(np.array(rows[index.numpy()]))
+        if isinstance(self._stored, np.ndarray):
+            found = torch.from_numpy(np.array(self._stored[index.numpy()]))
         else:
-            found = self.rows.fetch(index)[0]
+            found = self._stored.fetch(index)[0]
         found = from_uint8(found) if found.dtype == torch.uint8 else found.float()
         if not bool(torch.isfinite(found).all()):
             raise UserError("a condition is not finite")
@@ -58,10 +65,7 @@ class Conditions:
         """Return the SHA-256 over all conditions, or the fingerprint of their data set."""
         if isinstance(self.rows, np.ndarray):
             return hashlib.sha256(self.rows.tobytes()).hexdigest()
-        if not isinstance(self.rows, Path):
-            return str(self.rows.digest())
-        with self.rows.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(self.rows) if isinstance(self.rows, Path) else str(self.rows.digest())
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def _opened(source: str) -> tuple[Any, tuple[int, ...], bool]:
             return vectors, vectors.shape[1:], False
     elif not path.exists():
         raise UserError(f"no such file or folder: {REMEDY}")
-    picture = path.suffix.lower() in PICTURES and not path.is_dir()
+    picture = path.suffix.lower() in SUFFIXES and not path.is_dir()
     rows = ArrayData(_picture(path)) if picture else open_dataset(source)
     if isinstance(rows, Latents):
         raise UserError(f"holds latents: {REMEDY}")
@@ -139,9 +143,8 @@ def _picture(path: Path) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
-@functools.lru_cache(maxsize=4)
 def _mapped(path: Path) -> Any:
-    """Return the array of an .npy file, which stays on the disk; each process maps it for itself."""
+    """Return the array of an .npy file, which stays on the disk."""
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 

@@ -115,7 +115,7 @@ def whole(image: Tensor) -> Tensor:
 
 
 def crops(uniform: Tensor, height: int, width: int) -> Tensor:
-    """Return random crops (top, left, height, width) [n, 4] in whole pixels, from uniform numbers [4, n].
+    """Return random crops (top, left, height, width) [n, 4] in pixels, integers, from uniform numbers [4, n].
 
     The area is uniform on [0.08, 1] of the image's, and the logarithm of the aspect, relative to the image's, on
     [ln 3/4, ln 4/3]. Sides longer than the image's are cut to it.

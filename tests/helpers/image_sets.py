@@ -15,7 +15,7 @@ def pictures(n: int, height: int = 40, width: int = 30) -> list[bytes]:
 
 
 def table(images: Sequence[bytes], names: Sequence[str] | None = NAMES, image: str = "image", label: str = "label"):
-    """A ``datasets.Dataset`` of images, with class labels by turns if there are ``names``."""
+    """A ``datasets.Dataset`` of images, with class labels in turn if there are ``names``."""
     import datasets
 
     columns = {image: [{"bytes": content, "path": None} for content in images]}
@@ -43,7 +43,7 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def write_shards(folder: Path, images: Sequence[bytes], each: int = 10, labels: Sequence[str] = NAMES) -> Path:
-    """Shards of ``each`` samples: an image, and a label if there are ``labels``, by turns."""
+    """Shards of ``each`` samples: an image, and a label if there are ``labels``, in turn."""
     for first in range(0, len(images), each):
         files = {}
         for i in range(first, min(first + each, len(images))):

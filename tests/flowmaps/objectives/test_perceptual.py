@@ -84,7 +84,7 @@ def toy_features(monkeypatch):
 
 
 def test_gradient_by_hand(toy_features):
-    """0.4 P / (sg P + 0.01) + 0.1 Q / (sg Q + 0.01) beside the loss without, for rows with s above 0.3."""
+    """0.4 P / (sg P + 0.01) + 0.1 Q / (sg Q + 0.01) next to the loss without, for rows with s above 0.3."""
     toy, n = Toy(), 24
     fm = FlowMap(toy, info=FlowMapInfo(shape=(1, 8, 8)))
     x1 = torch.randn(n, 1, 8, 8, dtype=torch.float64, generator=generator(1))
