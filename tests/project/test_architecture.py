@@ -200,6 +200,7 @@ FLAGS = {
     "train_extractor.py": {"data", "root", "size", "out", "epochs", "seed"},
     "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
     "demo.py": {"workdir", "steps", "num"},
+    "results.py": set(),
     "gpu_check.py": {"parts", "out", "minutes", "data", "device", "smoke"},
     "export.py": {"checkpoint", "ema", "out", "name", "license", "results", "how", "push_to_hub", "picture"}
     | {"onnx", "storage", "torch_export", "web", "space"},
