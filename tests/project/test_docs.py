@@ -5,6 +5,7 @@ import re
 import torch
 from helpers import CASES, ROOT, gaussian_data, gaussian_map, run_script
 
+from flowmaps import __version__
 from flowmaps.cli.commands import COMMANDS
 from flowmaps.cli.run import COMMAND_OF
 from flowmaps.objectives import OBJECTIVES
@@ -26,6 +27,17 @@ def test_the_objective_of_extending_md_vanishes_only_at_the_exact_map():
             objective = scope["Thirds"](diagonal=0.0)
             values.append(objective(fm, x1, label, generator=torch.Generator().manual_seed(0)).value.item())
         assert values[0] < 1e-16 and values[1] > 1e-6
+
+
+def test_the_version_is_the_same_everywhere():
+    """It lives in the package; the citation, the newest changes and the names in the documents follow."""
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__
+    for file in DOCUMENTS:
+        assert set(re.findall(r"flowmaps-(\d[\d.]*\d)|/action@v([\d.]+)", file.read_text())) <= {
+            (__version__, ""),
+            ("", __version__),
+        }, file
 
 
 def test_every_objective_has_a_row_in_the_documents_and_each_config():

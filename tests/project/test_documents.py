@@ -207,6 +207,21 @@ def test_every_indented_line_is_a_command():
     assert sum(map(len, COMMANDS.values())) > 80 and sum(map(len, BLOCKS.values())) >= 7
 
 
+def test_every_example_is_short_and_runs():
+    """In a document, or in a test: the server does not end, and the emoji need Debian's font."""
+    named = {name for found in COMMANDS.values() for c in found for name in re.findall(r"examples/(\w+\.py)", c)}
+    for file in (ROOT / "examples").glob("*.py"):
+        assert len(file.read_text().splitlines()) < 60, file
+        assert file.name in named | {"server.py", "emoji.py"}, file
+
+
+@pytest.mark.slow
+def test_the_example_of_emoji_fills_a_folder(copy):
+    if not Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf").exists():
+        pytest.skip("needs fonts-noto-color-emoji and unicode-data of Debian")
+    assert "3395 pictures" in copy.shell("python examples/emoji.py emoji")
+
+
 def test_each_rule_changes_some_line():
     """A rule that matches nothing is left over from a removed command."""
     lines = [line for found in (*COMMANDS.values(), *BLOCKS.values()) for line in found]
