@@ -1,4 +1,4 @@
-"""The GitHub Action, snippets for CI and the citation: against their schemas, and their steps run as they are written."""
+"""The GitHub Action, snippets for CI, the citation: against their schemas, and their steps run as they are written."""
 
 import hashlib
 import json
