@@ -11,13 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pypandoc
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 
@@ -31,19 +30,24 @@ COPIES = "repository"  # their folder on the site
 copied: set[str] = set()  # paths in the repository of what the pages show
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the page of the commands, whose flags come from the commands themselves."""
+def on_pre_build(config: MkDocsConfig) -> None:
+    """Forget the pictures of an earlier build."""
     copied.clear()
-    text = commands_page(_help)
-    files.append(File.generated(config, "reference/commands.md", content=text))
-    return files
 
 
-def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Add the flags to the page of the commands."""
+    if page.file.src_uri != "reference/commands.md":
+        return markdown
+    return "\n\n".join([markdown, *(command_section(name, help_of(name)) for name in COMMANDS)])
+
+
+def on_page_content(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Convert the equations of a page and lead its links to files that exist."""
     name = page.file.src_uri
     pages = {file.dest_uri for file in files}
-    return with_links(with_equations(html, name), name, pages, copied)
+    unbroken = re.sub(r"<code>(?=--[^<]{,24}</code>)", '<code class="flag">', text)
+    return with_links(with_equations(unbroken, name), name, pages, copied)
 
 
 def on_post_build(config: MkDocsConfig) -> None:
@@ -69,8 +73,8 @@ def with_equations(text: str, name: str) -> str:
     try:
         made = pypandoc.convert_text(source, "html", "markdown", ["--mathml", "--fail-if-warnings"])
     except RuntimeError as error:
-        said = re.sub(r"\s+", " ", str(error).split("[WARNING]")[-1])
-        raise PluginError(f"docs/{name}: {said[:300]}") from None
+        said = re.sub(r"\s+", " ", str(error)).partition("[WARNING] ")[2] or str(error)
+        raise PluginError(f"docs/{name}: {re.split(' expecting | Failing because', said)[0]}") from None
     equations = re.findall(r"<math.*?</math>", made, re.DOTALL)
     if len(equations) != len(found):
         raise PluginError(f"docs/{name}: {len(found)} equations became {len(equations)}: is one empty?")
@@ -93,7 +97,7 @@ def with_links(text: str, name: str, pages: set[str], copied: set[str]) -> str:
     folder = posixpath.dirname(name)
 
     def lead(match: re.Match[str]) -> str:
-        attribute, target, anchor = match[1], html.unescape(match[2]), match[3] or ""
+        before, target, anchor = match[1], html.unescape(match[2]), match[3] or ""
         here = posixpath.normpath(posixpath.join(folder, target))
         if here in pages:
             return match[0]
@@ -105,10 +109,10 @@ def with_links(text: str, name: str, pages: set[str], copied: set[str]) -> str:
             raise PluginError(f"docs/{name}: link to {target}{anchor}: no such heading")
         if file.suffix in COPIED:
             copied.add(path)
-            return f'{attribute}="{posixpath.relpath(posixpath.join(COPIES, path), folder or ".")}{anchor}"'
-        return f'{attribute}="{SOURCE}/{"tree" if file.is_dir() else "blob"}/main/{path}{anchor}"'
+            return f'{before}"{posixpath.relpath(posixpath.join(COPIES, path), folder or ".")}{anchor}"'
+        return f'{before}"{SOURCE}/{"tree" if file.is_dir() else "blob"}/main/{path}{anchor}"'
 
-    return re.sub(r'(?<=\s)(href|src)="([^":#?]+)(#[^"]*)?"', lead, text)
+    return re.sub(r'(<(?:a|img|source)\b[^>]*\s(?:href|src)=)"([^":#?]+)(#[^"]*)?"', lead, text)
 
 
 def anchors(file: Path) -> set[str]:
@@ -118,33 +122,31 @@ def anchors(file: Path) -> set[str]:
     return {slug(re.sub(r"[`*]", "", heading), "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
 
 
-def commands_page(help_of: Callable[[str], str]) -> str:
-    """Return the reference page of all commands in Markdown, from the text that ``--help`` prints."""
-    parts = [
-        "# Commands\n\nIn a checkout, `python scripts/train.py` is `flowmaps train`, and so on; configs are then files such"
-        " as `configs/digits.py`. Numbers in brackets are defaults. Every flag is written `--name=value`."
-    ]
-    for name in COMMANDS:
-        description, _, flags = help_of(name).partition("\nFlags:\n")
-        parts.append(f"## flowmaps {name}\n\n{_description(description)}\n\n{_flags(flags)}")
-    return "\n\n".join(parts) + "\n"
+def command_section(name: str, text: str) -> str:
+    """Return a section of Markdown on a command from the text that its ``--help`` prints."""
+    description, _, flags = text.partition("\nFlags:\n")
+    return f"## flowmaps {name}\n\n{_description(description)}\n\n{_flags(flags)}\n"
+
+
+def help_of(name: str) -> str:
+    """Return the text that ``flowmaps NAME --help`` prints."""
+    command = [sys.executable, "-m", "flowmaps", name, "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def _description(text: str) -> str:
     """Return a docstring in Markdown, its example lines as code."""
-    lines = [f"    {line}" if line.startswith("flowmaps ") else html.escape(line, quote=False) for line in text.splitlines()]
-    return "\n".join(lines).strip()
+    return "\n".join(f"    {line}" if line.startswith("flowmaps ") else _escaped(line) for line in text.splitlines())
 
 
 def _flags(text: str) -> str:
     """Return lines ``--name  help ['default']`` as a list in Markdown."""
     rows = []
     for flag, meaning, default in re.findall(r"^  (--\w+)  (.*?)(?: \['(.*)'\])?$", text, re.MULTILINE):
-        meaning = re.sub(r"--\w+(?:=\w+)?", r"`\g<0>`", html.escape(meaning, quote=False).replace("*", r"\*"))
-        rows.append(f"- `{flag}`: {meaning}" + (f" [`{default}`]" if default not in ("", "false") else ""))
+        rows.append(f"- `{flag}`: {_escaped(meaning)}" + (f" [`{default}`]" if default not in ("", "false") else ""))
     return "\n".join(rows)
 
 
-def _help(name: str) -> str:
-    command = [sys.executable, "-m", "flowmaps", name, "--help"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def _escaped(text: str) -> str:
+    """Return plain text as Markdown, with flags as code."""
+    return re.sub(r"--\w+(?:=[\w,]+)?", r"`\g<0>`", html.escape(text, quote=False).replace("*", r"\*"))
