@@ -11,11 +11,13 @@ DECLARED = ("new_option", "may_change")  # functions whose first argument is the
 class FieldComments(Extension):
     """Add the fields ``name: type = value  # comment`` to the docstring of a class, as a list of attributes."""
 
+    def on_attribute_instance(self, *, attr: Attribute, **kwargs: Any) -> None:
+        """Show the default of a field, rather than the call that declares it."""
+        if isinstance(attr.value, ExprCall) and str(attr.value.function) in DECLARED:
+            attr.value = attr.value.arguments[0]
+
     def on_class(self, *, cls: Class, **kwargs: Any) -> None:
         fields = {name: member for name, member in cls.members.items() if isinstance(member, Attribute)}
-        for field in fields.values():
-            if isinstance(field.value, ExprCall) and str(field.value.function) in DECLARED:
-                field.value = field.value.arguments[0]
         comments = {name: comment_of(field) for name, field in fields.items() if not name.startswith("_")}
         described = [f"    {name}: {text}" for name, text in comments.items() if text]
         if described:
