@@ -24,10 +24,11 @@ class StopGradient(enum.Enum):
 
 @dataclass
 class Eulerian(TimeSampling, SelfDistillation):
-    """r = d/ds X_{s,t}(I_s) + sg[ grad X_{s,t}(I_s) . v_{s,s}(I_s) ]: the end point stays as the start moves on.
+    r"""The end point stays as the start moves on.
 
-    Boffi et al. 2025 (arXiv 2505.18825), algorithm 3; ``stop`` = slim is the stop-gradient regression of
-    arXiv 2609.16222, r = v_{s,t} - sg[ v_{s,s} + (t - s) (d_s v + grad v . v_{s,s}) ].
+    $r = \partial_s X_{s,t}(I_s) + \mathrm{sg}[\nabla X_{s,t}(I_s) \cdot v_{s,s}(I_s)]$, Boffi et al. 2025 (arXiv
+    2505.18825), algorithm 3; ``stop`` = slim is the stop-gradient regression of arXiv 2609.16222, $r = v_{s,t} -
+    \mathrm{sg}[v_{s,s} + (t - s) (\partial_s v + \nabla v \cdot v_{s,s})]$.
     """
 
     stop: StopGradient = StopGradient.advection
@@ -66,9 +67,10 @@ class Velocity(enum.Enum):
 
 @dataclass
 class MeanFlow(TimeSampling, SelfDistillation):
-    """r = v_{s,t} - sg[ u + (t - s) (d_s v + grad v . w) ]; ``target`` u and ``tangent`` w are conditional velocities.
+    r"""$r = v_{s,t} - \mathrm{sg}[u + (t - s) (\partial_s v + \nabla v \cdot w)]$, conditional velocities u and w.
 
-    Geng et al. 2025 (arXiv 2505.13447), the MeanFlow identity at this package's times and sign.
+    Geng et al. 2025 (arXiv 2505.13447), the MeanFlow identity at this package's times and sign; u is
+    ``target`` and w is ``tangent``.
     """
 
     times: Times = Times.logit_normal

@@ -18,10 +18,11 @@ from samplers.callables import Drift, expand
 
 @dataclass
 class ImprovedMeanFlow(PerceptualTerms, MeanFlow):
-    """MeanFlow along the model's own velocity: a regression of V = v - (t - s) sg[d_s v + grad v . q] on dI_s/ds.
+    r"""MeanFlow along the model's own velocity.
 
-    Geng et al. 2025 (arXiv 2512.02012). q is v_{s,s}, or of a network with a second head (``IMFDiT``) that head at
-    s = t. A row then has two losses, |V - u|^2 and |second - u|^2 with the head at the row's own times, each with its
+    A regression of $V = v - (t - s)\, \mathrm{sg}[\partial_s v + \nabla v \cdot q]$ on $dI_s/ds$: Geng et al. 2025
+    (arXiv 2512.02012). q is $v_{s,s}$, or of a network with a second head (``IMFDiT``) that head at s = t. A row then
+    has two losses, $|V - u|^2$ and $|\mathrm{second} - u|^2$ with the head at the row's own times, each with its
     adaptive weight. Guidance mixes u of q in either case.
     """
 

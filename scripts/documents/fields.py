@@ -1,9 +1,10 @@
 """An extension of griffe, which reads docstrings: the comment behind a field says what the field is."""
 
+import contextlib
 import re
 from typing import Any
 
-from griffe import Attribute, Class, Docstring, ExprCall, Extension, Object
+from griffe import Alias, AliasResolutionError, Attribute, Class, Docstring, ExprCall, Extension, Object
 
 DECLARED = ("new_option", "may_change")  # functions whose first argument is the default of a field
 
@@ -18,15 +19,28 @@ class FieldComments(Extension):
 
     def on_class(self, *, cls: Class, **kwargs: Any) -> None:
         fields = {name: member for name, member in cls.members.items() if isinstance(member, Attribute)}
-        comments = {name: comment_of(field) for name, field in fields.items() if not name.startswith("_")}
-        described = [f"    {name}: {text}" for name, text in comments.items() if text]
-        if described:
+        texts = {name: described(field) for name, field in fields.items() if not name.startswith("_")}
+        rows = [f"    {name}: {text[0].upper()}{text[1:]}" for name, text in texts.items() if text]
+        if rows:
             cls.docstring = cls.docstring or Docstring("", parent=cls)
-            cls.docstring.value += "\n\nAttributes:\n" + "\n".join(described)
+            cls.docstring.value += "\n\nAttributes:\n" + "\n".join(rows)
 
     def on_object(self, *, obj: Object, **kwargs: Any) -> None:
         if obj.docstring:  # griffe's name of a section of code
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+
+
+def described(field: Attribute) -> str:
+    """Return the comment behind a field's definition, and the choices that it has."""
+    choices = field.module.members.get(str(field.annotation)) if field.annotation else None
+    if isinstance(choices, Alias):
+        with contextlib.suppress(AliasResolutionError):  # a class of another package
+            choices = choices.final_target
+    named = []
+    if isinstance(choices, Class) and any(str(base).endswith("Enum") for base in choices.bases):
+        members = [(name, member) for name, member in choices.members.items() if isinstance(member, Attribute)]
+        named = [f"`{name}`" + (f" ({text})" if (text := comment_of(member)) else "") for name, member in members]
+    return ". ".join(part for part in (comment_of(field), f"One of {', '.join(named)}" * bool(named)) if part)
 
 
 def comment_of(attribute: Attribute) -> str:
@@ -46,5 +60,4 @@ def comment(lines: list[str], last: int) -> str:
         if not line.strip().startswith("# "):
             break
         parts.append(line.strip()[2:])
-    text = " ".join(parts).strip()
-    return text[0].upper() + text[1:]
+    return " ".join(parts).strip()

@@ -121,7 +121,7 @@ def test_the_section_on_a_command_lists_every_flag_of_it():
 
 def test_the_comment_behind_a_field_is_its_description():
     lines = ["a: int = 1  # one, see", "    # the next", "b: str = '#'", "c: int = 2  # noqa: X", "d: int = 3"]
-    assert [comment(lines, i) for i in (1, 3, 4, 5)] == ["One, see the next", "", "", ""]
+    assert [comment(lines, i) for i in (1, 3, 4, 5)] == ["one, see the next", "", "", ""]
 
 
 class Loader(yaml.SafeLoader):
