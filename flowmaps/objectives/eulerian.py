@@ -17,9 +17,9 @@ from samplers.callables import Drift, expand
 class StopGradient(enum.Enum):
     """The part of the Eulerian residual that is held constant."""
 
-    advection = "advection"  # the term grad X . v_{s,s}: the paper's recommendation
-    velocity = "velocity"  # v_{s,s} alone: the gradient also flows through the spatial derivative
-    slim = "slim"  # all but v_{s,t}: no derivative is differentiated
+    advection = "advection"  # the term $\nabla X \cdot v_{s,s}$: the paper's recommendation
+    velocity = "velocity"  # $v_{s,s}$ alone: the gradient also flows through the spatial derivative
+    slim = "slim"  # all but $v_{s,t}$: no derivative is differentiated
 
 
 @dataclass
@@ -61,8 +61,8 @@ class Eulerian(TimeSampling, SelfDistillation):
 class Velocity(enum.Enum):
     """A velocity at (I_s, s)."""
 
-    conditional = "conditional"  # dI_s/ds of the row's noise and data
-    model = "model"  # v_{s,s}(I_s)
+    conditional = "conditional"  # $dI_s/ds$ of the row's noise and data
+    model = "model"  # $v_{s,s}(I_s)$
 
 
 @dataclass

@@ -19,7 +19,11 @@ class FieldComments(Extension):
 
     def on_class(self, *, cls: Class, **kwargs: Any) -> None:
         fields = {name: member for name, member in cls.members.items() if isinstance(member, Attribute)}
-        texts = {name: described(field) for name, field in fields.items() if not name.startswith("_")}
+        texts = {
+            name: described(field)
+            for name, field in fields.items()
+            if not ("property" in field.labels or name[0] == "_")
+        }
         rows = [f"    {name}: {text[0].upper()}{text[1:]}" for name, text in texts.items() if text]
         if rows:
             cls.docstring = cls.docstring or Docstring("", parent=cls)

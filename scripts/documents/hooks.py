@@ -21,8 +21,8 @@ from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 
 from flowmaps.cli.commands import COMMANDS
-from flowmaps.model_card import SOURCE
 
+SOURCE = "https://github.com/flowmaps/flowmaps"
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = {".png", ".jpg", ".svg", ".gif", ".webp", ".html"}  # shown on the site; links to other files leave it
 COPIES = "repository"  # their folder on the site

@@ -10,14 +10,15 @@ import sys
 import pytest
 import yaml
 from documents.fields import comment
-from documents.hooks import anchors, command_section, help_of, with_equations, with_links
+from documents.hooks import SOURCE, anchors, command_section, help_of, with_equations, with_links
 from helpers import ROOT
 from mkdocs.exceptions import PluginError
+
+import flowmaps.model_card
 
 DOCS = ROOT / "docs"
 PACKAGES = ["flowmaps", "flowmaps.networks", "flowmaps.objectives", "flowmaps.evaluation", "flowmaps.metrics"]
 PACKAGES += ["flowmaps.data", "flowmaps.importers", "samplers", "training"]
-GITHUB = "https://github.com/flowmaps/flowmaps"
 
 
 def public_names(package):
@@ -64,9 +65,9 @@ def test_an_equation_that_cannot_be_converted_is_one_line_that_names_the_page(te
         ("data.md", "maths.html#losses", "maths.html#losses"),  # a page of the site, which mkdocs has checked
         ("data.md", "#here", "#here"),
         ("data.md", "https://arxiv.org/abs/2505.18825", "https://arxiv.org/abs/2505.18825"),
-        ("data.md", "../configs/digits.py", f"{GITHUB}/blob/main/configs/digits.py"),
-        ("data.md", "../configs/", f"{GITHUB}/tree/main/configs"),
-        ("data.md", "../CONTRIBUTING.md#style", f"{GITHUB}/blob/main/CONTRIBUTING.md#style"),
+        ("data.md", "../configs/digits.py", f"{SOURCE}/blob/main/configs/digits.py"),
+        ("data.md", "../configs/", f"{SOURCE}/tree/main/configs"),
+        ("data.md", "../CONTRIBUTING.md#style", f"{SOURCE}/blob/main/CONTRIBUTING.md#style"),
         ("data.md", "../assets/edits.png", "repository/assets/edits.png"),
         ("reference/x.md", "../../assets/demo.html", "../repository/assets/demo.html"),
         ("reference/x.md", "../maths.html", "../maths.html"),
@@ -95,6 +96,10 @@ def test_a_link_that_leads_nowhere_is_one_line_that_names_page_and_link(link, re
     with pytest.raises(PluginError) as caught:
         with_links(f'<a href="{link}">x</a>', "data.md", set(), set())
     assert str(caught.value) == f"docs/data.md: link to {link}: {reason}"
+
+
+def test_links_name_the_repository_that_model_cards_name():
+    assert flowmaps.model_card.SOURCE == SOURCE
 
 
 def test_anchors_are_those_of_github(tmp_path):
