@@ -11,7 +11,8 @@ python scripts/train.py --config=configs/folder.py:lagrangian --config.data.name
 python scripts/train.py --config=configs/folder.py:lagrangian --config.data.name=hf --config.data.root=USER/DATASET ...
 python scripts/train.py --config=configs/folder.py:lagrangian --config.data.name=wds --config.data.root=my/shards ...
 
-docs/own_images.md leads from a folder to a score. ",small" is for one CPU core: 1.2 million parameters, half an hour.
+docs/tutorials/own_images.md leads from a folder to a score. ",small" is for one CPU core: 1.2 million parameters, half
+an hour.
 
 Channels and classes are those of the images (sub-folders or dataset.json; --dry_run lists the classes):
 --config.network.num_classes=0 trains without classes. Other sizes with --config.network.image_size=N, a multiple of 8;

@@ -25,18 +25,13 @@ from training import Config, train
 PAIRS, BETWEEN = ((0, 1), (2, 3), (4, 5), (6, 8)), 7
 
 
-def pictures(split: str) -> Tensor:
-    data = open_dataset("digits", split)
-    return data.fetch(torch.arange(len(data)))[0]
-
-
 def main(out: Path, steps: int = 1500) -> None:
-    images, heldout, network = pictures("train"), pictures("heldout"), load_extractor("digits")
-    found = network.embed(images)
-    mean, std = found.mean(dim=0), found.std(dim=0).clamp(min=1e-3)
+    data, network = [open_dataset("digits", split) for split in ("train", "heldout")], load_extractor("digits")
+    images, heldout = (part.fetch(torch.arange(len(part)))[0] for part in data)
+    std, mean = torch.std_mean(network.embed(images), dim=0)
 
     def described(x: Tensor) -> Tensor:
-        return (network.embed(x) - mean) / std
+        return (network.embed(x) - mean) / std.clamp(min=1e-3)
 
     config = get_config("lagrangian")
     assert isinstance(config, Config)
@@ -46,9 +41,8 @@ def main(out: Path, steps: int = 1500) -> None:
 
     asked = described(heldout)
     for count in (1, 2, 4):
-        batches = generate(fm, uniform_times(count), len(asked), seed=0, label=asked)
-        drawn = described(to_uint8(torch.cat([x for x, _ in batches])))
-        nearest = torch.cdist(drawn, asked).argmin(dim=1)
+        batches = [x for x, _ in generate(fm, uniform_times(count), len(asked), seed=0, label=asked)]
+        nearest = torch.cdist(described(to_uint8(torch.cat(batches))), asked).argmin(dim=1)
         print(f"{count} steps: {(nearest == torch.arange(len(asked))).float().mean():.1%} are nearest to their own")
 
     rows = []

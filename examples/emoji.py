@@ -8,6 +8,7 @@ The pictures are under the SIL Open Font License 1.1; its text is copied next to
 
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from fontTools.ttLib import TTFont
@@ -17,51 +18,41 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 LICENCE = Path("/usr/share/doc/fonts-noto-color-emoji/copyright")
 LIST = Path("/usr/share/unicode/emoji/emoji-test.txt")
 SIDE = 136  # pixels of a picture; the font's are 136 x 128
-TONES = range(0x1F3FB, 0x1F400)
+TONES = set(range(0x1F3FB, 0x1F400))
 
 
-def sequences(text: str) -> list[tuple[str, list[int]]]:
-    """Return group and code points of each emoji of emoji-test.txt; of mixed skin tones none, there are hundreds."""
-    found, group = [], ""
-    for line in text.splitlines():
-        if line.startswith("# group: "):
-            group = line.removeprefix("# group: ").replace(" & ", "-").lower()
-        elif "; fully-qualified" in line:
-            codes = [int(code, 16) for code in line.split(";")[0].split()]
-            if len({code for code in codes if code in TONES}) < 2:
-                found.append((group, codes))
-    return found
+def sequences(text: str) -> Iterator[tuple[str, list[int]]]:
+    """Yield group and code points of each emoji of emoji-test.txt; of mixed skin tones none, there are hundreds."""
+    for part in text.split("# group: ")[1:]:
+        name, *lines = part.splitlines()
+        for line in lines:
+            codes = [int(code, 16) for code in line.split(";")[0].split()] if "; fully-qualified" in line else []
+            if codes and len(TONES.intersection(codes)) < 2:
+                yield name.replace(" & ", "-").lower(), codes
 
 
 def ligatures(font: TTFont) -> dict[tuple[str, ...], str]:
     """Return the glyph of each sequence of glyphs that the font joins into one."""
-    return {
-        (first, *ligature.Component): ligature.LigGlyph
-        for lookup in font["GSUB"].table.LookupList.Lookup
-        for table in lookup.SubTable
-        for first, joined in getattr(getattr(table, "ExtSubTable", table), "ligatures", {}).items()
-        for ligature in joined
-    }
+    tables = (table for lookup in font["GSUB"].table.LookupList.Lookup for table in lookup.SubTable)
+    sets = (getattr(getattr(table, "ExtSubTable", table), "ligatures", {}) for table in tables)
+    found = ((first, ligature) for some in sets for first, ligatures in some.items() for ligature in ligatures)
+    return {(first, *ligature.Component): ligature.LigGlyph for first, ligature in found}
 
 
 def main(out: Path) -> None:
     font = TTFont(FONT)
     names, joined, [pictures] = font.getBestCmap(), ligatures(font), font["CBDT"].strikeData
-    count = 0
     for group, codes in sequences(LIST.read_text(encoding="utf-8")):
         glyphs = tuple(names.get(code, "") for code in codes if code != 0xFE0F)
         glyph = glyphs[0] if len(glyphs) == 1 else joined.get(glyphs, "")
-        if glyph not in pictures:
-            continue
-        picture = Image.open(io.BytesIO(pictures[glyph].imageData)).convert("RGBA")
-        canvas = Image.new("RGBA", (SIDE, SIDE), "white")
-        canvas.alpha_composite(picture, ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
-        file = out / group / f"{'-'.join(f'{code:x}' for code in codes)}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        canvas.convert("RGB").save(file)
-        count += 1
+        if glyph in pictures:
+            picture = Image.open(io.BytesIO(pictures[glyph].imageData)).convert("RGBA")
+            canvas = Image.new("RGBA", (SIDE, SIDE), "white")
+            canvas.alpha_composite(picture, ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
+            (out / group).mkdir(parents=True, exist_ok=True)
+            canvas.convert("RGB").save(out / group / f"{'-'.join(f'{code:x}' for code in codes)}.png")
     (out / "LICENCE.txt").write_bytes(LICENCE.read_bytes())
-    print(f"{out}: {count} pictures")
+    print(f"{out}: {len(list(out.glob('*/*.png')))} pictures")
 
 
 if __name__ == "__main__":

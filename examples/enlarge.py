@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from flowmaps.configs.fashion_mnist import get_config
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import TensorDataset
 
-from flowmaps.data import DataSet, open_dataset
+from flowmaps.data import open_dataset
 from flowmaps.evaluation import evaluate
 from flowmaps.generate import generate
 from flowmaps.images import from_uint8, sample_grid, to_pil, to_uint8, write_png
@@ -32,27 +32,17 @@ def small(images: Tensor) -> Tensor:
     return means.repeat_interleave(4, dim=-1).repeat_interleave(4, dim=-2)
 
 
-class Pairs(Dataset[tuple[Tensor, Tensor]]):
-    def __init__(self, data: DataSet) -> None:
-        self.images = data.fetch(torch.arange(len(data)))[0]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], small(self.images[index])
-
-
 def main(out: Path, root: str, steps: int = 1200, num: int = 2000) -> None:
     config = get_config("lagrangian,cpu")
     assert isinstance(config, Config)
     config.network.num_classes, config.network.condition = 0, (1, 32, 32)
     config.steps, config.sample_every, config.checkpoint_every = steps, steps, steps
-    fm = train(config, out / "run", data=Pairs(open_dataset("fashion_mnist", root=root)))
+    data, heldout = (open_dataset("fashion_mnist", split, root=root) for split in ("train", "heldout"))
+    images, true = data.fetch(torch.arange(len(data)))[0], heldout.fetch(torch.arange(num))[0]
+    fm = train(config, out / "run", data=TensorDataset(images, small(images)))
 
-    true = Pairs(open_dataset("fashion_mnist", "heldout", root=root)).images[:num]
-    asked, made = small(true), {}
-    made["bicubic"] = F.interpolate(asked[..., ::4, ::4], scale_factor=4, mode="bicubic")
+    asked = small(true)
+    made = {"bicubic": F.interpolate(asked[..., ::4, ::4], scale_factor=4, mode="bicubic")}
     for sampler, count in (("map", 1), ("map", 4), ("euler", 8)):
         batches = generate(fm, uniform_times(count), len(true), seed=0, sampler=sampler, label=asked)
         made[f"{sampler}, {count} steps"] = torch.cat([x for x, _ in batches])

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from flowmaps.flow_map import FlowMap
     from flowmaps.info import FlowMapInfo
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["FlowMap", "FlowMapInfo", "UserError", "__version__"]
 
 diffusers_hook.install()

@@ -100,7 +100,7 @@ def card(
         + USE.format(source=SOURCE, name=name or "DIRECTORY", steps=steps, sampler=sampler, guidance=guidance).rstrip(),
     ]
     if records:
-        parts.append("## Results\n\n" + "\n\n".join(_tables(records, name or "DIRECTORY")))
+        parts.append("## Results\n\n" + "\n\n".join(result_tables(records, name or "DIRECTORY")))
     if training_details:
         parts.append("## How it was made\n\n" + training_details.strip())
     if info.origin:
@@ -165,8 +165,11 @@ def _command(record: Record, name: str) -> str:
     return shlex.join(["flowmaps", "fid", *(f"--{flag}={value}" for flag, value in given.items())])
 
 
-def _tables(records: Sequence[Record], name: str) -> Iterator[str]:
-    """Yield one table per set of comparable records: a row per sampler and grid, a column per step count."""
+def result_tables(records: Sequence[Record], name: str) -> Iterator[str]:
+    """Yield one table per set of comparable records: a row per sampler and grid, a column per step count.
+
+    A caption above it and the commands that measure the rows on the model called ``name``.
+    """
     together: dict[tuple[str, int, str], list[Record]] = {}
     for record in records:
         together.setdefault((record["metric"], record["num"], record["reference"]["sha256"]), []).append(record)

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,26 +73,36 @@ PAPER: dict[str, dict[str, dict[str, float]]] = {
 }
 
 
-def markdown(records: list[dict[str, Any]], suite: str = "") -> str:
+def markdown(records: list[dict[str, Any]], suite: str = "", shown: Sequence[str] = ()) -> str:
     """Return a Markdown table: mean over seeds and half the range of every score, and the paper's numbers.
 
-    Of optimisers only at their best rates.
+    Only of the metrics ``shown`` if there are any, and of the rows that have them; of optimisers only at their best
+    rates.
     """
     records = best_rates(records) if suite == "optimisers" else records
     found = list(dict.fromkeys(name for record in records for name in record["scores"]))
-    metrics = list(dict.fromkeys(name.partition("@")[0] for name in found))
+    metrics = shown or list(dict.fromkeys(name.partition("@")[0] for name in found))
+    found = [name for name in found if name.partition("@")[0] in metrics]
     names = sorted(found, key=lambda name: metrics.index(name.partition("@")[0]))
     facts = [key for key in records[0] if isinstance(records[0][key], (int, float)) and key != "seed"]
     table = []
     for row in dict.fromkeys(record["row"] for record in records):
         mine = [record for record in records if record["row"] == row]
-        cells = [row, *(f"{statistics.mean(r[key] for r in mine):.4g}" for key in facts)]
+        cells = [row, *(_mean([r[key] for r in mine]) for key in facts)]
         for name in names:
             values = [r["scores"][name] for r in mine if name in r["scores"]]
             spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3g}{spread}" if values else "")
+        if not any(cells[1 + len(facts) :]):
+            continue
         table.append(cells)
-        if row in PAPER.get(suite, {}):
-            published = [str(PAPER[suite][row].get(name, "")) for name in names]
+        published = [str(PAPER.get(suite, {}).get(row, {}).get(name, "")) for name in names]
+        if any(published):
             table.append([f"{row}, paper", *[""] * len(facts), *published])
-    return markdown_table(["", *facts, *names], table)
+    return markdown_table(["", *(key.replace("_", " ").replace("cpu", "CPU") for key in facts), *names], table)
+
+
+def _mean(values: Sequence[float]) -> str:
+    """Return a count without decimals, and another number to four digits."""
+    counts = all(isinstance(value, int) for value in values)
+    return f"{statistics.mean(values):,.0f}" if counts else f"{statistics.mean(values):.4g}"

@@ -1,4 +1,4 @@
-"""The GitHub Action and the snippets for CI: against their schemas, and their steps run as they are written."""
+"""The GitHub Action, snippets for CI, the citation: against their schemas, and their steps run as they are written."""
 
 import hashlib
 import json
@@ -20,11 +20,12 @@ KINDS = {
     "action/action.yml": "vendor.github-actions",
     "docs/fid-gate.yml": "vendor.github-workflows",
     "docs/fid-gate.gitlab.yml": "vendor.gitlab-ci",
+    "CITATION.cff": "vendor.citation-file-format",
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_files_for_ci_follow_their_schemas(name):
+def test_files_for_others_follow_their_schemas(name):
     for linter in (["check_jsonschema", "--builtin-schema", KINDS[name]], ["yamllint", "--strict", "-d", RULES]):
         done = subprocess.run([sys.executable, "-m", *linter, ROOT / name], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

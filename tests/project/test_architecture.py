@@ -30,7 +30,7 @@ MODULES = {
     for layer in ("samplers", "flowmaps", "training")
     for path in (ROOT / layer).rglob("*.py")
 }
-OUTSIDE = {"configs", "scripts", "benchmarks", "tests", "helpers"}  # no package imports these
+OUTSIDE = {"configs", "scripts", "benchmarks", "drawing", "tests", "helpers"}  # no package imports these
 
 
 def floor(module):
@@ -194,12 +194,14 @@ FLAGS = {
     | {"pairs", "lpips_weights", "samples", "reference", "max_fid", "json", "memorisation", "metrics", "kid_subset"}
     | {"repeats", "max_regression", "tolerance", "confidence", "update_baseline", "junit"}
     | {"from_record", "label_policy", "floor", "markdown"},
+    "figures.py": {"only", "out"},
     "schedule.py": {"checkpoint", "steps", "out", "store", "plot", "sampler", "cost", "noises", "seed", "fine"}
     | {"guidance", "batch", "reference", "num"},
     "compare.py": {"out"},
     "train_extractor.py": {"data", "root", "size", "out", "epochs", "seed"},
     "benchmark.py": {"suite", "rows", "rates", "seeds", "train_steps", "cpu_minutes", "num", "threads", "json", "plot"},
     "demo.py": {"workdir", "steps", "num"},
+    "results.py": set(),
     "gpu_check.py": {"parts", "out", "minutes", "data", "device", "smoke"},
     "export.py": {"checkpoint", "ema", "out", "name", "license", "results", "how", "push_to_hub", "picture"}
     | {"onnx", "storage", "torch_export", "web", "space"},

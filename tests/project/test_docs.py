@@ -5,10 +5,13 @@ import re
 import torch
 from helpers import CASES, ROOT, gaussian_data, gaussian_map, run_script
 
+from flowmaps import __version__
 from flowmaps.cli.commands import COMMANDS
 from flowmaps.cli.run import COMMAND_OF
 from flowmaps.objectives import OBJECTIVES
 from training.config import class_name
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_objective_of_extending_md_vanishes_only_at_the_exact_map():
@@ -26,10 +29,21 @@ def test_the_objective_of_extending_md_vanishes_only_at_the_exact_map():
         assert values[0] < 1e-16 and values[1] > 1e-6
 
 
-def test_every_objective_has_a_row_in_readme_maths_and_each_config():
+def test_the_version_is_the_same_everywhere():
+    """It lives in the package; the citation, the newest changes and the names in the documents follow."""
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__
+    for file in DOCUMENTS:
+        assert set(re.findall(r"flowmaps-(\d[\d.]*\d)|/action@v([\d.]+)", file.read_text())) <= {
+            (__version__, ""),
+            ("", __version__),
+        }, file
+
+
+def test_every_objective_has_a_row_in_the_documents_and_each_config():
     import importlib
 
-    for file in ("README.md", "docs/maths.md"):
+    for file in ("docs/objectives.md", "docs/maths.md"):
         text = (ROOT / file).read_text()
         assert all(f"\n| `{name}`" in text for name in OBJECTIVES), file
     for config in (ROOT / "configs").glob("*.py"):
@@ -64,26 +78,40 @@ def test_architecture_md_names_every_module_and_no_other():
 
 def test_documents_name_files_that_exist():
     """Paths of source files and tests in the prose of the documents."""
-    for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+    for file in DOCUMENTS:
         prose = re.sub(r"```.*?```", "", file.read_text(), flags=re.DOTALL)
         for path in re.findall(r"`((?:samplers|flowmaps|training|tests|scripts|configs)/[\w/.]+)`", prose):
             if path != "flowmaps/objectives/thirds.py":  # the example of extending.md
                 assert (ROOT / path).exists(), f"{file.name}: {path}"
 
 
+def anchors(text):
+    """Return the anchors of the headings, as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    names = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in re.findall(r"^#+ (.*)$", prose, re.MULTILINE)]
+    return {name.replace(" ", "-") for name in names}
+
+
 def test_links_between_documents_lead_somewhere():
-    for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for link in re.findall(r"\]\((?!http)([^)#]+)", file.read_text()):
-            assert (file.parent / link).exists(), f"{file.name}: {link}"
+    for file in DOCUMENTS:
+        for link, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", file.read_text()):
+            to = file.parent / link if link else file
+            assert to.exists(), f"{file.name}: {link}"
+            if anchor and to.suffix == ".md":
+                assert anchor in anchors(to.read_text()), f"{file.name}: {link}#{anchor}"
 
 
 def test_commands_in_the_documents_name_real_flags():
-    """Each flag of a `python scripts/x.py --flag=...` in README and docs exists in the script or its config row."""
+    """Each flag of a script or of `flowmaps` in README and docs exists in the command or its config row."""
     import importlib
 
-    for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    scripts = {command: script for script, command in COMMAND_OF.items()}
+    for file in DOCUMENTS:
         text = file.read_text().replace("\\\n", " ")
-        for script, arguments in re.findall(r"^    python scripts/(\w+)\.py(.*)$", text, re.MULTILINE):
+        found = re.findall(r"^    python scripts/(\w+)\.py(.*)$", text, re.MULTILINE)
+        found += re.findall(r"^    flowmaps (\w+)(.*)$", text, re.MULTILINE)
+        for script, arguments in found:
+            script = scripts.get(script, script)
             shim = (ROOT / f"scripts/{script}.py").read_text()
             module = COMMANDS[COMMAND_OF.get(script, script)].replace(".", "/") if "run_command" in shim else ""
             shared = [f"flowmaps/cli/{name}_flags.py" for name in ("sampling", "steering")]
@@ -92,7 +120,7 @@ def test_commands_in_the_documents_name_real_flags():
             for flag in re.findall(r"--([\w.]+)", arguments):
                 if not flag.startswith("config."):
                     assert f'"{flag}"' in source or f'"--{flag}"' in source, f"{file.name}: {script}.py --{flag}"
-            if row := re.search(r"--config=configs/(\w+)\.py:(\S+)", arguments):
+            if row := re.search(r"--config=(?:configs/)?(\w+)(?:\.py)?:(\S+)", arguments):
                 if row[2] == "thirds":
                     continue
                 config = importlib.import_module(f"configs.{row[1]}").get_config(row[2])

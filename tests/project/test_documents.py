@@ -1,4 +1,4 @@
-"""Run every command and code block of README, docs and CONTRIBUTING in a copy of this repository.
+"""Run every command and code block of README, docs and CONTRIBUTING, in their order, in a copy of this repository.
 
 A command runs unchanged except for the rules in SCALED, which make it take seconds: fewer steps and samples, networks
 of a row's smoke variant, two processes instead of eight. Files that a user downloads are generated in real formats.
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import ROOT, image_sets, released, released_ect
+from helpers.documents import blocks, commands, items
 from helpers.makers import (
     encoded,
     photograph,
@@ -38,12 +39,12 @@ SCALED = {  # pattern -> replacement
     r"(configs/imagenet\w+\.py:\S+)": r"\1 --config.network.num_classes=40",  # folders in `furnished`
     r"(best\.num|--num)=(?!32768)\d+": r"\1=40",  # except for points, which are cheap
     r"(scripts/fid\.py (?!.*--(?:num|from_record)).*)": r"\1 --num=40",  # instead of 50,000
-    r"(scripts/train_extractor\.py .*)": r"\1 --epochs=1",
+    r"((?:scripts/train_extractor\.py|flowmaps extractor) .*)": r"\1 --epochs=1",
     r"--cpu_minutes=\d+": "--cpu_minutes=0.01",
     r"--seeds=0,1,2": "--seeds=0",
     r"--train_steps=\d+": "",
     r"--config\.steps=\d\d\d+": "--config.steps=20",
-    r"(--suite=(?:checkerboard|digits)\b.*--rows=[\w,]*)": r"\1 --train_steps=4",
+    r"(--suite=(?:checkerboard|digits|fashion_mnist|composition)\b.*--rows=\S*)": r"\1 --train_steps=4",
     r"(--suite=(?:learning|optimisers|mid_training|bellman|guidance)\b)": r"\1 --train_steps=8 --num=16",
     r"(--suite=steering\b)": r"\1 --seeds=0 --num=8",
     r"--suite=deployment --rows=fashion_mnist": "--suite=deployment --rows=digits --num=40",
@@ -55,7 +56,7 @@ SCALED = {  # pattern -> replacement
     r"--suite=step --rows=UNet": "--suite=step --rows=lagrangian",
     r"snapshot_every=\d+": "snapshot_every=4",
     r"best\.every=\d+": "best.every=10",
-    r"--max_fid=9": "--max_fid=9999",  # after 20 steps of training
+    r"--max_fid=[\d.]+": "--max_fid=9999",  # after 20 steps of training
     r"--steps=1,2,4 --sampler": "--steps=1 --sampler",  # each runs Inception
     r"--metrics=fid,kid,is,prc": r"\g<0> --kid_subset=20",
     r"--(nproc_per_node|num_processes|workers)=8": r"--\1=2",
@@ -69,20 +70,10 @@ SCALED = {  # pattern -> replacement
     r"\), 128, 1024": "), 2, 256",
 }
 GIVEN = {  # names that a block expects its reader to have
-    "teachers.md": "my_denoiser = other_drift = lambda x, t, label: -x\n",
+    "docs/teachers.md": "my_denoiser = other_drift = lambda x, t, label: -x\n",
 }
 # Runs from which rows of configs start without naming them in the command.
 UNNAMED = ["runs/digits-flow", "runs/digits"]
-
-
-def commands(text: str) -> list[str]:
-    """Return the commands of a document: lines indented by four spaces, with continued lines joined."""
-    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL).replace("\\\n", " ")
-    return [line.strip() for line in re.findall(r"^    (\S.*)$", prose, re.MULTILINE)]
-
-
-def blocks(text: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def scaled(text: str) -> str:
@@ -91,10 +82,11 @@ def scaled(text: str) -> str:
     return text
 
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = {file.name: commands(file.read_text()) for file in DOCUMENTS}
-BLOCKS = {file.name: blocks(file.read_text()) for file in DOCUMENTS}
-QUICK = {"README.md": 1}  # `make test` runs this many commands of a document and all its blocks, test-slow everything
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {str(file.relative_to(ROOT)): file.read_text() for file in DOCUMENTS}
+COMMANDS = {name: commands(text) for name, text in TEXTS.items()}
+BLOCKS = {name: blocks(text) for name, text in TEXTS.items()}
+QUICK = ["README.md"]  # `make test` runs these documents, test-slow everything
 
 
 class Copy:
@@ -140,9 +132,13 @@ class Copy:
         self.shell(scaled(command))
         self.made.update(re.findall(r"--(?:workdir|out)=(\S+)", command))
 
-    def run_blocks(self, name: str) -> None:
-        for block in BLOCKS[name]:
-            self.shell(f"python - <<'END'\n{GIVEN.get(name, '')}{scaled(block)}\nEND")
+    def follow(self, name: str) -> None:
+        """Run the commands and blocks of a document in their order."""
+        for kind, text in items(TEXTS[name]):
+            if kind == "command":
+                self.run(text)
+            else:
+                self.shell(f"python - <<'END'\n{GIVEN.get(name, '')}{scaled(text)}\nEND")
 
     def make(self, path: str) -> None:
         if path in self.made or (self.folder / path).exists():
@@ -162,12 +158,16 @@ def copy(tmp_path_factory):
     return Copy(tmp_path_factory.mktemp("documents"))
 
 
+def write_images(folder: Path) -> None:
+    write_folder(folder / "my/images", {f"{'ab'[i % 2]}/{i}.png": encoded(photograph(i), "png") for i in range(48)})
+
+
 @pytest.fixture(scope="module")
 def furnished(copy):
     """Add the files that users download or own: real formats, random contents."""
     folder = copy.folder
     write_data_root(folder / "data")
-    write_folder(folder / "my/images", {f"{'ab'[i % 2]}/{i}.png": encoded(photograph(i), "png") for i in range(48)})
+    write_images(folder)
     for split in ("train", "test"):
         image_sets.write_parquet(folder / "my/parquet", image_sets.pictures(48), split)
     image_sets.write_shards(folder / "my/shards", image_sets.pictures(48))
@@ -207,6 +207,21 @@ def test_every_indented_line_is_a_command():
     assert sum(map(len, COMMANDS.values())) > 80 and sum(map(len, BLOCKS.values())) >= 7
 
 
+def test_every_example_is_short_and_runs():
+    """In a document, or in a test: the server does not end, and the emoji need Debian's font."""
+    named = {name for found in COMMANDS.values() for c in found for name in re.findall(r"examples/(\w+\.py)", c)}
+    for file in (ROOT / "examples").glob("*.py"):
+        assert len(file.read_text().splitlines()) < 60, file
+        assert file.name in named | {"server.py", "emoji.py"}, file
+
+
+@pytest.mark.slow
+def test_the_example_of_emoji_fills_a_folder(copy):
+    if not Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf").exists():
+        pytest.skip("needs fonts-noto-color-emoji and unicode-data of Debian")
+    assert "3395 pictures" in copy.shell("python examples/emoji.py emoji")
+
+
 def test_each_rule_changes_some_line():
     """A rule that matches nothing is left over from a removed command."""
     lines = [line for found in (*COMMANDS.values(), *BLOCKS.values()) for line in found]
@@ -217,26 +232,23 @@ def test_each_rule_changes_some_line():
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_first_commands_and_blocks_run(copy, name):
-    for command in [c for c in COMMANDS[name] if not c.startswith("make")][: QUICK[name]]:
-        copy.run(command)
-    copy.run_blocks(name)
+def test_the_first_page_runs(copy, name):
+    write_images(copy.folder)
+    copy.follow(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in COMMANDS if COMMANDS[name] or BLOCKS[name]])
+@pytest.mark.parametrize("name", [name for name in TEXTS if name not in QUICK and items(TEXTS[name])])
 def test_all_commands_and_blocks_run(furnished, name):
-    if name == "extending.md":
+    if name == "docs/extending.md":
         extend(furnished.folder)
-    for command in COMMANDS[name]:
-        furnished.run(command)
-    furnished.run_blocks(name)
+    furnished.follow(name)
 
 
 def extend(folder: Path) -> None:
     """Follow extending.md in the copy: add the file, and the row in the table."""
     objectives = folder / "flowmaps" / "objectives"
-    (objectives / "thirds.py").write_text(BLOCKS["extending.md"][0])
+    (objectives / "thirds.py").write_text(BLOCKS["docs/extending.md"][0])
     table = (objectives / "__init__.py").read_text()
     row = "OBJECTIVES: dict[str, type[Objective]] = {\n"
     assert row in table

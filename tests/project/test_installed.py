@@ -1,12 +1,14 @@
 """The wheel as a user has it: installed, in a folder with its own training/, samplers/ and configs/."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from helpers.documents import items
 from PIL import Image
 
 from flowmaps.data import iterate, open_dataset
@@ -83,6 +85,36 @@ def test_every_command_works_from_a_folder_with_packages_of_our_names(installed)
     for command in COMMANDS:
         call(installed, program, command)
     assert all((home / name).exists() for name in WRITTEN.split())
+
+
+SMALLER = {  # pattern -> replacement: what makes the training of a tutorial take seconds
+    r"(folder:\w+,small)": r"\1,smoke",
+    r"--config\.steps=\d+": "--config.steps=20",
+    r"--num=3000": "--num=200",
+    r"(flowmaps extractor .*)": r"\1 --epochs=1",
+}
+PRINTED = {  # by tutorial, what its commands print
+    "own_images": ["FD-pictures"],
+    "gate": ["no significant worsening: passed", "significantly worse (tolerance=0): failed\nexit code 1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRINTED)
+def test_tutorials_run_from_an_empty_folder(installed, tmp_path, name):
+    """The commands and blocks of a tutorial, in their order, with the wheel alone."""
+    home, environment = installed
+    paths = {"PATH": f"{home.parent}/site/bin:{Path(sys.executable).parent}:{environment['PATH']}"}
+    paths["PYTHONPATH"] = f"{home.parent}/site"
+    shown = ""
+    for kind, text in items((ROOT / "docs/tutorials" / f"{name}.md").read_text()):
+        for pattern, new in SMALLER.items():
+            text = re.sub(pattern, new, text)
+        command = ["bash", "-c", text] if kind == "command" else [sys.executable, "-c", text]
+        ran = subprocess.run(command, cwd=tmp_path, env=environment | paths, capture_output=True, text=True)
+        assert ran.returncode == 0, f"{text}\n{ran.stdout}{ran.stderr}"
+        shown += ran.stdout
+    assert all(text in shown for text in PRINTED[name])
 
 
 @pytest.mark.slow

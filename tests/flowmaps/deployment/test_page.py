@@ -67,7 +67,7 @@ def test_shipped_page_computes_the_shipped_model():
     print(f"one image in one step: {ms:.1f} ms")
 
 
-def test_shipped_page_is_what_the_command_in_the_readme_writes_now():
+def test_shipped_page_is_what_the_command_in_deployment_md_writes_now():
     """But for the numbers, whose last digits depend on the machine."""
     text, fm = DEMO.read_text(), FlowMap.from_pretrained(ROOT / "assets" / "fashion_mnist")
     for part in ("model", "weights"):
@@ -75,7 +75,7 @@ def test_shipped_page_is_what_the_command_in_the_readme_writes_now():
     now = (HERE / "page.html").read_text().replace("{engine}", (HERE / "engine.js").read_text().strip())
     now = now.replace("{title}", "Fashion-MNIST").replace("{facts}", module.facts(fm))
     assert text == now
-    assert "--web=assets/demo.html" in (ROOT / "README.md").read_text()
+    assert "--web=assets/demo.html" in (ROOT / "docs/deployment.md").read_text()
 
 
 def test_page_allows_no_request_and_names_no_address():
