@@ -81,12 +81,17 @@ def dmf() -> Config:
 
 
 def imf() -> Config:
-    """Improved MeanFlow with its network, small, without clipping; size, rate, noise and steps are ours."""
+    """Improved MeanFlow with its network, small, without clipping; size, rate, noise and steps are ours.
+
+    A fresh network returns 0 and learns slowly at the rate of the U-Net. After 500 steps FD-digits in one step was 12.9
+    at 2e-3, 5.7 at 1e-2, and 10.4 with Muon at 1e-2 (seed 0, 1,000 samples).
+    """
     config = base(MeanFlow())
     config.network = network(
         IMFDiT, image_size=8, channels=1, patch=2, width=64, depth=4, head_depth=2, heads=2, num_classes=10
     )
     improve(config)
+    config.optim.lr = 1e-2
     return config
 
 
