@@ -11,7 +11,7 @@ DATA ?= data
 MINUTES ?= 8
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test test-slow gpu lint types clean
+.PHONY: demo test test-slow gpu lint types docs clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py --workdir=runs/demo
@@ -31,6 +31,10 @@ lint: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy flowmaps samplers training configs scripts
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "open runs/site/index.html"
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flowmaps needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -46,7 +46,7 @@ def _times(x: Tensor, s: Time, t: Time) -> tuple[Tensor, Tensor]:
 
 
 class FlowMap(nn.Module):
-    """X_{s,t}(x) = x + (t - s) v_{s,t}(x): jumps along the probability-flow ODE from time s to time t.
+    """$X_{s,t}(x) = x + (t - s) v_{s,t}(x)$: jumps along the probability-flow ODE from time s to time t.
 
     Boffi, Albergo and Vanden-Eijnden 2025 (arXiv 2505.18825), parametrisation of section 3. Noise is at time 0, data at
     time 1. In all methods ``x`` is [B, ...] and times are floats [B] with s <= t, or one number for all rows. ``label``
@@ -102,13 +102,13 @@ class FlowMap(nn.Module):
         self.conditions: Tensor | None = None  # [m, *info.condition], of samples for which none are given; not saved
 
     def forward(self, x: Tensor, s: Time, t: Time, label: Label | None = None) -> Tensor:
-        """Return X_{s,t}(x), same shape as ``x``; refused for a drift, where only s = t was trained."""
+        """Return $X_{s,t}(x)$, same shape as ``x``; refused for a drift, where only s = t was trained."""
         self.info.check_sampler("map")
         s, t = _times(x, s, t)
         return x + expand(t - s, x).to(x.dtype) * self.velocity(x, s, t, label)
 
     def velocity(self, x: Tensor, s: Time, t: Time, label: Label | None = None) -> Tensor:
-        """Return v_{s,t}(x), the average velocity between s and t: the network's output, unchanged."""
+        """Return $v_{s,t}(x)$, the average velocity between s and t: the network's output, unchanged."""
         if self.info.shape and x.shape[1:] != self.info.shape:
             raise UserError(f"x is {list(x.shape)}, this model's samples are {['n', *self.info.shape]}")
         given = given_label(self.info, label, x, training=self.training)
@@ -116,7 +116,7 @@ class FlowMap(nn.Module):
         return v
 
     def drift(self, x: Tensor, t: Time, label: Label | None = None) -> Tensor:
-        """Return b_t(x) = v_{t,t}(x), the velocity of the probability-flow ODE."""
+        """Return $b_t(x) = v_{t,t}(x)$, the velocity of the probability-flow ODE."""
         return self.velocity(x, t, t, label)
 
     def decode(self, x: Tensor) -> Tensor:

@@ -42,13 +42,12 @@ BOUNDS = (  # field, least, most
 class FlowMapInfo:
     """Facts that travel with the weights; a sampler refuses what they forbid.
 
+    The arguments are the fields, all of which have defaults.
+
     Compatibility between versions: a fact that changes what the network computes or how it may be sampled is a plain
     field, and a version that does not know it refuses the checkpoint by the fact's name. A fact that only describes
     (a date, a note) may be added in a minor version as ``field(default=..., metadata={"optional": True})``: its name is
     then written under the key ``"optional"``, and a version that does not know it ignores it with a warning.
-
-    Args:
-        shape, num_classes, ...: The fields below; all have defaults.
 
     Raises:
         UserError: A field is out of range, or the latent scaling does not have one number per channel.
@@ -74,8 +73,8 @@ class FlowMapInfo:
     label_dropout: float = 0.0  # share of training rows without a label; 0: "no label" was never trained
     vae: str = ""  # of latents: directory or hub id of their VAE
     vae_range: tuple[float, float] = VAE_RANGE  # of latents: the values of black and white that the VAE takes and gives
-    latent_shift: tuple[float, ...] = ()  # of latents: a sample is scale (z - shift), one number per channel, see
-    latent_scale: tuple[float, ...] = ()  # flowmaps.vae; empty: samples are images or points
+    latent_shift: tuple[float, ...] = ()  # of latents z, per channel: a sample is latent_scale (z - latent_shift)
+    latent_scale: tuple[float, ...] = ()  # of latents, per channel; empty: samples are images or points
     origin: dict[str, str] = field(default_factory=dict)  # of imported weights: format, sha256, license and the like
     condition: tuple[int, ...] = ()  # the shape of what is given in place of a class: a vector, tokens, an image
     recommended_sampler: str = field(default="", metadata={"optional": True})  # of a map whose authors say so

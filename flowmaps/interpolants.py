@@ -37,7 +37,7 @@ class Interpolant:
         return expand(self.alpha(t), x0) * x0 + expand(self.beta(t), x1) * x1
 
     def conditional_velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """dI_t/dt = alpha'(t) x0 + beta'(t) x1, whose mean given I_t = x is the drift b_t(x)."""
+        r"""$dI_t/dt = \alpha'(t) x_0 + \beta'(t) x_1$, whose mean given $I_t = x$ is the drift $b_t(x)$."""
         return expand(self.d_alpha(t), x0) * x0 + expand(self.d_beta(t), x1) * x1
 
 

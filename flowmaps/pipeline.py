@@ -77,9 +77,13 @@ class FlowMapPipeline(DiffusionPipeline):
     running calls if that thread has none; they return what they have.
 
     Args:
-        network, scheduler, vae: The components.
-        interpolant, base_std, info: The facts of ``FlowMap``. The pipelines of a network remember them, so that
+        network: The network of a ``FlowMap``.
+        scheduler: The scheduler, which holds the grid of a call.
+        interpolant: As in ``FlowMap``. The pipelines of a network remember this and the next two, so that
             ``FlowMapPipeline(**pipe.components)`` has them too.
+        base_std: As in ``FlowMap``.
+        info: ``FlowMapInfo.to_dict()`` of the model.
+        vae: The VAE of a model of latents.
 
     Raises:
         UserError: ``info`` is missing for a network that never had any, or does not fit.

@@ -80,8 +80,7 @@ class Config:
         network: The architecture: ``network(UNet, image_size=32)`` or ``preset("dit-b4-imagenet256")``.
         objective: The loss: ``Lagrangian(diagonal=0.75)``, any of ``flowmaps.objectives``.
 
-    The other fields have defaults; the comments next to them say what they mean. A number without a unit counts
-    optimiser steps.
+    The other fields have defaults. A number without a unit counts optimiser steps.
 
     Example:
         >>> unet = network(UNet, image_size=8, channels=1, width=32, channel_mult=(1, 2), num_classes=10)

@@ -14,25 +14,25 @@ from samplers.callables import Drift, expand
 
 @dataclass
 class Consistency(Objective):
-    """r = ( X_{s,1}(I_s) - sg[ X_{u,1}(I_u) ] ) / (sigma_s - sigma_u), both points with the same noise and data.
+    r"""$r = (X_{s,1}(I_s) - \mathrm{sg}[X_{u,1}(I_u)]) / (\sigma_s - \sigma_u)$, both with the same noise and data.
 
-    Easy Consistency Tuning, Geng et al. 2024 (arXiv 2406.14548), in this package's times. The noise level is
-    sigma = base_std alpha / beta, log-normal with ``sigma_mean`` and ``sigma_std``; the target's is lower,
-    sigma_u = sigma_s (1 - n / q^(1 + stage)), at least 0, with n = 1 + k / (1 + exp(b sigma_s)). The stage rises by one
-    every ``stage_steps`` steps (0: never), so that the gap and the bias with it shrink. ``adaptive`` = 1/2 makes the
-    squared residual the norm that the paper has, over the dimension. ``huber`` = c gives the residual one more
-    dimension, the constant c / (sigma_s - sigma_u); the norm is then sqrt(|d|^2 + c^2) / (sigma_s - sigma_u) of the
-    difference d in the numerator, the pseudo-Huber loss up to a constant. Student and target share the dropout mask,
-    and are evaluated in at least float32.
+    Easy Consistency Tuning, Geng et al. 2024 (arXiv 2406.14548), in this package's times. The noise level is $\sigma =
+    \sigma_0 \alpha / \beta$, $\sigma_0$ = ``base_std``, log-normal with ``sigma_mean`` and ``sigma_std``; the target's
+    is lower, $\sigma_u = \sigma_s (1 - n / q^{1 + \mathrm{stage}})$, at least 0, with $n = 1 + k / (1 + e^{b
+    \sigma_s})$. The stage rises by one every ``stage_steps`` steps (0: never), so that the gap and the bias with it
+    shrink. ``adaptive`` = 1/2 makes the squared residual the norm that the paper has, over the dimension. ``huber`` = c
+    gives the residual one more dimension, the constant $c / (\sigma_s - \sigma_u)$; the norm is then $\sqrt{|d|^2 +
+    c^2} / (\sigma_s - \sigma_u)$ of the difference d in the numerator, the pseudo-Huber loss up to a constant. Student
+    and target share the dropout mask, and are evaluated in at least float32.
 
     With a teacher it is consistency distillation, Song et al. 2023 (arXiv 2303.01469): the target starts where a Heun
-    step of the teacher's drift leads from I_s to u, instead of at I_u.
+    step of the teacher's drift leads from $I_s$ to u, instead of at $I_u$.
 
-    Every row is of this kind. Only X_{s,1} is trained, so there is nothing to guide and an average of the weights has
+    Every row is of this kind. Only $X_{s,1}$ is trained, so there is nothing to guide and an average of the weights has
     nothing to teach. The kind "consistency" makes samplers that need other times refuse the model.
     """
 
-    adaptive: float = 0.5  # power p of the adaptive weight 1 / sg[|r|^2 + 1e-3]^p; 0: none
+    adaptive: float = 0.5  # power p of the adaptive weight $1 / \mathrm{sg}[|r|^2 + 0.001]^p$; 0: none
     huber: float = 0.0  # c; the paper has 0.06 on ImageNet; 0: none
     sigma_mean: float = -1.1
     sigma_std: float = 2.0

@@ -17,17 +17,18 @@ from samplers.callables import Drift, expand
 class StopGradient(enum.Enum):
     """The part of the Eulerian residual that is held constant."""
 
-    advection = "advection"  # the term grad X . v_{s,s}: the paper's recommendation
-    velocity = "velocity"  # v_{s,s} alone: the gradient also flows through the spatial derivative
-    slim = "slim"  # all but v_{s,t}: no derivative is differentiated
+    advection = "advection"  # the term $\nabla X \cdot v_{s,s}$: the paper's recommendation
+    velocity = "velocity"  # $v_{s,s}$ alone: the gradient also flows through the spatial derivative
+    slim = "slim"  # all but $v_{s,t}$: no derivative is differentiated
 
 
 @dataclass
 class Eulerian(TimeSampling, SelfDistillation):
-    """r = d/ds X_{s,t}(I_s) + sg[ grad X_{s,t}(I_s) . v_{s,s}(I_s) ]: the end point stays as the start moves on.
+    r"""The end point stays as the start moves on.
 
-    Boffi et al. 2025 (arXiv 2505.18825), algorithm 3; ``stop`` = slim is the stop-gradient regression of
-    arXiv 2609.16222, r = v_{s,t} - sg[ v_{s,s} + (t - s) (d_s v + grad v . v_{s,s}) ].
+    $r = \partial_s X_{s,t}(I_s) + \mathrm{sg}[\nabla X_{s,t}(I_s) \cdot v_{s,s}(I_s)]$, Boffi et al. 2025 (arXiv
+    2505.18825), algorithm 3; ``stop`` = slim is the stop-gradient regression of arXiv 2609.16222, $r = v_{s,t} -
+    \mathrm{sg}[v_{s,s} + (t - s) (\partial_s v + \nabla v \cdot v_{s,s})]$.
     """
 
     stop: StopGradient = StopGradient.advection
@@ -60,15 +61,16 @@ class Eulerian(TimeSampling, SelfDistillation):
 class Velocity(enum.Enum):
     """A velocity at (I_s, s)."""
 
-    conditional = "conditional"  # dI_s/ds of the row's noise and data
-    model = "model"  # v_{s,s}(I_s)
+    conditional = "conditional"  # $dI_s/ds$ of the row's noise and data
+    model = "model"  # $v_{s,s}(I_s)$
 
 
 @dataclass
 class MeanFlow(TimeSampling, SelfDistillation):
-    """r = v_{s,t} - sg[ u + (t - s) (d_s v + grad v . w) ]; ``target`` u and ``tangent`` w are conditional velocities.
+    r"""$r = v_{s,t} - \mathrm{sg}[u + (t - s) (\partial_s v + \nabla v \cdot w)]$, conditional velocities u and w.
 
-    Geng et al. 2025 (arXiv 2505.13447), the MeanFlow identity at this package's times and sign.
+    Geng et al. 2025 (arXiv 2505.13447), the MeanFlow identity at this package's times and sign; u is
+    ``target`` and w is ``tangent``.
     """
 
     times: Times = Times.logit_normal

@@ -18,17 +18,19 @@ from samplers.callables import Drift, expand
 
 @dataclass
 class FACM(DriftObjective):
-    """Every row trains the drift, v_{s,s} towards u, and the map to data, v_{s,1} towards u + (1 - s) sg[D v_{s,1}].
+    r"""Every row trains the drift, $v_{s,s}$ towards u, and the map, $v_{s,1}$ towards $u + (1 - s) \mathrm{sg}[Dv]$.
 
-    Flow-Anchored Consistency Models, Peng et al. 2025 (arXiv 2507.03738). u is the teacher's drift at (I_s, s), or
-    without a teacher dI_s/ds, guided if guidance is on; D v = d_s v + grad v . u. A row's loss is
+    Flow-Anchored Consistency Models, Peng et al. 2025 (arXiv 2507.03738). u is the teacher's drift at $(I_s, s)$, or
+    without a teacher $dI_s/ds$, guided if guidance is on; $Dv = \partial_s v + \nabla v \cdot u$. A row's loss is
 
-        |v_{s,s} - u|^2 + 1 - cos(v_{s,s}, u)  +  cos(pi s / 2) |r|^2 / sg[|r|^2 + c]^p,
-        r = v_{s,1} - sg[ v_{s,1} - (1 - sqrt(s)) clamp(v_{s,1} - u - (1 - s) D v, -1, 1) ],
+    $$\begin{aligned}
+    &|v_{s,s} - u|^2 + 1 - \cos(v_{s,s}, u) + \cos(\pi s / 2)\, |r|^2 / \mathrm{sg}[|r|^2 + c]^p, \\
+    &r = v_{s,1} - \mathrm{sg}[v_{s,1} - (1 - \sqrt{s})\, \mathrm{clamp}(v_{s,1} - u - (1 - s) Dv, -1, 1)],
+    \end{aligned}$$
 
     with squares averaged over dimensions, and the cosine over channels averaged over places (smaller for vectors
     shorter than 0.01, so that a network that starts at 0 has a gradient of some size). The noise level of s is
-    log-normal: s = 1 - (2 / pi) atan(sigma). The kind is "consistency", as only jumps to data are trained.
+    log-normal: $s = 1 - (2 / \pi) \arctan \sigma$. The kind is "consistency", as only jumps to data are trained.
     """
 
     adaptive: float = 0.5  # power p of the map's adaptive weight; its c is ``adaptive_floor``

@@ -13,7 +13,7 @@ from samplers.callables import Drift
 
 @dataclass
 class FlowMatching(TimeSampling, DriftObjective):
-    """E || v_{t,t}(I_t) - dI_t/dt ||^2 with t uniform: every row is diagonal.
+    """$r = v_{t,t}(I_t) - dI_t/dt$ with t uniform: every row is diagonal.
 
     Lipman et al. 2023 (arXiv 2210.02747); Albergo and Vanden-Eijnden 2023 (arXiv 2209.15571). The trained network is
     a drift: sample it with an ODE solver.

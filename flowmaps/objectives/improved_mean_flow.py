@@ -18,16 +18,19 @@ from samplers.callables import Drift, expand
 
 @dataclass
 class ImprovedMeanFlow(PerceptualTerms, MeanFlow):
-    """MeanFlow along the model's own velocity: a regression of V = v - (t - s) sg[d_s v + grad v . q] on dI_s/ds.
+    r"""MeanFlow along the model's own velocity.
 
-    Geng et al. 2025 (arXiv 2512.02012). q is v_{s,s}, or of a network with a second head (``IMFDiT``) that head at
-    s = t. A row then has two losses, |V - u|^2 and |second - u|^2 with the head at the row's own times, each with its
+    A regression of $V = v - (t - s)\, \mathrm{sg}[\partial_s v + \nabla v \cdot q]$ on $dI_s/ds$: Geng et al. 2025
+    (arXiv 2512.02012). q is $v_{s,s}$, or of a network with a second head (``IMFDiT``) that head at s = t. A row then
+    has two losses, $|V - u|^2$ and $|\mathrm{second} - u|^2$ with the head at the row's own times, each with its
     adaptive weight. Guidance mixes u of q in either case.
     """
 
     adaptive_floor: float = new_option(0.01, before=1e-3)
     tangent: Velocity = Velocity.model
-    end_floor: float = new_option(0.0, before=0.0)  # c > 0: (x1 - I_s) / max(1 - s, c) in place of dI_s/ds, which is
+    end_floor: float = new_option(
+        0.0, before=0.0
+    )  # c > 0: $(x_1 - I_s) / max(1 - s, c)$ in place of $dI_s/ds$, which is
     # the same up to s = 1 - c on the linear path. Pixel MeanFlow (arXiv 2601.22158): 0.05, as its network divides
 
     def __post_init__(self) -> None:

@@ -24,9 +24,9 @@ class Derivative(enum.Enum):
 
 @dataclass
 class Lagrangian(TimeSampling, SelfDistillation):
-    """r = d/dt X_{s,t}(I_s) - sg[ v_{t,t}( X_{s,t}(I_s) ) ]: the map moves with the drift at its own end point.
+    r"""$r = \partial_t X_{s,t}(I_s) - \mathrm{sg}[v_{t,t}(X_{s,t}(I_s))]$: the map moves with the drift where it ends.
 
-    Boffi et al. 2025 (arXiv 2505.18825), algorithm 2. The gradient flows through v_{s,t} and its t-derivative
+    Boffi et al. 2025 (arXiv 2505.18825), algorithm 2. The gradient flows through $v_{s,t}$ and its t-derivative
     (reverse over forward); the velocity at the end point and the point itself are constants. ``slim`` makes the
     t-derivative a constant too (arXiv 2609.16222): about half the cost, and worse in one step.
     """
@@ -58,12 +58,12 @@ class Lagrangian(TimeSampling, SelfDistillation):
 
 @dataclass
 class TerminalVelocity(Lagrangian):
-    """Lagrangian self-distillation whose end-point velocity comes from a moving average of the weights.
+    r"""Lagrangian self-distillation whose end-point velocity comes from a moving average of the weights.
 
-    Terminal Velocity Matching (arXiv 2511.19797): r = d/dt X_{s,t}(I_s) - sg[ v'_{t,t}( X_{s,t}(I_s) ) ], where v' has
-    weights averaged at decay ``teacher_ema`` and the point comes from the live weights. The trainer keeps the average
-    and passes it as ``teacher``. Under guidance w the average also gives the drift without a label, the target is not
-    mixed, and the losses of guided rows are divided by w^2, by which the target's variance has grown.
+    Terminal Velocity Matching (arXiv 2511.19797): $r = \partial_t X_{s,t}(I_s) - \mathrm{sg}[v'_{t,t}(X_{s,t}(I_s))]$,
+    where v' has weights averaged at decay ``teacher_ema`` and the point comes from the live weights. The trainer keeps
+    the average and passes it as ``teacher``. Under guidance w the average also gives the drift without a label, the
+    target is not mixed, and the losses of guided rows are divided by w^2, by which the target's variance has grown.
     """
 
     diagonal: float = 0.5

@@ -8,7 +8,7 @@ from flowmaps.networks.layers import zero
 
 
 class LogVariance(nn.Module):
-    """w(s, t), kept within [-limit, limit] by a tanh: a sample's loss is exp(-w) |r|^2 + w.
+    r"""w(s, t), kept within [-limit, limit] by a tanh: a sample's loss is $e^{-w} |r|^2 + w$.
 
     Karras et al. 2024 (EDM2, arXiv 2312.02696), equation 21; in two times as Boffi et al. 2025. At its optimum w is
     the log of the mean squared residual at (s, t), so every (s, t) pulls equally hard, relative to its own size.
@@ -16,7 +16,7 @@ class LogVariance(nn.Module):
     the map becomes consistent, w follows it down and the pull of the off-diagonal term grows without bound: hence the
     limit, and hence no weight by default (docs/maths.md, "The learned weight").
 
-    With ``log_floor`` = c > 0 the loss is ln(exp(-w) |r|^2 + c) + w = ln(|r|^2 + c exp(w)) instead (DMF, arXiv
+    With ``log_floor`` = c > 0 the loss is $\ln(e^{-w} |r|^2 + c) + w = \ln(|r|^2 + c e^w)$ instead (DMF, arXiv
     2510.24474): an adaptive weight of power 1 whose constant is learned. It falls to the limit, since a smaller
     constant always lowers the loss, and no pull grows without bound.
     """

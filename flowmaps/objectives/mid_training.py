@@ -32,15 +32,17 @@ class Distance(enum.Enum):
 
 @dataclass
 class MidTraining(TrajectoryObjective):
-    """Regression on states x_0, ..., x_N of a teacher's trajectories at times t_0 < ... < t_N.
+    """Regression on states $x_0, ..., x_N$ of a teacher's trajectories at times $t_0 < ... < t_N$.
 
-    ``target`` = pairs: r = v_{t_i,t_j}(x_i) - (x_j - x_i) / (t_j - t_i), the average velocity of the segment.
-    ``target`` = endpoint: r = X_{t_i,t_N}(x_i) - x_N, which trains a consistency model.
+    - ``target`` = pairs: $r = v_{t_i,t_j}(x_i) - (x_j - x_i) / (t_j - t_i)$, the average velocity of the segment.
+    - ``target`` = endpoint: $r = X_{t_i,t_N}(x_i) - x_N$, which trains a consistency model.
+
     Hu et al. 2025 (arXiv 2509.24526), section 3. Every state but the last starts one row, so a trajectory of N steps
     gives N rows. For pairs, j is uniform on i + 1 .. N, except that a share ``to_end`` of the rows has j = N: with
     to_end = 0, as published, one row in N^2 has the jump from noise to data.
 
-    ``distance`` = lpips compares images X_{t_i,t_N}(x_i) and x_N; ``lpips_weights`` is the folder of its weight files.
+    ``distance`` = lpips compares images $X_{t_i,t_N}(x_i)$ and $x_N$; ``lpips_weights`` is the folder of its weight
+    files.
     """
 
     target: Target = Target.pairs

@@ -22,7 +22,9 @@ class IntermediateTime(enum.Enum):
 
 @dataclass
 class Semigroup(SelfDistillation):
-    """r = v_{s,t}(I_s) - sg[ (1 - g) v_{s,u}(I_s) + g v_{u,t}( X_{s,u}(I_s) ) ] with u = g s + (1 - g) t.
+    r"""One jump equals two: $r = v_{s,t}(I_s) - \mathrm{sg}[(1 - g) v_{s,u}(I_s) + g v_{u,t}(X_{s,u}(I_s))]$.
+
+    u = g s + (1 - g) t lies between s and t.
 
     Boffi et al. 2025 (arXiv 2505.18825), algorithm 4, preconditioned: the semigroup residual is (t - s) times this.
     ``middle`` = midpoint has g = 1/2, uniform has g uniform on [0, 1]. No derivative is taken.
@@ -49,7 +51,7 @@ class Progressive(TimeSampling, Semigroup):
 
 @dataclass
 class Shortcut(Semigroup):
-    """Progressive self-distillation by midpoints on the dyadic grid: t - s = 2^-k, k = 0 .. ``levels`` - 1.
+    """Progressive self-distillation by midpoints on the dyadic grid: $t - s = 2^{-k}$, k = 0 .. ``levels`` - 1.
 
     Frans et al. 2024 (arXiv 2410.12557): k is uniform, s uniform among the multiples of t - s. All step counts 1, 2,
     4, ... up to 2^levels are then trained, and no others.

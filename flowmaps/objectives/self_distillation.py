@@ -18,16 +18,16 @@ from samplers.callables import Drift, expand
 
 @dataclass
 class DriftObjective(Objective):
-    """Regression of v_{t,t}(I_t) on dI_t/dt (flow matching), optionally with guidance baked in."""
+    """Regression of $v_{t,t}(I_t)$ on $dI_t/dt$ (flow matching), optionally with guidance baked in."""
 
-    adaptive: float = 0.0  # power p of the adaptive weight 1 / sg[|r|^2 + c]^p; 0: none
-    adaptive_floor: float = new_option(1e-3, before=1e-3)  # its c
+    adaptive: float = 0.0  # power p of the adaptive weight $1 / \mathrm{sg}[|r|^2 + c]^p$; 0: none
+    adaptive_floor: float = new_option(1e-3, before=1e-3)  # the constant c of the adaptive weight
     teacher_ema: float = 0.0  # decay of the weight average whose drift is the teacher; 0: the live network's drift
     guidance: float = 1.0  # weight of baked-in guidance; 1: none
     guidance_max: float = 1.0  # above 1: draw each row's weight from [1, guidance_max] and condition the network on it
-    guidance_power: float = new_option(1.0, before=0.0)  # drawn weights have a density proportional to w^-power
+    guidance_power: float = new_option(1.0, before=0.0)  # p: drawn weights have a density proportional to $w^{-p}$
     guidance_mix: float = new_option(0.5, before=0.0)  # share of the network's own guided drift in the target: see
-    # ``guided_target``; a drawn weight has the share 1 - 1 / w in its place, unless this is 0
+    # ``guided_target``; a drawn weight has the share $1 - 1/w$ in its place, unless this is 0
     guidance_times: tuple[float, float] = (0.0, 1.0)  # the weight is 1 for rows whose s lies outside
     guidance_interval: bool = new_option(False, before=False)  # with guidance_max: draw these times for each row with
     # s < t, low from [0, 1/2] and high from [1/2, 1], and condition the network on them and the weight between them
@@ -112,14 +112,14 @@ class DriftObjective(Objective):
     def guided_target(
         self, fm: FlowMap, x: Tensor, s: Tensor, label: Tensor | None, velocity: Tensor, guidance: Tensor, drift: Drift
     ) -> tuple[Tensor, Tensor]:
-        """Return the regression target under guidance weights w [B], and the label that goes with it.
+        r"""Return the regression target under guidance weights w [B], and the label that goes with it.
 
-        The target is omega dI_s/ds + kappa c + (1 - omega - kappa) u with the constants c = b(I_s; label) and
-        u = b(I_s; no label) of ``drift``, and omega = w (1 - kappa). A drift c that equals its mean given I_s is the
-        guided one, w b + (1 - w) u, for every kappa; the variance is omega^2 times that of dI_s/ds. kappa = 0 is the
-        form of MeanFlow's appendix (arXiv 2505.13447) and the noisiest; its released models have 0.5 or 0.92, and
-        improved MeanFlow, which tells the network w, has 1 - 1 / w, so that omega = 1 (arXiv 2512.02012). All
-        objectives are guided in this way, since the off-diagonal terms follow the drift that the diagonal learns.
+        The target is $\omega\, dI_s/ds + \kappa c + (1 - \omega - \kappa) u$ with the constants c = b(I_s; label) and u
+        = b(I_s; no label) of ``drift``, and $\omega = w (1 - \kappa)$. A drift c that equals its mean given $I_s$ is
+        the guided one, w b + (1 - w) u, for every $\kappa$; the variance is $\omega^2$ times that of $dI_s/ds$. $\kappa
+        = 0$ is the form of MeanFlow's appendix (arXiv 2505.13447) and the noisiest; its released models have 0.5 or
+        0.92, and improved MeanFlow, which tells the network w, has 1 - 1 / w, so that $\omega = 1$ (arXiv 2512.02012).
+        All objectives are guided in this way, since the off-diagonal terms follow the drift that the diagonal learns.
         Rows without a label have w = 1 and the target dI_s/ds.
         """
         if label is None:

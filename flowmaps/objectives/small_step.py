@@ -20,12 +20,13 @@ from samplers.callables import Drift, expand
 
 @dataclass
 class SmallStep(TimeSampling, SelfDistillation):
-    """r = v_{s,t}(I_s) - sg[ a g + (1 - a) v_{m,t}( I_s + (m - s) g ) ] with m = s + a (t - s) and g = dI_s/ds.
+    r"""$r = v_{s,t}(I_s) - \mathrm{sg}[a g + (1 - a) v_{m,t}(I_s + (m - s) g)]$.
 
-    The jump to t equals a small step along the conditional velocity g (guided, if guidance is on) and the jump from
-    there. Both jumps are evaluated in at least float32, since they differ by O(a). The share a falls over training,
-    ``alpha(step)``, and travels in ``Draws.gamma``. As a -> 0, r / a tends to MeanFlow's residual with an error of
-    O(a), and its mean given I_s is O(a) at the exact map; at a = 1 this is flow matching for every pair of times.
+    The times are s, m = s + a (t - s) and t, and $g = dI_s/ds$. The jump to t equals a small step along the conditional
+    velocity g (guided, if guidance is on) and the jump from there. Both jumps are evaluated in at least float32, since
+    they differ by O(a). The share a falls over training, ``alpha(step)``, and travels in ``Draws.gamma``. As a -> 0, r
+    / a tends to MeanFlow's residual with an error of O(a), and its mean given I_s is O(a) at the exact map; at a = 1
+    this is flow matching for every pair of times.
 
     The adaptive weight has another form than elsewhere: see ``adapted``.
     """
@@ -88,11 +89,11 @@ class SmallStep(TimeSampling, SelfDistillation):
 
 @dataclass
 class SoFlow(SmallStep):
-    """Solution flow models, Luo et al. 2025 (arXiv 2512.15657): a falls geometrically to its small last value.
+    r"""Solution flow models, Luo et al. 2025 (arXiv 2512.15657): a falls geometrically to its small last value.
 
-    a_k = a_0 (a_1 / a_0)^(k / K) at step k of K, and m - s is at least 1e-4. Off the diagonal the gradient is that of
-    the paper's sg[q] . v / sg[|q|^2 + c]^p with q = r / a, the difference quotient of the two maps: half the square
-    there, and the square itself on the diagonal. Both jumps have the same dropout.
+    $a_k = a_0 (a_1 / a_0)^{k/K}$ at step k of K, and m - s is at least 1e-4. Off the diagonal the gradient is that of
+    the paper's $\mathrm{sg}[q] \cdot v / \mathrm{sg}[|q|^2 + c]^p$ with q = r / a, the difference quotient of the two
+    maps: half the square there, and the square itself on the diagonal. Both jumps have the same dropout.
     """
 
     times: Times = Times.raised

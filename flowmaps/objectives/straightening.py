@@ -26,14 +26,14 @@ class TrainPoint(enum.Enum):
 
 @dataclass
 class Straightening(TrajectoryObjective):
-    """r = v_{s,s}(x_s) - (x_t - x_s) / (t - s) for the segments [s, t] of coarse grids on a teacher's fine trajectory.
+    """$r = v_{s,s}(x_s) - (x_t - x_s) / (t - s)$ for segments [s, t] of a teacher's trajectory.
 
-    The drift's Euler step at s then ends where the path does: Nguyen et al. 2024 (arXiv 2312.16414), section 3.3.
-    ``steps`` holds the step counts of the coarse grids. Their times come from the file ``schedule``, written by
-    scripts/schedule.py, all of its grids by default; without a file the steps are equal; with neither, every interval
-    of the trajectory is a segment. Each trajectory gives one row per segment. ``state`` = chord is reflow (Liu et al.
-    2022, arXiv 2209.03003) at the same times: x_s = (1 - s) x_0 + s x_1 with the trajectory's two ends, whose mean
-    velocity is x_1 - x_0 everywhere.
+    The segments are those of coarse grids on a fine trajectory. The drift's Euler step at s then ends where the path
+    does: Nguyen et al. 2024 (arXiv 2312.16414), section 3.3. ``steps`` holds the step counts of the coarse grids. Their
+    times come from the file ``schedule``, written by scripts/schedule.py, all of its grids by default; without a file
+    the steps are equal; with neither, every interval of the trajectory is a segment. Each trajectory gives one row per
+    segment. ``state`` = chord is reflow (Liu et al. 2022, arXiv 2209.03003) at the same times: $x_s = (1 - s) x_0 + s
+    x_1$ with the trajectory's two ends, whose mean velocity is $x_1 - x_0$ everywhere.
     """
 
     steps: tuple[int, ...] = ()

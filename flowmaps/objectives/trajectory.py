@@ -15,10 +15,10 @@ from samplers.trajectories import Trajectory
 
 @dataclass
 class TrajectoryObjective(Objective):
-    """Regression on segments of a teacher's trajectories x_0, ..., x_N at times t_0 < ... < t_N.
+    """Regression on segments of a teacher's trajectories $x_0, ..., x_N$ at times $t_0 < ... < t_N$.
 
-    Targets are states of the trajectory, so they do not move with v. Each training row is a segment from the state x_s
-    at s to the state x_t at t. The network's own dropout is on.
+    Targets are states of the trajectory, so they do not move with v. Each training row is a segment from the state
+    $x_s$ at s to the state $x_t$ at t. The network's own dropout is on.
     """
 
     @property
