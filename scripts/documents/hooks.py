@@ -46,8 +46,7 @@ def on_page_content(text: str, page: Page, config: MkDocsConfig, files: Files) -
     """Convert the equations of a page and lead its links to files that exist."""
     name = page.file.src_uri
     pages = {file.dest_uri for file in files}
-    unbroken = re.sub(r"<code>(?=--[^<]{,24}</code>)", '<code class="flag">', text)
-    return with_links(with_equations(unbroken, name), name, pages, copied)
+    return with_links(with_equations(with_commands(text), name), name, pages, copied)
 
 
 def on_post_build(config: MkDocsConfig) -> None:
@@ -56,6 +55,18 @@ def on_post_build(config: MkDocsConfig) -> None:
         target = Path(config.site_dir) / COPIES / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / path, target)
+
+
+def with_commands(text: str) -> str:
+    """Return HTML in which long commands continue on a further line, but none breaks after the dashes of a flag."""
+    text = re.sub(r"<code>(?=--[^<]{,24}</code>)", '<code class="flag">', text)
+    block = re.compile(r'(<div class="language-sh highlight"><pre>(?:<span></span>)?<code>)(.*?)(?=</code>)', re.DOTALL)
+
+    def lines(match: re.Match[str]) -> str:
+        code = re.sub(r"(?<=[\s>])--[\w.]+", r'<span class="flag">\g<0></span>', match[2].rstrip("\n"))
+        return match[1] + "".join(f'<span class="line">{line}</span>' for line in code.split("\n"))
+
+    return block.sub(lines, text)
 
 
 def with_equations(text: str, name: str) -> str:

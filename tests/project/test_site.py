@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 from documents.fields import comment
-from documents.hooks import SOURCE, anchors, command_section, help_of, with_equations, with_links
+from documents.hooks import SOURCE, anchors, command_section, help_of, with_commands, with_equations, with_links
 from helpers import ROOT
 from mkdocs.exceptions import PluginError
 
@@ -100,6 +100,13 @@ def test_a_link_that_leads_nowhere_is_one_line_that_names_page_and_link(link, re
 
 def test_links_name_the_repository_that_model_cards_name():
     assert flowmaps.model_card.SOURCE == SOURCE
+
+
+def test_a_long_command_continues_on_a_line_but_not_after_the_dashes_of_a_flag():
+    text = '<code>--a=1</code> <div class="language-sh highlight"><pre><span></span><code>do --a.b=c\nto\n</code> --e'
+    made = '<code class="flag">--a=1</code> <div class="language-sh highlight"><pre><span></span><code>'
+    made += '<span class="line">do <span class="flag">--a.b</span>=c</span><span class="line">to</span></code> --e'
+    assert with_commands(text) == made
 
 
 def test_anchors_are_those_of_github(tmp_path):
