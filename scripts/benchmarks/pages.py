@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.record_files import markdown
+from benchmarks.record_files import Stored, markdown, read_records
 from flowmaps import UserError
 from flowmaps.markdown import counted, markdown_table
 from flowmaps.model_card import result_tables
@@ -93,24 +93,24 @@ def checkpoint_table(name: str, assets: Path) -> str:
 
 def benchmark_section(name: str, assets: Path) -> str:
     """Return the title, the command, the machine and the tables of a file of records of benchmark.py."""
-    stored = json.loads((assets / name).read_text(encoding="utf-8"))
-    suite, records, section = stored["suite"], stored["records"], SECTIONS[name]
+    stored, section = read_records(assets / name), SECTIONS[name]
+    suite, records = stored.suite, stored.records
     found = {score.partition("@")[0] for record in records for score in record["scores"]}
     tables = [markdown(records, suite, shown) for shown in section.tables if not shown or found & {*shown}]
     parts = [f"### {section.title}", f"    {command(name, stored, assets)}", _origin(records), *tables]
     return "\n\n".join(parts)
 
 
-def command(name: str, stored: dict[str, Any], assets: Path) -> str:
+def command(name: str, stored: Stored, assets: Path) -> str:
     """Return the command of benchmark.py that writes the records in the file ``name``."""
-    records, plot = stored["records"], (assets / name).with_suffix(".png")
+    records, plot = stored.records, (assets / name).with_suffix(".png")
     names, parts = list(dict.fromkeys(record["row"] for record in records)), dict[str, Any]()
-    parts["suite"] = stored["suite"]
-    if stored["suite"] == "learning":  # "lagrangian, lr 0.001"
+    parts["suite"] = stored.suite
+    if stored.suite == "learning":  # "lagrangian, lr 0.001"
         parts["rates"] = ",".join(dict.fromkeys(name.partition(", lr ")[2] for name in names))
     parts["rows"] = ",".join(dict.fromkeys(name.partition(", ")[0] for name in names))
     parts["seeds"] = ",".join(map(str, sorted({record["seed"] for record in records})))
-    parts |= {key: f"{value:g}" for key, value in stored["budget"].items() if value is not None}
+    parts |= {key: f"{value:.9g}" for key, value in stored.budget.items() if value is not None}
     parts["threads"] = records[0]["machine"]["threads"]
     parts["json"] = f"assets/{name}"
     parts |= {"plot": f"assets/{plot.name}"} if plot.exists() else {}

@@ -20,17 +20,23 @@ def stored_records(file: str, suite: str, budget: dict[str, Any]) -> list[dict[s
     if not Path(file).exists() or not Path(file).stat().st_size:
         return []
     with blame("json", file):
-        stored = parse(_Stored, read_json(file, "choose another file"), file)
-        for i, record in enumerate(stored.records):
-            facts = parse(_Facts, {name: record.get(name) for name in ("row", "seed", "scores")}, f"records[{i}]")
-            record["scores"] = {name: math.nan if value is None else value for name, value in facts.scores.items()}
+        stored = read_records(file)
         if (stored.suite, stored.budget) != (suite, budget):
             raise UserError("has records of another suite or budget: choose another file")
     return stored.records
 
 
+def read_records(file: str | Path) -> "Stored":
+    """Return the content of a file of records; a score that is null there, which was not finite, is NaN."""
+    stored = parse(Stored, read_json(file, "choose another file"), str(file))
+    for i, record in enumerate(stored.records):
+        facts = parse(_Facts, {name: record.get(name) for name in ("row", "seed", "scores")}, f"records[{i}]")
+        record["scores"] = {name: math.nan if value is None else value for name, value in facts.scores.items()}
+    return stored
+
+
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """The schema of a file of records."""
 
     suite: str

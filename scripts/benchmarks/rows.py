@@ -1,4 +1,4 @@
-"""Rows of a config file with settings of their own, as benchmark.py's --rows takes them."""
+"""Rows of a config file with changed settings, as benchmark.py's --rows takes them."""
 
 import ast
 import dataclasses

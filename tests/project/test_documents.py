@@ -82,7 +82,8 @@ def scaled(text: str) -> str:
     return text
 
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.parent.name != "reference"]  # made by the site
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 TEXTS = {str(file.relative_to(ROOT)): file.read_text() for file in DOCUMENTS}
 COMMANDS = {name: commands(text) for name, text in TEXTS.items()}
 BLOCKS = {name: blocks(text) for name, text in TEXTS.items()}

@@ -29,7 +29,7 @@ def page(name):
 
 
 MACHINE = {"processor": "AMD EPYC", "threads": 1, "torch": "2.14.1+cpu"}
-SCORES = {"map@1": 1.5, "euler@64": 2.0, "floor": 0.5}
+SCORES = {"map@1": 1.5, "euler@64": None, "floor": 0.5}  # null: not finite
 
 
 @pytest.mark.parametrize(
