@@ -2,10 +2,11 @@
 
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from benchmarks.rows import row_config
-from flowmaps import FlowMap, UserError
+from flowmaps import FlowMap, UserError, step_sizes
 from training.config import Config
 
 Fit = Callable[[Config, float | None], tuple[FlowMap, dict[str, Any]]]
@@ -28,9 +29,9 @@ COMPOSITIONS: dict[str, list[Stage]] = {
     "lagrangian": [Stage("lagrangian", 1.0)],
     "drift, lagrangian": two("lagrangian"),
     "drift, mid-training, lagrangian": [
-        Stage("flow_matching", 0.4),
-        Stage("mid_training", 0.3),
-        Stage("lagrangian", 0.3),
+        Stage("flow_matching", 0.5),
+        Stage("mid_training", 0.25),
+        Stage("lagrangian", 0.25),
     ],
     "drift, lagrangian, average as teacher": two("lagrangian+objective.teacher_ema=0.99"),
     "drift, lagrangian, learned weight": two("lagrangian+weight.learned=True"),
@@ -40,7 +41,53 @@ COMPOSITIONS: dict[str, list[Stage]] = {
     "drift, mean_flow": two("mean_flow"),
     "imf": [Stage("imf", 1.0)],
 }
+FITTED = "drift, lagrangian"  # the composition that is also sampled with Bellman-optimal steps
 DATA = {"digits": "", "fashion_mnist": "+cpu"}  # what the rows of each data set's config need on a CPU
+
+
+@dataclass
+class Trainings:
+    """Trains the stages of compositions; a first stage that several of them share is trained once."""
+
+    data: str
+    seed: int
+    minutes: float | None
+    steps: int | None
+    fit: Fit
+    folder: str
+    done: dict[Stage, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+
+    def stage(self, stage: Stage, before: str, drift: str) -> tuple[FlowMap, dict[str, Any]]:
+        config = row_config(stage.row + DATA[self.data], f"configs/{self.data}.py")
+        config.seed, config.init_from = self.seed, before
+        config.steps = max(1, round(stage.share * (self.steps or config.steps)))
+        if stage.row.startswith("mid_training"):
+            config.teacher = drift
+        return self.fit(config, self.minutes and stage.share * self.minutes)
+
+    def first(self, stage: Stage) -> tuple[str, dict[str, Any]]:
+        """Return the folder of a first stage, and its cost."""
+        if stage not in self.done:
+            fm, facts = self.stage(stage, "", "")
+            path = f"{self.folder}/{len(self.done)}"
+            fm.save_pretrained(path)
+            self.done[stage] = path, facts
+        return self.done[stage]
+
+    def run(self, stages: Sequence[Stage]) -> tuple[FlowMap, dict[str, Any]]:
+        """Return the map that ``stages`` end with, the number of their training steps and their processor time."""
+        facts, before, drift = list[dict[str, Any]](), "", ""
+        if len(stages) > 1:
+            drift, cost = self.first(stages[0])
+            before, stages = drift, stages[1:]
+            facts.append(cost)
+        for number, stage in enumerate(stages):
+            fm, cost = self.stage(stage, before, drift)
+            facts.append(cost)
+            if number < len(stages) - 1:
+                before = f"{self.folder}/between"
+                fm.save_pretrained(before)
+        return fm, {key: round(sum(fact[key] for fact in facts), 2) for key in ("train_steps", "cpu_minutes")}
 
 
 def records(
@@ -55,27 +102,21 @@ def records(
     """Yield a record for each composition that is not ``done``.
 
     ``fit`` trains a config for ``minutes`` of processor time, or for its steps: with ``steps`` that many of them,
-    divided as the time would be.
+    divided as the time would be. The time to fit step sizes, seconds, is not counted.
     """
-    for name, stages in COMPOSITIONS.items():
-        if (f"{data}, {name}", seed) in done:
-            continue
-        trained, spent, before, drift = 0, 0.0, "", ""
-        with tempfile.TemporaryDirectory() as folder:
-            for number, (row, share) in enumerate(stages):
-                config = row_config(row + DATA[data], f"configs/{data}.py")
-                config.seed, config.init_from = seed, before
-                config.steps = max(1, round(share * (steps or config.steps)))
-                if row.startswith("mid_training"):
-                    config.teacher = drift
-                fm, facts = fit(config, minutes and share * minutes)
-                trained, spent = trained + facts["train_steps"], spent + facts["cpu_minutes"]
-                if number < len(stages) - 1:
-                    before = f"{folder}/{number}"
-                    fm.save_pretrained(before)
-                    drift = drift or before
-            facts = {"train_steps": trained, "cpu_minutes": round(spent, 2)}
-            yield {"row": f"{data}, {name}", "seed": seed, **facts, "scores": score(fm)}
+    with tempfile.TemporaryDirectory() as folder:
+        trainings = Trainings(data, seed, minutes, steps, fit, folder)
+        for name, stages in COMPOSITIONS.items():
+            rows = [f"{data}, {name}", *([f"{data}, {name}, Bellman steps"] if name == FITTED else [])]
+            if all((row, seed) in done for row in rows):
+                continue
+            fm, facts = trainings.run(stages)
+            for row in rows:
+                if row.endswith("Bellman steps"):
+                    for sampler in ("map", "euler"):
+                        fm.info.schedules[sampler] = step_sizes.fit(fm, (2, 4, 8), sampler=sampler).schedule
+                if (row, seed) not in done:
+                    yield {"row": row, "seed": seed, **facts, "scores": score(fm)}
 
 
 def chosen(rows: Sequence[str]) -> list[str]:

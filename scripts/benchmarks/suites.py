@@ -67,14 +67,15 @@ def checkerboard_scores(fm: FlowMap, n: int = 32_768) -> Scores:
 def image_scores(reference: str, fm: FlowMap, n: int = 2000) -> Scores:
     """Return the Fréchet distance of ``n`` samples to ``reference``, by the map and by the same network's own drift.
 
-    Of digits, which are few, also nearest-neighbour distances (of the last sampler and step count).
+    A map with fitted step sizes takes those. Of digits, which are few, also nearest-neighbour distances (of the last
+    sampler and step count).
     """
     stats, data = open_reference(reference, device=torch.device("cpu")), reference == DIGITS
     few, solver = (fm.info.sampler, (1, 2, 4, 8)), ("euler", (1, 4, 64))
     scores: Scores = {}
     row: dict[str, Any] = {}
     for sampler, steps in {"map": (solver, few), "drift": (solver,), "consistency": (few,)}[fm.info.kind]:
-        options: dict[str, Any] = {"sampler": sampler, "schedule": "uniform", "memorisation": data}
+        options: dict[str, Any] = {"sampler": sampler, "memorisation": data}
         record = evaluate(fm, stats, steps=steps, num=n, seeds=(1,), **options)
         for row in record["results"]:
             scores[f"{sampler}@{row['steps']}"] = row[record["metric"]]
