@@ -59,7 +59,7 @@ def on_post_build(config: MkDocsConfig) -> None:
 
 def with_commands(text: str) -> str:
     """Return HTML in which long commands continue on a further line, but none breaks after the dashes of a flag."""
-    text = re.sub(r"<code>(?=--[^<]{,24}</code>)", '<code class="flag">', text)
+    text = re.sub(r"<code>(?=-[^<]{,24}</code>)", '<code class="flag">', text)
     block = re.compile(r'(<div class="language-sh highlight"><pre>(?:<span></span>)?<code>)(.*?)(?=</code>)', re.DOTALL)
 
     def lines(match: re.Match[str]) -> str:
