@@ -35,8 +35,8 @@ SUITE = flags.DEFINE_string(
     "bellman (step sizes), checkerboard, composition (which parts pay), digits, fashion_mnist, gate (false alarms and "
     "power), guidance (baked in), learning (curves), mid_training (its gain for post-training), networks (time and "
     "memory of each objective), optimisers (curves), precision (errors of derivatives), routes (of a constant "
-    "derivative: time and memory), steering (laws, images, classes, inversion), or timings: deployment (runtimes), "
-    "ema, fid, folders, layout, profile, resume, sample, sources, step",
+    "derivative: time and memory), segments (where on its path a checkpoint errs), steering (laws, images, classes, "
+    "inversion), or timings: deployment (runtimes), ema, fid, folders, layout, profile, resume, sample, sources, step",
 )
 ROWS = flags.DEFINE_list(
     "rows", None, "Rows of the suite's config, with settings after +; of networks: small ones, or names of presets"

@@ -114,7 +114,7 @@ def records(
             for row in rows:
                 if row.endswith("Bellman steps"):
                     for sampler in ("map", "euler"):
-                        fm.info.schedules[sampler] = step_sizes.fit(fm, (2, 4, 8), sampler=sampler).schedule
+                        fm.info.schedules[sampler] = step_sizes.fit(fm, (2, 4, 8), sampler=sampler, noises=128).schedule
                 if (row, seed) not in done:
                     yield {"row": row, "seed": seed, **facts, "scores": score(fm)}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks import composition, deployment, gate, guidance, initialisation, steering, step_sizes
+from benchmarks import composition, deployment, gate, guidance, initialisation, segments, steering, step_sizes
 from benchmarks.derivatives import precision_errors, routes
 from benchmarks.folders import FOLDERS, folder_times
 from benchmarks.learning import learning_scores, optimiser_curves, with_optimisers
@@ -202,6 +202,7 @@ SUITES: dict[str, tuple[Callable[[Arguments], Records], list[str]]] = {
     "resume": (partial(timed, resume_times), ["lagrangian"]),
     "routes": (partial(several, routes), list(COST_NETWORKS)),
     "sample": (partial(timed, sample_times), list(COST_NETWORKS)),
+    "segments": (lambda args: several(partial(segments.scores, num=args.num), args), ["assets/fashion_mnist"]),
     "sources": (lambda args: timed(partial(source_times, num=args.num), args), list(SOURCES)),
     "steering": (steered, steering.ROWS),
     "step": (partial(timed, step_times), [*_MAPS, *(f"{row}+DiT" for row in _MAPS)]),

@@ -157,10 +157,19 @@ def test_compositions(tmp_path):
     assert plain["map@1"] == fitted["map@1"] and plain["euler@64"] == fitted["euler@64"]  # no step sizes to fit
 
 
+@pytest.mark.slow
+def test_segments(tmp_path):
+    """Late on the path fewer errors are left to be made, and one step of the drift loses more than many."""
+    _, records = run(tmp_path / "s.json", "--suite=segments", "--rows=assets/digits", "--num=200")
+    fine = [record["scores"]["Euler, steps of 1/64"] for record in records]
+    assert [record["row"] for record in records][3] == "assets/digits, from t = 0.75" and fine[0] > fine[2] > fine[4]
+    assert records[0]["scores"]["Euler, one step"] > 2 * records[0]["scores"]["map, one jump"]
+
+
 TRAINED = ("composition", "mid_training", "bellman", "guidance")
 
 
-@pytest.mark.parametrize("suite", [*TRAINED, "ema", "folders", "resume", "sample", "sources", "step"])
+@pytest.mark.parametrize("suite", [*TRAINED, "ema", "folders", "resume", "sample", "segments", "sources", "step"])
 def test_unknown_rows_are_named(suite):
     done = run_script("scripts/benchmark.py", f"--suite={suite}", "--rows=moon")
     assert done.returncode == 2 and "--rows=moon" in done.stderr and done.stderr.count("\n") == 1
