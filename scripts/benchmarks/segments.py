@@ -34,6 +34,12 @@ def scores(checkpoint: str, num: int | None) -> Iterator[tuple[str, dict[str, fl
     x1, label = data.fetch(torch.arange(min(num or 2000, len(data))))
     x1, x0 = from_uint8(x1), fm.noise(len(x1), SEED)
     reference = open_reference(REFERENCES[fm.info.data], device=torch.device("cpu"))
+
+    def distance(images: Tensor) -> float:
+        record = evaluate(to_uint8(images), reference, num=len(images))
+        return float(record["results"][0][record["metric"]])
+
+    floor = distance(x1)
     for start in STARTS:
         steps = round((1 - start) * FINE)
         ways: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = {
@@ -42,7 +48,7 @@ def scores(checkpoint: str, num: int | None) -> Iterator[tuple[str, dict[str, fl
         }
         if fm.info.kind == "map":
             ways["map, one jump"] = (rollout, fm, 1)
-        found = {}
+        found = {"the images": floor}
         for name, (sampler, model, count) in ways.items():
             times = torch.linspace(start, 1, count + 1)
             with torch.no_grad():
@@ -50,6 +56,5 @@ def scores(checkpoint: str, num: int | None) -> Iterator[tuple[str, dict[str, fl
                     sampler(model, (1 - start) * x0[i] + start * x1[i], times, None if label is None else label[i])
                     for i in torch.split(torch.arange(len(x1)), BATCH)
                 ]
-            record = evaluate(to_uint8(torch.cat(made)), reference, num=len(x1))
-            found[name] = record["results"][0][record["metric"]]
+            found[name] = distance(torch.cat(made))
         yield f"{checkpoint}, from t = {start:g}", found

@@ -159,11 +159,12 @@ def test_compositions(tmp_path):
 
 @pytest.mark.slow
 def test_segments(tmp_path):
-    """Late on the path fewer errors are left to be made, and one step of the drift loses more than many."""
+    """Just before the end hardly any error is left to be made, and at the start one step of the drift is far off."""
     _, records = run(tmp_path / "s.json", "--suite=segments", "--rows=assets/digits", "--num=200")
-    fine = [record["scores"]["Euler, steps of 1/64"] for record in records]
-    assert [record["row"] for record in records][3] == "assets/digits, from t = 0.75" and fine[0] > fine[2] > fine[4]
-    assert records[0]["scores"]["Euler, one step"] > 2 * records[0]["scores"]["map, one jump"]
+    first, last = records[0]["scores"], records[-1]["scores"]
+    assert [record["row"] for record in records][3] == "assets/digits, from t = 0.75"
+    assert abs(last["Euler, steps of 1/64"] / last["the images"] - 1) < 0.05
+    assert first["Euler, one step"] > 2 * first["map, one jump"]
 
 
 TRAINED = ("composition", "mid_training", "bellman", "guidance")
