@@ -31,6 +31,7 @@ SECTIONS = {  # name of the file in assets/
     "digits_imf.json": Section("Improved MeanFlow on digits", IMAGES),
     "fashion_imf.json": Section("Improved MeanFlow on garments", IMAGES),
     "pixels.json": Section("Prediction of pixels"),
+    "segments.json": Section("Where on its path the garments' flow errs"),
     "composition-digits.json": Section("Compositions on digits", IMAGES),
     "composition-fashion_mnist.json": Section("Compositions on garments", IMAGES),
 }
