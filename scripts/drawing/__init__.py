@@ -1,1 +1,3 @@
 """The figures of the documents: one module per figure, each with a function ``draw``."""
+
+NAMES = ("flow_map", "objectives", "step_sizes", "quality")

@@ -5,8 +5,7 @@ import re
 
 import pytest
 import torch
-from drawing import objectives, quality
-from figures import NAMES
+from drawing import NAMES, objectives, quality
 from helpers import ROOT, run_script
 from PIL import Image
 

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import struct
 import sys
@@ -55,6 +56,14 @@ VALUES = {"loss": 0.98765432, "images_per_second": 98765.4, "lr": 1e-4, "skipped
 LONG = (400_000, 399_990, "3/3 post_training")
 
 
+def read_all(terminal):
+    """Read what a terminal has got; under load the system hands it over in parts."""
+    text = b""
+    while select.select([terminal], [], [], 0.5)[0]:
+        text += os.read(terminal, 1 << 16)
+    return text.decode()
+
+
 @contextmanager
 def terminal(monkeypatch):
     """A terminal of 80 columns as stderr, as commands have it; call it for what has been written."""
@@ -62,7 +71,7 @@ def terminal(monkeypatch):
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     with os.fdopen(slave, "w") as stream:
         monkeypatch.setattr(sys, "stderr", _Terminal.around(stream))
-        yield lambda: os.read(master, 1 << 16).decode()
+        yield lambda: read_all(master)
     os.close(master)
 
 
