@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from drawing import NAMES
 
 from flowmaps.cli.run import run
 from flowmaps.errors import UserError, blame
 from flowmaps.files import check_new_file
 
+NAMES = ("flow_map", "objectives", "step_sizes", "quality")
 ONLY = flags.DEFINE_list("only", list(NAMES), f"Figures to draw: {', '.join(NAMES)}")
 OUT = flags.DEFINE_string("out", "assets/figures", "Folder for the files")
 WRITES = (OUT,)

@@ -1,3 +1,1 @@
 """The figures of the documents: one module per figure, each with a function ``draw``."""
-
-NAMES = ("flow_map", "objectives", "step_sizes", "quality")
