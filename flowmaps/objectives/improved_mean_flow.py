@@ -28,9 +28,7 @@ class ImprovedMeanFlow(PerceptualTerms, MeanFlow):
 
     adaptive_floor: float = new_option(0.01, before=1e-3)
     tangent: Velocity = Velocity.model
-    end_floor: float = new_option(
-        0.0, before=0.0
-    )  # c > 0: $(x_1 - I_s) / max(1 - s, c)$ in place of $dI_s/ds$, which is
+    end_floor: float = new_option(0.0, before=0.0)  # c > 0: $(x_1 - I_s) / \max(1 - s, c)$ for $dI_s/ds$, which is
     # the same up to s = 1 - c on the linear path. Pixel MeanFlow (arXiv 2601.22158): 0.05, as its network divides
 
     def __post_init__(self) -> None:

@@ -45,9 +45,17 @@ FITTED = "drift, lagrangian"  # the composition that is also sampled with Bellma
 DATA = {"digits": "", "fashion_mnist": "+cpu"}  # what the rows of each data set's config need on a CPU
 
 
+class Trained(NamedTuple):
+    """The map that a sequence of stages ends with, its training steps and its processor time, minutes."""
+
+    fm: FlowMap
+    train_steps: int
+    cpu_minutes: float
+
+
 @dataclass
 class Trainings:
-    """Trains the stages of compositions; a first stage that several of them share is trained once."""
+    """Trains the stages of compositions; a beginning that several of them share is trained once."""
 
     data: str
     seed: int
@@ -55,39 +63,27 @@ class Trainings:
     steps: int | None
     fit: Fit
     folder: str
-    done: dict[Stage, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+    begun: dict[tuple[Stage, ...], tuple[str, Trained]] = field(default_factory=dict)
 
-    def stage(self, stage: Stage, before: str, drift: str) -> tuple[FlowMap, dict[str, Any]]:
+    def beginning(self, stages: tuple[Stage, ...]) -> tuple[str, Trained]:
+        """Return the folder of the map that ``stages`` end with, and the map with its cost."""
+        if stages not in self.begun:
+            trained, path = self.run(stages), f"{self.folder}/{len(self.begun)}"
+            trained.fm.save_pretrained(path)
+            self.begun[stages] = path, trained
+        return self.begun[stages]
+
+    def run(self, stages: tuple[Stage, ...]) -> Trained:
+        *before, stage = stages
         config = row_config(stage.row + DATA[self.data], f"configs/{self.data}.py")
-        config.seed, config.init_from = self.seed, before
-        config.steps = max(1, round(stage.share * (self.steps or config.steps)))
+        config.seed, config.steps = self.seed, max(1, round(stage.share * (self.steps or config.steps)))
+        steps, spent = 0, 0.0
+        if before:
+            config.init_from, (_, steps, spent) = self.beginning(tuple(before))
         if stage.row.startswith("mid_training"):
-            config.teacher = drift
-        return self.fit(config, self.minutes and stage.share * self.minutes)
-
-    def first(self, stage: Stage) -> tuple[str, dict[str, Any]]:
-        """Return the folder of a first stage, and its cost."""
-        if stage not in self.done:
-            fm, facts = self.stage(stage, "", "")
-            path = f"{self.folder}/{len(self.done)}"
-            fm.save_pretrained(path)
-            self.done[stage] = path, facts
-        return self.done[stage]
-
-    def run(self, stages: Sequence[Stage]) -> tuple[FlowMap, dict[str, Any]]:
-        """Return the map that ``stages`` end with, the number of their training steps and their processor time."""
-        facts, before, drift = list[dict[str, Any]](), "", ""
-        if len(stages) > 1:
-            drift, cost = self.first(stages[0])
-            before, stages = drift, stages[1:]
-            facts.append(cost)
-        for number, stage in enumerate(stages):
-            fm, cost = self.stage(stage, before, drift)
-            facts.append(cost)
-            if number < len(stages) - 1:
-                before = f"{self.folder}/between"
-                fm.save_pretrained(before)
-        return fm, {key: round(sum(fact[key] for fact in facts), 2) for key in ("train_steps", "cpu_minutes")}
+            config.teacher, _ = self.beginning(stages[:1])
+        fm, facts = self.fit(config, self.minutes and stage.share * self.minutes)
+        return Trained(fm, steps + facts["train_steps"], spent + facts["cpu_minutes"])
 
 
 def records(
@@ -102,7 +98,7 @@ def records(
     """Yield a record for each composition that is not ``done``.
 
     ``fit`` trains a config for ``minutes`` of processor time, or for its steps: with ``steps`` that many of them,
-    divided as the time would be. The time to fit step sizes, seconds, is not counted.
+    divided as the time would be. The time to fit step sizes is not counted.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainings = Trainings(data, seed, minutes, steps, fit, folder)
@@ -110,7 +106,8 @@ def records(
             rows = [f"{data}, {name}", *([f"{data}, {name}, Bellman steps"] if name == FITTED else [])]
             if all((row, seed) in done for row in rows):
                 continue
-            fm, facts = trainings.run(stages)
+            fm, trained, spent = trainings.run(tuple(stages))
+            facts = {"train_steps": trained, "cpu_minutes": round(spent, 2)}
             for row in rows:
                 if row.endswith("Bellman steps"):
                     for sampler in ("map", "euler"):

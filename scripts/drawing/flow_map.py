@@ -18,9 +18,8 @@ RING: Any = {"color": "none", "markeredgecolor": "black", "markersize": 8, "mark
 
 def jumps(fm: FlowMap, noise: Tensor, steps: int) -> Tensor:
     """Return the points of ``steps`` jumps from the noise [n, 2]: [steps + 1, n, 2]."""
-    times, points = uniform_times(steps), [noise]
-    for k in range(steps):
-        points.append(rollout(fm, points[-1], times[k : k + 2]))
+    points = list[Tensor]()
+    rollout(fm, noise, uniform_times(steps), callback=lambda k, t, x: points.append(x))
     return torch.stack(points)
 
 

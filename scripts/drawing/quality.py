@@ -3,11 +3,10 @@
 import json
 from typing import Any
 
+from benchmarks.pages import CHECKPOINTS
 from matplotlib.ticker import NullLocator
 
 from drawing.style import BLUE, GREY, ORANGE, ROOT, panels
-
-DATA = {"fashion_mnist": "Fashion-MNIST", "digits": "Digits", "checkerboard": "Checkerboard"}
 
 
 def curve(data: str, name: str, sampler: str) -> tuple[list[int], list[float]]:
@@ -19,7 +18,7 @@ def curve(data: str, name: str, sampler: str) -> tuple[list[int], list[float]]:
 
 def draw() -> Any:
     figure, axes = panels(3, 2.7)
-    for panel, (data, title) in zip(axes, DATA.items(), strict=True):
+    for panel, (data, title) in zip(axes, CHECKPOINTS.items(), strict=True):
         metric = json.loads((ROOT / f"assets/results/{data}-map.json").read_text())["metric"]
         for sampler, colour, marker in (("euler", ORANGE, "s"), ("map", BLUE, "o")):
             nfe, score = curve(data, sampler, sampler)

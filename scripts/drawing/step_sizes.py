@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import torch
-from benchmarks.step_sizes import EXACT
+from benchmarks.step_sizes import EXACT, STEPS
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 
@@ -15,7 +15,6 @@ from samplers import uniform_times
 from samplers.bellman import solve_all
 
 RING = "ring-1"
-STEPS = (2, 4, 6, 8)
 
 
 def errors(panel: Any, cost: dict[str, Tensor]) -> None:

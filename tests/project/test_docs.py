@@ -3,6 +3,7 @@
 import re
 
 import torch
+from documents.hooks import anchors
 from helpers import CASES, ROOT, gaussian_data, gaussian_map, run_script
 
 from flowmaps import __version__
@@ -85,20 +86,13 @@ def test_documents_name_files_that_exist():
                 assert (ROOT / path).exists(), f"{file.name}: {path}"
 
 
-def anchors(text):
-    """Return the anchors of the headings, as GitHub makes them."""
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    names = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in re.findall(r"^#+ (.*)$", prose, re.MULTILINE)]
-    return {name.replace(" ", "-") for name in names}
-
-
 def test_links_between_documents_lead_somewhere():
     for file in DOCUMENTS:
         for link, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", file.read_text()):
             to = file.parent / link if link else file
             assert to.exists(), f"{file.name}: {link}"
             if anchor and to.suffix == ".md":
-                assert anchor in anchors(to.read_text()), f"{file.name}: {link}#{anchor}"
+                assert anchor in anchors(to), f"{file.name}: {link}#{anchor}"
 
 
 def test_commands_in_the_documents_name_real_flags():
