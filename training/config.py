@@ -163,8 +163,11 @@ class Config:
             raise UserError("must be two numbers in [0, 1)", field="optim.betas", value=self.optim.betas)
         if self.optim.spike and not 1 < self.optim.spike < float("inf"):
             raise UserError("must be above 1, or 0 to skip no step", field="optim.spike", value=self.optim.spike)
-        if self.optim.nesterov and self.optim.name is not Optimizer.muon:
-            raise UserError("is for the AdamW next to Muon: set optim.name=muon", "optim.nesterov", True)
+        if self.optim.name is not Optimizer.muon:
+            if self.optim.nesterov:
+                raise UserError("is for the AdamW next to Muon: set optim.name=muon", "optim.nesterov", True)
+            if self.optim.muon_kernels:
+                raise UserError("is for Muon: set optim.name=muon", "optim.muon_kernels", True)
         if not self.sample_steps or min(self.sample_steps) < 1:
             raise UserError("must be step counts of at least 1", field="sample_steps", value=self.sample_steps)
 

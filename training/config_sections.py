@@ -34,7 +34,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "cle
 class Optimizer(enum.Enum):
     radam = "radam"
     adamw = "adamw"
-    muon = "muon"  # for the matrices of a network, and AdamW for all else
+    muon = "muon"  # for the matrices of a network, with muon_kernels its kernels too, and AdamW for all else
 
 
 class Decay(enum.Enum):
@@ -110,6 +110,7 @@ class Optim:
     name: Optimizer = Optimizer.radam
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)  # of RAdam and AdamW; Muon's momentum is 0.95
+    muon_kernels: bool = False  # Muon trains kernels of convolutions too, each as a matrix [outputs, inputs x pixels]
     nesterov: bool = False  # Nesterov momentum in the AdamW next to Muon: NAdam, at a constant first beta
     weight_decay: float = 0.0
     clip: float = 1.0  # global norm of the gradient; 0: no clipping

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from flowmaps.errors import UserError
 from training.config import Decay, Optim, Optimizer
@@ -20,7 +19,7 @@ def build_optimizer(config: Optim, module: LossModule) -> torch.optim.Optimizer:
     """Create RAdam (the paper's choice), AdamW or Muon over what is trained in ``module``."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     if config.name is Optimizer.muon:
-        return Muon(config, list(matrices(module.fm.network).values()), parameters)
+        return Muon(config, list(matrices(module.fm.network, config.muon_kernels).values()), parameters)
     if config.name is Optimizer.radam:
         return torch.optim.RAdam(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     return _adamw(config, parameters)
@@ -37,26 +36,30 @@ def _adamw(config: Optim, parameters: list[nn.Parameter]) -> torch.optim.Optimiz
     return torch.optim.AdamW(parameters, fused={p.device.type for p in parameters} <= {"cpu", "cuda"}, **options)
 
 
-def matrices(network: nn.Module) -> dict[str, nn.Parameter]:
+def matrices(network: nn.Module, kernels: bool = False) -> dict[str, nn.Parameter]:
     """Return the parameters of ``network`` that Muon updates, by name: the trained 2-D weights of its layers.
 
-    Tables of embeddings have two dimensions too, but their rows are not used together. Kernels of convolutions have
-    four.
+    With ``kernels`` also those of convolutions. Tables of embeddings have two dimensions too, but their rows are not
+    used together.
     """
     return {
         f"{name}.{own}".lstrip("."): p
         for name, layer in network.named_modules()
         for own, p in layer.named_parameters(recurse=False)
-        if p.requires_grad and p.ndim == 2 and own.endswith("weight") and not isinstance(layer, nn.Embedding)
+        if p.requires_grad
+        and (p.ndim == 2 or (kernels and p.ndim > 2))
+        and own.endswith("weight")
+        and not isinstance(layer, nn.Embedding)
     }
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for matrices and AdamW for all other parameters, at one learning rate (Jordan et al. 2024).
 
-    Both are torch's. The state of a matrix is its momentum alone. torch's Muon on a sharded matrix would round
-    products of shards, and fail where a process holds none of it; here every process gathers the matrix, its gradient
-    and its momentum, takes the whole step, and keeps its own part.
+    Both are torch's. The state of a matrix is its momentum alone. torch's Muon takes nothing but matrices; here the
+    kernel [out, in, ...] of a convolution takes the step of the matrix [out, in ...]. On a sharded matrix torch's would
+    round products of shards, and fail where a process holds none of it; here every process gathers the matrix, its
+    gradient and its momentum, takes the complete step, and keeps its own part.
     """
 
     def __init__(self, config: Optim, matrices: list[nn.Parameter], parameters: list[nn.Parameter]) -> None:
@@ -66,7 +69,9 @@ class Muon(torch.optim.Optimizer):
         known = set(matrices)
         others = [p for p in parameters if p not in known]
         options: Any = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "original"}
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.Muon(matrices, **options)]
+        muon = torch.optim.Muon(matrices[:1], **options)  # which refuses kernels
+        muon.param_groups[0]["params"] = matrices
+        self.parts: list[torch.optim.Optimizer] = [muon]
         if others:
             self.parts.append(_adamw(config, others))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
@@ -76,26 +81,27 @@ class Muon(torch.optim.Optimizer):
         """Take a step with the gradients that are there."""
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.state, part.param_groups = self.state, [group]  # both are new objects after a load
-            if isinstance(part, torch.optim.Muon) and isinstance(group["params"][0], DTensor):
+            if isinstance(part, torch.optim.Muon):
                 for p in group["params"]:
-                    self._whole_step(part, group, p)
+                    self._matrix_step(part, group, p)
             else:
                 part.step()
 
-    def _whole_step(self, muon: torch.optim.Optimizer, group: dict[str, Any], p: Tensor) -> None:
+    def _matrix_step(self, muon: torch.optim.Optimizer, group: dict[str, Any], p: Tensor) -> None:
         if p.grad is None:
             return
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        whole = nn.Parameter(full_tensor(p))
-        whole.grad = full_tensor(p.grad)
-        momentum = full_tensor(state["momentum_buffer"])
-        muon.state = defaultdict(dict, {whole: {"momentum_buffer": momentum}})
-        muon.param_groups = [group | {"params": [whole]}]
+        momentum = state["momentum_buffer"]
+        whole, moved = (full_tensor(tensor).flatten(1).clone() for tensor in (p, momentum))
+        matrix = nn.Parameter(whole)
+        matrix.grad = full_tensor(p.grad).flatten(1)
+        muon.state = defaultdict(dict, {matrix: {"momentum_buffer": moved}})
+        muon.param_groups = [group | {"params": [matrix]}]
         muon.step()
-        copy_into_shard(p, whole)
-        copy_into_shard(state["momentum_buffer"], momentum)
+        copy_into_shard(p, whole.view(p.shape))
+        copy_into_shard(momentum, moved.view(p.shape))
 
 
 def learning_rate(config: Optim, step: int, steps: int) -> float:

@@ -27,7 +27,7 @@ DRIFT = "drift"  # in OUT: the teacher of rows that learn from trajectories
 
 
 def config_of(row, out, **changes):
-    """A small run of ``row`` with dropout; with "_dit" that of a transformer, with "_muon" by Muon.
+    """A small run of ``row`` with dropout; with "_dit" that of a transformer, with "_muon" by Muon, kernels included.
 
     With "_told" it has conditions in place of classes, from a file that the test has made. Muon's is without clipping:
     it iterates in bfloat16, where the rounding of a norm would turn bits.
@@ -37,7 +37,7 @@ def config_of(row, out, **changes):
     config = get_config(f"{row.removesuffix('_dit')},smoke")
     config.steps, config.batch, config.optim.warmup = STEPS, 16, 5
     if muon:
-        config.optim.name, config.optim.clip = Optimizer.muon, 0.0
+        config.optim.name, config.optim.muon_kernels, config.optim.clip = Optimizer.muon, True, 0.0
     if told:
         config.network.num_classes, config.network.condition = 0, (3,)
         config.data.condition, config.data.label_dropout = str(out / CONDITIONS), 0.25

@@ -26,7 +26,7 @@ from training.trainer import Trainer
 
 QUICK = ["lagrangian"]
 ROWS = [*METHODS, "lagrangian_guided", "lagrangian_edm2", "mid_training", "straightening", "lagrangian_dit"]
-ROWS += ["lagrangian_dit_muon", "imf", "lagrangian_told"]
+ROWS += ["lagrangian_dit_muon", "lagrangian_muon", "imf", "lagrangian_told"]
 SLOW = [row for row in ROWS if row not in QUICK]
 DIGITS = "--config=configs/digits.py:lagrangian,smoke"
 

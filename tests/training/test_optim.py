@@ -85,18 +85,31 @@ def newton_schulz(update):
     return x if len(update) <= len(update[0]) else x.mT
 
 
-@pytest.mark.parametrize(("decay", "bf16"), [(0.0, True), (0.0, False), (0.1, False)])
-def test_steps_are_those_of_the_formula(decay, bf16, monkeypatch):
+@pytest.mark.parametrize(
+    ("row", "decay", "bf16"),
+    [
+        ("lagrangian_dit", 0.0, True),
+        ("lagrangian_dit", 0.0, False),
+        ("lagrangian_dit", 0.1, False),
+        ("lagrangian", 0.1, False),
+    ],
+)
+def test_steps_are_those_of_the_formula(row, decay, bf16, monkeypatch):
     """Two steps: momentum 0.95, Nesterov, Newton-Schulz, sqrt(max(1, out / in)); AdamW for the rest.
 
-    torch iterates in bfloat16, whose mantissa has 8 bits; here also in float64.
+    A kernel moves as the matrix of its outputs by all that each of them sums. torch iterates in bfloat16, whose
+    mantissa has 8 bits; here also in float64.
     """
     if not bf16:
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double, raising=True)
-    trainer = Trainer.build(muon(config_of("lagrangian_dit", ""), lr=0.01, weight_decay=decay))
-    taken = matrices(trainer.module.fm.network)
-    shapes = {tuple(p.shape) for p in taken.values()}
+    kernels = row == "lagrangian"
+    trainer = Trainer.build(muon(config_of(row, ""), lr=0.01, weight_decay=decay, muon_kernels=kernels))
+    if kernels:
+        trainer.module.fm.network.to(memory_format=torch.channels_last)  # whose matrices are not views
+    taken = matrices(trainer.module.fm.network, kernels)
+    shapes = {tuple(p.flatten(1).shape) for p in taken.values()}
     assert any(a > b for a, b in shapes) and any(a < b for a, b in shapes)
+    assert {p.ndim for p in taken.values()} == ({2, 4} if kernels else {2})
     rest = [p for p in trainer.module.parameters() if p not in set(taken.values())]
     twins = [nn.Parameter(p.detach().clone()) for p in rest]
     adamw = torch.optim.AdamW(twins, lr=0.01, betas=(0.9, 0.999), weight_decay=decay)
@@ -112,8 +125,8 @@ def test_steps_are_those_of_the_formula(decay, bf16, monkeypatch):
         for name, w in expected.items():
             gradient = taken[name].grad.double()
             momentum[name] = 0.95 * momentum[name] + 0.05 * gradient
-            update = newton_schulz(0.05 * gradient + 0.95 * momentum[name])
-            moves[name] = -0.01 * math.sqrt(max(1, len(w) / len(w[0]))) * update - 0.01 * decay * w
+            update = newton_schulz((0.05 * gradient + 0.95 * momentum[name]).flatten(1)).view(w.shape)
+            moves[name] = -0.01 * math.sqrt(max(1, len(w) / w[0].numel())) * update - 0.01 * decay * w
             expected[name] = w + moves[name]
         trainer.optimizer.step()
         adamw.step()
@@ -152,6 +165,11 @@ def test_nesterov_steps_beside_muon_are_those_of_the_formula(decay, tmp_path):
     assert_same(trainer.module.state_dict(), again.module.state_dict())
     with pytest.raises(UserError, match=r"^optim\.nesterov=True: is for the AdamW next to Muon"):
         tiny(optim=Optim(nesterov=True)).validate()
+
+
+def test_kernels_are_for_muon_alone():
+    with pytest.raises(UserError, match=r"^optim\.muon_kernels=True: is for Muon: set optim\.name=muon$"):
+        tiny(optim=Optim(muon_kernels=True)).validate()
 
 
 def test_the_rate_of_a_step_is_that_of_both(tmp_path):
