@@ -11,6 +11,7 @@ from training.config import Config
 
 Fit = Callable[[Config, float | None], tuple[FlowMap, dict[str, Any]]]
 AUGMENTED = "+network.augment_dim=9+data.augment=0.12"
+MUON = "+muon+optim.muon_kernels=True+optim.lr=1e-2"
 
 
 class Stage(NamedTuple):
@@ -37,6 +38,8 @@ COMPOSITIONS: dict[str, list[Stage]] = {
     "drift, lagrangian, learned weight": two("lagrangian+weight.learned=True"),
     "drift, lagrangian, logit-normal times": two("lagrangian+objective.times=logit_normal"),
     "drift, lagrangian, augmentation": two("lagrangian", AUGMENTED),
+    "drift, lagrangian, Muon": two("lagrangian", MUON),
+    "drift, soflow, Muon": two("soflow", MUON),
     "drift, soflow": two("soflow"),
     "drift, mean_flow": two("mean_flow"),
     "imf": [Stage("imf", 1.0)],
