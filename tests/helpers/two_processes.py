@@ -6,7 +6,9 @@ all is done.
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -37,7 +39,8 @@ def config_of(row, out, **changes):
     config = get_config(f"{row.removesuffix('_dit')},smoke")
     config.steps, config.batch, config.optim.warmup = STEPS, 16, 5
     if muon:
-        config.optim.name, config.optim.muon_kernels, config.optim.clip = Optimizer.muon, True, 0.0
+        config.optim.name, config.optim.clip = Optimizer.muon, 0.0
+        config.optim.muon_kernels = not row.endswith("_dit")
     if told:
         config.network.num_classes, config.network.condition = 0, (3,)
         config.data.condition, config.data.label_dropout = str(out / CONDITIONS), 0.25
@@ -54,12 +57,17 @@ def config_of(row, out, **changes):
 
 
 def run(config):
-    """Return the losses of all steps and the final weights of a trainer in this process."""
+    """Return the losses of all steps and the final weights of a trainer in this process.
+
+    Muon of kernels iterates in float64, since the gradients of convolutions differ in their last bits.
+    """
     trainer = Trainer.build(config)
     if config.shard:
         assert all(isinstance(p, DTensor) for p in trainer.module.parameters())
         assert all(isinstance(v, DTensor) for v in trainer.ema.shadows[str(config.ema[0])].values())
-    losses = [trainer.step(k)["loss"] for k in range(STEPS)]
+    exact = patch.object(torch.Tensor, "bfloat16", torch.Tensor.double) if config.optim.muon_kernels else nullcontext()
+    with exact:
+        losses = [trainer.step(k)["loss"] for k in range(STEPS)]
     if config.shard:
         state = next(iter(trainer.optimizer.state.values()))
         assert isinstance(state.get("exp_avg", state.get("momentum_buffer")), DTensor)
