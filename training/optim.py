@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
         known = set(matrices)
         others = [p for p in parameters if p not in known]
         options: Any = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "original"}
-        muon = torch.optim.Muon(matrices[:1], **options)  # which refuses kernels
+        muon = torch.optim.Muon([nn.Parameter(torch.empty(1, 1))], **options)  # it refuses kernels
         muon.param_groups[0]["params"] = matrices
         self.parts: list[torch.optim.Optimizer] = [muon]
         if others:

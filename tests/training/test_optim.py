@@ -11,9 +11,11 @@ from torch import nn
 
 from configs.checkerboard import get_config as checkerboard
 from flowmaps import UserError
+from flowmaps.objectives import FlowMatching
 from training.checkpoint import load_checkpoint
 from training.config import Optim, Optimizer
 from training.forecast.forecast import forecast
+from training.loss_module import LossModule
 from training.optim import build_optimizer, matrices
 from training.trainer import Trainer
 
@@ -42,7 +44,12 @@ def test_muon_takes_the_weights_of_linear_layers(name):
         assert {key for key in rest if all_of_them[key].ndim == 2} - tables <= {
             key for key in rest if key.endswith(("attention.scales", ".tokens", "positions", "nothing"))
         }
-    assert any(p.ndim == 4 for p in all_of_them.values()) is ("UNet" in name or "IMF" in name)  # kernels, for AdamW
+    kernels = {key for key, p in all_of_them.items() if p.ndim == 4 and key.endswith("weight")}
+    assert bool(kernels) is ("UNet" in name or "IMF" in name)
+    assert matrices(network, kernels=True).keys() == taken.keys() | kernels
+    module = LossModule(small(name), FlowMatching())
+    optimizer = build_optimizer(Optim(name=Optimizer.muon, muon_kernels=True), module)  # whatever comes first
+    assert len(optimizer.param_groups[0]["params"]) == len(taken) + len(kernels)
 
 
 def by_name(trainer):
