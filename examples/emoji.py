@@ -1,9 +1,10 @@
-"""A folder of pictures to train on: the emoji of Debian's Noto font over white, one folder per group of Unicode.
+"""Pictures to train on: the emoji of Debian's Noto font, one folder per group of Unicode.
 
 apt-get install fonts-noto-color-emoji unicode-data; pip install fonttools
 python examples/emoji.py my/emoji
 
-The pictures are under the SIL Open Font License 1.1; its text is copied next to them.
+my/emoji/train has nine tenths of them, my/emoji/heldout the rest; those that differ in skin tone or sex are together.
+They are under the SIL Open Font License 1.1; its text is copied next to them.
 """
 
 import io
@@ -12,13 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fontTools.ttLib import TTFont
-from PIL import Image
+from PIL import Image, ImageOps
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-LICENCE = Path("/usr/share/doc/fonts-noto-color-emoji/copyright")
 LIST = Path("/usr/share/unicode/emoji/emoji-test.txt")
-SIDE = 136  # pixels of a picture; the font's are 136 x 128
 TONES = set(range(0x1F3FB, 0x1F400))
+PEOPLE = {0x1F468, 0x1F469, 0x1F9D1, 0x2640, 0x2642, 0xFE0F}  # man, woman and person, the signs of sex, and of variants
 
 
 def sequences(text: str) -> Iterator[tuple[str, list[int]]]:
@@ -35,24 +35,24 @@ def ligatures(font: TTFont) -> dict[tuple[str, ...], str]:
     """Return the glyph of each sequence of glyphs that the font joins into one."""
     tables = (table for lookup in font["GSUB"].table.LookupList.Lookup for table in lookup.SubTable)
     sets = (getattr(getattr(table, "ExtSubTable", table), "ligatures", {}) for table in tables)
-    found = ((first, ligature) for some in sets for first, ligatures in some.items() for ligature in ligatures)
-    return {(first, *ligature.Component): ligature.LigGlyph for first, ligature in found}
+    return {(first, *one.Component): one.LigGlyph for some in sets for first, found in some.items() for one in found}
 
 
 def main(out: Path) -> None:
     font = TTFont(FONT)
     names, joined, [pictures] = font.getBestCmap(), ligatures(font), font["CBDT"].strikeData
+    alike: dict[frozenset[int], int] = {}
     for group, codes in sequences(LIST.read_text(encoding="utf-8")):
-        glyphs = tuple(names.get(code, "") for code in codes if code != 0xFE0F)
-        glyph = glyphs[0] if len(glyphs) == 1 else joined.get(glyphs, "")
+        first, *others = (names.get(code, "") for code in codes if code != 0xFE0F)
+        glyph = joined.get((first, *others), "") if others else first
         if glyph in pictures:
             picture = Image.open(io.BytesIO(pictures[glyph].imageData)).convert("RGBA")
-            canvas = Image.new("RGBA", (SIDE, SIDE), "white")
-            canvas.alpha_composite(picture, ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
-            (out / group).mkdir(parents=True, exist_ok=True)
-            canvas.convert("RGB").save(out / group / f"{'-'.join(f'{code:x}' for code in codes)}.png")
-    (out / "LICENCE.txt").write_bytes(LICENCE.read_bytes())
-    print(f"{out}: {len(list(out.glob('*/*.png')))} pictures")
+            number = alike.setdefault(frozenset(codes) - TONES - PEOPLE, len(alike))
+            folder = out / ("train" if number % 10 else "heldout") / group
+            folder.mkdir(parents=True, exist_ok=True)
+            ImageOps.pad(picture, (136, 136)).save(folder / f"{'-'.join(f'{code:x}' for code in codes)}.png")
+    (out / "LICENCE.txt").write_bytes(Path("/usr/share/doc/fonts-noto-color-emoji/copyright").read_bytes())
+    print(*(f"{len(list((out / part).glob('*/*.png')))} pictures in {out / part}" for part in ("train", "heldout")))
 
 
 if __name__ == "__main__":

@@ -134,8 +134,11 @@ def main() -> int:
     from flowmaps.metrics.extractors import check_extractors
     from flowmaps.metrics.scores import check_names, distance_of, needs_reference_features
 
-    if MEMORISATION.value and not built_in(reference):
-        raise UserError("--memorisation needs a data set with a held-out split, e.g. --reference=digits:heldout")
+    if MEMORISATION.value and not (built_in(reference) or FLOOR.value):
+        raise UserError(
+            "--memorisation needs a data set with a held-out split, such as --reference=digits:heldout, or the "
+            "images of the training as --reference and held-out ones as --floor"
+        )
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     baseline, updated = (None, MAX_REGRESSION.value) if UPDATE.value else (MAX_REGRESSION.value, None)
     gate.check_outputs(JSON.value, JUNIT.value, summary, updated, MARKDOWN.value)

@@ -13,7 +13,7 @@ from flowmaps import FlowMap, UserError
 from flowmaps.data import DataSet, iterate
 from flowmaps.distributed import ALONE, Team
 from flowmaps.evaluation.paired import open_pairs
-from flowmaps.evaluation.real_images import nearest_neighbours, open_images, train_set_score
+from flowmaps.evaluation.real_images import nearest_neighbours, open_images, seen_and_unseen, train_set_score
 from flowmaps.evaluation.record import Record, Row, describe, ratios
 from flowmaps.evaluation.references import Choice, Reference, model_size, open_floor, open_references
 from flowmaps.evaluation.samples import sample_batches
@@ -107,7 +107,8 @@ def evaluate(
         root: Folder of the data set's files.
         kid_subset: Images in each of KID's subsets.
         memorisation: Add the score of the training images (``floor``) and nearest-neighbour distances to each row; the
-            reference must be a built-in data set of images.
+            reference must be a built-in data set of images, or the images of the training, with held-out ones as
+            ``floor``.
         errors: Add to each row the standard error (``se``), the bias and the influence of blocks of samples on the
             Fréchet distance, which a gate compares. Keeps the features; from 100 samples on.
         averages: Weights to score in turn, by the decay of their average (None: raw weights). The model is left with
@@ -182,7 +183,8 @@ def evaluate(
             scored = floors(references, real, metrics, kid_subset)
             record["floor"] = {"source": str(floor), "n": real[0].stats.n, **scored}
     first = references[0]
-    of_train = train_set_score(first.data, first.extractor, root) if memorisation and not team.rank else None
+    known = seen_and_unseen(first.images, real[0].images if real else None, root) if memorisation else None
+    of_train = train_set_score(*known, first.extractor) if known and not team.rank else None
     if fm is None:
         assert data is not None
         samplings: Samplings = iter([({}, [(x for x, _ in iterate(data, team.split(num), batch))])])
@@ -203,8 +205,8 @@ def evaluate(
         row |= paired.scores(team) if paired else {}
         if memorisation:
             images = team.all_gather(torch.cat(kept))
-            if not team.rank:
-                found = nearest_neighbours(images, first.data, root)
+            if known and not team.rank:
+                found = nearest_neighbours(images, *known)
                 row |= {"floor": of_train, **vars(found), "memorisation_ratio": found.ratio}
         rows.append(row)
     return {} if team.rank else record | {"results": rows}
@@ -242,7 +244,7 @@ def _check(
     team: Team,
 ) -> None:
     """Refuse ``num`` samples of ``shape`` (empty if not known yet) that could not be scored."""
-    stats, extractor, data = reference
+    stats, extractor, _ = reference
     if shape:
         extractor.check_shape(shape)
     if not team.rank:
@@ -251,8 +253,6 @@ def _check(
         check_reference(metrics, stats, kid_subset)
     if memorisation and extractor.origin.extractor == POINTS:
         raise UserError("only for images, not points", field="memorisation")
-    if memorisation and not data:
-        raise UserError("needs a data set with a held-out split as reference", field="memorisation")
 
 
 def _planned(

@@ -128,16 +128,33 @@ def open_for_scoring(
     return images
 
 
-def train_set_score(data: str, extractor: Extractor, root: str | Path = "data") -> float:
-    """Return the distance between a data set's training and held-out images: the score of a perfect model."""
-    train, heldout = (source_stats(f"{data}:{split}", extractor, root) for split in ("train", "heldout"))
-    return frechet_distance(train, heldout)
+def seen_and_unseen(
+    reference: DataSet | None, floor: DataSet | None, root: str | Path = "data"
+) -> tuple[DataSet, DataSet]:
+    """Return the images that a model was trained on and others like them, to tell whether it copies.
+
+    They are the splits of a built-in data set, else ``reference`` and ``floor``.
+    """
+    if reference is not None and reference.split:
+        train, heldout = (open_dataset(reference.name, split, root=root) for split in ("train", "heldout"))
+        return train, heldout
+    if reference is None or floor is None:
+        raise UserError(
+            "needs a data set with a held-out split as reference, or the images of the training as reference and "
+            "others that were held out as floor",
+            field="memorisation",
+        )
+    return reference, floor
 
 
-def nearest_neighbours(images: Tensor, data: str, root: str | Path = "data") -> Memorisation:
-    """Return nearest-neighbour distances between uint8 ``images`` and both splits of a small data set."""
-    train, heldout = (_pixels(open_dataset(data, split, root=root)) for split in ("train", "heldout"))
-    return memorisation(images.float().cpu() / 127.5, train, heldout)
+def train_set_score(train: DataSet, heldout: DataSet, extractor: Extractor) -> float:
+    """Return the distance between training and held-out images: the score of a perfect model."""
+    return frechet_distance(cached_stats(train, extractor), cached_stats(heldout, extractor))
+
+
+def nearest_neighbours(images: Tensor, train: DataSet, heldout: DataSet) -> Memorisation:
+    """Return nearest-neighbour distances between uint8 ``images`` and those of a small data set."""
+    return memorisation(images.float().cpu() / 127.5, _pixels(train), _pixels(heldout))
 
 
 def _pixels(images: DataSet) -> Tensor:

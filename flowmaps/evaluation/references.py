@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from flowmaps.data import DataSet
 from flowmaps.data.registry import check_source
 from flowmaps.distributed import ALONE, Team, pick_device
 from flowmaps.errors import UserError, blame
@@ -38,7 +39,7 @@ class Reference(NamedTuple):
 
     stats: FeatureStats
     extractor: Extractor
-    data: str = ""  # the built-in data set that the images are from, if any: it has a held-out split
+    images: DataSet | None = None  # that the statistics are of, if they were at hand
 
 
 Choice = str | Function  # of an extractor: its name, its file, "module:function" or a function
@@ -114,7 +115,7 @@ def open_references(
         images = open_for_scoring(source, root, size, team=team)  # refused before an extractor is downloaded
         loaded = load_extractors(extractors, weights, source, device, images.shape)
         found = cached_statistics(images, loaded, [keep and compares(extractor) for extractor in loaded], team)
-        return tuple(Reference(stats, own, built_in(source)) for stats, own in zip(found, loaded, strict=True))
+        return tuple(Reference(stats, own, images) for stats, own in zip(found, loaded, strict=True))
     chosen: Sequence[Choice | None] = extractors or (None,)
     found = [FeatureStats.load(source, name and extractor_name(name)) for name in chosen]
     loaded = _extractors_of(found, source, extractors, weights, device)
@@ -147,12 +148,13 @@ def open_floor(
     loaded, source = [reference.extractor for reference in references], str(source)
     with blame("floor", source):
         check_source(source)
+        images = None
         if "mu" in (_names(source) or ()):
             found = [FeatureStats.load(source, extractor.name) for extractor in loaded]
         else:
             images = open_for_scoring(source, root, size, team=team)
             found = cached_statistics(images, loaded, [keep and compares(each) for each in loaded], team)
-    return tuple(Reference(stats, extractor) for stats, extractor in zip(found, loaded, strict=True))
+    return tuple(Reference(stats, extractor, images) for stats, extractor in zip(found, loaded, strict=True))
 
 
 def _names(source: str) -> set[str] | None:

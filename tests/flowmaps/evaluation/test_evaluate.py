@@ -183,8 +183,11 @@ def test_evaluate_refuses_before_it_samples(place, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             evaluate(fm, reference, **{"num": 9, **options})
+    for options in ({"reference": reference.stats}, {"reference": reference.stats, "floor": "digits:train"}):
+        with pytest.raises(UserError, match="memorisation: needs"):
+            evaluate(fm, **options, num=9, memorisation=True)
     with pytest.raises(UserError, match="memorisation: needs"):
-        evaluate(fm, reference.stats, num=9, memorisation=True)
+        evaluate(fm, str(place / "folder"), num=9, extractor="digits", memorisation=True)
     with pytest.raises(UserError, match="uint8"):
         evaluate(torch.rand(9, 1, 8, 8), reference)
 
@@ -219,6 +222,20 @@ def test_memorisation_columns(place):
     row = json.loads((place / "m.json").read_text())["results"][0]
     assert row["memorisation_ratio"] == 0  # training images are copies of themselves
     assert 0 < row["floor"] < 2 and "floor" in done.stdout
+
+
+def test_memorisation_of_own_images_takes_the_held_out_ones_from_floor(place, tmp_path):
+    """Two folders with the splits of a built-in data set give the numbers that its name gives."""
+    for split in ("train", "heldout"):
+        (tmp_path / split).mkdir()
+        for i, pixels in enumerate(open_dataset("digits", split).x[:, 0].numpy()):
+            Image.fromarray(pixels).save(tmp_path / split / f"{i:04}.png")
+    images = open_dataset("digits").x[:200]
+    options = {"extractor": "digits", "memorisation": True}
+    own = evaluate(images, str(tmp_path / "train"), floor=str(tmp_path / "heldout"), **options)
+    named = evaluate(images, "digits:train", **options)["results"][0]
+    assert own["results"][0]["floor"] == pytest.approx(own["floor"]["FD-digits"], rel=1e-6)
+    assert {key: own["results"][0][key] for key in named} == pytest.approx(named, rel=1e-6)
 
 
 def test_gate(place):
