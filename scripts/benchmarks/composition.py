@@ -45,7 +45,10 @@ COMPOSITIONS: dict[str, list[Stage]] = {
     "imf": [Stage("imf", 1.0)],
 }
 FITTED = "drift, lagrangian"  # the composition that is also sampled with Bellman-optimal steps
-DATA = {"digits": "", "fashion_mnist": "+cpu"}  # what the rows of each data set's config need on a CPU
+DATA = {  # what comes before the other settings of a row
+    "digits": "",
+    "fashion_mnist": "+cpu+adamw+optim.muon_kernels=False+optim.lr=1e-3+precision=bf16",
+}
 
 
 class Trained(NamedTuple):
@@ -78,7 +81,8 @@ class Trainings:
 
     def run(self, stages: tuple[Stage, ...]) -> Trained:
         *before, stage = stages
-        config = row_config(stage.row + DATA[self.data], f"configs/{self.data}.py")
+        name, *settings = stage.row.split("+", 1)
+        config = row_config("+".join([name + DATA[self.data], *settings]), f"configs/{self.data}.py")
         config.seed, config.steps = self.seed, max(1, round(stage.share * (self.steps or config.steps)))
         steps, spent = 0, 0.0
         if before:
