@@ -3,7 +3,7 @@
 apt-get install fonts-noto-color-emoji unicode-data; pip install fonttools
 python examples/emoji.py my/emoji
 
-my/emoji/train has nine tenths of them, my/emoji/heldout the rest; those that differ in skin tone or sex are together.
+my/emoji gets nine tenths of them, my/emoji-heldout the rest; those that differ in skin tone or sex only are together.
 They are under the SIL Open Font License 1.1; its text is copied next to them.
 """
 
@@ -41,18 +41,18 @@ def ligatures(font: TTFont) -> dict[tuple[str, ...], str]:
 def main(out: Path) -> None:
     font = TTFont(FONT)
     names, joined, [pictures] = font.getBestCmap(), ligatures(font), font["CBDT"].strikeData
-    alike: dict[frozenset[int], int] = {}
+    heldout, alike = out.with_name(f"{out.name}-heldout"), dict[frozenset[int], int]()
     for group, codes in sequences(LIST.read_text(encoding="utf-8")):
         first, *others = (names.get(code, "") for code in codes if code != 0xFE0F)
         glyph = joined.get((first, *others), "") if others else first
         if glyph in pictures:
             picture = Image.open(io.BytesIO(pictures[glyph].imageData)).convert("RGBA")
             number = alike.setdefault(frozenset(codes) - TONES - PEOPLE, len(alike))
-            folder = out / ("train" if number % 10 else "heldout") / group
+            folder = (out if number % 10 else heldout) / group
             folder.mkdir(parents=True, exist_ok=True)
             ImageOps.pad(picture, (136, 136)).save(folder / f"{'-'.join(f'{code:x}' for code in codes)}.png")
     (out / "LICENCE.txt").write_bytes(Path("/usr/share/doc/fonts-noto-color-emoji/copyright").read_bytes())
-    print(*(f"{len(list((out / part).glob('*/*.png')))} pictures in {out / part}" for part in ("train", "heldout")))
+    print(*(f"{len(list(part.glob('*/*.png')))} pictures in {part}" for part in (out, heldout)))
 
 
 if __name__ == "__main__":

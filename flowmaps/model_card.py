@@ -165,6 +165,13 @@ def _command(record: Record, name: str) -> str:
     return shlex.join(["flowmaps", "fid", *(f"--{flag}={value}" for flag, value in given.items())])
 
 
+def _cell(row: dict[str, Any] | None, metric: str) -> str:
+    """Return the distance in a row of a record, with its standard error if that is known."""
+    if row is None:
+        return ""
+    return f"{row[metric]:.3g}" + (f" ± {row['se'][metric]:.2g}" if "se" in row else "")
+
+
 def result_tables(records: Sequence[Record], name: str) -> Iterator[str]:
     """Yield one table per set of comparable records: a row per sampler and grid, a column per step count.
 
@@ -174,15 +181,16 @@ def result_tables(records: Sequence[Record], name: str) -> Iterator[str]:
     for record in records:
         together.setdefault((record["metric"], record["num"], record["reference"]["sha256"]), []).append(record)
     for (metric, num, _), mine in together.items():
-        found = {(row["sampler"], row["grid"], row["steps"]): row[metric] for r in mine for row in r["results"]}
+        found = {(row["sampler"], row["grid"], row["steps"]): row for r in mine for row in r["results"]}
         counts = sorted({steps for *_, steps in found})
         rows = []
         for sampler, grid in dict.fromkeys(key[:2] for key in found):
-            cells = [f"{found[sampler, grid, k]:.3g}" if (sampler, grid, k) in found else "" for k in counts]
+            cells = [_cell(found.get((sampler, grid, k)), metric) for k in counts]
             rows.append([f"{sampler}, {grid} steps", *cells])
         reference = mine[0]["reference"]
-        caption = (
-            f"{metric} of {num:,} samples to {reference['data']} ({reference['split']}, {reference['n']:,} samples), by"
-        )
+        spread = " ± its standard error" if any("se" in row for row in found.values()) else ""
+        split = f"{reference['split']}, " if reference["split"] else ""
+        to = f"{reference['data']} ({split}{reference['n']:,} samples)"
+        caption = f"{metric}{spread} of {num:,} samples to {to}, by"
         commands = "".join(f"\n    {_command(record, name)}" for record in mine)
         yield f"{caption}\n{commands}\n\n" + markdown_table(["steps", *map(str, counts)], rows)

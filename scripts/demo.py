@@ -63,7 +63,8 @@ def main() -> None:
         losses += [(trained, "training loss", int(entry["step"]), float(entry["loss"])) for entry in logged]
     print("scoring both", file=sys.stderr, flush=True)
     heldout = open_reference("digits:heldout")
-    metric, floor = heldout.extractor.metric, train_set_score("digits", heldout.extractor)
+    known = open_dataset("digits"), open_dataset("digits", "heldout")
+    metric, floor = heldout.extractor.metric, train_set_score(*known, heldout.extractor)
     counts = dict(zip(report.MODELS, (COUNTS, (*COUNTS, 32)), strict=True))
     results = report.compare(models, counts, heldout, num=NUM.value, seed=1)
     real = from_uint8(open_dataset("digits").fetch(torch.arange(COLUMNS))[0])

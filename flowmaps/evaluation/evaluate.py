@@ -131,7 +131,7 @@ def evaluate(
         >>> fm = FlowMap.from_pretrained("assets/digits")
         >>> record = evaluate(fm, "digits:heldout", steps=(1, 2), num=500)
         >>> [(row["steps"], round(row["FD-digits"], 1)) for row in record["results"]]
-        [(1, 0.9), (2, 0.8)]
+        [(1, 0.8), (2, 0.8)]
     """
     # Everything that can be refused is refused before anything is sampled: keep this order.
     fm = fm_or_images if isinstance(fm_or_images, FlowMap) else None

@@ -13,7 +13,7 @@ from flowmaps.markdown import counted, markdown_table
 from flowmaps.model_card import result_tables
 
 MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
-CHECKPOINTS = {"fashion_mnist": "Fashion-MNIST", "digits": "Digits", "checkerboard": "Checkerboard"}
+CHECKPOINTS = {"fashion_mnist": "Fashion-MNIST", "digits": "Digits", "emoji": "Emoji", "checkerboard": "Checkerboard"}
 SHOWN = (1, 2, 4, 8, 64)  # steps, in the short table
 
 
@@ -57,8 +57,8 @@ def _table(name: str, assets: Path) -> str:
 
 
 def _records(name: str, assets: Path) -> list[dict[str, Any]]:
-    files = [assets / "results" / f"{name}-{way}.json" for way in ("map", "stored", "euler")]
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    files = [assets / "results" / f"{name}-{way}.json" for way in ("map", "stochastic", "stored", "euler")]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
 
 
 def _scores(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], float]:
@@ -88,7 +88,26 @@ def checkpoint_table(name: str, assets: Path) -> str:
     return (
         f"**{CHECKPOINTS[name]}**{mean}; in one step "
         f"{ratios[0]:.2f} times the distance of 64 Euler steps on the same network's drift, in four {ratios[1]:.2f} "
-        f"times.\n{table}"
+        f"times.\n{table}{_honesty(records)}"
+    )
+
+
+def _honesty(records: Sequence[dict[str, Any]]) -> str:
+    """Return a paragraph with the distances extrapolated to infinitely many samples, and what they are measured by."""
+    metric, first = records[0]["metric"], records[0]
+    rows = [row for r in records for row in r["results"] if row["grid"] == "uniform" and "bias" in row]
+    if not rows:
+        return ""
+    found = {(row["sampler"], row["steps"]): f"{row[metric] - row['bias'][metric]:.3g}" for row in rows}
+    parts = []
+    for sampler in dict.fromkeys(row["sampler"] for row in rows):
+        counts = [str(steps) for of, steps in found if of == sampler]
+        values = [value for (of, _), value in found.items() if of == sampler]
+        parts.append(f"`{sampler}` {' / '.join(values)} in {' / '.join(counts)} steps")
+    return (
+        f"\n\nExtrapolated to infinitely many samples, i.e. less the bias that the jackknife estimates: "
+        f"{'; '.join(parts)}. SHA-256 of the extractor's weights {first['extractor']['weights'][:16]}, of the "
+        f"reference's statistics {first['reference']['sha256'][:16]}."
     )
 
 

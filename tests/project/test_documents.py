@@ -221,7 +221,7 @@ def test_the_example_of_emoji_fills_a_folder(copy):
     if not Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf").exists():
         pytest.skip("needs fonts-noto-color-emoji and unicode-data of Debian")
     made = copy.shell("python examples/emoji.py emoji")
-    assert "3045 pictures in emoji/train 350 pictures in emoji/heldout" in made
+    assert "3045 pictures in emoji 350 pictures in emoji-heldout" in made
 
 
 def test_each_rule_changes_some_line():
