@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from benchmarks.pages import CHECKPOINTS
 from drawing import objectives, quality
 from helpers import ROOT, run_script
 from PIL import Image
@@ -36,7 +35,7 @@ def test_an_unknown_figure_is_refused():
 
 
 def test_the_records_behind_the_figure_of_quality_cover_its_ticks():
-    for data in CHECKPOINTS:
+    for data in quality.SHOWN:
         assert quality.curve(data, "euler", "euler")[0] == [1, 2, 4, 8, 64]
         assert quality.curve(data, "map", "map")[0] == [1, 2, 4, 8]
 
