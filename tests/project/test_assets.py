@@ -42,7 +42,10 @@ def test_card_records_and_reference_belong_to_the_weights(name):
     weights, measured = fm.fingerprint(), []
     for record in records(name).values():
         assert {row["weights"] for row in record["results"]} == {weights}
-        assert record["reference"]["sha256"] == FeatureStats.load(ASSETS / "references" / f"{name}.npz").sha256()
+        reference, stats = record["reference"], FeatureStats.load(ASSETS / "references" / f"{name}.npz")
+        same = {"content", "weights", "size", "resize"} & reference.keys()  # another machine changes the last digits
+        assert {key: reference[key] for key in same} == {key: getattr(stats.origin, key) for key in same}
+        assert {"content", "weights"} <= same and reference["n"] == stats.n
         measured += [round(row[record["metric"]], 4) for row in record["results"]]
     assert sorted(result.metric_value for result in card.data.eval_results) == sorted(measured)
     assert weights in card.text and "scripts/train.py" in card.text and f'from_pretrained("assets/{name}")' in card.text
