@@ -129,16 +129,13 @@ def main() -> int:
     from flowmaps.data.registry import check_source
     from flowmaps.distributed import team
     from flowmaps.evaluation import evaluate, gate, open_references, repeat
-    from flowmaps.evaluation.real_images import built_in, open_images
+    from flowmaps.evaluation.real_images import NO_SPLIT, built_in, open_images
     from flowmaps.evaluation.references import model_size
     from flowmaps.metrics.extractors import check_extractors
     from flowmaps.metrics.scores import check_names, distance_of, needs_reference_features
 
     if MEMORISATION.value and not (built_in(reference) or FLOOR.value):
-        raise UserError(
-            "--memorisation needs a data set with a held-out split, such as --reference=digits:heldout, or the "
-            "images of the training as --reference and held-out ones as --floor"
-        )
+        raise UserError(NO_SPLIT, field="memorisation")
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     baseline, updated = (None, MAX_REGRESSION.value) if UPDATE.value else (MAX_REGRESSION.value, None)
     gate.check_outputs(JSON.value, JUNIT.value, summary, updated, MARKDOWN.value)

@@ -168,6 +168,8 @@ def evaluate(
         _check(each, defined(metrics, each.extractor), num, shape, kid_subset, memorisation, team)
     paired = None if pairs is None else open_pairs(pairs, root, shape, num, lpips_weights, team)
     real = () if floor is None else open_floor(floor, references, root, keep=keep, size=size, team=team)
+    first = references[0]
+    known = seen_and_unseen(first.images, real[0].images if real else None, root) if memorisation else None
     record: Record = {}
     if not team.rank:  # the other processes have no reference
         facts = {"source": source or str(fm_or_images) * isinstance(fm_or_images, str | Path), "num": num}
@@ -182,8 +184,6 @@ def evaluate(
         if real:
             scored = floors(references, real, metrics, kid_subset)
             record["floor"] = {"source": str(floor), "n": real[0].stats.n, **scored}
-    first = references[0]
-    known = seen_and_unseen(first.images, real[0].images if real else None, root) if memorisation else None
     of_train = train_set_score(*known, first.extractor) if known and not team.rank else None
     if fm is None:
         assert data is not None

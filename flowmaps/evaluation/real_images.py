@@ -26,6 +26,11 @@ from flowmaps.metrics.memorisation import Memorisation, memorisation
 from flowmaps.metrics.stored import REMEDY
 from flowmaps.reading import npz_shapes
 
+NO_SPLIT = (
+    "needs a data set with a held-out split as reference, such as digits:heldout, or the images of the training as "
+    "reference and held-out ones as floor"
+)
+
 
 def built_in(source: str) -> str:
     """Return the name of the built-in data set that ``source`` (NAME or NAME:split) names, else an empty string."""
@@ -139,11 +144,7 @@ def seen_and_unseen(
         train, heldout = (open_dataset(reference.name, split, root=root) for split in ("train", "heldout"))
         return train, heldout
     if reference is None or floor is None:
-        raise UserError(
-            "needs a data set with a held-out split as reference, or the images of the training as reference and "
-            "others that were held out as floor",
-            field="memorisation",
-        )
+        raise UserError(NO_SPLIT, field="memorisation")
     return reference, floor
 
 

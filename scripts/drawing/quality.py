@@ -8,7 +8,7 @@ from matplotlib.ticker import NullLocator
 
 from drawing.style import BLUE, GREY, ORANGE, ROOT, panels
 
-SHOWN = ("fashion_mnist", "digits", "checkerboard")  # scored by Euler's method at every number of steps, too
+DRAWN = [name for name in CHECKPOINTS if (ROOT / f"assets/results/{name}-stored.json").exists()]
 
 
 def curve(data: str, name: str, sampler: str) -> tuple[list[int], list[float]]:
@@ -20,7 +20,7 @@ def curve(data: str, name: str, sampler: str) -> tuple[list[int], list[float]]:
 
 def draw() -> Any:
     figure, axes = panels(3, 2.7)
-    for panel, data in zip(axes, SHOWN, strict=True):
+    for panel, data in zip(axes, DRAWN, strict=True):
         metric = json.loads((ROOT / f"assets/results/{data}-map.json").read_text())["metric"]
         for sampler, colour, marker in (("euler", ORANGE, "s"), ("map", BLUE, "o")):
             nfe, score = curve(data, sampler, sampler)

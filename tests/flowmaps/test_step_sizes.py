@@ -228,21 +228,21 @@ def test_script_writes_stores_and_draws_and_samples_follow(tmp_path):
         assert picture.width > 500
     schedule, fm = Schedule.from_json(file.read_text()), FlowMap.from_pretrained(model)
     assert fm.info.schedules == {"euler": schedule.better()} and schedule.checkpoint == fm.fingerprint()
-    assert 2 in schedule.better() and "stored for 2" in done.stdout
-    file.write_text(replace(schedule, grids={2: (0, 0.9, 1)}, errors={}, uniform_errors={}).to_json())
+    assert 3 in schedule.better() and "stored for 3" in done.stdout
+    file.write_text(replace(schedule, grids={3: (0, 0.2, 0.9, 1)}, errors={}, uniform_errors={}).to_json())
     usual = ["scripts/sample.py", f"--checkpoint={model}", "--sampler=euler", "--num=4"]
     for flag in ("stored", "uniform", file):
-        run_script(*usual, "--steps=2", f"--schedule={flag}", f"--out={tmp_path / 'out'}", check=True)
-        times = {"stored": schedule[2], "uniform": uniform_times(2)}.get(flag, torch.tensor([0, 0.9, 1]))
+        run_script(*usual, "--steps=3", f"--schedule={flag}", f"--out={tmp_path / 'out'}", check=True)
+        times = {"stored": schedule[3], "uniform": uniform_times(3)}.get(flag, torch.tensor([0, 0.2, 0.9, 1]))
         with torch.no_grad():
             expected = euler(fm.drift, fm.noise(4, 0), times, torch.arange(4))
-        made = torch.from_numpy(samples(tmp_path / "out", 2)).movedim(-1, 1).float()
+        made = torch.from_numpy(samples(tmp_path / "out", 3)).movedim(-1, 1).float()
         assert (made - (expected * 127.5 + 127.5).clamp(0, 255)).abs().max() <= 1
 
     missing = run_script(*usual, "--steps=5", f"--schedule={file}", f"--out={tmp_path / 'no'}")
     assert (
         missing.returncode == 2
-        and "has no grid of 5 steps, only 2" in missing.stderr
+        and "has no grid of 5 steps, only 3" in missing.stderr
         and not (tmp_path / "no").exists()
     )
     file.write_text(replace(schedule, checkpoint="another").to_json())

@@ -35,7 +35,7 @@ def test_an_unknown_figure_is_refused():
 
 
 def test_the_records_behind_the_figure_of_quality_cover_its_ticks():
-    for data in quality.SHOWN:
+    for data in quality.DRAWN:
         assert quality.curve(data, "euler", "euler")[0] == [1, 2, 4, 8, 64]
         assert quality.curve(data, "map", "map")[0] == [1, 2, 4, 8]
 

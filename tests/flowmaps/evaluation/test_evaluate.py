@@ -185,7 +185,7 @@ def test_evaluate_refuses_before_it_samples(place, monkeypatch):
             evaluate(fm, reference, **{"num": 9, **options})
     for options in ({"reference": reference.stats}, {"reference": reference.stats, "floor": "digits:train"}):
         with pytest.raises(UserError, match="memorisation: needs"):
-            evaluate(fm, **options, num=9, memorisation=True)
+            evaluate(fm, **options, num=9, memorisation=True, before_sampling=pytest.fail)
     with pytest.raises(UserError, match="memorisation: needs"):
         evaluate(fm, str(place / "folder"), num=9, extractor="digits", memorisation=True)
     with pytest.raises(UserError, match="uint8"):
