@@ -39,6 +39,7 @@ COMPOSITIONS: dict[str, list[Stage]] = {
     "drift, lagrangian, logit-normal times": two("lagrangian+objective.times=logit_normal"),
     "drift, lagrangian, augmentation": two("lagrangian", AUGMENTED),
     "drift, lagrangian, Muon": two("lagrangian", MUON),
+    "drift, lagrangian, Muon, learned weight": two("lagrangian+weight.learned=True", MUON),
     "drift, soflow, Muon": two("soflow", MUON),
     "drift, soflow": two("soflow"),
     "drift, mean_flow": two("mean_flow"),
