@@ -41,6 +41,7 @@ COMPOSITIONS: dict[str, list[Stage]] = {
     "drift, lagrangian, Muon": two("lagrangian", MUON),
     "drift, lagrangian, Muon, learned weight": two("lagrangian+weight.learned=True", MUON),
     "drift, soflow, Muon": two("soflow", MUON),
+    "drift, soflow, uniform times, Muon": two("soflow+objective.times=triangle", MUON),
     "drift, soflow": two("soflow"),
     "drift, mean_flow": two("mean_flow"),
     "imf": [Stage("imf", 1.0)],
