@@ -12,6 +12,8 @@ from training.config import Config
 Fit = Callable[[Config, float | None], tuple[FlowMap, dict[str, Any]]]
 AUGMENTED = "+network.augment_dim=9+data.augment=0.12"
 MUON = "+muon+optim.muon_kernels=True+optim.lr=1e-2"
+EARLY = "+objective.times=raised+objective.diagonal_draw=own+objective.time_mean=-2.5,0,0+objective.time_std=2,1.6,1.6"
+LATE = "+objective.times=raised+objective.diagonal_draw=own+objective.time_mean=0,2.5,0+objective.time_std=1.6,2,1.6"
 
 
 class Stage(NamedTuple):
@@ -40,8 +42,10 @@ COMPOSITIONS: dict[str, list[Stage]] = {
     "drift, lagrangian, augmentation": two("lagrangian", AUGMENTED),
     "drift, lagrangian, Muon": two("lagrangian", MUON),
     "drift, lagrangian, Muon, learned weight": two("lagrangian+weight.learned=True", MUON),
+    "drift, lagrangian, early starts, Muon": two(f"lagrangian{EARLY}", MUON),
     "drift, soflow, Muon": two("soflow", MUON),
     "drift, soflow, uniform times, Muon": two("soflow+objective.times=triangle", MUON),
+    "drift, soflow, late ends, Muon": two(f"soflow{LATE}", MUON),
     "drift, soflow": two("soflow"),
     "drift, mean_flow": two("mean_flow"),
     "imf": [Stage("imf", 1.0)],
