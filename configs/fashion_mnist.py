@@ -4,8 +4,8 @@ python scripts/train.py --config=configs/fashion_mnist.py:lagrangian --config.da
 python scripts/train.py --config=configs/fashion_mnist.py:lagrangian,cpu --config.data.root=data --workdir=runs/fashion
 python scripts/train.py --config=configs/fashion_mnist.py:pipeline,cpu --workdir=runs/fashion-chain
 
-assets/fashion_mnist was made by flow_matching,cpu, lagrangian,cpu and soflow,cpu, each from the weights of the one before;
-its card has the commands. FD-fashion_mnist of 5,000 samples to the held-out images at 1 / 2 / 4 / 8 steps is
+assets/fashion_mnist was made by flow_matching,cpu, lagrangian,cpu and soflow,cpu, each from the weights of the one
+before; its card has the commands. FD-fashion_mnist of 5,000 samples to the held-out images at 1 / 2 / 4 / 8 steps is
 2.6 / 1.4 / 1.2 / 0.9 (Euler on its drift: 138 / 39 / 8.1 / 2.6, and 0.8 at 64).
 """
 
