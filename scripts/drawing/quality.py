@@ -32,6 +32,6 @@ def draw() -> Any:
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.grid(alpha=0.25)
     axes[0].annotate("Euler's method\non the same network", (2.2, 45), color=ORANGE)
-    axes[0].annotate("flow map", (1.1, 6.5), color=BLUE)
+    axes[0].annotate("flow map", (1.1, 3.6), color=BLUE)
     axes[2].annotate("hollow: stored steps", (70, 4.3), color=GREY, ha="right", va="top")
     return figure
